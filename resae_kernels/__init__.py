@@ -1,0 +1,21 @@
+"""TopK encode, sparse decode and chained affine back-projection for sparse autoencoders.
+
+Three functions, each a `torch.library` custom op in the namespace `resae` with a fake function and
+autograd; `reference` says in plain PyTorch what they compute.
+"""
+
+from resae_kernels import reference
+from resae_kernels.affine_chain import affine_chain, transport
+from resae_kernels.reference import TopK, Transported
+from resae_kernels.sparse_decode import sparse_decode
+from resae_kernels.topk_encode import topk_encode
+
+__all__ = [
+    "TopK",
+    "Transported",
+    "affine_chain",
+    "reference",
+    "sparse_decode",
+    "topk_encode",
+    "transport",
+]

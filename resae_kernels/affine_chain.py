@@ -1,0 +1,203 @@
+"""Chained affine back-projection: x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l.
+
+Codes of L layers → reconstructions of L layers. Sequential form: a sparse decode per layer and
+2·N·D² FLOPs per source. Transported form: dictionaries carried through the maps beforehand,
+`D_{m←l} = W_dec_l A_{l+1} … A_m`, so that x̂_m is one gather over all codes up to m and no dense
+product: for few tokens, at the price of L(L−1)/2 further `[M, D]` tables.
+ReSAE, arXiv 2605.27819.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resae_kernels import _launch, reference
+from resae_kernels.reference import TopK, Transported, accumulation_dtype, affine_predict
+from resae_kernels.sparse_decode import code_gradients, sparse_decode
+
+
+def affine_chain(
+    codes: Sequence[TopK | tuple[Tensor, Tensor]],  # L × ([..., k_l], [..., k_l])
+    W_dec: Sequence[Tensor],  # L × [M_l, D]
+    A: Sequence[Tensor],  # (L-1) × [s_l·D, D]
+    c: Sequence[Tensor],  # (L-1) × [D]
+    *,
+    b_dec: Sequence[Tensor],  # L × [D]
+    transported: Transported | None = None,
+) -> list[Tensor]:
+    """Reconstructions of all layers from their codes (formula: `reference.affine_chain`).
+
+    Args:
+        codes: one `(acts, indices)` per layer, `[..., k_l]`, the same tokens in each.
+        W_dec: one `[M_l, D]` per layer.
+        A: one `[s·D, D]` per layer but the first: `A[l-1]` maps the `s` layers before l, stacked
+            in order, to layer l. s = 1: from the previous layer; s = l: from all previous ones.
+        c: one `[D]` per layer but the first.
+        b_dec: one `[D]` per layer.
+        transported: from `transport(W_dec, A, c, b_dec=b_dec)`: reconstruct by gathering alone.
+            W_dec, A, c and b_dec then only tell the shapes, and gradients reach the dictionaries.
+
+    Returns:
+        L tensors `[..., D]` in W_dec's dtype; gradients reach every floating input through each.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices, shapes or lengths that do not fit.
+    """
+    codes = [TopK(*code) for code in codes]
+    _check(codes, W_dec, A, c, b_dec)
+    if transported is not None:
+        if len(transported.dictionaries) != len(codes):
+            raise ValueError(
+                f"affine_chain: transported covers {len(transported.dictionaries)} layers, codes "
+                f"{len(codes)}; build it with transport() from the same W_dec, A and c"
+            )
+        return [
+            sparse_decode(
+                [code.acts for code in codes[: m + 1]],
+                [code.indices for code in codes[: m + 1]],
+                transported.dictionaries[m],
+                bias=transported.constants[m],
+            )
+            for m in range(len(codes))
+        ]
+    leading = codes[0].acts.shape[:-1]
+    x_hats = torch.ops.resae.affine_chain(
+        [code.acts.to(W_dec[0].dtype).reshape(-1, code.acts.shape[-1]) for code in codes],
+        [code.indices.reshape(-1, code.indices.shape[-1]) for code in codes],
+        list(W_dec),
+        list(A),
+        list(c),
+        list(b_dec),
+    )
+    return [x_hat.reshape(*leading, -1) for x_hat in x_hats]
+
+
+def transport(
+    W_dec: Sequence[Tensor],  # L × [M_l, D]
+    A: Sequence[Tensor],  # (L-1) × [s_l·D, D]
+    c: Sequence[Tensor],  # (L-1) × [D]
+    *,
+    b_dec: Sequence[Tensor],  # L × [D]
+) -> Transported:
+    """Carry every dictionary to every later layer (formula: `reference.transport`).
+
+    L(L−1)/2 new tables `[M, D]`, 2·M·D² FLOPs each, folded in fp32 and rounded once. For inference:
+    tables do not follow later changes of W_dec, A or c.
+    """
+    _check([], W_dec, A, c, b_dec)
+    with torch.no_grad():
+        return reference.transport(W_dec, A, c, b_dec=b_dec)
+
+
+def _check(codes, W_dec, A, c, b_dec) -> None:
+    op = "affine_chain"
+    L = len(W_dec)
+    if L == 0:
+        raise ValueError(f"{op}: W_dec is empty, expected one dictionary per layer")
+    lengths = {"A": (len(A), L - 1), "c": (len(c), L - 1), "b_dec": (len(b_dec), L)}
+    if codes:
+        lengths["codes"] = (len(codes), L)
+    for name, (got, expected) in lengths.items():
+        if got != expected:
+            raise ValueError(f"{op}: {name} has {got} entries, expected {expected} for {L} layers")
+    D = W_dec[0].shape[-1]
+    for layer in range(L):
+        at = f"[{layer}]"
+        if W_dec[layer].ndim != 2 or W_dec[layer].shape[1] != D:
+            raise ValueError(
+                f"{op}: W_dec{at} has shape {list(W_dec[layer].shape)}, expected [M, {D}]"
+            )
+        _launch.check_like(op, f"W_dec{at}", W_dec[layer], "W_dec[0]", W_dec[0])
+        _launch.check_shape(op, f"b_dec{at}", b_dec[layer], (D,), "width of W_dec")
+        _launch.check_like(op, f"b_dec{at}", b_dec[layer], "W_dec[0]", W_dec[0])
+        if codes:
+            acts, indices = codes[layer]
+            _launch.check_codes(op, acts, indices, at)
+            expected = (*codes[0].acts.shape[:-1], acts.shape[-1])
+            _launch.check_shape(op, f"acts{at}", acts, expected, "the tokens of the first code")
+            if not torch.is_autocast_enabled(acts.device.type):
+                _launch.check_like(op, f"acts{at}", acts, "W_dec[0]", W_dec[0])
+        if layer == 0:
+            continue
+        at = f"[{layer - 1}]"
+        maps = A[layer - 1]
+        if maps.ndim != 2 or maps.shape[1] != D or maps.shape[0] not in range(D, layer * D + 1, D):
+            raise ValueError(
+                f"{op}: A{at} has shape {list(maps.shape)}, expected [s·{D}, {D}] with "
+                f"1 ≤ s ≤ {layer} sources"
+            )
+        _launch.check_like(op, f"A{at}", maps, "W_dec[0]", W_dec[0])
+        _launch.check_shape(op, f"c{at}", c[layer - 1], (D,), "width of W_dec")
+        _launch.check_like(op, f"c{at}", c[layer - 1], "W_dec[0]", W_dec[0])
+
+
+# -- op ------------------------------------------------------------------------------------------
+
+
+def _chain(
+    acts: list[Tensor],
+    indices: list[Tensor],
+    W_dec: list[Tensor],
+    A: list[Tensor],
+    c: list[Tensor],
+    b_dec: list[Tensor],
+) -> list[Tensor]:
+    wide = accumulation_dtype(acts[0].dtype)
+    x_hats: list[Tensor] = []
+    for layer in range(len(acts)):
+        prediction = affine_predict(x_hats, A[layer - 1], c[layer - 1]) if layer > 0 else None
+        # Decoding in the accumulation dtype leaves one rounding per layer.
+        x_hat = torch.ops.resae.sparse_decode(
+            [acts[layer].to(wide)],
+            [indices[layer]],
+            [W_dec[layer].to(wide)],
+            b_dec[layer].to(wide),
+            prediction,
+        )
+        x_hats.append(x_hat.to(acts[layer].dtype))
+    return x_hats
+
+
+def _chain_fake(acts, indices, W_dec, A, c, b_dec):  # noqa: ARG001
+    return [a.new_empty(a.shape[0], W_dec[0].shape[1]) for a in acts]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    acts, indices, W_dec, A, c, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.layers = len(acts)
+    # x̂ of every layer but the last gives dA; the rest as in sparse_decode.
+    ctx.save_for_backward(*acts, *indices, *W_dec, *A, *output)
+    del c
+
+
+def _backward(ctx, grads):
+    L = ctx.layers
+    saved = list(ctx.saved_tensors)
+    acts, indices, W_dec = saved[:L], saved[L : 2 * L], saved[2 * L : 3 * L]
+    A, x_hats = saved[3 * L : 4 * L - 1], saved[4 * L - 1 :]
+    D = W_dec[0].shape[1]
+    total = [torch.zeros_like(x) if g is None else g for x, g in zip(x_hats, grads, strict=True)]
+    grad_A: list[Tensor] = []
+    for layer in range(L - 1, 0, -1):
+        sources = A[layer - 1].shape[0] // D
+        back = (total[layer] @ A[layer - 1].T).split(D, dim=-1)
+        for source, piece in zip(range(layer - sources, layer), back, strict=True):
+            total[source] = total[source] + piece
+        recent = torch.cat(x_hats[layer - sources : layer], dim=-1)
+        grad_A.insert(0, recent.T @ total[layer])
+    grad_acts, grad_W = code_gradients(acts, indices, W_dec, total, [(True, True)] * L)
+    sums = [g.sum(0) for g in total]
+    return grad_acts, [None] * L, grad_W, grad_A, sums[1:], sums
+
+
+_launch.register(
+    "affine_chain(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor[] A, Tensor[] c, "
+    "Tensor[] b_dec) -> Tensor[]",
+    _chain,
+    _chain_fake,
+)
+torch.library.register_autograd(
+    "resae::affine_chain", _backward, setup_context=_setup_context, lib=_launch.LIBRARY
+)

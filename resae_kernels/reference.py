@@ -1,0 +1,200 @@
+"""The specification: every op in plain PyTorch, any floating dtype, any device, autograd by PyTorch.
+
+    code            z = TopK_k(relu((x − base − pre_bias) weightᵀ + bias))
+    decode          y = Σ_j acts_j · W_dec[indices_j] + bias + base
+    chain           x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l
+
+Letters, everywhere: `N` tokens, `D` width of the residual stream, `M` latents, `k` active latents,
+`L` selected layers. Row-major, tokens first. "Latent" is a unit of the autoencoder (elsewhere:
+feature); `weight [M, D]` is the stored `encoder.weight`, the transpose of `W_enc [D, M]`.
+
+bf16 and fp16 inputs are accumulated in fp32 and rounded once, to the input's dtype; fp32 and fp64
+are computed as they are. Written for reading: nothing here is fast, and the dense `[N, M]` scores
+are held whole. ReSAE: arXiv 2605.27819; TopK autoencoders: Gao et al., arXiv 2406.04093, section 2.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TopK(NamedTuple):
+    """The code of each token: its k largest positive pre-activations."""
+
+    acts: Tensor
+    """`[..., k]`, in the input's dtype; ≥ 0 (or NaN where the score is NaN)."""
+    indices: Tensor
+    """`[..., k]` int64, the latent of each act. Padding slots hold act 0 and index 0."""
+
+
+class Transported(NamedTuple):
+    """Dictionaries carried through the affine maps to every later layer."""
+
+    dictionaries: list[list[Tensor]]
+    """`dictionaries[m][l]`, l ≤ m: `D_{m←l} = W_dec_l A_{l+1} … A_m`, `[M_l, D]`."""
+    constants: list[Tensor]
+    """`constants[m]`, `[D]`: what layer m reconstructs when no latent is active."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the 16-bit types, otherwise the dtype itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def topk_encode(
+    x: Tensor,  # [..., D]
+    weight: Tensor,  # [M, D]
+    bias: Tensor | None,  # [M]
+    k: int,
+    *,
+    pre_bias: Tensor | None = None,  # [D]
+    base: Tensor | None = None,  # [..., D]
+    sorted: bool = True,
+) -> TopK:
+    """The k largest of `relu((x − base − pre_bias) @ weight.T + bias)`, ties to the lower index.
+
+    The residual is rounded to x's dtype before the product, the scores once after bias and relu.
+    NaN scores sort first. Slots beyond the positive scores hold act 0, index 0, and come last.
+    """
+    wide = accumulation_dtype(x.dtype)
+    residual = x.to(wide)
+    for offset in (base, pre_bias):
+        if offset is not None:
+            residual = residual - offset.to(wide)
+    scores = residual.to(x.dtype).to(wide) @ weight.to(wide).T
+    if bias is not None:
+        scores = scores + bias.to(wide)
+    ranked, order = scores.relu().to(x.dtype).sort(dim=-1, descending=True, stable=True)
+    acts, indices = ranked[..., :k], order[..., :k]
+    empty = acts == 0
+    if not sorted:
+        by_index = indices.masked_fill(empty, weight.shape[0]).argsort(dim=-1, stable=True)
+        acts, indices, empty = (t.gather(-1, by_index) for t in (acts, indices, empty))
+    return TopK(acts, indices.masked_fill(empty, 0))
+
+
+def sparse_decode(
+    acts: Tensor | Sequence[Tensor],  # [..., k]
+    indices: Tensor | Sequence[Tensor],  # [..., k]
+    W_dec: Tensor | Sequence[Tensor],  # [M, D]
+    *,
+    bias: Tensor | None = None,  # [D]
+    base: Tensor | None = None,  # [..., D]
+) -> Tensor:
+    """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ base)`, summed over dictionaries given as lists."""
+    if isinstance(acts, Tensor):
+        acts, indices, W_dec = [acts], [indices], [W_dec]  # type: ignore[list-item]
+    wide = accumulation_dtype(acts[0].dtype)
+    total: Tensor | float = 0.0
+    for a, i, W in zip(acts, indices, W_dec, strict=True):
+        total = total + (a.to(wide).unsqueeze(-1) * W.to(wide)[i]).sum(-2)
+    for offset in (bias, base):
+        if offset is not None:
+            total = total + offset.to(wide)
+    return total.to(acts[0].dtype)  # type: ignore[union-attr]
+
+
+def affine_predict(sources: Sequence[Tensor], A: Tensor, c: Tensor) -> Tensor:
+    """`x_{l-s} A_1 + … + x_{l-1} A_s + c` from the `s` most recent sources.
+
+    `A` is `[s·D, D]`, the maps of the sources stacked in layer order; s = 1 is the ordinary chain,
+    s = l the predictor from all previous layers.
+    """
+    D = A.shape[1]
+    wide = accumulation_dtype(A.dtype)
+    recent = torch.cat(list(sources[len(sources) - A.shape[0] // D :]), dim=-1)
+    return recent.to(wide) @ A.to(wide) + c.to(wide)
+
+
+def affine_chain(
+    codes: Sequence[TopK],  # L × [..., k_l]
+    W_dec: Sequence[Tensor],  # L × [M_l, D]
+    A: Sequence[Tensor],  # (L-1) × [s_l·D, D], A[l-1] predicts layer l
+    c: Sequence[Tensor],  # (L-1) × [D]
+    *,
+    b_dec: Sequence[Tensor],  # L × [D]
+    transported: Transported | None = None,
+) -> list[Tensor]:
+    """Reconstructions of all layers: `x̂_0 = z_0 W_dec_0 + b_dec_0`, then the affine prediction from
+    the reconstructions so far plus `z_l W_dec_l + b_dec_l`. Each x̂_l is rounded once.
+
+    With `transported` the same sums are taken as one gather over all dictionaries of a layer.
+    """
+    if transported is not None:
+        return [
+            sparse_decode(
+                [acts for acts, _ in codes[: m + 1]],
+                [indices for _, indices in codes[: m + 1]],
+                transported.dictionaries[m],
+                bias=transported.constants[m],
+            )
+            for m in range(len(codes))
+        ]
+    x_hats: list[Tensor] = []
+    for layer, (acts, indices) in enumerate(codes):
+        wide = accumulation_dtype(acts.dtype)
+        x_hat = sparse_decode(acts.to(wide), indices, W_dec[layer].to(wide), bias=b_dec[layer])
+        if layer > 0:
+            x_hat = x_hat + affine_predict(x_hats, A[layer - 1], c[layer - 1])
+        x_hats.append(x_hat.to(acts.dtype))
+    return x_hats
+
+
+def transport(
+    W_dec: Sequence[Tensor], A: Sequence[Tensor], c: Sequence[Tensor], *, b_dec: Sequence[Tensor]
+) -> Transported:
+    """Carry every dictionary to every later layer: `D_{m←l} = Σ_{sources j ≥ l} D_{j←l} A_mj`.
+
+    Folded in fp32 (fp64 for fp64 input) and rounded once to W_dec's dtype.
+    """
+    D, dtype = W_dec[0].shape[1], W_dec[0].dtype
+    wide = accumulation_dtype(dtype)
+    tables: list[list[Tensor]] = []
+    constants: list[Tensor] = []
+    for m in range(len(W_dec)):
+        constant = b_dec[m].to(wide)
+        carried = [torch.zeros_like(W_dec[j], dtype=wide) for j in range(m)]
+        if m > 0:
+            maps = A[m - 1].to(wide).split(D)
+            constant = constant + c[m - 1].to(wide)
+            for j, A_mj in zip(range(m - len(maps), m), maps, strict=True):
+                constant = constant + constants[j] @ A_mj
+                for source in range(j + 1):
+                    carried[source] = carried[source] + tables[j][source] @ A_mj
+        tables.append([*carried, W_dec[m].to(wide)])
+        constants.append(constant)
+    return Transported(
+        [[table.to(dtype) for table in row] for row in tables], [v.to(dtype) for v in constants]
+    )
+
+
+def encode_chain(
+    x: Sequence[Tensor],  # L × [..., D]
+    weight: Sequence[Tensor],  # L × [M_l, D]
+    bias: Sequence[Tensor | None],  # L × [M_l]
+    k: Sequence[int],
+    W_dec: Sequence[Tensor],
+    A: Sequence[Tensor],
+    c: Sequence[Tensor],
+    *,
+    b_dec: Sequence[Tensor],
+    loop: str = "open",
+) -> tuple[list[TopK], list[Tensor]]:
+    """Codes and reconstructions of all layers.
+
+    Open loop: the residual of layer l is taken against the prediction from the true activations,
+    so that reconstruction errors pass on through the maps. Closed loop: against the prediction from
+    the reconstructions so far, so that the error made so far is encoded again (as in DPCM).
+    """
+    codes: list[TopK] = []
+    x_hats: list[Tensor] = []
+    for layer, x_l in enumerate(x):
+        seen = x[:layer] if loop == "open" else x_hats
+        base = affine_predict(seen, A[layer - 1], c[layer - 1]) if layer > 0 else None
+        codes.append(
+            topk_encode(x_l, weight[layer], bias[layer], k[layer], pre_bias=b_dec[layer], base=base)
+        )
+        x_hats = affine_chain(codes, W_dec, A, c, b_dec=b_dec)
+    return codes, x_hats
