@@ -1,4 +1,5 @@
-"""The specification: every op in plain PyTorch, any floating dtype, any device, autograd by PyTorch.
+"""The specification: every op in plain PyTorch, any floating dtype, any device, autograd by
+PyTorch.
 
     code            z = TopK_k(relu((x − base − pre_bias) weightᵀ + bias))
     decode          y = Σ_j acts_j · W_dec[indices_j] + bias + base
@@ -83,7 +84,8 @@ def sparse_decode(
     bias: Tensor | None = None,  # [D]
     base: Tensor | None = None,  # [..., D]
 ) -> Tensor:
-    """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ base)`, summed over dictionaries given as lists."""
+    """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ base)`, summed over dictionaries given as
+    lists."""
     if isinstance(acts, Tensor):
         acts, indices, W_dec = [acts], [indices], [W_dec]  # type: ignore[list-item]
     wide = accumulation_dtype(acts[0].dtype)

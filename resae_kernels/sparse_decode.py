@@ -4,8 +4,9 @@ N tokens, k active latents, D width, M latents. 2·N·k·D FLOPs against 2·N·M
 gathering N·k·D weight elements. Codes of several dictionaries are summed in one call.
 
 Backward: d acts is a sampled product ⟨g[n], W_dec[indices[n,j]]⟩; dW_dec is summed latent by latent
-over the codes sorted by latent (`latent_outer`), so that each row is one ordered sum: deterministic,
-no atomics, no `[N, M]`. Gao et al. 2024 (arXiv 2406.04093), appendix on sparse kernels.
+over the codes sorted by latent (`latent_outer`), so that each row is one ordered sum:
+deterministic, no atomics, no `[N, M]`. Gao et al. 2024 (arXiv 2406.04093), appendix on sparse
+kernels.
 """
 
 from collections.abc import Sequence
@@ -163,9 +164,7 @@ def code_gradients(acts, indices, W_dec, grads, needed):
     """Gradients of each code's acts and of its dictionary, given the gradient of its decode."""
     grad_acts: list[Tensor | None] = []
     grad_W: list[Tensor | None] = []
-    for a, i, W, grad, (need_acts, need_W) in zip(
-        acts, indices, W_dec, grads, needed, strict=True
-    ):
+    for a, i, W, grad, (need_acts, need_W) in zip(acts, indices, W_dec, grads, needed, strict=True):
         grad_acts.append(torch.ops.resae.sampled_product(grad, i, W) if need_acts else None)
         grad_W.append(latent_outer(a, i, grad, W.shape[0]) if need_W else None)
     return grad_acts, grad_W

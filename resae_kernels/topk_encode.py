@@ -5,8 +5,8 @@ rows at a time, so that they stay in cache between the product and the selection
 exact: ties go to the lower index, whatever the chunking.
 
 Backward is sparse. With g the gradient of the acts where they are positive, dx is a sparse decode
-of g through `weight`, and dweight sums g · residual per latent (`latent_outer`, over codes sorted by
-latent: deterministic, no `[N, M]`). Gao et al. 2024 (arXiv 2406.04093), section 2.2.
+of g through `weight`, and dweight sums g · residual per latent (`latent_outer`, over codes sorted
+by latent: deterministic, no `[N, M]`). Gao et al. 2024 (arXiv 2406.04093), section 2.2.
 """
 
 import torch
@@ -17,8 +17,8 @@ from resae_kernels.reference import TopK, accumulation_dtype
 from resae_kernels.sparse_decode import latent_outer, latent_sum
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""Default bound on the scores held at once, by device type: a CPU's last-level cache; on a GPU small
-beside the weights of the layer shapes in use."""
+"""Default bound on the scores held at once, by device type: a CPU's last-level cache; on a GPU
+small beside the weights of the layer shapes in use."""
 
 
 def topk_encode(

@@ -1,0 +1,44 @@
+"""Multi-layer sparse autoencoders on affine residuals (ReSAE, arXiv 2605.27819), on Hugging Face
+models.
+
+lm = HookedLM.from_pretrained("embedded")
+stack = ReSAE.from_pretrained("path/to/run")
+with replacement(lm, stack) as replaced:
+    lm.model.generate(...)
+replaced.counts
+"""
+
+from resae.affine import AffinePredictor, Moments, fit_predictor
+from resae.data import ActivationBatches, StoredActivations, TokenRows, load_texts
+from resae.evaluate import Method, evaluate
+from resae.model import FAMILIES, Family, HookedLM, HookPoint
+from resae.replace import generate, replacement
+from resae.sae import SAEConfig, TopKSAE
+from resae.stack import AffineOnly, ReSAE
+from resae.train import Calibration, TrainConfig, train, train_step
+
+__all__ = [
+    "FAMILIES",
+    "ActivationBatches",
+    "AffineOnly",
+    "AffinePredictor",
+    "Calibration",
+    "Family",
+    "HookPoint",
+    "HookedLM",
+    "Method",
+    "Moments",
+    "ReSAE",
+    "SAEConfig",
+    "StoredActivations",
+    "TokenRows",
+    "TopKSAE",
+    "TrainConfig",
+    "evaluate",
+    "fit_predictor",
+    "generate",
+    "load_texts",
+    "replacement",
+    "train",
+    "train_step",
+]

@@ -1,0 +1,10 @@
+"""Where the files that ship with the package lie: a tiny language model and its corpus.
+
+Both are made by `resae.assets.build`; `PROVENANCE.md` in this folder says from what, and under
+which licences.
+"""
+
+from pathlib import Path
+
+TINY_PYTHIA = Path(__file__).parent / "tiny-pythia"
+CORPUS = Path(__file__).parent / "corpus"

@@ -1,0 +1,634 @@
+"""The command line: `resae demo | fit | train | eval | generate | report`.
+
+Only this file prints. Bad input ends in one line, what was wrong and what to do, and exit code 2.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resae.affine import KINDS, r2_per_layer
+from resae.data import ActivationBatches, TokenRows, capture_tokens, train_and_held_out
+from resae.demo import DemoConfig, run_demo
+from resae.environment import environment
+from resae.evaluate import METHOD_OF_PREDICTOR, Method, evaluate, forward_passes
+from resae.model import HookedLM, HookPoint
+from resae.replace import generate
+from resae.report import LABELS, whole_selection, write_report
+from resae.stack import AffineOnly, ModelIdentity, ReSAE
+from resae.storage import load_json, save_json
+from resae.train import Calibration, Progress, TrainConfig, calibrate, sum_moments, train
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FIT_ROWS = 16
+"""Rows per forward pass while fitting and evaluating."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        return options.run(options)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if options.traceback:
+            raise
+        print(f"resae {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"resae {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+# -- what the commands share -----------------------------------------------------------------------
+
+
+class Display:
+    """Lines that stay, and one progress line: overwritten on a terminal, otherwise every 10 s."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._pending = False
+        self._last = 0.0
+
+    def say(self, line: str = "") -> None:
+        if self._pending:
+            print()
+        self._pending = False
+        print(line, flush=True)
+
+    def show(self, line: str) -> None:
+        if self._terminal:
+            print(f"\r\033[K{line}", end="", flush=True)
+            self._pending = True
+        elif time.monotonic() - self._last >= 10:
+            print(line, flush=True)
+            self._last = time.monotonic()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected numbers, for example 4,8,32"
+        ) from None
+
+
+def _load_model(options: argparse.Namespace, name: str) -> HookedLM:
+    _quiet_libraries()
+    return HookedLM.from_pretrained(name, dtype=DTYPES[options.dtype], device=options.device)
+
+
+def _quiet_libraries() -> None:
+    """Only our own progress is shown; downloads keep theirs."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if find_spec("datasets"):
+        import datasets
+
+        datasets.disable_progress_bars()
+
+
+def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRows]:
+    return train_and_held_out(
+        options.data,
+        lm,
+        context_tokens=options.context_tokens,
+        held_out_rows=options.held_out_rows,
+        text_column=options.text_column,
+        streaming=options.streaming,
+        seed=options.seed,
+    )
+
+
+def _captured(
+    lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint], say: Callable[[int], None]
+) -> Iterator[list[torch.Tensor]]:
+    done = 0
+    for ids in rows.batches(FIT_ROWS):
+        xs = capture_tokens(lm, ids, points)
+        done += len(xs[0])
+        say(done)
+        yield xs
+
+
+def _calibrate(
+    lm: HookedLM,
+    points: Sequence[HookPoint],
+    rows: TokenRows,
+    held_out: TokenRows,
+    config: TrainConfig,
+    display: Display,
+) -> tuple[Calibration, list[dict[str, Any]]]:
+    """The calibration, and R² per hop on held-out tokens, beside the identity's."""
+
+    def progress(done: int) -> None:
+        share = min(1.0, done / config.calibration_tokens)
+        display.show(f"affine maps: {share:4.0%} of {config.calibration_tokens:,} tokens")
+
+    # The identity needs no products of activations, so its moments are in everyone's.
+    moments = sum_moments(
+        config.predictor,
+        _captured(lm, rows, points, progress),
+        tokens=config.calibration_tokens,
+        d_in=lm.d_model,
+        n_layers=len(points),
+    )
+    if moments.count < config.calibration_tokens:
+        display.say(
+            f"affine maps: the data has {moments.count:,} tokens, fewer than the "
+            f"{config.calibration_tokens:,} asked for"
+        )
+    calibration = calibrate(config.predictor, moments, ridge=config.ridge)
+    table: list[dict[str, Any]] = []
+    unseen = [capture_tokens(lm, ids, points) for ids in held_out.batches(FIT_ROWS)]
+    for kind in dict.fromkeys(("identity", config.predictor)):
+        maps = calibrate(kind, moments, ridge=config.ridge).predictor
+        for i, r2 in enumerate(r2_per_layer(maps, unseen)):
+            hop = f"{points[i].name} → {points[i + 1].name}"
+            table.append({"method": METHOD_OF_PREDICTOR[kind], "hop": hop, "r2": r2})
+    for row in table:
+        display.say(f"R² {row['hop']}  {LABELS[row['method']]}: {row['r2']:.4f}")
+    return calibration, table
+
+
+def _train_config(
+    options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint]
+) -> TrainConfig:
+    k = options.k
+    chosen = {
+        f.name: getattr(options, f.name)
+        for f in fields(TrainConfig)
+        if getattr(options, f.name, None) is not None
+    }
+    chosen["layers"] = tuple(point.name for point in points)
+    chosen["k"] = k * len(points) if len(k) == 1 else k
+    chosen["d_sae"] = options.d_sae or options.expansion * lm.d_model
+    return TrainConfig(**chosen)
+
+
+def _run_record(options: argparse.Namespace, config: TrainConfig, affine: Any) -> dict[str, Any]:
+    return {
+        "model": options.model,
+        "data": options.data,
+        "text_column": options.text_column,
+        "streaming": options.streaming,
+        "context_tokens": options.context_tokens,
+        "held_out_rows": options.held_out_rows,
+        "dtype": options.dtype,
+        "train": asdict(config),
+        "affine": affine,
+        "environment": environment(),
+    }
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    if not find_spec("matplotlib"):
+        raise ModuleNotFoundError('the demo draws figures; pip install "resae[plots]"')
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()) and not (out / "report.json").exists():
+        raise ValueError(f"{out} exists and is not an earlier demo; choose another --out")
+    _quiet_libraries()
+    # The model is so small that a second thread gains a third, and loses far more than that where
+    # another process is using its core.
+    torch.set_num_threads(options.threads)
+    display = Display()
+    config = DemoConfig(
+        layers=options.layers, k=options.k, seed=options.seed, **_demo_sizes(options)
+    )
+    report = run_demo(out, config, say=display.say, show=display.show)
+    page = write_report(out)
+    display.say()
+    for sentence in report["findings"]:
+        display.say(f"• {sentence}")
+    display.say()
+    display.say(f"report: {page}   rows: {out / 'report.json'}   stacks: {out / 'stacks'}")
+    return 0
+
+
+def _demo_sizes(options: argparse.Namespace) -> dict[str, int]:
+    sizes = {"train_tokens": options.train_tokens, "held_out_rows": options.held_out_rows}
+    return {name: value for name, value in sizes.items() if value is not None}
+
+
+def _fit(options: argparse.Namespace) -> int:
+    display = Display()
+    lm = _load_model(options, options.model)
+    points = lm.hook_points(options.layers)
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty; choose another --out")
+    config = TrainConfig(
+        layers=tuple(p.name for p in points),
+        k=(1,) * len(points),
+        d_sae=1,
+        predictor=options.predictor,
+        calibration_tokens=options.calibration_tokens,
+        ridge=options.ridge,
+        seed=options.seed,
+    )
+    rows, held_out = _data(options, lm)
+    calibration, affine = _calibrate(lm, points, rows, held_out, config, display)
+    calibration.save(out / "calibration.safetensors")
+    record = _run_record(options, config, affine)
+    del record["train"]
+    save_json(out / "fit.json", {**record, "layers": config.layers, "predictor": config.predictor})
+    display.say(f"written to {out}")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    display = Display()
+    out = Path(options.out)
+    if not options.resume and out.exists() and any(out.iterdir()):
+        raise ValueError(
+            f"{out} exists and is not empty; go on with --resume, or choose another --out"
+        )
+    lm = _load_model(options, options.model)
+    points = lm.hook_points(options.layers)
+    config = _train_config(options, lm, points)
+    rows, held_out = _data(options, lm)
+    calibrated = out / "calibration.safetensors"
+    if options.resume and calibrated.exists():
+        recorded = load_json(out / "run.json", "run")["train"]
+        if recorded["layers"] != list(config.layers) or recorded["predictor"] != config.predictor:
+            raise ValueError(
+                f"--resume: {out} has layers {', '.join(recorded['layers'])} and predictor "
+                f"{recorded['predictor']}; use the same, or another --out"
+            )
+        calibration = Calibration.load(calibrated, config.predictor)
+    else:
+        calibration, affine = _calibrate(lm, points, rows, held_out, config, display)
+        save_json(out / "run.json", _run_record(options, config, affine))
+        calibration.save(calibrated)
+    display.say(
+        f"{len(points)} autoencoders of {config.d_sae} latents on {lm.name}: {config.steps:,} "
+        f"steps of {config.batch_tokens:,} tokens; checkpoints every "
+        f"{options.checkpoint_steps:,} steps"
+    )
+    source = ActivationBatches(
+        lm,
+        rows,
+        points,
+        batch_tokens=config.batch_tokens,
+        buffer_tokens=config.buffer_tokens,
+        seed=config.seed,
+    )
+
+    def progress(p: Progress) -> None:
+        display.say(p.line())
+
+    with _Interruptible() as interrupt:
+        stack = train(
+            config,
+            source,
+            calibration,
+            out,
+            identity=ModelIdentity.of(lm),
+            device=options.device,
+            resume=options.resume,
+            checkpoint_steps=options.checkpoint_steps,
+            log_steps=options.log_steps,
+            on_progress=progress,
+            should_stop=interrupt.asked,
+        )
+    if stack is None:
+        display.say(f"stopped; a checkpoint is in {out / 'checkpoints'}, go on with --resume")
+        return 130
+    display.say(f"written to {out}; next: resae eval {out}")
+    return 0
+
+
+class _Interruptible:
+    """Inside, the first Ctrl-C or SIGTERM only asks to stop after the step; a second one
+    insists."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def asked(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> "_Interruptible":
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:  # noqa: ARG002
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+def _open_run(folder: Path) -> tuple[dict[str, Any], ReSAE]:
+    """The record and the stack of a finished run."""
+    if not (folder / "run.json").exists() and not (folder / "resae.json").exists():
+        raise FileNotFoundError(f"{folder} is not a run directory; make one with `resae train`")
+    if not (folder / "resae.json").exists():
+        raise ValueError(
+            f"the run in {folder} is not finished; go on with `resae train … --resume`"
+        )
+    record = load_json(folder / "run.json", "run") if (folder / "run.json").exists() else {}
+    return record, ReSAE.load(folder)
+
+
+def _model_of(options: argparse.Namespace, record: dict[str, Any], stack: ReSAE) -> str:
+    if options.model:
+        return options.model
+    if "model" in record:
+        return record["model"]
+    if stack.model_identity is not None:
+        return stack.model_identity.name
+    raise ValueError("the stack does not say on which model it was trained; name it with --model")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    display = Display()
+    runs = [(Path(folder), *_open_run(Path(folder))) for folder in options.run_directories]
+    record = runs[0][1]
+    lm = _load_model(options, _model_of(options, record, runs[0][2]))
+    for _, _, stack in runs:
+        stack.require_model(lm)
+    for name in ("data", "text_column", "streaming", "context_tokens", "held_out_rows"):
+        if getattr(options, name) is None:
+            if name not in record:
+                raise ValueError(f"{runs[0][0]} has no run.json; give --{name.replace('_', '-')}")
+            setattr(options, name, record[name])
+    options.seed = record.get("train", {}).get("seed", 0)
+    _, held_out = _data(options, lm)
+    methods: list[Method] = []
+    for folder, _, stack in runs:
+        name = METHOD_OF_PREDICTOR[stack.predictor.kind]
+        k = stack.sae(0).config.k
+        if any((m.name, m.k) == (name, k) for m in methods):
+            name = f"{name} ({folder.name})"
+        methods.append(Method(name, stack, k))
+    chained = next((stack for _, _, stack in runs if stack.chained), None)
+    if chained is not None:
+        methods.append(Method("affine_only", AffineOnly(chained), None))
+    batches = list(held_out.batches(FIT_ROWS))
+    tokens = sum(b.numel() for b in batches)
+    display.say(
+        f"{forward_passes(methods)} passes over {tokens:,} held-out tokens of {options.data}"
+    )
+    began = time.perf_counter()
+
+    def progress(done: int) -> None:
+        left = (time.perf_counter() - began) * (len(batches) - done) / done
+        display.show(f"{done}/{len(batches)} batches, about {left:.0f} s left")
+
+    report = evaluate(lm, methods, batches, on_batch=progress)
+    out = Path(options.out or runs[0][0])
+    config = {
+        "model": lm.name,
+        "data": options.data,
+        "layers": runs[0][2].hook_points,
+        "d_sae": runs[0][2].sae(0).config.d_sae,
+        "train_tokens": record.get("train", {}).get("train_tokens", 0),
+        "runs": [str(folder) for folder, _, _ in runs],
+    }
+    training = [
+        {"method": m.name, "k": m.k, "log": _log(folder)}
+        for m, (folder, _, _) in zip(methods, runs, strict=False)
+        if (folder / "log.jsonl").exists()
+    ]
+    save_json(
+        out / "report.json",
+        {
+            "schema_version": 1,
+            "title": f"Evaluation of {', '.join(folder.name for folder, _, _ in runs)}",
+            "config": config,
+            "environment": environment(),
+            **report,
+            "affine": list(chain.from_iterable(r.get("affine", []) for _, r, _ in runs[:1])),
+            "training": training,
+        },
+    )
+    _print_table(display, whole_selection(report["replacement"]))
+    display.say(f"written to {out / 'report.json'}; next: resae report {out}")
+    return 0
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    import json
+
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def _print_table(display: Display, rows: Sequence[dict[str, Any]]) -> None:
+    display.say(
+        f"{'method':<28}{'loop':<8}{'mode':<16}{'k':>5}{'Δ CE':>10}{'recovered':>11}{'KL':>10}"
+    )
+    for row in rows:
+        display.say(
+            f"{row['method']:<28}{row['loop'] or '–':<8}{row['mode']:<16}{row['k'] or '–':>5}"
+            f"{row['delta_ce']:>10.4f}{row['ce_recovered_mean']:>11.4f}{row['kl']:>10.4f}"
+        )
+    display.say(f"CE of the unchanged model: {rows[0]['ce_clean']:.4f} nats per token")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    display = Display()
+    folder = Path(options.run_directory)
+    record, stack = _open_run(folder)
+    lm = _load_model(options, _model_of(options, record, stack))
+    stack.require_model(lm)
+    settings = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
+    plain = generate(lm, options.prompt, **settings)
+    display.say("— nothing replaced —")
+    display.say(options.prompt + plain.text)
+    replaced = generate(lm, options.prompt, stack, loop=options.loop, **settings)
+    display.say(f"— {stack.n_layers} layers replaced online, {options.loop} loop —")
+    display.say(options.prompt + replaced.text)
+    for count in replaced.counts:
+        display.say(
+            f"{count.hook_point}: {count.calls} forward passes, {count.replaced} tokens replaced, "
+            f"{count.left} special tokens left alone"
+        )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(write_report(Path(options.run_directory)))
+    return 0
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="resae",
+        description="Sparse autoencoders for several layers of a language model at once: fit "
+        "affine maps between the layers, train an autoencoder on what each map leaves, replace "
+        "all layers while the model runs.",
+        epilog="Start with `resae demo`; then `resae train embedded embedded --layers 1,3,5 --k 8 "
+        "--out runs/first`, `resae eval runs/first`, `resae report runs/first`.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument(
+            "--traceback", action="store_true", help="on an error, show where it happened"
+        )
+        return command
+
+    demo = add(
+        "demo", _demo, "everything on the embedded model and corpus, with a report to look at"
+    )
+    demo.add_argument("--out", default="resae-demo", help="where to write")
+    demo.add_argument(
+        "--seed", type=int, default=0, help="initial directions and order of the data"
+    )
+    demo.add_argument("--k", type=_numbers, default=(4, 8, 32), help="active latents, compared")
+    demo.add_argument("--layers", type=_names, default=("1", "3", "5"), help="blocks to replace")
+    demo.add_argument("--train-tokens", type=int, help="fewer for a quick look (default: 200000)")
+    demo.add_argument("--held-out-rows", type=int, help="rows to evaluate on (default: 64)")
+
+    demo.add_argument("--threads", type=int, default=1, help="of torch; more gain little here")
+
+    fit = add("fit", _fit, "fit the affine maps between layers and say how well they predict")
+    _add_model_and_data(fit)
+    fit.add_argument("--out", required=True, help="where to write")
+    _add_fit(fit)
+
+    training = add("train", _train, "fit the affine maps and train one autoencoder per layer")
+    _add_model_and_data(training)
+    training.add_argument(
+        "--k", type=_numbers, required=True, help="active latents: one, or per layer"
+    )
+    training.add_argument("--out", required=True, help="the run directory")
+    training.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    training.add_argument(
+        "--d-sae", type=int, help="latents per layer (default: expansion × width)"
+    )
+    training.add_argument("--expansion", type=int, default=4, help="latents per dimension")
+    training.add_argument(
+        "--loop",
+        choices=("open", "closed"),
+        default="open",
+        help="residuals against predictions from true activations, or from reconstructions",
+    )
+    training.add_argument("--train-tokens", type=int, default=1_000_000, help="tokens to train on")
+    training.add_argument("--batch-tokens", type=int, default=1_024, help="tokens per step")
+    training.add_argument(
+        "--buffer-tokens", type=int, default=65_536, help="activations shuffled together"
+    )
+    training.add_argument("--lr", type=float, help="of Adam (default: 8e-3 · sqrt(512 / d_sae))")
+    training.add_argument(
+        "--auxk-coefficient", type=float, default=1 / 32, help="weight of the dead-latent loss"
+    )
+    training.add_argument(
+        "--dead-after-tokens", type=int, help="dead: unfired so long (default: train-tokens / 8)"
+    )
+    training.add_argument("--checkpoint-steps", type=int, default=1_000, help="between checkpoints")
+    training.add_argument("--log-steps", type=int, default=50, help="between lines of the log")
+    _add_fit(training)
+
+    evaluation = add("eval", _eval, "replace layers on held-out text and measure what it costs")
+    evaluation.add_argument(
+        "run_directories", nargs="+", metavar="RUN", help="run directories of the same layers"
+    )
+    evaluation.add_argument("--out", help="where report.json goes (default: the first run)")
+    evaluation.add_argument("--model", help="another path of the same model")
+    evaluation.add_argument(
+        "--data", help="other text (default: the held-out part of the training's)"
+    )
+    evaluation.add_argument("--text-column", help="column of the data that holds the text")
+    evaluation.add_argument(
+        "--streaming", action="store_true", default=None, help="stream the data"
+    )
+    evaluation.add_argument("--context-tokens", type=int, help="tokens per row")
+    evaluation.add_argument("--held-out-rows", type=int, help="rows to evaluate on")
+    _add_machine(evaluation)
+
+    writing = add("generate", _generate, "continue a prompt with and without the layers replaced")
+    writing.add_argument("run_directory", metavar="RUN", help="a run directory")
+    writing.add_argument("--prompt", required=True, help="text to continue")
+    writing.add_argument("--max-new-tokens", type=int, default=64, help="how much to write")
+    writing.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token")
+    writing.add_argument("--seed", type=int, default=0, help="of the sampling")
+    writing.add_argument("--loop", choices=("closed", "open"), default="closed", help="see train")
+    writing.add_argument("--model", help="another path of the same model")
+    _add_machine(writing)
+
+    page = add("report", _report, "draw report.json as a page with figures")
+    page.add_argument("run_directory", metavar="RUN", help="a directory with report.json")
+    return parser
+
+
+def _add_model_and_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="hub name, local folder, or `embedded`")
+    command.add_argument(
+        "data",
+        metavar="DATA",
+        help="hub dataset (name or name:configuration), local folder or file, or `embedded`",
+    )
+    command.add_argument(
+        "--layers", type=_names, required=True, help="blocks or hook points, for example 1,3,5"
+    )
+    command.add_argument("--text-column", default="text", help="column that holds the text")
+    command.add_argument(
+        "--streaming", action="store_true", help="read the data while it downloads"
+    )
+    command.add_argument("--context-tokens", type=int, default=128, help="tokens per row")
+    command.add_argument("--held-out-rows", type=int, default=64, help="rows kept for evaluation")
+    command.add_argument("--seed", type=int, default=0, help="directions and order of the data")
+    _add_machine(command)
+
+
+def _add_fit(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--predictor", choices=KINDS, default="previous", help="what predicts a layer from others"
+    )
+    command.add_argument(
+        "--calibration-tokens", type=int, default=100_000, help="tokens to fit the maps on"
+    )
+    command.add_argument(
+        "--ridge", type=float, default=1e-4, help="relative to the mean eigenvalue of the sources"
+    )
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1")
+    command.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="float32", help="of the model's weights"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

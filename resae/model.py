@@ -1,0 +1,312 @@
+"""A Hugging Face causal language model with named hook points on its residual stream.
+
+    blocks.{i}.hook_resid_pre     the stream a block reads                        [B, T, D]
+    blocks.{i}.hook_attn_out      what attention adds to it
+    blocks.{i}.hook_resid_mid     the stream between attention and MLP (not in parallel blocks)
+    blocks.{i}.hook_mlp_out       what the MLP adds
+    blocks.{i}.hook_resid_post    the stream the block leaves
+
+`resid_post ≈ resid_pre + attn_out + mlp_out` up to rounding, in every family: what is added is read
+after any post-norm. A family is one entry of `FAMILIES`. Weights stay the raw HF weights. Blocks
+that return a tuple get a tuple back, with everything but its first element untouched.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from resae.assets import TINY_PYTHIA
+
+EMBEDDED = "embedded"
+"""The name of the model and of the corpus that come with the package."""
+
+SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one HF architecture keeps what the hook points name; paths are relative to a block."""
+
+    blocks: str
+    """Path from the causal LM to its list of blocks."""
+    attn_out: str
+    """Submodule whose output attention adds to the stream."""
+    mlp_out: str
+    """Submodule whose output the MLP adds to the stream."""
+    parallel: str | None = None
+    """Config flag which, when true, says that the block has no `resid_mid`."""
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        attn_out="attention",
+        mlp_out="mlp",
+        parallel="use_parallel_residual",
+    ),
+    "gemma2": Family(
+        blocks="model.layers",
+        attn_out="post_attention_layernorm",
+        mlp_out="post_feedforward_layernorm",
+    ),
+}
+
+
+@dataclass(frozen=True, order=True)
+class HookPoint:
+    """A place in the forward pass; ordered as the pass meets them."""
+
+    layer: int
+    order: int
+    site: str
+
+    @property
+    def name(self) -> str:
+        return f"blocks.{self.layer}.hook_{self.site}"
+
+
+class _PassEnded(Exception):
+    """Raised by the last capturing hook: nothing after it is needed."""
+
+
+class HookedLM:
+    """A causal LM, its tokenizer, and its hook points.
+
+    Args:
+        model: any HF causal LM of a family in `FAMILIES`.
+        tokenizer: its tokenizer, or None if only token ids are used.
+        name: what results record as the model.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, name: str | None = None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config: Any = model.config
+        self.name = name or getattr(self.config, "name_or_path", "") or self.config.model_type
+        if self.config.model_type not in FAMILIES:
+            raise ValueError(
+                f"model {self.name}: architecture {self.config.model_type!r} has no entry in "
+                f"resae.model.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
+            )
+        self.family = FAMILIES[self.config.model_type]
+        self.blocks: Any = model.get_submodule(self.family.blocks)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "HookedLM":
+        """Load a model and its tokenizer by hub name, local path, or `embedded`.
+
+        Raises:
+            FileNotFoundError: no such model, neither local nor on the hub.
+        """
+        path = str(TINY_PYTHIA) if name == EMBEDDED else name
+        try:
+            config = AutoConfig.from_pretrained(path)
+            if config.model_type not in FAMILIES:  # say so before gigabytes are read
+                raise ValueError(
+                    f"model {name}: architecture {config.model_type!r} has no entry in "
+                    f"resae.model.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
+                )
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(
+                f"model {name!r} not found ({reason}); give a hub name, a local folder with "
+                f"config.json, or {EMBEDDED!r} for the model that comes with resae"
+            ) from None
+        return cls(model.to(device).eval(), tokenizer, name)  # type: ignore[arg-type]
+
+    @property
+    def d_model(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """BOS, EOS and padding, whichever there are: left untouched by replacement by default."""
+        ids: set[int] = set()
+        for holder in (self.tokenizer, self.config):
+            for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                value = getattr(holder, role, None)
+                ids.update(value if isinstance(value, (list, tuple)) else [value])
+        return tuple(sorted(i for i in ids if i is not None))
+
+    def is_special(self, input_ids: Tensor) -> Tensor:
+        """`[B, T]` bool: which tokens are BOS, EOS or padding."""
+        return torch.isin(
+            input_ids, torch.tensor(self.special_ids, dtype=torch.int64, device=input_ids.device)
+        )
+
+    def sites(self) -> tuple[str, ...]:
+        """The sites that this architecture has."""
+        flag = self.family.parallel
+        parallel = flag is not None and getattr(self.config, flag)
+        return tuple(site for site in SITES if not (parallel and site == "resid_mid"))
+
+    def hook_point(self, name: str | int) -> HookPoint:
+        """Parse `blocks.{i}.hook_{site}`, `layers.{i}` or a bare block number (its resid_post).
+
+        Raises:
+            ValueError: not a hook point of this model; the message lists what there is.
+        """
+        text = str(name)
+        layer, site = text, "resid_post"
+        if text.startswith("blocks.") and ".hook_" in text:
+            layer, _, site = text.removeprefix("blocks.").partition(".hook_")
+        elif text.startswith("layers."):
+            layer = text.removeprefix("layers.")
+        if not layer.isdigit() or site not in SITES:
+            raise ValueError(
+                f"unknown hook point {text!r}; {self.name} has blocks.{{0..{self.n_layers - 1}}}."
+                f"hook_{{{', '.join(self.sites())}}} (or a block number for its resid_post)"
+            )
+        if site not in self.sites():
+            raise ValueError(
+                f"hook point {text!r}: the blocks of {self.name} add attention and MLP in parallel "
+                f"and have no {site}; choose one of {', '.join(self.sites())}"
+            )
+        if int(layer) >= self.n_layers:
+            raise ValueError(
+                f"hook point {text!r}: layer {layer} is out of range, {self.name} has layers "
+                f"0..{self.n_layers - 1}"
+            )
+        return HookPoint(int(layer), SITES.index(site), site)
+
+    def hook_points(self, names: Sequence[str | int]) -> list[HookPoint]:
+        """Parse a selection of hook points, which must be given in the order of the pass, once
+        each.
+
+        Raises:
+            ValueError: none given, one named twice, out of order, or unknown.
+        """
+        if not names:
+            raise ValueError("no layers selected; name at least one, for example 1,3,5")
+        points = [self.hook_point(name) for name in names]
+        for i, point in enumerate(points):
+            if point in points[:i]:
+                raise ValueError(f"{point.name} is selected twice; name each layer once")
+        if points != sorted(points):
+            raise ValueError(
+                f"layers out of order: got {', '.join(p.name for p in points)}; give them in the "
+                f"order of the forward pass: {', '.join(p.name for p in sorted(points))}"
+            )
+        return points
+
+    @contextmanager
+    def hooked(
+        self, hooks: Mapping[HookPoint, Callable[[Tensor], Tensor | None]]
+    ) -> Iterator[None]:
+        """While inside, call `hooks[p](activation [B, T, D])` at each point of every forward pass;
+        a tensor it returns takes the activation's place. All hooks are gone on exit."""
+        with ExitStack() as stack:
+            for point, function in hooks.items():
+                for handle in self._attach(point, function):
+                    stack.callback(handle.remove)
+            yield
+
+    def _attach(self, point: HookPoint, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
+        """Register the module hooks of one hook point; returns their handles."""
+        block = self.blocks[point.layer]
+        if point.site == "resid_pre":
+            return [block.register_forward_pre_hook(_on_input(function), with_kwargs=True)]
+        if point.site == "resid_post":
+            return [block.register_forward_hook(_on_output(function))]
+        if point.site != "resid_mid":
+            module = block.get_submodule(getattr(self.family, point.site))
+            return [module.register_forward_hook(_on_output(function))]
+        # No module returns resid_mid: it is the block's input plus attn_out, and is changed by
+        # changing attn_out, since the block goes on with that same sum.
+        stream: list[Tensor] = []
+
+        def remember(resid_pre: Tensor) -> None:
+            stream[:] = [resid_pre]
+
+        def change(attn_out: Tensor) -> Tensor | None:
+            resid_pre = stream.pop()
+            new = function(resid_pre + attn_out)
+            return None if new is None else new - resid_pre
+
+        attention = block.get_submodule(self.family.attn_out)
+        return [
+            block.register_forward_pre_hook(_on_input(remember), with_kwargs=True),
+            attention.register_forward_hook(_on_output(change)),
+        ]
+
+    def logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """`[B, T, V]` of one uncached forward pass, without gradient."""
+        with torch.no_grad():
+            return self.model(input_ids=input_ids, use_cache=False, **kwargs).logits
+
+    def capture(
+        self, input_ids: Tensor, points: Sequence[HookPoint], **kwargs: Any
+    ) -> dict[HookPoint, Tensor]:
+        """Activations `[B, T, D]` at `points`, without gradient; the pass stops at the last one."""
+        captured: dict[HookPoint, Tensor] = {}
+        last = max(points)
+
+        def save(point: HookPoint, activation: Tensor) -> None:
+            captured[point] = activation
+            if point == last:
+                raise _PassEnded
+
+        hooks = {p: (lambda activation, p=p: save(p, activation)) for p in points}
+        with self.hooked(hooks), torch.no_grad(), suppress(_PassEnded):
+            self.model(input_ids=input_ids, use_cache=False, **kwargs)
+        return captured
+
+    def replace(
+        self,
+        input_ids: Tensor,
+        replacements: Mapping[HookPoint, Tensor | Callable[[Tensor], Tensor | None]],
+        **kwargs: Any,
+    ) -> Tensor:
+        """Logits `[B, T, V]` with activations replaced by tensors `[B, T, D]` or by functions of
+        what the running pass holds there."""
+        hooks = {
+            point: ((lambda _activation, new=new: new) if isinstance(new, Tensor) else new)
+            for point, new in replacements.items()
+        }
+        with self.hooked(hooks):
+            return self.logits(input_ids, **kwargs)
+
+
+def _on_input(function: Callable[[Tensor], Tensor | None]):
+    """A forward pre-hook that applies `function` to a block's input, wherever it is passed."""
+
+    def hook(_module, args, kwargs):
+        new = function(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    return hook
+
+
+def _on_output(function: Callable[[Tensor], Tensor | None]):
+    """A forward hook that applies `function` to a tensor output, or to a tuple's first element."""
+
+    def hook(_module, _args, output):
+        if not isinstance(output, tuple):
+            return function(output)
+        new = function(output[0])
+        return None if new is None else (new, *output[1:])
+
+    return hook

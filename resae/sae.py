@@ -1,0 +1,194 @@
+"""TopK sparse autoencoder of one activation: z = TopK_k(relu((x − b_dec) W_enc + b_enc)),
+x̂ = z W_dec + b_dec.                                 Gao et al. 2024 (arXiv 2406.04093), section 2.3
+
+`base` is a prediction of x, `[..., D]`: it is subtracted before encoding and added after decoding,
+so that the code is of the residual. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec
+[M, D]`, `b_dec [D]`: sparsify's keys, in its files `cfg.json` and `sae.safetensors`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resae.storage import load_json, load_tensors, save_json, save_tensors
+from resae_kernels import TopK, sparse_decode, topk_encode
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """Sizes of one autoencoder."""
+
+    d_in: int
+    """D, width of the activation."""
+    d_sae: int
+    """M, number of latents."""
+    k: int
+    """Active latents per token."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"SAEConfig: {name}={getattr(self, name)}, expected at least 1")
+        if self.k > self.d_sae:
+            raise ValueError(
+                f"SAEConfig: k={self.k} exceeds the number of latents d_sae={self.d_sae}; lower k "
+                f"or raise d_sae"
+            )
+
+
+class SAEOutput(NamedTuple):
+    """What one autoencoder makes of N tokens."""
+
+    x_hat: Tensor
+    """`[..., D]`, reconstruction, `base` included."""
+    code: TopK
+    """Acts and indices `[..., k]`."""
+
+
+class TopKSAE(nn.Module):
+    """A TopK autoencoder. Initialised with random unit decoder rows, the encoder tied to them,
+    biases zero; `seed` fixes the directions (give every layer its own: equal ones start out
+    redundant)."""
+
+    def __init__(self, config: SAEConfig, *, seed: int = 0):
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(config.d_sae, config.d_in, generator=generator)
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.encoder = nn.utils.skip_init(nn.Linear, config.d_in, config.d_sae)
+        self.encoder.weight.data.copy_(directions)
+        self.encoder.bias.data.zero_()
+        self.W_dec = nn.Parameter(directions.clone())
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+
+    @property
+    def W_enc(self) -> Tensor:
+        """`[D, M]`, a view of `encoder.weight`."""
+        return self.encoder.weight.T
+
+    @property
+    def b_enc(self) -> Tensor:
+        return self.encoder.bias
+
+    def encode(
+        self, x: Tensor, *, base: Tensor | None = None, k: int | None = None, sorted: bool = True
+    ) -> TopK:
+        """Code of `x − base`, `[..., D]` → acts and indices `[..., k]`
+        (`resae_kernels.topk_encode`)."""
+        return topk_encode(
+            x,
+            self.encoder.weight,
+            self.encoder.bias,
+            self.config.k if k is None else k,
+            pre_bias=self.b_dec,
+            base=base,
+            sorted=sorted,
+        )
+
+    def decode(self, acts: Tensor, indices: Tensor, *, base: Tensor | None = None) -> Tensor:
+        """`acts, indices [..., k]` → x̂ `[..., D]`, plus `base` (`resae_kernels.sparse_decode`)."""
+        return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, base=base)
+
+    def forward(self, x: Tensor, *, base: Tensor | None = None) -> SAEOutput:
+        code = self.encode(x, base=base)
+        return SAEOutput(self.decode(*code, base=base), code)
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale every row of W_dec to norm 1."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Drop from W_dec's gradient what would only change the norm of a (unit) row."""
+        if self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
+            self.W_dec.grad -= along * self.W_dec
+
+    @torch.no_grad()
+    def rescale_(self, factor: float) -> None:
+        """Become the autoencoder of `factor · x`: its code is `factor` times this one's, of the
+        same latents. Exact for TopK, which a positive factor does not change; W_dec keeps its
+        norm."""
+        self.encoder.bias *= factor
+        self.b_dec *= factor
+
+    def save(self, folder: Path, **metadata: str | int | None) -> None:
+        """Write `sae.safetensors` and then `cfg.json` (sparsify's keys, and `metadata`)."""
+        save_tensors(folder / "sae.safetensors", self.state_dict())
+        save_json(
+            folder / "cfg.json",
+            {
+                "activation": "topk",
+                "expansion_factor": 0,
+                "normalize_decoder": True,
+                "num_latents": self.config.d_sae,
+                "k": self.config.k,
+                "multi_topk": False,
+                "skip_connection": False,
+                "transcode": False,
+                "d_in": self.config.d_in,
+                "metadata": metadata,
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TopKSAE":
+        """Read a folder in sparsify's layout.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or tensors do not fit the configuration.
+        """
+        folder = Path(folder)
+        cfg = load_json(folder / "cfg.json", "SAE")
+        if cfg.get("transcode") or cfg.get("skip_connection") or cfg.get("activation") != "topk":
+            raise ValueError(
+                f"SAE {folder}: a transcoder, skip connection or activation "
+                f"{cfg.get('activation')!r}; expected a plain TopK autoencoder"
+            )
+        d_sae = cfg["num_latents"] or cfg["d_in"] * cfg["expansion_factor"]
+        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"]))
+        tensors = load_tensors(folder / "sae.safetensors", "SAE")
+        expected = {name: list(t.shape) for name, t in sae.state_dict().items()}
+        found = {name: list(t.shape) for name, t in tensors.items()}
+        if found != expected:
+            raise ValueError(
+                f"SAE {folder}: tensors {found} do not fit cfg.json, expected {expected}"
+            )
+        sae.load_state_dict(tensors)
+        return sae.to(tensors["W_dec"].dtype)
+
+
+def auxk_loss(
+    sae: TopKSAE, x: Tensor, error: Tensor, dead: Tensor, k_aux: int, *, base: Tensor | None = None
+) -> Tensor:
+    """How badly the k_aux strongest dead latents explain what the live ones leave; 0 if none is
+    dead.
+
+    `Σ‖e − ê‖² / Σ‖e‖²` with `e` the detached error and `ê` the decode of the dead latents' code, no
+    bias. The code is an ordinary `topk_encode` on the dead rows, so the gradient reaches the
+    encoder. Gao et al. 2024 (arXiv 2406.04093), appendix A.2, with the error's own energy as
+    denominator.
+
+    Args:
+        x: `[N, D]`. error: `[N, D]`, x − x̂. dead: `[M]` bool. base: as in `encode`.
+    """
+    rows = dead.nonzero().squeeze(1)
+    if not rows.numel():
+        return x.new_zeros(())
+    error = error.detach()
+    code = topk_encode(
+        x,
+        sae.encoder.weight[rows],
+        sae.encoder.bias[rows],
+        min(k_aux, rows.numel()),
+        pre_bias=sae.b_dec,
+        base=base,
+    )
+    rebuilt = sparse_decode(code.acts, code.indices, sae.W_dec[rows])
+    return (error - rebuilt).square().sum() / error.square().sum().clamp_min(1e-12)

@@ -1,0 +1,441 @@
+"""Train the autoencoders of all selected layers from one stream of activations.
+
+    loss = Σ_l  ‖r_l − r̂_l‖² / ‖r_l − mean‖²  +  auxk_coefficient · auxk_l
+
+with r_l what the affine maps leave of x_l, and every layer divided by its RMS, so that one learning
+rate suits all. Adam, decoder rows kept at norm 1 with the gradient along them removed. What
+training needs before the first step (maps, scales, means) is a `Calibration`.
+
+A run directory: `run.json` (configuration), `calibration.safetensors`, `log.jsonl`, `checkpoints/`,
+and at the end the stack itself (`ReSAE.from_pretrained(run)`). Checkpoints are one safetensors file
+each: weights, optimiser, counters, position in the data. On a CPU a resumed run ends in the bits of
+an uninterrupted one.
+"""
+
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from resae.affine import KINDS, AffinePredictor, Moments, fit_predictor
+from resae.data import ActivationSource, Position
+from resae.sae import auxk_loss
+from resae.stack import ModelIdentity, ReSAE, new_stack
+from resae.storage import load_tensors, save_tensors, write_atomically
+
+log = logging.getLogger(__name__)
+
+WARMUP = 0.05
+"""Share of the steps over which the learning rate rises from 0."""
+DECAY = 0.2
+"""Share of the steps, at the end, over which it falls back to 0."""
+KEEP_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained, and how. Defaults are those measured on the embedded model."""
+
+    layers: tuple[str, ...]
+    """Hook points, in the order of the forward pass."""
+    k: tuple[int, ...]
+    """Active latents per token, one per layer."""
+    d_sae: int
+    """M, latents per layer."""
+    predictor: str = "previous"
+    """`none`, `identity`, `previous` or `all_previous`."""
+    loop: str = "open"
+    """Residuals against predictions from true activations (`open`) or reconstructions
+    (`closed`)."""
+    train_tokens: int = 1_000_000
+    """Tokens to train on; the data starts over if it is shorter."""
+    calibration_tokens: int = 100_000
+    """Tokens that the affine maps are fitted on."""
+    batch_tokens: int = 1_024
+    """Tokens per step."""
+    buffer_tokens: int = 65_536
+    """Tokens whose activations are shuffled together."""
+    lr: float | None = None
+    """Peak learning rate of Adam; None: 8e-3 · sqrt(512 / d_sae)."""
+    auxk_coefficient: float = 1 / 32
+    """Weight of the loss that revives dead latents."""
+    dead_after_tokens: int | None = None
+    """A latent that has not fired for so many tokens is dead; None: an eighth of train_tokens."""
+    ridge: float = 1e-4
+    """Of the affine fit, relative to the mean eigenvalue of the sources' covariance."""
+    seed: int = 0
+    """Fixes initial directions and the order of the data."""
+
+    def __post_init__(self) -> None:
+        if len(self.k) != len(self.layers):
+            raise ValueError(f"TrainConfig: {len(self.k)} k for {len(self.layers)} layers")
+        if max(self.k) > self.d_sae or min(self.k) < 1:
+            raise ValueError(
+                f"TrainConfig: k={max(self.k)} for d_sae={self.d_sae} latents; expected "
+                f"1 ≤ k ≤ d_sae"
+            )
+        if self.predictor not in KINDS:
+            raise ValueError(
+                f"TrainConfig: unknown predictor {self.predictor!r}; choose {', '.join(KINDS)}"
+            )
+        if self.loop not in ("open", "closed"):
+            raise ValueError(f"TrainConfig: loop={self.loop!r}, expected 'open' or 'closed'")
+        for name in ("train_tokens", "calibration_tokens", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig: {name}={getattr(self, name)}, expected at least 1")
+        if self.buffer_tokens < self.batch_tokens:
+            raise ValueError(
+                f"TrainConfig: buffer_tokens={self.buffer_tokens} is below "
+                f"batch_tokens={self.batch_tokens}; raise it"
+            )
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.train_tokens / self.batch_tokens)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr if self.lr is not None else 8e-3 * math.sqrt(512 / self.d_sae)
+
+    @property
+    def dead_tokens(self) -> int:
+        return self.dead_after_tokens or max(1, self.train_tokens // 8)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, …: linear up, flat, linear down."""
+        rise = (step + 1) / max(1.0, WARMUP * self.steps)
+        fall = (self.steps - step) / max(1.0, DECAY * self.steps)
+        return self.peak_lr * min(1.0, rise, fall)
+
+
+# -- before the first step -------------------------------------------------------------------------
+
+
+class Calibration(NamedTuple):
+    """What is fixed before training, in raw units of the activations."""
+
+    predictor: AffinePredictor
+    scale: list[float]
+    """RMS of each layer."""
+    mean: list[Tensor]
+    """L × `[D]`."""
+
+    def save(self, path: Path) -> None:
+        maps = {f"A.{i}": A for i, A in enumerate(self.predictor.A, start=1)}
+        maps |= {f"c.{i}": c for i, c in enumerate(self.predictor.c, start=1)}
+        scale = torch.tensor(self.scale, dtype=torch.float64)
+        save_tensors(path, {**maps, "scale": scale, "mean": torch.stack(self.mean)})
+
+    @classmethod
+    def load(cls, path: Path, kind: str) -> "Calibration":
+        tensors = load_tensors(path, "calibration")
+        return cls(
+            AffinePredictor.load(path, kind), tensors["scale"].tolist(), list(tensors["mean"])
+        )
+
+
+def calibrate(kind: str, moments: Moments, *, ridge: float) -> Calibration:
+    """Maps, scales and means from the moments of the calibration tokens."""
+    return Calibration(
+        fit_predictor(kind, moments, ridge=ridge),
+        moments.scale(),
+        [moments.mean(layer).float() for layer in range(len(moments.sums))],
+    )
+
+
+def sum_moments(
+    kind: str, batches: Iterable[Sequence[Tensor]], *, tokens: int, d_in: int, n_layers: int
+) -> Moments:
+    """Moments of the first `tokens` tokens of `batches` of L activations `[N, D]`."""
+    moments = Moments(n_layers, d_in, kind)
+    for xs in batches:
+        left = tokens - moments.count
+        moments.add([x[:left] for x in xs])
+        if moments.count >= tokens:
+            break
+    return moments
+
+
+# -- the step --------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes."""
+
+    stack: ReSAE
+    """In units of each layer's RMS."""
+    optimizer: torch.optim.Optimizer
+    tokens_since_fired: list[Tensor]
+    """L × `[M]` int64."""
+    step: int = 0
+    position: Position = field(default_factory=Position)
+
+
+class LayerMetrics(NamedTuple):
+    """Of one layer and one batch, on the residual target."""
+
+    fvu: float
+    l0: float
+    dead_fraction: float
+    auxk: float
+
+
+def train_step(
+    state: TrainState, config: TrainConfig, xs: Sequence[Tensor]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """One optimiser step on a batch of L activations `[N, D]`, already divided by their RMS.
+
+    Returns:
+        The loss, and per layer `(fvu, l0, dead fraction, auxk)` as scalars still on the device.
+    """
+    stack = state.stack
+    loss = xs[0].new_zeros(())
+    x_hats: list[Tensor] = []
+    measured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for layer, x in enumerate(xs):
+        sae = stack.sae(layer)
+        base = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
+        x_hat, code = sae(x, base=base)
+        x_hats.append(x_hat.detach())
+        target = x if base is None else x - base
+        variance = (target - target.mean(0)).square().sum()
+        fvu = (x - x_hat).square().sum() / variance
+        dead = state.tokens_since_fired[layer] >= config.dead_tokens
+        aux = auxk_loss(sae, x, x - x_hat, dead, max(1, x.shape[1] // 2), base=base)
+        loss = loss + fvu + config.auxk_coefficient * aux
+        state.tokens_since_fired[layer] += len(x)
+        state.tokens_since_fired[layer][code.indices[code.acts > 0]] = 0
+        l0 = (code.acts > 0).sum(-1).double().mean()
+        measured.append((fvu.detach(), l0, dead.double().mean(), aux.detach()))
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for layer in range(stack.n_layers):
+        stack.sae(layer).remove_parallel_gradient()
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.lr_at(state.step)
+    state.optimizer.step()
+    for layer in range(stack.n_layers):
+        stack.sae(layer).normalize_decoder()
+    state.step += 1
+    return loss.detach(), measured
+
+
+def initial_state(
+    config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None, device: str
+) -> TrainState:
+    """Step 0: random directions, `b_dec` the mean of what each autoencoder reads."""
+    inverse = [1.0 / s for s in calibration.scale]
+    stack = new_stack(
+        config.layers,
+        calibration.predictor.rescaled(inverse),
+        d_in=len(calibration.mean[0]),
+        d_sae=config.d_sae,
+        k=config.k,
+        seed=config.seed,
+        model=identity,
+    )
+    for layer, mean in enumerate(calibration.mean):
+        if layer == 0 or not stack.chained:  # elsewhere the residual's mean is zero by construction
+            stack.sae(layer).b_dec.data.copy_(mean * inverse[layer])
+    stack.to(device)
+    since = [torch.zeros(config.d_sae, dtype=torch.int64, device=device) for _ in config.layers]
+    optimizer = torch.optim.Adam(stack.saes.parameters(), lr=config.peak_lr, fused=True)
+    return TrainState(stack, optimizer, since)
+
+
+# -- the loop --------------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """What the log says of an interval."""
+
+    step: int
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    seconds_left: float
+    loss: float
+    layers: list[LayerMetrics]
+
+    def line(self) -> str:
+        fvu = " ".join(f"{m.fvu:.3f}" for m in self.layers)
+        l0 = " ".join(f"{m.l0:.1f}" for m in self.layers)
+        dead = " ".join(f"{m.dead_fraction:.1%}" for m in self.layers)
+        left = time.strftime("%H:%M:%S", time.gmtime(self.seconds_left))
+        return (
+            f"step {self.step}/{self.steps}  {self.tokens / 1e6:.2f}M tok  fvu {fvu}  l0 {l0}  "
+            f"dead {dead}  {self.tokens_per_second / 1e3:.1f}k tok/s  left {left}"
+        )
+
+
+def train(
+    config: TrainConfig,
+    source: ActivationSource,
+    calibration: Calibration,
+    out: Path,
+    *,
+    identity: ModelIdentity | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    checkpoint_steps: int = 1_000,
+    log_steps: int = 50,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> ReSAE | None:
+    """Train, log and checkpoint into `out`; save the finished stack there and return it.
+
+    Args:
+        source: batches of L raw activations `[batch_tokens, D]`.
+        identity: the model, as recorded with the stack.
+        resume: go on from the newest readable checkpoint of `out` (from step 0 if there is none).
+        checkpoint_steps, log_steps: intervals.
+        should_stop: asked after every step; if true, a checkpoint is written and None returned.
+
+    Raises:
+        ValueError: NaN loss (nothing is overwritten), or a checkpoint of another configuration.
+    """
+    state = initial_state(config, calibration, identity, device)
+    checkpoints = out / "checkpoints"
+    logged = out / "log.jsonl"
+    logged.parent.mkdir(parents=True, exist_ok=True)
+    if resume:
+        _load_newest(checkpoints, state, config)
+        _truncate_log(logged, state.step)
+    elif logged.exists():
+        logged.unlink()
+    inverse = [1.0 / s for s in calibration.scale]
+    batches = source.batches(state.position)
+    started, first_step = time.perf_counter(), state.step
+    with logged.open("a") as file:
+        while state.step < config.steps:
+            raw, state.position = next(batches)
+            xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
+            loss, measured = train_step(state, config, xs)
+            last = state.step == config.steps
+            if last or state.step % log_steps == 0:
+                rate = (state.step - first_step) * config.batch_tokens
+                rate /= max(1e-9, time.perf_counter() - started)
+                progress = Progress(
+                    step=state.step,
+                    steps=config.steps,
+                    tokens=state.step * config.batch_tokens,
+                    tokens_per_second=rate,
+                    seconds_left=(config.steps - state.step) * config.batch_tokens / rate,
+                    loss=float(loss),
+                    layers=[LayerMetrics(*(float(v) for v in row)) for row in measured],
+                )
+                if not math.isfinite(progress.loss):
+                    raise ValueError(
+                        f"training: loss is {progress.loss} at step {state.step}; the last "
+                        f"checkpoint is kept; lower lr (now {config.peak_lr:g}) and --resume"
+                    )
+                record = progress._asdict()
+                record["layers"] = [m._asdict() for m in progress.layers]
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                if on_progress is not None:
+                    on_progress(progress)
+            stop = not last and should_stop()
+            if stop or (not last and state.step % checkpoint_steps == 0):
+                _save_checkpoint(checkpoints, state, config)
+            if stop:
+                return None
+    stack = state.stack.to("cpu")
+    stack.rescale_(calibration.scale)
+    stack.save_pretrained(out)
+    return stack.eval()
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop lines that steps after the checkpoint had written."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        text = "".join(line + "\n" for line in kept)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut off in the middle by the interruption
+        return math.inf
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def _save_checkpoint(folder: Path, state: TrainState, config: TrainConfig) -> None:
+    tensors = {f"stack.{name}": t for name, t in state.stack.state_dict().items()}
+    for i, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    for layer, since in enumerate(state.tokens_since_fired):
+        tensors[f"tokens_since_fired.{layer}"] = since
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {
+        "step": str(state.step),
+        "position": json.dumps(state.position),
+        "config": json.dumps(asdict(config)),
+    }
+    path = folder / f"step_{state.step:08d}.safetensors"
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+        old.unlink()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    named = re.compile(r"step_\d{8}\.safetensors")
+    return sorted(p for p in folder.glob("step_*") if named.fullmatch(p.name))
+
+
+def _load_newest(folder: Path, state: TrainState, config: TrainConfig) -> None:
+    """Bring `state` to the newest checkpoint that can be read; a damaged one is named and passed
+    over."""
+    for path in reversed(_checkpoints(folder)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            log.warning("checkpoint %s is damaged (%s); using the one before it", path, error)
+            continue
+        trained = json.loads(metadata["config"])
+        wanted = json.loads(json.dumps(asdict(config)))
+        changed = sorted(name for name in wanted if trained.get(name) != wanted[name])
+        if changed:
+            raise ValueError(
+                f"--resume: {path} was trained with other settings "
+                f"({', '.join(f'{n}={trained.get(n)}' for n in changed)}); use the same, or "
+                f"another --out"
+            )
+        _restore(state, tensors)
+        state.step = int(metadata["step"])
+        state.position = Position(*json.loads(metadata["position"]))
+        return
+
+
+def _restore(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    weights = {
+        name.removeprefix("stack."): t for name, t in tensors.items() if name.startswith("stack.")
+    }
+    state.stack.load_state_dict(weights)
+    saved = state.optimizer.state_dict()
+    saved["state"] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, entry = name.split(".")
+            saved["state"].setdefault(int(i), {})[entry] = tensor
+    state.optimizer.load_state_dict(saved)
+    for layer, since in enumerate(state.tokens_since_fired):
+        since.copy_(tensors[f"tokens_since_fired.{layer}"])
