@@ -44,23 +44,28 @@ def load_texts(
         FileNotFoundError: no such dataset or split.
         ValueError: no such column.
     """
-    path = Path(CORPUS if data == EMBEDDED else data)
+    path = Path(CORPUS if data == EMBEDDED else data).expanduser()
     plain = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.suffix == ".txt" else []
-    if plain and path.exists():
+    local = data.startswith((".", "/", "~")) or path.suffix in (".txt", *READERS)
+    if local and not path.exists():
+        raise FileNotFoundError(_not_found(data, "no such file or folder"))
+    if plain:
         _require_train_split(data, split)
         order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(seed))
         return [plain[i].read_text(errors="replace") for i in order.tolist()]
+
+    if path.is_file():
+        _require_train_split(data, split)
+        if path.suffix not in READERS:
+            raise FileNotFoundError(
+                f"dataset {data!r}: unknown ending {path.suffix!r}; expected .txt, "
+                f"{', '.join(READERS)}"
+            )
 
     import datasets  # heavy, and absent where only kernels are used
 
     try:
         if path.is_file():
-            _require_train_split(data, split)
-            if path.suffix not in READERS:
-                raise FileNotFoundError(
-                    f"dataset {data!r}: unknown ending {path.suffix!r}; expected .txt, "
-                    f"{', '.join(READERS)}"
-                )
             loaded: Any = datasets.load_dataset(
                 READERS[path.suffix], data_files=str(path), split=split, streaming=streaming
             )
@@ -69,11 +74,8 @@ def load_texts(
             loaded = datasets.load_dataset(
                 name, configuration or None, split=split, streaming=streaming
             )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"dataset {data!r} not found ({str(error).splitlines()[0]}); give a hub name, a local "
-            f"folder or file, or {EMBEDDED!r} for the corpus that comes with resae"
-        ) from None
+    except OSError as error:  # not there, or the hub cannot be reached
+        raise FileNotFoundError(_not_found(data, str(error).splitlines()[0])) from None
     except ValueError as error:
         raise FileNotFoundError(
             f"dataset {data!r}: cannot read split {split!r} ({str(error).splitlines()[0]})"
@@ -97,6 +99,13 @@ class _Column:
 
     def __iter__(self) -> Iterator[str]:
         return (row[self._column] for row in self._dataset)
+
+
+def _not_found(data: str, reason: str) -> str:
+    return (
+        f"dataset {data!r} not found ({reason}); give a hub name, a local folder or file, or "
+        f"{EMBEDDED!r} for the corpus that comes with resae"
+    )
 
 
 def _require_train_split(data: str, split: str) -> None:

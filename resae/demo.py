@@ -399,8 +399,8 @@ def findings(report: dict[str, list[dict[str, Any]]], collapse: float | None) ->
     if collapse is not None:
         sentences.append(
             f"Replacing whole streams with clean codes, all layers at once differ from the last "
-            f"one alone by exactly {collapse:g} in every logit: what goes in last overwrites the rest, "
-            f"so read online and error-added."
+            f"one alone by exactly {collapse:g} in every logit: what goes in last overwrites "
+            f"the rest, so read online and error-added."
         )
     return sentences
 

@@ -52,6 +52,8 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], w
 def check_codes(op: str, acts: Tensor, indices: Tensor, at: str = "") -> None:
     """`acts` and `indices` must be the two halves of one code."""
     check_floating(op, f"acts{at}", acts)
+    if acts.ndim == 0:
+        raise ValueError(f"{op}: acts{at} has shape [], expected [..., k]")
     if indices.dtype != torch.int64:
         raise TypeError(
             f"{op}: indices{at} has dtype {indices.dtype}, expected int64; use indices.long()"
@@ -64,10 +66,15 @@ def check_codes(op: str, acts: Tensor, indices: Tensor, at: str = "") -> None:
         )
 
 
+def autocasts(device: str) -> bool:
+    """Is autocast on for this device type? Some, as meta, know no autocast."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating tensors (but float64) to the autocast dtype of the first one's device."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     narrow = (torch.float32, torch.bfloat16, torch.float16)

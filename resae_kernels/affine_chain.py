@@ -62,15 +62,16 @@ def affine_chain(
             for m in range(len(codes))
         ]
     leading = codes[0].acts.shape[:-1]
+    N = leading.numel()
     x_hats = torch.ops.resae.affine_chain(
-        [code.acts.to(W_dec[0].dtype).reshape(-1, code.acts.shape[-1]) for code in codes],
-        [code.indices.reshape(-1, code.indices.shape[-1]) for code in codes],
+        [code.acts.to(W_dec[0].dtype).reshape(N, code.acts.shape[-1]) for code in codes],
+        [code.indices.reshape(N, code.indices.shape[-1]) for code in codes],
         list(W_dec),
         list(A),
         list(c),
         list(b_dec),
     )
-    return [x_hat.reshape(*leading, -1) for x_hat in x_hats]
+    return [x_hat.reshape(*leading, x_hat.shape[-1]) for x_hat in x_hats]
 
 
 def transport(
@@ -116,7 +117,7 @@ def _check(codes, W_dec, A, c, b_dec) -> None:
             _launch.check_codes(op, acts, indices, at)
             expected = (*codes[0].acts.shape[:-1], acts.shape[-1])
             _launch.check_shape(op, f"acts{at}", acts, expected, "the tokens of the first code")
-            if not torch.is_autocast_enabled(acts.device.type):
+            if not _launch.autocasts(acts.device.type):
                 _launch.check_like(op, f"acts{at}", acts, "W_dec[0]", W_dec[0])
         if layer == 0:
             continue

@@ -64,7 +64,7 @@ def sparse_decode(
             f"same number of each, at least one"
         )
     leading, W = acts[0].shape[:-1], W_dec[0]
-    if torch.is_autocast_enabled(W.device.type):
+    if _launch.autocasts(W.device.type):
         acts = [a.to(W.dtype) for a in acts]
         bias, base = (None if t is None else t.to(W.dtype) for t in (bias, base))
     for i in range(len(acts)):
@@ -78,17 +78,17 @@ def sparse_decode(
                 f"{op}: W_dec{at} has shape {list(W_dec[i].shape)}, expected [M, {W.shape[-1]}]"
             )
         _launch.check_like(op, f"W_dec{at}", W_dec[i], f"acts{at}", acts[i])
-    D = W.shape[1]
+    N, D = leading.numel(), W.shape[1]
     for name, tensor, shape in (("bias", bias, (D,)), ("base", base, (*leading, D))):
         if tensor is not None:
             _launch.check_shape(op, name, tensor, shape, "tokens of acts, width of W_dec")
             _launch.check_like(op, name, tensor, "W_dec", W)
     out = torch.ops.resae.sparse_decode(
-        [a.reshape(-1, a.shape[-1]) for a in acts],
-        [i.reshape(-1, i.shape[-1]) for i in indices],
+        [a.reshape(N, a.shape[-1]) for a in acts],
+        [i.reshape(N, i.shape[-1]) for i in indices],
         list(W_dec),
         bias,
-        None if base is None else base.reshape(-1, D),
+        None if base is None else base.reshape(N, D),
     )
     return out.reshape(*leading, D)
 

@@ -1,0 +1,37 @@
+"""Fixtures of every test: one seed, one thread; uninitialised memory poisoned on request."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The shapes here are tiny: a second thread gains nothing, and loses much where cores are shared.
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "resae",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    # The seed and the poison hold for all examples of a test; drawing them anew would change none.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("resae")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(request):
+    """Whatever an op leaves unwritten in fresh memory reads as NaN, or as the largest integer."""
+    request.node.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic"))
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

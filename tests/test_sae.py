@@ -1,0 +1,130 @@
+import pytest
+import torch
+
+from resae.sae import SAEConfig, TopKSAE, auxk_loss
+
+
+def small(k=3, d_in=8, d_sae=20, seed=0):
+    return TopKSAE(SAEConfig(d_in, d_sae, k), seed=seed)
+
+
+def test_initial_decoder_rows_have_norm_1_and_the_encoder_is_tied():
+    sae = small()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(20))
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert not sae.b_enc.any()
+    assert not sae.b_dec.any()
+
+
+def test_seeds_give_different_directions_and_leave_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first, again, other = small(seed=1), small(seed=1), small(seed=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first.W_dec, again.W_dec)
+    assert float((first.W_dec @ other.W_dec.T).detach().max()) < 0.999
+
+
+def test_forward_is_encode_then_decode_with_base_on_both_sides():
+    sae = small()
+    sae.b_dec.data.normal_()
+    sae.encoder.bias.data.normal_()
+    x, base = torch.randn(5, 8), torch.randn(5, 8)
+    x_hat, code = sae(x, base=base)
+    dense = torch.relu((x - base - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    kept = torch.zeros_like(dense).scatter(1, code.indices, dense.gather(1, code.indices))
+    torch.testing.assert_close(x_hat, kept @ sae.W_dec + sae.b_dec + base)
+    assert set(code.indices[0].tolist()) == set(dense[0].topk(3).indices.tolist())
+
+
+def test_k_can_be_lowered_at_inference():
+    sae = small(k=5)
+    x = torch.randn(4, 8)
+    assert torch.equal(sae.encode(x, k=2).indices, sae.encode(x).indices[:, :2])
+
+
+def test_rescaled_autoencoder_is_the_same_on_rescaled_activations():
+    sae = small().double()
+    sae.b_dec.data.normal_()
+    sae.encoder.bias.data.normal_()
+    x = torch.randn(30, 8, dtype=torch.float64)
+    x_hat, code = sae(x)
+    sae.rescale_(3.5)
+    scaled_hat, scaled = sae(3.5 * x)
+    assert torch.equal(scaled.indices, code.indices)
+    torch.testing.assert_close(scaled.acts, 3.5 * code.acts)
+    torch.testing.assert_close(scaled_hat, 3.5 * x_hat)
+
+
+def test_projected_gradient_is_orthogonal_to_the_rows():
+    sae = small()
+    x_hat, _ = sae(torch.randn(50, 8))
+    x_hat.square().sum().backward()
+    rows = sae.W_dec.detach()
+    assert float((sae.W_dec.grad * rows).sum(1).abs().max()) > 1e-3
+    sae.remove_parallel_gradient()
+    assert float((sae.W_dec.grad * rows).sum(1).abs().max()) < 1e-4
+
+
+def test_aux_gradient_reaches_the_encoder_of_dead_latents_and_only_them():
+    sae = small()
+    x = torch.randn(40, 8)
+    error = x - sae(x).x_hat
+    dead = torch.zeros(20, dtype=torch.bool)
+    dead[[2, 7, 11]] = True
+    auxk_loss(sae, x, error, dead, k_aux=2).backward()
+    for gradient in (sae.encoder.weight.grad, sae.W_dec.grad, sae.encoder.bias.grad.unsqueeze(1)):
+        assert gradient[dead].abs().sum(1).min() > 0
+        assert not gradient[~dead].any()
+
+
+def test_aux_of_a_worked_example():
+    """Dead latent e_0 with bias 0: x = (2, 0), error (1, 0), rebuilt (2, 0): loss 1."""
+    sae = TopKSAE(SAEConfig(2, 2, 1))
+    sae.encoder.weight.data.copy_(torch.eye(2))
+    sae.W_dec.data.copy_(torch.eye(2))
+    x, error = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    assert float(auxk_loss(sae, x, error, torch.tensor([True, False]), 1)) == 1.0
+    assert float(auxk_loss(sae, x, 2 * error, torch.tensor([True, False]), 1)) == 0.0
+
+
+def test_aux_without_dead_latents_is_zero():
+    x, error = torch.randn(4, 8), torch.randn(4, 8)
+    assert float(auxk_loss(small(), x, error, torch.zeros(20).bool(), 4)) == 0
+
+
+def test_saved_autoencoder_comes_back_in_sparsifys_layout(tmp_path):
+    sae = small(seed=4)
+    sae.save(tmp_path / "layers.3", hook_point="blocks.3.hook_resid_post")
+    loaded = TopKSAE.load(tmp_path / "layers.3")
+    assert loaded.config == sae.config
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert set(sae.state_dict()) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
+    files = sorted(p.name for p in (tmp_path / "layers.3").iterdir())
+    assert files == ["cfg.json", "sae.safetensors"]
+
+
+def test_unreadable_autoencoders_are_named(tmp_path):
+    small().save(tmp_path)
+    cfg = (tmp_path / "cfg.json").read_text()
+    (tmp_path / "cfg.json").write_text(cfg.replace('"num_latents": 20', '"num_latents": 21'))
+    with pytest.raises(ValueError, match="do not fit cfg.json"):
+        TopKSAE.load(tmp_path)
+    (tmp_path / "cfg.json").write_text(cfg.replace('"transcode": false', '"transcode": true'))
+    with pytest.raises(ValueError, match="transcoder"):
+        TopKSAE.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        pytest.param((8, 4, 5), "k=5 exceeds.*d_sae=4", id="k-above-M"),
+        pytest.param((8, 4, 0), "k=0", id="k-zero"),
+        pytest.param((0, 4, 1), "d_in=0", id="no-width"),
+    ],
+)
+def test_impossible_sizes_are_errors(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        SAEConfig(*sizes)

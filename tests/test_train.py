@@ -1,0 +1,244 @@
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from resae import ReSAE, StoredActivations, TrainConfig, train, train_step
+from resae.affine import Moments
+from resae.data import ActivationBatches, TokenRows, capture_tokens
+from resae.stack import ModelIdentity
+from resae.train import Calibration, calibrate, initial_state
+
+TEXT = ["The cat sat on the mat, and the dog sat by the door. " * 40]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny.pythia()
+
+
+@pytest.fixture(scope="module")
+def xs(lm):
+    return capture_tokens(lm, tiny.ids(64, 32), lm.hook_points(tiny.LAYERS))
+
+
+def config_of(**changes):
+    settings = {
+        "layers": tuple(tiny.NAMES),
+        "k": (4, 4, 4),
+        "d_sae": 64,
+        "train_tokens": 64 * 24,
+        "batch_tokens": 64,
+        "buffer_tokens": 256,
+    }
+    return TrainConfig(**{**settings, **changes})
+
+
+def calibration_of(xs, kind="previous") -> Calibration:
+    moments = Moments(len(xs), xs[0].shape[1])
+    moments.add(xs)
+    return calibrate(kind, moments, ridge=1e-4)
+
+
+def run(xs, out, config=None, **options):
+    config = config or config_of()
+    source = StoredActivations(xs, batch_tokens=config.batch_tokens, seed=config.seed)
+    return train(config, source, calibration_of(xs, config.predictor), out, **options)
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+@pytest.mark.parametrize("kind", ["none", "identity", "previous", "all_previous"])
+def test_training_lowers_the_loss_of_every_layer(xs, tmp_path, kind, loop):
+    seen = []
+    config = config_of(predictor=kind, loop=loop, train_tokens=64 * 80)
+    run(xs, tmp_path, config, log_steps=5, on_progress=seen.append)
+    for layer in range(3):
+        assert seen[-1].layers[layer].fvu < 0.9 * seen[0].layers[layer].fvu
+        assert 0 < seen[-1].layers[layer].l0 <= 4
+
+
+def test_decoder_rows_keep_norm_1(xs, tmp_path):
+    stack = run(xs, tmp_path)
+    for layer in range(3):
+        torch.testing.assert_close(stack.sae(layer).W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_saved_stack_reconstructs_raw_activations_as_the_trained_one_scaled(xs, tmp_path):
+    """Folding the scales in is exact: same latents, same reconstruction up to rounding."""
+    config, calibration = config_of(train_tokens=64 * 8), calibration_of(xs)
+    state = initial_state(config, calibration, None, "cpu")
+    batches = StoredActivations(xs, batch_tokens=64).batches()
+    scale = calibration.scale
+    for _ in range(config.steps):
+        raw, _ = next(batches)
+        train_step(state, config, [x / s for x, s in zip(raw, scale, strict=True)])
+    stack = train(config, StoredActivations(xs, batch_tokens=64), calibration, tmp_path)
+    scaled = state.stack([x / s for x, s in zip(xs, scale, strict=True)])
+    folded = stack(xs)
+    for layer, s in enumerate(scale):
+        same = scaled.codes[layer].indices == folded.codes[layer].indices
+        assert same.float().mean() > 0.99
+        error = (folded.x_hats[layer] - s * scaled.x_hats[layer]).norm()
+        assert float(error / folded.x_hats[layer].norm()) < 0.01
+
+
+def test_b_dec_starts_at_the_mean_where_nothing_is_predicted(xs):
+    for kind, expected in (("none", [True] * 3), ("previous", [True, False, False])):
+        calibration = calibration_of(xs, kind)
+        stack = initial_state(config_of(predictor=kind), calibration, None, "cpu").stack
+        for layer, has_mean in enumerate(expected):
+            mean = xs[layer].mean(0) / calibration.scale[layer]
+            target = mean if has_mean else torch.zeros_like(mean)
+            torch.testing.assert_close(stack.sae(layer).b_dec.data, target, atol=1e-5, rtol=1e-4)
+
+
+def test_every_layer_starts_from_its_own_directions(xs):
+    stack = initial_state(config_of(), calibration_of(xs), None, "cpu").stack
+    assert float((stack.sae(0).W_dec @ stack.sae(1).W_dec.T).detach().max()) < 0.99
+
+
+def test_latents_count_as_dead_by_tokens_and_are_revived_by_the_auxiliary_loss(xs):
+    config = config_of(dead_after_tokens=64)
+    state = initial_state(config, calibration_of(xs), None, "cpu")
+    sae = state.stack.sae(0)
+    sae.encoder.bias.data[:8] = -100.0
+    state.tokens_since_fired[0][:8] = 64
+    batch = [x[:64] / s for x, s in zip(xs, calibration_of(xs).scale, strict=True)]
+    before = sae.encoder.weight[:8].detach().clone()
+    _, measured = train_step(state, config, batch)
+    assert float(measured[0][2]) == 8 / 64
+    assert int(state.tokens_since_fired[0][:8].min()) == 128
+    # A bias that low keeps the dead silent in the auxiliary code too: nothing to learn from.
+    assert torch.equal(sae.encoder.weight[:8], before)
+    sae.encoder.bias.data[:8] = 0.0
+    _, measured = train_step(state, config, batch)
+    assert not torch.equal(sae.encoder.weight[:8], before)
+    assert float(measured[0][3]) > 0
+
+
+def test_learning_rate_rises_stays_and_falls():
+    config = config_of(train_tokens=64 * 200)
+    rates = [config.lr_at(step) for step in range(config.steps)]
+    assert rates[0] == pytest.approx(config.peak_lr / 10)
+    assert max(rates) == rates[100] == config.peak_lr
+    assert rates[-1] == pytest.approx(config.peak_lr / 40)
+    assert config_of(d_sae=2048).peak_lr == pytest.approx(4e-3)
+    assert config_of(lr=1e-3).peak_lr == 1e-3
+
+
+def test_log_has_the_numbers_of_the_progress_lines(xs, tmp_path):
+    seen = []
+    run(xs, tmp_path, log_steps=6, on_progress=seen.append)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [6, 12, 18, 24]
+    assert lines[-1]["layers"][2]["fvu"] == seen[-1].layers[2].fvu
+    assert "step 24/24" in seen[-1].line()
+    assert "tok/s" in seen[-1].line()
+
+
+def weights(folder):
+    return ReSAE.load(folder).state_dict()
+
+
+def stop_after(n):
+    asked = []
+
+    def should_stop():
+        asked.append(None)
+        return len(asked) == n
+
+    return should_stop
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 7, 23])
+def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(lm, tmp_path, interrupted_at):
+    config = config_of(dead_after_tokens=128)
+    rows = TokenRows(TEXT, lm.tokenizer, 24)
+    points = lm.hook_points(tiny.LAYERS)
+    calibration = calibration_of(capture_tokens(lm, tiny.ids(16, 16), points))
+
+    def attempt(out, **options):
+        source = ActivationBatches(lm, rows, points, batch_tokens=64, buffer_tokens=256)
+        return train(
+            config, source, calibration, out, identity=ModelIdentity.of(lm), log_steps=3, **options
+        )
+
+    attempt(tmp_path / "whole")
+    assert attempt(tmp_path / "cut", should_stop=stop_after(interrupted_at)) is None
+    assert not (tmp_path / "cut" / "resae.json").exists()
+    attempt(tmp_path / "cut", resume=True)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    steps = [
+        [json.loads(line)["step"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("whole", "cut")
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(xs, tmp_path, caplog):
+    whole = run(xs, tmp_path / "whole").state_dict()
+    run(xs, tmp_path / "cut", checkpoint_steps=5, should_stop=stop_after(13))
+    newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
+    assert newest.name == "step_00000013.safetensors"
+    newest.write_bytes(newest.read_bytes()[:500])
+    resumed = run(xs, tmp_path / "cut", resume=True).state_dict()
+    assert "step_00000013" in caplog.text
+    assert "damaged" in caplog.text
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_only_the_last_checkpoints_are_kept(xs, tmp_path):
+    run(xs, tmp_path, checkpoint_steps=4)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000016.safetensors", "step_00000020.safetensors"]
+
+
+def test_resuming_with_other_settings_is_refused(xs, tmp_path):
+    run(xs, tmp_path, should_stop=stop_after(3))
+    with pytest.raises(ValueError, match="other settings.*seed=0"):
+        run(xs, tmp_path, replace(config_of(), seed=1), resume=True)
+
+
+def test_nan_stops_the_run_and_writes_no_stack(xs, tmp_path):
+    class Poisoned(StoredActivations):
+        def batches(self, start=None):
+            for i, (batch, position) in enumerate(super().batches(start)):
+                yield ([x * float("nan") for x in batch] if i == 9 else batch), position
+
+    config = config_of()
+    source = Poisoned(xs, batch_tokens=64)
+    with pytest.raises(ValueError, match="loss is nan at step 10.*--resume"):
+        train(config, source, calibration_of(xs), tmp_path, log_steps=1, checkpoint_steps=5)
+    assert not (tmp_path / "resae.json").exists()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_calibration_comes_back(xs, tmp_path):
+    calibration = calibration_of(xs)
+    calibration.save(tmp_path / "calibration.safetensors")
+    loaded = Calibration.load(tmp_path / "calibration.safetensors", "previous")
+    assert loaded.scale == calibration.scale
+    assert all(torch.equal(a, b) for a, b in zip(loaded.mean, calibration.mean, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.predictor.A, calibration.predictor.A, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"k": (4, 4)}, "2 k for 3 layers", id="k-count"),
+        pytest.param({"k": (4, 65, 4)}, "k=65 for d_sae=64", id="k-above-M"),
+        pytest.param({"k": (0, 4, 4)}, "1 ≤ k", id="k-zero"),
+        pytest.param({"predictor": "magic"}, "unknown predictor 'magic'", id="predictor"),
+        pytest.param({"loop": "round"}, "loop='round'", id="loop"),
+        pytest.param({"train_tokens": 0}, "train_tokens=0", id="tokens"),
+        pytest.param({"buffer_tokens": 32}, "below batch_tokens=64", id="buffer"),
+    ],
+)
+def test_impossible_settings_are_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**changes)

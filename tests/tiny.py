@@ -1,0 +1,114 @@
+"""Small random models and stacks that the tests share."""
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
+
+from resae import AffinePredictor, HookedLM, Moments, ReSAE, fit_predictor
+from resae.assets import TINY_PYTHIA
+from resae.data import capture_tokens
+from resae.stack import ModelIdentity, new_stack
+
+LAYERS = (0, 1, 3)
+NAMES = [f"blocks.{layer}.hook_resid_post" for layer in LAYERS]
+
+
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_PYTHIA)
+
+
+def pythia(parallel: bool = True) -> HookedLM:
+    torch.manual_seed(1)
+    config = GPTNeoXConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        use_parallel_residual=parallel,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _loud(HookedLM(GPTNeoXForCausalLM(config).eval(), tokenizer(), "tiny-neox"))
+
+
+def gemma2() -> HookedLM:
+    torch.manual_seed(2)
+    config = Gemma2Config(
+        vocab_size=2048,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        sliding_window=8,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return _loud(HookedLM(Gemma2ForCausalLM(config).eval(), None, "tiny-gemma2"))
+
+
+def _loud(lm: HookedLM) -> HookedLM:
+    """Larger weights than at initialisation, so that every layer changes the stream visibly."""
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    return lm
+
+
+FAMILIES = {"pythia": pythia, "gemma2": gemma2}
+
+
+def ids(rows: int = 3, length: int = 12, seed: int = 3) -> torch.Tensor:
+    """Token ids `[rows, length]`, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, 2048, (rows, length), generator=generator)
+
+
+def predictor(lm: HookedLM, kind: str) -> AffinePredictor:
+    points = lm.hook_points(LAYERS)
+    moments = Moments(len(points), lm.d_model)
+    moments.add(capture_tokens(lm, ids(16, 16, seed=5), points))
+    return fit_predictor(kind, moments)
+
+
+def stack(lm: HookedLM, kind: str = "previous", k: int = 4, d_sae: int = 64) -> ReSAE:
+    """An untrained stack on three blocks: random directions, fitted maps."""
+    made = new_stack(
+        NAMES,
+        predictor(lm, kind),
+        d_in=lm.d_model,
+        d_sae=d_sae,
+        k=(k,) * len(NAMES),
+        seed=7,
+        model=ModelIdentity.of(lm),
+    )
+    return made.eval()
+
+
+def exact_stack(lm: HookedLM, kind: str = "previous") -> ReSAE:
+    """A stack that reconstructs everything: latents ±e_i, all of them active."""
+    D = lm.d_model
+    made = new_stack(
+        NAMES,
+        predictor(lm, kind),
+        d_in=D,
+        d_sae=2 * D,
+        k=(2 * D,) * len(NAMES),
+        model=ModelIdentity.of(lm),
+    )
+    axes = torch.cat([torch.eye(D), -torch.eye(D)])
+    for layer in range(len(NAMES)):
+        made.sae(layer).encoder.weight.data.copy_(axes)
+        made.sae(layer).W_dec.data.copy_(axes)
+    return made.eval()
