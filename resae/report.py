@@ -158,11 +158,16 @@ def _r2(report: Row) -> Any:
             label=LABELS.get(method, method),
         )
         axis.bar_label(bars, fmt="%.3f", fontsize=8)
-    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(hops))], hops)
+    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(hops))], [_short(hop) for hop in hops])
     axis.set_ylabel("R², held-out tokens")
     axis.set_ylim(0, 1.12)
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
+
+
+def _short(text: str) -> str:
+    """Hook point names as people say them."""
+    return text.replace("blocks.", "block ").replace(".hook_resid_post", "").replace(".hook_", " ")
 
 
 def _training(report: Row) -> Any:
@@ -179,7 +184,7 @@ def _training(report: Row) -> Any:
                 linewidth=1.2,
                 linestyle={0: "-", 1: "--", 2: ":"}[run.get("rank", 0) % 3],
             )
-            axis.set_title(report["config"]["layers"][layer], fontsize=9)
+            axis.set_title(_short(report["config"]["layers"][layer]), fontsize=9)
             axis.set_yscale("log")
             axis.set_xlabel("thousand tokens")
     axes[0].set_ylabel("FVU of the training target")
@@ -232,7 +237,7 @@ th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee;
 } th:first-child, td:first-child { text-align: left }
 th { border-bottom: 2px solid #999 } tr.first td { border-top: 2px solid #999 }
 tr.resae td { background: #eef5fb }
-.wide { overflow-x: auto } figure { margin: 1.5rem 0 } figure svg { width: 100%; height: auto }
+.wide { overflow-x: auto } figure { margin: 1.5rem 0 } figure svg { max-width: 100%; height: auto }
 figcaption, .note { color: #555; font-size: .9rem }
 pre { background: #f6f6f6; padding: .8rem; white-space: pre-wrap; font-size: .86rem }
 li { margin: .35rem 0 }

@@ -83,12 +83,14 @@ def transport(
 ) -> Transported:
     """Carry every dictionary to every later layer (formula: `reference.transport`).
 
-    L(L−1)/2 new tables `[M, D]`, 2·M·D² FLOPs each, folded in fp32 and rounded once. For inference:
-    tables do not follow later changes of W_dec, A or c.
+    L(L−1)/2 new tables `[M, D]`, 2·M·D² FLOPs each, folded in fp32 and rounded once; the table of
+    a layer itself is W_dec's own memory. For inference: detached, and the carried tables do not
+    follow later changes of W_dec, A or c.
     """
     _check([], W_dec, A, c, b_dec)
-    with torch.no_grad():
-        return reference.transport(W_dec, A, c, b_dec=b_dec)
+    # Detached inputs, not no_grad: a table that is W_dec itself would still require its gradient.
+    W_dec, A, c, b_dec = ([t.detach() for t in tensors] for tensors in (W_dec, A, c, b_dec))
+    return reference.transport(W_dec, A, c, b_dec=b_dec)
 
 
 def _check(codes, W_dec, A, c, b_dec) -> None:

@@ -85,13 +85,14 @@ def test_aux_of_a_worked_example():
     sae.encoder.weight.data.copy_(torch.eye(2))
     sae.W_dec.data.copy_(torch.eye(2))
     x, error = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0]])
-    assert float(auxk_loss(sae, x, error, torch.tensor([True, False]), 1)) == 1.0
-    assert float(auxk_loss(sae, x, 2 * error, torch.tensor([True, False]), 1)) == 0.0
+    dead = torch.tensor([True, False])
+    assert auxk_loss(sae, x, error, dead, 1).item() == 1.0
+    assert auxk_loss(sae, x, 2 * error, dead, 1).item() == 0.0
 
 
 def test_aux_without_dead_latents_is_zero():
     x, error = torch.randn(4, 8), torch.randn(4, 8)
-    assert float(auxk_loss(small(), x, error, torch.zeros(20).bool(), 4)) == 0
+    assert auxk_loss(small(), x, error, torch.zeros(20).bool(), 4).item() == 0
 
 
 def test_saved_autoencoder_comes_back_in_sparsifys_layout(tmp_path):

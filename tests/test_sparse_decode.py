@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,451 @@ from measured import (
 from torch import Tensor
 
 from resae_kernels import reference, sparse_decode
-from resae_kernels import sparse_decode as public_sparse_decode
 from resae_kernels.sparse_decode import latent_outer, latent_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.bfloat16, id="bf16"),
+    pytest.param(torch.float16, id="fp16"),
+]
+# (N, D, M, k)
+SHAPES = [
+    pytest.param(5, 4, 8, 3, id="small"),
+    pytest.param(0, 4, 8, 3, id="no-tokens"),
+    pytest.param(1, 4, 8, 3, id="one-token"),
+    pytest.param(37, 19, 53, 7, id="primes"),
+    pytest.param(6, 1, 8, 3, id="D-1"),
+    pytest.param(6, 12, 8, 1, id="k-1"),
+    pytest.param(6, 12, 8, 8, id="k-M"),
+    pytest.param(6, 3, 1, 1, id="M-1"),
+    pytest.param(6, 3, 4, 0, id="empty-code"),
+]
+
+
+def decoder_inputs(N, D, M, k, dtype=torch.float64) -> dict[str, Tensor]:
+    acts, indices = random_code(N, k, M, dtype)
+    return {
+        "acts": acts,
+        "indices": indices,
+        "W_dec": torch.randn(M, D).to(dtype),
+        "bias": torch.randn(D).to(dtype),
+        "base": torch.randn(N, D).to(dtype),
+    }
+
+
+def decode_two(op, acts, indices, W_dec, more_acts, more_indices, more_W_dec, bias, base):
+    return op([acts, more_acts], [indices, more_indices], [W_dec, more_W_dec], bias=bias, base=base)
+
+
+def two_decoders(dtype=torch.float64) -> dict[str, Tensor]:
+    more = decoder_inputs(7, 5, 6, 2, dtype)
+    names = ("acts", "indices", "W_dec")
+    return decoder_inputs(7, 5, 11, 4, dtype) | {f"more_{name}": more[name] for name in names}
+
+
+# -- equals the reference --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
+def test_sum_and_gradients_equal_the_reference(N, D, M, k):
+    inputs = decoder_inputs(N, D, M, k)
+    ours, theirs = (
+        values_and_gradients(lambda op=op, **t: op(**t), inputs)
+        for op in (sparse_decode, reference.sparse_decode)
+    )
+    assert ours["output 0"].shape == (N, D)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("absent", [("bias",), ("base",), ("bias", "base")], ids="-".join)
+def test_sum_and_gradients_equal_the_reference_without_an_optional_input(absent):
+    inputs = {name: t for name, t in decoder_inputs(7, 5, 11, 4).items() if name not in absent}
+    ours, theirs = (
+        values_and_gradients(lambda op=op, **t: op(**t), inputs)
+        for op in (sparse_decode, reference.sparse_decode)
+    )
+    assert_same(ours, theirs)
+
+
+def test_lists_sum_over_dictionaries_of_different_sizes():
+    inputs = two_decoders()
+    ours, theirs = (
+        values_and_gradients(lambda op=op, **t: decode_two(op, **t), inputs)
+        for op in (sparse_decode, reference.sparse_decode)
+    )
+    assert_same(ours, theirs)
+
+
+def test_one_list_entry_is_the_plain_call():
+    inputs = decoder_inputs(5, 4, 8, 3)
+    lists = {name: [inputs[name]] for name in ("acts", "indices", "W_dec")}
+    assert torch.equal(sparse_decode(**inputs), sparse_decode(**(inputs | lists)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype):
+    def plain(acts, indices, W_dec, bias, base):
+        return scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias + base
+
+    assert_close_as_torch(sparse_decode, plain, decoder_inputs(37, 19, 53, 7, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype):
+    def plain(acts, indices, W_dec, more_acts, more_indices, more_W_dec, bias, base):
+        first = scatter(acts, indices, W_dec.shape[0]) @ W_dec
+        return (
+            first
+            + scatter(more_acts, more_indices, more_W_dec.shape[0]) @ more_W_dec
+            + (bias + base)
+        )
+
+    assert_close_as_torch(lambda **t: decode_two(sparse_decode, **t), plain, two_decoders(dtype))
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3), (2, 0)], ids=["a-vector", "batch", "no-tokens"])
+def test_leading_shape_is_kept(leading):
+    acts, indices = torch.rand(*leading, 3), torch.randint(0, 8, (*leading, 3))
+    inputs = {"acts": acts, "indices": indices, "W_dec": torch.randn(8, 4)}
+    inputs["base"] = torch.randn(*leading, 4)
+    ours, theirs = (
+        values_and_gradients(lambda op=op, **t: op(**t), inputs)
+        for op in (sparse_decode, reference.sparse_decode)
+    )
+    assert ours["output 0"].shape == (*leading, 4)
+    assert_same(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_op_passes_opcheck():
+    inputs = decoder_inputs(5, 4, 8, 3)
+    acts, W_dec, bias, base = (
+        inputs[name].requires_grad_() for name in ("acts", "W_dec", "bias", "base")
+    )
+    op = torch.ops.resae.sparse_decode.default
+    torch.library.opcheck(op, ([acts], [inputs["indices"]], [W_dec], bias, base))
+    torch.library.opcheck(op, ([acts] * 2, [inputs["indices"]] * 2, [W_dec] * 2, None, None))
+
+
+def test_ops_of_the_backward_pass_opcheck():
+    acts, indices = random_code(5, 3, 8)
+    rows, W_dec = torch.randn(5, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.resae.latent_outer.default, (acts, indices, rows, 8))
+    torch.library.opcheck(torch.ops.resae.sampled_product.default, (rows, indices, W_dec))
+
+
+def test_registered_gradient_is_the_derivative():
+    inputs = two_decoders()
+    names = [name for name, t in inputs.items() if t.is_floating_point()]
+    integers = {name: t for name, t in inputs.items() if name not in names}
+
+    def total(*leaves):
+        return decode_two(sparse_decode, **dict(zip(names, leaves, strict=True)), **integers)
+
+    assert torch.autograd.gradcheck(total, [inputs[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("wanted", ["acts", "more_acts", "W_dec", "more_W_dec", "bias", "base"])
+def test_one_gradient_alone_is_the_one_of_all_together(wanted):
+    inputs = two_decoders()
+    everything = values_and_gradients(lambda **t: decode_two(sparse_decode, **t), inputs)
+    rest = {name: t for name, t in inputs.items() if name != wanted}
+    alone = values_and_gradients(
+        lambda **t: decode_two(sparse_decode, **rest, **t), {wanted: inputs[wanted]}
+    )
+    name = f"gradient of {wanted}"
+    assert torch.equal(alone[name], everything[name])
+
+
+def test_same_bits_twice():
+    inputs = decoder_inputs(64, 24, 96, 9, torch.float32)
+    first, second = (values_and_gradients(sparse_decode, inputs) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_compiled_equals_eager():
+    inputs = two_decoders(torch.float32)
+
+    def total(**tensors):
+        return decode_two(sparse_decode, **tensors)
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    assert_same(values_and_gradients(compiled, inputs), values_and_gradients(total, inputs), 0, 0)
+
+
+def test_non_contiguous_inputs_and_gradients_change_nothing():
+    inputs = decoder_inputs(6, 5, 9, 3)
+    strided = {
+        name: t.T.contiguous().T if t.ndim == 2 else torch.stack([t, t], dim=1)[:, 0]
+        for name, t in inputs.items()
+    }
+    assert not any(t.is_contiguous() for t in strided.values())
+    ours, theirs = (
+        # A transposed result sends a transposed, an expanded sum a stride-0 gradient back.
+        values_and_gradients(lambda **t: [y := sparse_decode(**t).T, y.sum()], given_)
+        for given_ in (strided, inputs)
+    )
+    assert_same(ours, theirs)
+
+
+def test_meta_tensors_give_shapes():
+    y = sparse_decode(
+        torch.empty(2, 3, 4, device="meta"),
+        torch.empty(2, 3, 4, dtype=torch.int64, device="meta"),
+        torch.empty(8, 5, device="meta"),
+    )
+    assert y.shape == (2, 3, 5)
+    assert y.device.type == "meta"
+
+
+@given(data=st.data())
+def test_any_code_equals_the_reference_repeated_latents_included(data):
+    N, M, k = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (1, 6), (1, 6)))
+    D = data.draw(st.integers(1, 5))
+    latent = st.lists(st.integers(0, M - 1), min_size=N * k, max_size=N * k)
+    act = st.lists(st.integers(-2, 2), min_size=N * k, max_size=N * k)
+    inputs = {
+        "acts": torch.tensor(data.draw(act), dtype=torch.float64).reshape(N, k),
+        "indices": torch.tensor(data.draw(latent), dtype=torch.int64).reshape(N, k),
+        "W_dec": torch.randint(-3, 4, (M, D)).double(),
+    }
+    ours, theirs = (
+        values_and_gradients(lambda op=op, **t: op(**t), inputs)
+        for op in (sparse_decode, reference.sparse_decode)
+    )
+    assert_same(ours, theirs)
+
+
+# -- worked numbers --------------------------------------------------------------------------------
+
+
+def test_worked_example():
+    acts = torch.tensor([[2.0, 3.0]], requires_grad=True)
+    W_dec = torch.tensor([[1.0, 0], [0, 10], [100, 100]], requires_grad=True)
+    bias = torch.tensor([0.5, 0.25], requires_grad=True)
+    base = torch.tensor([[1000.0, 2000.0]], requires_grad=True)
+    y = sparse_decode(acts, torch.tensor([[2, 1]]), W_dec, bias=bias, base=base)
+    assert y.tolist() == [[1200.5, 2230.25]]
+    y.backward(torch.tensor([[1.0, 7.0]]))
+    assert acts.grad.tolist() == [[800, 70]]
+    assert W_dec.grad.tolist() == [[0, 0], [3, 21], [2, 14]]
+    assert bias.grad.tolist() == [1, 7]
+    assert base.grad.tolist() == [[1, 7]]
+
+
+def test_padding_slots_add_nothing_to_the_sum_or_to_the_gradient_of_latent_0():
+    acts = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    indices = torch.tensor([[1, 0, 0], [0, 0, 0]])
+    W_dec = torch.tensor([[9.0, 9.0], [1.0, 2.0]], requires_grad=True)
+    y = sparse_decode(acts, indices, W_dec)
+    assert y.tolist() == [[2, 4], [0, 0]]
+    y.backward(torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
+    assert W_dec.grad.tolist() == [[0, 0], [2, 6]]
+
+
+def test_latents_not_in_the_code_get_exactly_zero_gradient():
+    acts, indices = random_code(7, 2, 40)
+    W_dec = torch.randn(40, 5, dtype=torch.float64, requires_grad=True)
+    sparse_decode(acts, indices, W_dec).sum().backward()
+    used = torch.zeros(40, dtype=torch.bool).index_fill(0, indices[acts > 0], True)
+    assert (W_dec.grad[~used] == 0).all()
+    assert (W_dec.grad[used] != 0).all()
+
+
+# -- sums by latent --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
+def test_latent_outer_is_the_transposed_dense_code_times_the_rows(N, D, M, k):
+    acts, indices = random_code(N, k, M)
+    rows = torch.randn(N, D, dtype=torch.float64)
+    dense = scatter(acts, indices, M)
+    torch.testing.assert_close(latent_outer(acts, indices, rows, M), dense.T @ rows)
+    torch.testing.assert_close(latent_sum(acts, indices, M), dense.sum(0))
+
+
+def test_latent_outer_of_padding_alone_is_zero():
+    nothing = latent_outer(
+        torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 4), 5
+    )
+    assert torch.equal(nothing, torch.zeros(5, 4))
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_no_tensor_of_tokens_by_latents_is_ever_made():
+    N, D, M, k = 256, 4, 1024, 4
+    acts, indices = random_code(N, k, M, torch.float32)
+    leaves = [acts.requires_grad_(), torch.randn(M, D, requires_grad=True)]
+
+    def dense():
+        return scatter(leaves[0], indices, M) @ leaves[1]
+
+    def sparse():
+        return sparse_decode(leaves[0], indices, leaves[1])
+
+    assert largest_allocation(lambda: dense().sum().backward()) >= N * M * acts.itemsize
+    # Not even a mask of one byte per token and latent.
+    assert largest_allocation(lambda: sparse().sum().backward()) < N * M
+
+
+def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
+    N, D, M, k = 64, 32, 40, 8
+    rows, W_dec = torch.randn(N, D), torch.randn(M, D)
+    indices = torch.randint(0, M, (N, k))
+
+    def product():
+        return torch.ops.resae.sampled_product(rows, indices, W_dec)
+
+    whole, gathered = product(), N * k * D * W_dec.itemsize
+    assert largest_allocation(product) >= gathered
+    module = importlib.import_module("resae_kernels.sparse_decode")
+    monkeypatch.setattr(module, "GATHER_BYTES", gathered // 13)
+    torch.testing.assert_close(product(), whole)
+    assert largest_allocation(product) <= gathered // 13
+
+
+# -- autocast --------------------------------------------------------------------------------------
+
+
+def test_autocast_takes_the_acts_to_the_dictionary_dtype():
+    inputs = decoder_inputs(6, 4, 8, 3, torch.float32)
+    narrow = inputs | {name: inputs[name].bfloat16() for name in ("acts", "bias", "base")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = sparse_decode(**narrow)
+    by_hand = {name: t.float() if t.is_floating_point() else t for name, t in narrow.items()}
+    assert y.dtype == torch.float32
+    assert torch.equal(y, sparse_decode(**by_hand))
+
+
+def test_autocast_gradients_have_the_dtype_of_their_input():
+    inputs = decoder_inputs(6, 4, 8, 3, torch.float32)
+    acts = inputs["acts"].bfloat16().requires_grad_()
+    W_dec = inputs["W_dec"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sparse_decode(acts, inputs["indices"], W_dec).sum().backward()
+    assert acts.grad.dtype == torch.bfloat16
+    assert W_dec.grad.dtype == torch.float32
+
+
+# -- the public door -------------------------------------------------------------------------------
+
+ACTS, INDICES, W_DEC = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(8, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        pytest.param(
+            {"acts": INDICES},
+            TypeError,
+            "sparse_decode: acts has dtype torch.int64, expected one of float32",
+            id="integer-acts",
+        ),
+        pytest.param(
+            {"indices": INDICES.int()},
+            TypeError,
+            r"sparse_decode: indices has dtype torch.int32, expected int64; use indices.long\(\)",
+            id="int32-indices",
+        ),
+        pytest.param(
+            {"W_dec": W_DEC.bfloat16()},
+            TypeError,
+            "sparse_decode: W_dec has dtype torch.bfloat16, acts has torch.float32; convert one",
+            id="W_dec-dtype",
+        ),
+        pytest.param(
+            {"bias": torch.zeros(4, dtype=torch.float64)},
+            TypeError,
+            "sparse_decode: bias has dtype torch.float64, W_dec has torch.float32; convert one",
+            id="bias-dtype",
+        ),
+        pytest.param(
+            {"base": torch.zeros(3, 4, dtype=torch.float16)},
+            TypeError,
+            "sparse_decode: base has dtype torch.float16, W_dec has torch.float32; convert one",
+            id="base-dtype",
+        ),
+        pytest.param(
+            {"W_dec": W_DEC.to("meta")},
+            ValueError,
+            "sparse_decode: W_dec is on meta, acts on cpu; move one",
+            id="W_dec-device",
+        ),
+        pytest.param(
+            {"indices": INDICES.to("meta")},
+            ValueError,
+            "sparse_decode: indices is on meta, acts on cpu; move one",
+            id="indices-device",
+        ),
+        pytest.param(
+            {"acts": torch.tensor(1.0), "indices": torch.tensor(0)},
+            ValueError,
+            r"sparse_decode: acts has shape \[\], expected \[..., k\]",
+            id="scalar-acts",
+        ),
+        pytest.param(
+            {"indices": torch.zeros(3, 3, dtype=torch.int64)},
+            ValueError,
+            r"sparse_decode: indices has shape \[3, 3\], expected \[3, 2\] \(the shape of acts\)",
+            id="indices-shape",
+        ),
+        pytest.param(
+            {"W_dec": torch.zeros(8)},
+            ValueError,
+            r"sparse_decode: W_dec has shape \[8\], expected \[M, 8\]",
+            id="W_dec-not-a-matrix",
+        ),
+        pytest.param(
+            {"bias": torch.zeros(8)},
+            ValueError,
+            r"sparse_decode: bias has shape \[8\], expected \[4\]",
+            id="bias-shape",
+        ),
+        pytest.param(
+            {"base": torch.zeros(4)},
+            ValueError,
+            r"sparse_decode: base has shape \[4\], expected \[3, 4\]",
+            id="base-shape",
+        ),
+        pytest.param(
+            {"acts": [ACTS]},
+            TypeError,
+            "sparse_decode: acts, indices and W_dec must be three tensors, or three lists",
+            id="list-and-tensors",
+        ),
+        pytest.param(
+            {"acts": [ACTS, ACTS], "indices": [INDICES], "W_dec": [W_DEC]},
+            ValueError,
+            "sparse_decode: got 2 acts, 1 indices, 1 W_dec; expected the same number of each",
+            id="lists-of-different-length",
+        ),
+        pytest.param(
+            {"acts": [], "indices": [], "W_dec": []},
+            ValueError,
+            "sparse_decode: got 0 acts, 0 indices, 0 W_dec; .* at least one",
+            id="empty-lists",
+        ),
+        pytest.param(
+            {"acts": [ACTS, ACTS[:2]], "indices": [INDICES, INDICES[:2]], "W_dec": [W_DEC] * 2},
+            ValueError,
+            r"sparse_decode: acts\[1\] has shape \[2, 2\], expected \[3, 2\] \(the tokens of the ",
+            id="different-tokens",
+        ),
+        pytest.param(
+            {"acts": [ACTS] * 2, "indices": [INDICES] * 2, "W_dec": [W_DEC, W_DEC[:, :3]]},
+            ValueError,
+            r"sparse_decode: W_dec\[1\] has shape \[8, 3\], expected \[M, 4\]",
+            id="different-widths",
+        ),
+        pytest.param({"indices": INDICES + 8}, RuntimeError, "8", id="index-M"),
+        pytest.param({"indices": INDICES - 1}, RuntimeError, "-1", id="index--1"),
+    ],
+)
+def test_bad_input_is_refused(change, error, message):
+    arguments = {"acts": ACTS, "indices": INDICES, "W_dec": W_DEC} | change
+    with pytest.raises(error, match=message):
+        sparse_decode(**arguments)

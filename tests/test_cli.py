@@ -1,0 +1,214 @@
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from resae import ReSAE
+from resae.cli import main
+
+TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
+SMALL = ["--train-tokens", "4096", "--batch-tokens", "128", "--buffer-tokens", "1024"]
+SMALL += ["--calibration-tokens", "2048", "--d-sae", "64"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A model folder and a text file, as a user has them."""
+    folder = tmp_path_factory.mktemp("material")
+    lm = tiny.pythia()
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    other = tiny.pythia()
+    other.model.resize_token_embeddings(1024, mean_resizing=False)
+    other.model.save_pretrained(folder / "other")
+    lm.tokenizer.save_pretrained(folder / "other")
+    words = " ".join(f"The {w} sat by number {i}." for i, w in enumerate(["cat", "dog"] * 900))
+    (folder / "text.txt").write_text(words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(material):
+    out = material / "run"
+    code = main(
+        ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+        + ["--out", str(out), "--log-steps", "8"]
+    )
+    assert code == 0
+    return out
+
+
+def test_a_run_directory_holds_the_stack_the_log_and_what_was_asked(run, material):
+    stack = ReSAE.from_pretrained(str(run))
+    assert stack.hook_points == tiny.NAMES
+    assert stack.model_identity.name == str(material / "model")
+    record = json.loads((run / "run.json").read_text())
+    assert record["train"]["k"] == [4, 4, 4]
+    assert {row["method"] for row in record["affine"]} == {"identity", "resae"}
+    lines = (run / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [8, 16, 24, 32]
+
+
+def test_eval_then_report(run, capsys):
+    assert main(["eval", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "affine_only" in printed
+    assert "nats per token" in printed
+    report = json.loads((run / "report.json").read_text())
+    assert {r["method"] for r in report["replacement"]} == {"resae", "affine_only"}
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_runs_are_compared_in_one_table(run, material, tmp_path):
+    raw = tmp_path / "raw"
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    assert main([*arguments, "--predictor", "none", "--out", str(raw)]) == 0
+    assert main(["eval", str(run), str(raw), "--out", str(tmp_path / "both")]) == 0
+    report = json.loads((tmp_path / "both" / "report.json").read_text())
+    assert {r["method"] for r in report["replacement"]} == {"resae", "raw", "affine_only"}
+
+
+def test_generate_prints_both_texts_and_the_counts(run, capsys):
+    assert main(["generate", str(run), "--prompt", "The cat", "--max-new-tokens", "6"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing replaced" in printed
+    assert "3 layers replaced online" in printed
+    prompt = len(tiny.tokenizer()("The cat")["input_ids"]) + 1
+    for name in tiny.NAMES:
+        line = next(x for x in printed.splitlines() if x.startswith(name))
+        assert "6 forward passes" in line
+        assert f"{prompt + 5 - 1} tokens replaced, 1 special" in line
+
+
+def test_fit_writes_maps_and_their_r2(material, tmp_path, capsys):
+    out = tmp_path / "fit"
+    code = main(
+        ["fit", str(material / "model"), str(material / "text.txt"), "--layers", "0,1,3"]
+        + ["--context-tokens", "24", "--held-out-rows", "8", "--calibration-tokens", "2048"]
+        + ["--out", str(out)]
+    )
+    assert code == 0
+    assert capsys.readouterr().out.count("R² blocks") == 4
+    assert sorted(p.name for p in out.iterdir()) == ["calibration.safetensors", "fit.json"]
+
+
+def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material):
+    """The whole way: another process, SIGTERM in the middle, --resume."""
+    out = material / "cut"
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--out", str(out), "--log-steps", "1"]
+    command = [sys.executable, "-c", "import torch, sys; torch.set_num_threads(1); "
+               "from resae.cli import main; sys.exit(main(sys.argv[1:]))", *arguments]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "go on with --resume" in rest
+    assert not (out / "resae.json").exists()
+    assert main([*arguments, "--resume"]) == 0
+    whole, resumed = (ReSAE.load(folder).state_dict() for folder in (run, out))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def bad(material, tmp_path):
+    """Case → (arguments, what the one line says)."""
+    model, text = str(material / "model"), str(material / "text.txt")
+    (tmp_path / "empty.txt").write_text("")
+    out = ["--out", str(tmp_path / "new")]
+    train = ["train", model, text, *TRAIN, *SMALL]
+    return {
+        "missing-model": (["train", "/no/such/model", text, *TRAIN, *out], "not found"),
+        "empty-dataset": (["train", model, str(tmp_path / "empty.txt"), *TRAIN, *out], "empty"),
+        "missing-dataset": (["train", model, "/no/such.txt", *TRAIN, *out], "not found"),
+        "k-above-M": ([*train, "--k", "65", *out], "k=65"),
+        "layer-twice": ([*train, "--layers", "1,1", *out], "selected twice"),
+        "layers-out-of-order": ([*train, "--layers", "3,1", *out], "out of order"),
+        "layer-out-of-range": ([*train, "--layers", "1,9", *out], "out of range"),
+        "run-exists": ([*train, "--out", str(material / "run")], "--resume"),
+        "not-a-run": (["eval", str(tmp_path)], "not a run directory"),
+        "generate-not-a-run": (["generate", str(tmp_path), "--prompt", "x"], "not a run"),
+        "no-report": (["report", str(tmp_path)], "resae eval"),
+        "another-model": (
+            ["eval", str(material / "run"), "--model", str(material / "other")],
+            "different models",
+        ),
+        "resume-other-layers": (
+            [*train, "--layers", "0,1,2", "--resume", "--out", str(material / "run")],
+            "use the same",
+        ),
+    }
+
+
+CASES = sorted(bad(Path("material"), Path(tempfile.mkdtemp())))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_with_the_remedy_and_exit_code_2(
+    case, run, material, tmp_path, capsys
+):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    arguments, message = bad(material, tmp_path)[case]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert said.startswith(f"resae {arguments[0]}: ")
+    assert "\n" not in said
+    assert not (tmp_path / "new").exists()
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_truncated_safetensors_file_is_named(run, material, capsys):
+    import shutil
+
+    damaged = material / "damaged"
+    shutil.copytree(run, damaged)
+    weights = damaged / tiny.NAMES[1] / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["eval", str(damaged)]) == 2
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_nan_activations_stop_before_anything_is_written(material, tmp_path, capsys):
+    broken = tiny.pythia()
+    broken.blocks[1].mlp.dense_4h_to_h.weight.data[0, 0] = float("nan")
+    broken.model.save_pretrained(tmp_path / "model")
+    broken.tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ["train", str(tmp_path / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert "hold NaN" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "fit", "train", "eval", "generate", "report"])
+def test_help_explains_every_argument(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: resae" in capsys.readouterr().out
+
+
+def test_unknown_commands_and_missing_arguments_exit_with_2(capsys):
+    for arguments in ([], ["fly"], ["train", "embedded"], ["demo", "--k", "four"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "expected numbers, for example 4,8,32" in capsys.readouterr().err
+
+
+def test_python_m_resae_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "resae", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("demo", "fit", "train", "eval", "generate", "report"):
+        assert command in done.stdout

@@ -1,0 +1,87 @@
+"""The floors of the house: a file imports only from floors below its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import resae
+import resae_kernels
+
+ROOT = Path(__file__).parent.parent
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"demo", "report"},
+    {"evaluate"},
+    {"train", "replace"},
+    {"stack"},
+    {"data", "affine", "sae"},
+    {"model"},
+    {"metrics", "storage", "environment", "assets"},
+]
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+SOURCES = sorted(p for p in (ROOT / "resae").glob("*.py") if p.stem != "__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def test_every_source_file_has_a_floor_and_a_test():
+    assert {p.stem for p in SOURCES} == set(FLOOR_OF) - {"assets"}
+    tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests").glob("test_*.py")}
+    assert set(FLOOR_OF) - tests <= {"__main__", "environment"}  # one-liners, seen by test_cli
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_imports_go_down(path):
+    for module in imported(path):
+        if module.startswith("resae."):
+            name = module.split(".")[1]
+            assert FLOOR_OF[name] > FLOOR_OF[path.stem], f"{path.stem} imports {name}"
+
+
+def test_kernels_know_no_model_and_autoencoders_no_transformers():
+    for path in (ROOT / "resae_kernels").glob("*.py"):
+        outside = {m.split(".")[0] for m in imported(path)} - sys.stdlib_module_names
+        assert outside <= {"torch", "triton", "resae_kernels"}, path
+    assert not any(m.startswith("transformers") for m in imported(ROOT / "resae" / "sae.py"))
+    model = imported(ROOT / "resae" / "model.py")
+    assert {m for m in model if m.startswith("resae")} == {"resae.assets"}
+
+
+def test_nothing_reads_the_environment_or_prints():
+    for package in ("resae", "resae_kernels"):
+        for path in (ROOT / package).glob("*.py"):
+            text = path.read_text()
+            assert "environ" not in text.replace("environment", ""), path
+            assert "getenv" not in text, path
+
+
+@pytest.mark.parametrize("package", [resae, resae_kernels], ids=lambda p: p.__name__)
+def test_everything_exported_is_there_and_documented(package):
+    assert sorted(package.__all__, key=str) == sorted(set(package.__all__), key=str)
+    for name in package.__all__:
+        thing = getattr(package, name)
+        if callable(thing) or isinstance(thing, type):
+            assert thing.__doc__, name
+
+
+def test_importing_says_and_loads_nothing_heavy():
+    code = (
+        "import sys, resae\n"
+        "assert not {'datasets', 'matplotlib', 'triton.runtime.jit'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
