@@ -246,7 +246,7 @@ class _Reconstruction:
 
     def __init__(self, method: Method, loop: Loop | None):
         self.method = method
-        self.loop = loop
+        self.loop: Loop | None = loop
         layers = range(method.stack.n_layers)
         self.stream = [VarianceUnexplained() for _ in layers]
         self.target = [VarianceUnexplained() for _ in layers]
@@ -260,7 +260,8 @@ class _Reconstruction:
 
     def add(self, xs: Sequence[Tensor]) -> None:
         stack = self.method.stack
-        x_hats, codes = stack(xs, loop=self.loop or "open")
+        loop: Loop = self.loop or "open"
+        x_hats, codes = stack(xs, loop=loop)
         for layer, x in enumerate(xs):
             self.stream[layer].add(x, x_hats[layer])
             if not isinstance(stack, ReSAE):

@@ -145,9 +145,10 @@ class HookedLM:
         ids: set[int] = set()
         for holder in (self.tokenizer, self.config):
             for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                value = getattr(holder, role, None)
-                ids.update(value if isinstance(value, (list, tuple)) else [value])
-        return tuple(sorted(i for i in ids if i is not None))
+                value: Any = getattr(holder, role, None)
+                if value is not None:
+                    ids.update(value if isinstance(value, (list, tuple)) else [value])
+        return tuple(sorted(ids))
 
     def is_special(self, input_ids: Tensor) -> Tensor:
         """`[B, T]` bool: which tokens are BOS, EOS or padding."""

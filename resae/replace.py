@@ -58,8 +58,8 @@ class Replacement:
     ):
         self._lm = lm
         self._stack = stack
-        self._mode = mode
-        self._loop = loop
+        self._mode: Mode = mode
+        self._loop: Loop = loop
         self._points = [lm.hook_point(name) for name in stack.hook_points]
         self._put_at = set(put_at)
         self._replace_special = replace_special
@@ -216,7 +216,8 @@ def replacement(
         for layer, point in enumerate(points)
         if point <= last
     }
-    handle = lm.model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
+    base: Any = lm.model.base_model
+    handle = base.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         with lm.hooked(hooks), torch.no_grad():
             yield active

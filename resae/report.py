@@ -37,7 +37,7 @@ MODES = {
 
 
 def label(row: Row) -> str:
-    name = LABELS.get(row["method"], row["method"])
+    name: str = LABELS.get(row["method"]) or row["method"]
     return f"{name}, {row['loop']} loop" if row.get("loop") else name
 
 

@@ -59,7 +59,9 @@ class TopKSAE(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(config.d_sae, config.d_in, generator=generator)
         directions /= directions.norm(dim=1, keepdim=True)
-        self.encoder = nn.utils.skip_init(nn.Linear, config.d_in, config.d_sae)
+        self.encoder: nn.Linear = nn.utils.skip_init(  # type: ignore[assignment]
+            nn.Linear, config.d_in, config.d_sae
+        )
         self.encoder.weight.data.copy_(directions)
         self.encoder.bias.data.zero_()
         self.W_dec = nn.Parameter(directions.clone())
@@ -114,8 +116,8 @@ class TopKSAE(nn.Module):
         """Become the autoencoder of `factor · x`: its code is `factor` times this one's, of the
         same latents. Exact for TopK, which a positive factor does not change; W_dec keeps its
         norm."""
-        self.encoder.bias *= factor
-        self.b_dec *= factor
+        self.encoder.bias.mul_(factor)
+        self.b_dec.mul_(factor)
 
     def save(self, folder: Path, **metadata: str | int | None) -> None:
         """Write `sae.safetensors` and then `cfg.json` (sparsify's keys, and `metadata`)."""

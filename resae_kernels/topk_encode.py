@@ -230,22 +230,22 @@ def _backward(ctx, grad_acts, grad_indices):
     x, weight, pre_bias, base, acts, indices = ctx.saved_tensors
     need_x, need_weight, need_bias, _, need_pre_bias, need_base, _, _ = ctx.needs_input_grad
     grad = torch.where(acts > 0, grad_acts, 0.0)
-    grad_x = grad_weight = grad_bias = grad_pre_bias = None
+    grad_x = grad_weight = grad_bias = grad_pre_bias = grad_base = None
     if need_x or need_pre_bias or need_base:
         grad_x = torch.ops.resae.sparse_decode([grad], [indices], [weight], None, None)
+        grad_pre_bias = -grad_x.sum(0) if need_pre_bias else None
+        grad_base = -grad_x if need_base else None
     if need_weight:
         grad_weight = latent_outer(grad, indices, _residual(x, pre_bias, base), weight.shape[0])
     if need_bias and ctx.has_bias:
         grad_bias = latent_sum(grad, indices, weight.shape[0])
-    if need_pre_bias:
-        grad_pre_bias = -grad_x.sum(0)
     return (
         grad_x if need_x else None,
         grad_weight,
         grad_bias,
         None,
         grad_pre_bias,
-        -grad_x if need_base else None,
+        grad_base,
         None,
         None,
     )
