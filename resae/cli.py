@@ -158,7 +158,9 @@ def _calibrate(
         )
     calibration = calibrate(config.predictor, moments, ridge=config.ridge)
     table: list[dict[str, Any]] = []
-    unseen = [capture_tokens(lm, ids, points) for ids in held_out.batches(FIT_ROWS)]
+    unseen = [
+        [x.cpu() for x in capture_tokens(lm, ids, points)] for ids in held_out.batches(FIT_ROWS)
+    ]
     for kind in dict.fromkeys(("identity", config.predictor)):
         maps = calibrate(kind, moments, ridge=config.ridge).predictor
         for i, r2 in enumerate(r2_per_layer(maps, unseen)):
@@ -343,7 +345,7 @@ class _Interruptible:
         self._asked = True
 
 
-def _open_run(folder: Path) -> tuple[dict[str, Any], ReSAE]:
+def _open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
     """The record and the stack of a finished run."""
     if not (folder / "run.json").exists() and not (folder / "resae.json").exists():
         raise FileNotFoundError(f"{folder} is not a run directory; make one with `resae train`")
@@ -352,7 +354,7 @@ def _open_run(folder: Path) -> tuple[dict[str, Any], ReSAE]:
             f"the run in {folder} is not finished; go on with `resae train … --resume`"
         )
     record = load_json(folder / "run.json", "run") if (folder / "run.json").exists() else {}
-    return record, ReSAE.load(folder)
+    return record, ReSAE.load(folder).to(device)
 
 
 def _model_of(options: argparse.Namespace, record: dict[str, Any], stack: ReSAE) -> str:
@@ -367,7 +369,10 @@ def _model_of(options: argparse.Namespace, record: dict[str, Any], stack: ReSAE)
 
 def _eval(options: argparse.Namespace) -> int:
     display = Display()
-    runs = [(Path(folder), *_open_run(Path(folder))) for folder in options.run_directories]
+    runs = [
+        (Path(folder), *_open_run(Path(folder), options.device))
+        for folder in options.run_directories
+    ]
     record = runs[0][1]
     lm = _load_model(options, _model_of(options, record, runs[0][2]))
     for _, _, stack in runs:
@@ -453,7 +458,7 @@ def _print_table(display: Display, rows: Sequence[dict[str, Any]]) -> None:
 def _generate(options: argparse.Namespace) -> int:
     display = Display()
     folder = Path(options.run_directory)
-    record, stack = _open_run(folder)
+    record, stack = _open_run(folder, options.device)
     lm = _load_model(options, _model_of(options, record, stack))
     stack.require_model(lm)
     settings = {

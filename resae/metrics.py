@@ -110,7 +110,7 @@ def max_cosines(dictionaries: Sequence[Tensor]) -> Tensor:
 def cosine_histogram(dictionaries: Sequence[Tensor]) -> list[int]:
     """Counts of `max_cosines` between `HISTOGRAM_EDGES`."""
     edges = torch.tensor(HISTOGRAM_EDGES)
-    inside = max_cosines(dictionaries).clamp(HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    inside = max_cosines(dictionaries).cpu().clamp(HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
     return torch.histogram(inside, edges).hist.long().tolist()
 
 

@@ -190,9 +190,16 @@ def replacement(
         A `Replacement`, whose `counts` tell what was replaced.
 
     Raises:
-        ValueError: another model's stack, unknown mode or loop, layers that the stack has not.
+        ValueError: another model's stack, or one on another device; unknown mode or loop; layers
+            that the stack has not.
     """
     stack.require_model(lm)
+    where = _device(stack)
+    if where is not None and where != lm.device:
+        raise ValueError(
+            f"replacement: the stack is on {where}, the model on {lm.device}; use "
+            f"stack.to({str(lm.device)!r})"
+        )
     if mode not in MODES:
         raise ValueError(f"replacement: mode={mode!r}, expected one of {', '.join(MODES)}")
     if loop not in ("open", "closed"):
@@ -223,6 +230,12 @@ def replacement(
             yield active
     finally:
         handle.remove()
+
+
+def _device(stack: ReSAE | AffineOnly) -> torch.device | None:
+    if isinstance(stack, ReSAE):
+        return stack.sae(0).W_dec.device
+    return next((c.device for c in stack.predictor.buffers()), None)
 
 
 def _dtype(stack: ReSAE | AffineOnly, default: Tensor) -> torch.dtype:

@@ -299,7 +299,7 @@ def train(
         source: batches of L raw activations `[batch_tokens, D]`.
         identity: the model, as recorded with the stack.
         resume: go on from the newest readable checkpoint of `out` (from step 0 if there is none).
-        checkpoint_steps, log_steps: intervals.
+        checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
         should_stop: asked after every step; if true, a checkpoint is written and None returned.
 
     Raises:
@@ -347,7 +347,7 @@ def train(
                 if on_progress is not None:
                     on_progress(progress)
             stop = not last and should_stop()
-            if stop or (not last and state.step % checkpoint_steps == 0):
+            if stop or last or state.step % checkpoint_steps == 0:
                 _save_checkpoint(checkpoints, state, config)
             if stop:
                 return None
@@ -423,6 +423,7 @@ def _load_newest(folder: Path, state: TrainState, config: TrainConfig) -> None:
         state.step = int(metadata["step"])
         state.position = Position(*json.loads(metadata["position"]))
         return
+    log.warning("no checkpoint in %s: training starts from step 0", folder)
 
 
 def _restore(state: TrainState, tensors: dict[str, Tensor]) -> None:

@@ -261,6 +261,9 @@ def test_what_cannot_be_done_while_running_is_refused(neox):
     stack = tiny.stack(neox)
     with pytest.raises(ValueError, match="different models"), replacement(tiny.gemma2(), stack):
         pass
+    elsewhere = tiny.stack(neox).to("meta")
+    with pytest.raises(ValueError, match="on meta, the model on cpu"), replacement(neox, elsewhere):
+        pass
     embedded = neox.model.get_input_embeddings()(tiny.ids())
     with (
         pytest.raises(ValueError, match="inputs_embeds.*replace_special"),

@@ -193,7 +193,18 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(xs, tmp_path, ca
 def test_only_the_last_checkpoints_are_kept(xs, tmp_path):
     run(xs, tmp_path, checkpoint_steps=4)
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step_00000016.safetensors", "step_00000020.safetensors"]
+    assert names == ["step_00000020.safetensors", "step_00000024.safetensors"]
+
+
+def test_resuming_a_finished_run_changes_nothing(xs, tmp_path):
+    before = run(xs, tmp_path).state_dict()
+    after = run(xs, tmp_path, resume=True).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resuming_without_a_checkpoint_says_that_it_starts_over(xs, tmp_path, caplog):
+    run(xs, tmp_path, resume=True)
+    assert "no checkpoint" in caplog.text
 
 
 def test_resuming_with_other_settings_is_refused(xs, tmp_path):
