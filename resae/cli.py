@@ -1,4 +1,4 @@
-"""The command line: `resae demo | fit | train | eval | generate | report`.
+"""The command line: `resae demo | fit | train | eval | generate | report | profile`.
 
 Only this file prints. Bad input ends in one line, what was wrong and what to do, and exit code 2.
 """
@@ -23,6 +23,7 @@ from resae.demo import DemoConfig, run_demo
 from resae.environment import environment
 from resae.evaluate import METHOD_OF_PREDICTOR, Method, evaluate, forward_passes
 from resae.model import HookedLM, HookPoint
+from resae.profile import OPS, Case, Clock, measure_roofs, profile, table, trace
 from resae.replace import generate
 from resae.report import LABELS, whole_selection, write_report
 from resae.stack import AffineOnly, ModelIdentity, ReSAE
@@ -485,6 +486,34 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(options: argparse.Namespace) -> int:
+    device = torch.device(options.device)
+    case = Case(
+        options.op, options.tokens, options.width, options.latents, options.k, options.dtype,
+        options.layers,
+    )  # fmt: skip
+    clock = Clock(device)
+    roofs = measure_roofs(clock, case.dtype)
+    print(
+        f"roofs of this machine: copy {roofs.copy / 1e9:.1f} GB/s, {case.dtype} product "
+        f"{roofs.product / 1e12:.3f} TFLOP/s; this case at best {1e3 * roofs.seconds(case):.3f} ms"
+    )
+    print(table(profile(case, device=device, roofs=roofs, clock=clock, rounds=options.rounds)))
+    if options.trace:
+        print(
+            f"\n{'us':>12}{'calls':>8}{'registers':>11}{'shared':>9}{'occupancy':>11}  kernel or op"
+        )
+        for row in trace(case, device=device, path=Path(options.trace))[:20]:
+            known = [row[key] for key in ("registers", "shared_bytes", "occupancy_percent")]
+            facts = ["–" if value is None else str(value) for value in known]
+            print(
+                f"{row['us']:>12.1f}{row['calls']:>8}{facts[0]:>11}{facts[1]:>9}{facts[2]:>11}  "
+                f"{row['name']}"
+            )
+        print(f"trace: {options.trace} (open in chrome://tracing or ui.perfetto.dev)")
+    return 0
+
+
 # -- arguments -------------------------------------------------------------------------------------
 
 
@@ -593,6 +622,17 @@ def _parser() -> argparse.ArgumentParser:
 
     page = add("report", _report, "draw report.json as a page with figures")
     page.add_argument("run_directory", metavar="RUN", help="a directory with report.json")
+
+    measuring = add("profile", _profile, "time one op at one shape against roofs and alternatives")
+    measuring.add_argument("op", choices=OPS, help="encode, decode, train (one step) or chain")
+    measuring.add_argument("--tokens", type=int, default=1024, help="N")
+    measuring.add_argument("--width", type=int, default=768, help="D")
+    measuring.add_argument("--latents", type=int, default=8192, help="M")
+    measuring.add_argument("--k", type=int, default=32, help="active latents per token")
+    measuring.add_argument("--layers", type=int, default=1, help="L, of a chain")
+    measuring.add_argument("--rounds", type=int, default=10, help="calls per provider")
+    measuring.add_argument("--trace", metavar="FILE", help="write a Chrome trace of our op here")
+    _add_machine(measuring)
     return parser
 
 
@@ -629,9 +669,9 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1")
+    command.add_argument("--device", default="cpu", help="where to run: cpu, cuda, cuda:1")
     command.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="float32", help="of the model's weights"
+        "--dtype", choices=tuple(DTYPES), default="float32", help="of weights and activations"
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resae_kernels import _launch, reference
-from resae_kernels.reference import TopK, Transported, accumulation_dtype, affine_predict
+from resae_kernels.reference import TopK, Transported, affine_predict
 from resae_kernels.sparse_decode import code_gradients, sparse_decode
 
 
@@ -146,19 +146,14 @@ def _chain(
     c: list[Tensor],
     b_dec: list[Tensor],
 ) -> list[Tensor]:
-    wide = accumulation_dtype(acts[0].dtype)
     x_hats: list[Tensor] = []
     for layer in range(len(acts)):
         prediction = affine_predict(x_hats, A[layer - 1], c[layer - 1]) if layer > 0 else None
-        # Decoding in the accumulation dtype leaves one rounding per layer.
+        # The prediction stays in the accumulation dtype: each layer is rounded once, here.
         x_hat = torch.ops.resae.sparse_decode(
-            [acts[layer].to(wide)],
-            [indices[layer]],
-            [W_dec[layer].to(wide)],
-            b_dec[layer].to(wide),
-            prediction,
+            [acts[layer]], [indices[layer]], [W_dec[layer]], b_dec[layer], prediction
         )
-        x_hats.append(x_hat.to(acts[layer].dtype))
+        x_hats.append(x_hat)
     return x_hats
 
 

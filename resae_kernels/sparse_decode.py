@@ -103,22 +103,28 @@ def _decode(
     bias: Tensor | None,
     base: Tensor | None,
 ) -> Tensor:
-    wide = accumulation_dtype(acts[0].dtype)
-    total = _gather_sum(acts[0], indices[0], W_dec[0]).to(wide)
+    # A single sum is rounded once by itself; several terms are added up in the accumulation dtype.
+    alone = len(acts) == 1 and bias is None and base is None
+    dtype = acts[0].dtype if alone else accumulation_dtype(acts[0].dtype)
+    total = _gather_sum(acts[0], indices[0], W_dec[0], dtype)
     for a, i, W in zip(acts[1:], indices[1:], W_dec[1:], strict=True):
-        total += _gather_sum(a, i, W)
+        total += _gather_sum(a, i, W, dtype)
     for offset in (bias, base):
         if offset is not None:
             total += offset
     return total.to(acts[0].dtype)
 
 
-def _gather_sum(acts: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    if acts.shape[1] == 0:
-        return W.new_zeros(acts.shape[0], W.shape[1])
-    return F.embedding_bag(
-        indices.contiguous(), W.contiguous(), per_sample_weights=acts.contiguous(), mode="sum"
-    )
+def _gather_sum(acts: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+    if indices.numel() == 0:
+        return W.new_zeros(acts.shape[0], W.shape[1], dtype=dtype)
+    indices, W = indices.contiguous(), W.contiguous()
+    if dtype != W.dtype and indices.numel() < W.shape[0]:
+        # Fewer codes than latents: widen the rows they name, not the whole dictionary.
+        W = F.embedding_bag(indices.view(-1, 1), W, mode="sum")
+        indices = torch.arange(indices.numel(), device=W.device).view_as(indices)
+    weights = acts.to(dtype).contiguous()
+    return F.embedding_bag(indices, W.to(dtype), per_sample_weights=weights, mode="sum")
 
 
 def _decode_fake(acts, indices, W_dec, bias, base):  # noqa: ARG001

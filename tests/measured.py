@@ -17,8 +17,9 @@ def assert_close_as_torch(
     """`kernel` is at most `factor` times as far from fp64 as `plain` is at the inputs' dtype.
 
     Said of each output and of the gradient of each floating input, through all outputs together;
-    `plain` on the inputs in fp64 is the truth. The error is the largest over a tensor, and one ulp
-    of the largest entry is always allowed: where plain torch happens to round exactly.
+    `plain` on the inputs in fp64 is the truth. The error is the largest over a tensor, and again
+    the root mean square; one rounding (half an ulp of the entries, in the same measure) is always
+    allowed, for where plain torch happens to round exactly.
     """
     dtype = next(t.dtype for t in inputs.values() if t.is_floating_point())
     exact = values_and_gradients(plain, _to(inputs, torch.float64), dtype)
@@ -27,14 +28,27 @@ def assert_close_as_torch(
     for name, truth in exact.items():
         assert ours[name].dtype == dtype, name
         assert ours[name].shape == truth.shape, name
-        if truth.numel() == 0:
-            continue
-        error, allowed = (float((run[name].double() - truth).abs().max()) for run in (ours, rival))
-        ulp = torch.finfo(dtype).eps * float(truth.abs().max())
-        assert error <= factor * allowed + ulp, (
-            f"{name}: off by {error:.3g}, plain torch in {dtype} by {allowed:.3g} "
-            f"(ratio {error / max(allowed, 1e-300):.2f}, {factor} allowed; one ulp is {ulp:.3g})"
+        assert_error_as_torch(name, ours[name], rival[name], truth, factor)
+
+
+def assert_error_as_torch(
+    name: str, ours: Tensor, rival: Tensor, truth: Tensor, factor: float = 2.0
+) -> None:
+    """The rule of `assert_close_as_torch` for one tensor, given all three."""
+    if truth.numel() == 0:
+        return
+    ulp = torch.finfo(ours.dtype).eps * truth.abs()
+    errors = [(t.double() - truth).abs() for t in (ours, rival)]
+    for measure, of in (("at most", torch.amax), ("in the mean square", _root_mean_square)):
+        error, allowed, floor = (float(of(t)) for t in (*errors, ulp))
+        assert error <= factor * allowed + floor / 2, (
+            f"{name}: off by {error:.3g} {measure}, plain torch in {ours.dtype} by {allowed:.3g} "
+            f"(ratio {error / max(allowed, 1e-300):.2f}, {factor} allowed; ulp {floor:.3g})"
         )
+
+
+def _root_mean_square(t: Tensor) -> Tensor:
+    return t.square().mean().sqrt()
 
 
 def values_and_gradients(

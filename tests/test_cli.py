@@ -190,7 +190,9 @@ def test_nan_activations_stop_before_anything_is_written(material, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "train", "eval", "generate", "report"])
+@pytest.mark.parametrize(
+    "command", ["demo", "fit", "train", "eval", "generate", "report", "profile"]
+)
 def test_help_explains_every_argument(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

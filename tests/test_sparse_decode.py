@@ -249,6 +249,31 @@ def test_worked_example():
     assert base.grad.tolist() == [[1, 7]]
 
 
+@pytest.mark.parametrize("latents", [2, 50], ids=["few-latents", "many-latents"])
+@pytest.mark.parametrize("offset", ["bias", "base", "another dictionary"])
+def test_terms_are_added_before_the_one_rounding(offset, latents):
+    # 256 + 1 − 256: bf16 holds no 257, so that a sum rounded on the way gives 0.
+    acts, indices = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[0, 1]])
+    W_dec = torch.zeros(latents, 1, dtype=torch.bfloat16)
+    W_dec[:2, 0] = torch.tensor([256, 1])
+    rest = torch.tensor([[-256]], dtype=torch.bfloat16)
+    if offset == "another dictionary":
+        lists = [acts, acts[:, :1]], [indices, indices[:, :1]], [W_dec, rest]
+        y = sparse_decode(*lists)
+    else:
+        y = sparse_decode(acts, indices, W_dec, **{offset: rest[0] if offset == "bias" else rest})
+    assert y.item() == 1
+
+
+def test_gradient_of_the_acts_is_summed_before_the_one_rounding():
+    # (1 + 2⁻⁷)² − (1 + 2⁻⁶) = 2⁻¹⁴: a product rounded to bf16 before the sum gives 0.
+    acts = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    W_dec = torch.tensor([[1 + 2**-7, 1]], dtype=torch.bfloat16)
+    gradient = torch.tensor([[1 + 2**-7, -1 - 2**-6]], dtype=torch.bfloat16)
+    sparse_decode(acts, torch.tensor([[0]]), W_dec).backward(gradient)
+    assert acts.grad.item() == 2**-14
+
+
 def test_padding_slots_add_nothing_to_the_sum_or_to_the_gradient_of_latent_0():
     acts = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     indices = torch.tensor([[1, 0, 0], [0, 0, 0]])
@@ -463,3 +488,10 @@ def test_bad_input_is_refused(change, error, message):
     arguments = {"acts": ACTS, "indices": INDICES, "W_dec": W_DEC} | change
     with pytest.raises(error, match=message):
         sparse_decode(**arguments)
+
+
+@pytest.mark.parametrize("index", [-1, 40])
+def test_index_outside_the_dictionary_is_refused_in_16_bits_too(index):
+    acts, W_dec = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(40, 4, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=str(index)):
+        sparse_decode(acts, torch.tensor([[index]]), W_dec, bias=W_dec[0])

@@ -20,7 +20,8 @@ FLOORS = [
     {"stack"},
     {"data", "affine", "sae"},
     {"model"},
-    {"metrics", "storage", "environment", "assets"},
+    {"metrics", "profile"},
+    {"storage", "environment", "assets"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 SOURCES = sorted(p for p in (ROOT / "resae").glob("*.py") if p.stem != "__init__")

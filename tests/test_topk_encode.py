@@ -282,6 +282,23 @@ def test_bf16_scores_that_round_to_one_value_go_to_the_lower_index():
     assert wide.indices.tolist() == [[1, 2]]
 
 
+def test_residual_is_rounded_once():
+    # 256 + 1 − 1: rounded to bf16 after each step, the sum 257 becomes 256 and the residual 255.
+    x, base, pre_bias, weight = (
+        torch.tensor([[value]], dtype=torch.bfloat16) for value in (256.0, -1.0, 1.0, 1.0)
+    )
+    for op in (topk_encode, reference.topk_encode):
+        assert op(x, weight, None, 1, base=base, pre_bias=pre_bias[0]).acts.item() == 256
+
+
+def test_scores_are_rounded_once_after_the_bias():
+    # 256 + 1 − 256: bf16 holds no 257, so that a product rounded before the bias gives 0.
+    x, bias = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([-256], dtype=torch.bfloat16)
+    weight = torch.tensor([[256, 1]], dtype=torch.bfloat16)
+    for op in (topk_encode, reference.topk_encode):
+        assert op(x, weight, bias, 1).acts.item() == 1
+
+
 def test_bf16_with_few_levels_and_many_latents_breaks_every_tie_downwards():
     scores = torch.randint(-2, 3, (32, 500)).to(torch.bfloat16)
     weight = torch.eye(500, dtype=torch.bfloat16)

@@ -75,8 +75,9 @@ def test_saved_stack_reconstructs_raw_activations_as_the_trained_one_scaled(xs, 
         raw, _ = next(batches)
         train_step(state, config, [x / s for x, s in zip(raw, scale, strict=True)])
     stack = train(config, StoredActivations(xs, batch_tokens=64), calibration, tmp_path)
-    scaled = state.stack([x / s for x, s in zip(xs, scale, strict=True)])
-    folded = stack(xs)
+    with torch.no_grad():
+        scaled = state.stack([x / s for x, s in zip(xs, scale, strict=True)])
+        folded = stack(xs)
     for layer, s in enumerate(scale):
         same = scaled.codes[layer].indices == folded.codes[layer].indices
         assert same.float().mean() > 0.99

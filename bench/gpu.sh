@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: the tests of the ops on it, then the table of ops.
+#   bench/gpu.sh OUT            (OUT/tests.log, OUT/ops.csv, ops.md, ops.svg)
+#   bench/gpu.sh OUT --dry      tiny shapes on whatever device there is: does it run?
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: bench/gpu.sh OUT [--dry]}
+mkdir -p "$out"
+export PYTHONPATH=.:tests${PYTHONPATH:+:$PYTHONPATH}
+python -m pytest -q -p no:cacheprovider tests/test_topk_encode.py tests/test_sparse_decode.py \
+  tests/test_affine_chain.py 2>&1 | tee "$out/tests.log"
+python bench/ops.py --out "$out" "${@:2}"
