@@ -33,6 +33,14 @@ from resae.train import Calibration, Progress, TrainConfig, calibrate, sum_momen
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIT_ROWS = 16
 """Rows per forward pass while fitting and evaluating."""
+HELD_OUT_DEFAULTS: dict[str, Any] = {
+    "data": None,
+    "text_column": "text",
+    "streaming": False,
+    "context_tokens": 128,
+    "held_out_rows": 64,
+}
+"""What `eval` takes where neither the command nor the run says otherwise."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -378,11 +386,13 @@ def _eval(options: argparse.Namespace) -> int:
     lm = _load_model(options, _model_of(options, record, runs[0][2]))
     for _, _, stack in runs:
         stack.require_model(lm)
-    for name in ("data", "text_column", "streaming", "context_tokens", "held_out_rows"):
+    for name, default in HELD_OUT_DEFAULTS.items():
         if getattr(options, name) is None:
-            if name not in record:
-                raise ValueError(f"{runs[0][0]} has no run.json; give --{name.replace('_', '-')}")
-            setattr(options, name, record[name])
+            setattr(options, name, record.get(name, default))
+    if options.data is None:
+        raise ValueError(
+            f"{runs[0][0]} does not say which text to evaluate on; name it with --data"
+        )
     options.seed = record.get("train", {}).get("seed", 0)
     _, held_out = _data(options, lm)
     methods: list[Method] = []

@@ -44,6 +44,8 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if len(self.layers) < 2:
+            raise ValueError("demo: it compares layers; name at least two, for example 1,3,5")
         if not self.k or list(self.k) != sorted(set(self.k)):
             raise ValueError(f"demo: k={self.k}, expected rising numbers, for example 4,8,32")
         if self.k[-1] * len(self.layers) > self.d_sae:
@@ -154,63 +156,24 @@ def run_demo(
     affine = _hop_rows(lm, points, moments, hops, hop_rows)
 
     source = StoredActivations(xs, batch_tokens=config.batch_tokens, seed=config.seed)
-    identity = ModelIdentity.of(lm)
     methods: list[Method] = []
-    training = []
-    last_only = ((names[-1],),)
+    training: list[dict[str, Any]] = []
     for rank, k in enumerate(config.k):
         for recipe in RECIPES:
-            stage = _training_stage(recipe, k)
-            plan.stage(stage)
-
-            def progress(p: Progress) -> None:
-                plan.at(p.step / p.steps, f"fvu {' '.join(f'{m.fvu:.3f}' for m in p.layers)}")
-
-            settings = TrainConfig(
-                layers=names,
-                k=tuple(k * (layer + 1) if recipe.k_grows else k for layer in range(len(names))),
-                d_sae=config.d_sae,
-                predictor=recipe.predictor,
-                train_tokens=config.train_tokens,
-                calibration_tokens=config.calibration_tokens,
-                batch_tokens=config.batch_tokens,
-                seed=config.seed,
-            )
-            calibration = calibrate(recipe.predictor, moments, ridge=settings.ridge)
-            log: list[Progress] = []
-
-            def note(p: Progress, log: list[Progress] = log) -> None:
-                log.append(p)
-                progress(p)
-
-            stack = train(
-                settings,
-                source,
-                calibration,
-                out / "stacks" / f"{recipe.name}_k{k}",
-                identity=identity,
-                log_steps=10,
-                on_progress=note,
-            )
-            assert stack is not None  # nothing asks it to stop
-            methods.append(
-                Method(
-                    recipe.name,
-                    stack,
-                    k,
-                    subsets=last_only if recipe.name in ("raw", "resae") and len(names) > 1 else (),
-                )
-            )
-            training.append(
-                {"method": recipe.name, "k": k, "rank": rank, "log": [_curve(p) for p in log]}
-            )
+            plan.stage(_training_stage(recipe, k))
+            folder = out / "stacks" / f"{recipe.name}_k{k}"
+            stack, log = _train(recipe, k, config, names, lm, moments, source, folder, plan)
+            # The last layer alone, beside all of them, shows what teacher-forcing hides.
+            subsets = ((names[-1],),) if recipe.name in ("raw", "resae") else ()
+            methods.append(Method(recipe.name, stack, k, subsets))
+            training.append({"method": recipe.name, "k": k, "rank": rank, "log": log})
     methods.append(_affine_only(methods))
 
     plan.stage(_EVALUATE)
     batches = list(eval_rows.split(16))
     report = evaluate(lm, methods, batches, on_batch=lambda done: plan.at(done / len(batches)))
     resae = _stack_of(methods, "resae", config.k[-1])
-    collapse = collapse_difference(lm, resae, batches[0]) if len(names) > 1 else None
+    collapse = collapse_difference(lm, resae, batches[0])
 
     plan.stage(_GENERATE)
     samples = _samples(lm, methods, config)
@@ -263,6 +226,48 @@ def _capture(
     return [torch.cat(layer)[:tokens] for layer in zip(*pieces, strict=True)]
 
 
+def _train(
+    recipe: _Recipe,
+    k: int,
+    config: DemoConfig,
+    names: tuple[str, ...],
+    lm: HookedLM,
+    moments: Moments,
+    source: StoredActivations,
+    folder: Path,
+    plan: Plan,
+) -> tuple[ReSAE, list[dict[str, Any]]]:
+    """One method at one k, and its training curve."""
+    settings = TrainConfig(
+        layers=names,
+        k=tuple(k * (layer + 1) if recipe.k_grows else k for layer in range(len(names))),
+        d_sae=config.d_sae,
+        predictor=recipe.predictor,
+        train_tokens=config.train_tokens,
+        calibration_tokens=config.calibration_tokens,
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+    )
+    log: list[dict[str, Any]] = []
+
+    def note(p: Progress) -> None:
+        plan.at(p.step / p.steps, f"fvu {' '.join(f'{m.fvu:.3f}' for m in p.layers)}")
+        curve = [{"fvu": m.fvu} for m in p.layers]
+        log.append({"step": p.step, "tokens": p.tokens, "layers": curve})
+
+    stack = train(
+        settings,
+        source,
+        calibrate(recipe.predictor, moments, ridge=settings.ridge),
+        folder,
+        identity=ModelIdentity.of(lm),
+        log_steps=10,
+        on_progress=note,
+    )
+    assert stack is not None  # nothing asks it to stop
+    return stack, log
+
+
 def _hop_rows(
     lm: HookedLM,
     points: Sequence[HookPoint],
@@ -278,10 +283,6 @@ def _hop_rows(
         for hop, r2 in zip(hops, r2_per_layer(calibration.predictor, unseen), strict=True):
             table.append({"method": method, "hop": hop, "r2": r2})
     return table
-
-
-def _curve(p: Progress) -> dict[str, Any]:
-    return {"step": p.step, "tokens": p.tokens, "layers": [{"fvu": m.fvu} for m in p.layers]}
 
 
 def _affine_only(methods: Sequence[Method]) -> Method:
@@ -319,10 +320,10 @@ def _samples(
 # -- in words --------------------------------------------------------------------------------------
 
 
-def findings(report: dict[str, list[dict[str, Any]]], collapse: float | None) -> list[str]:
+def findings(report: dict[str, list[dict[str, Any]]], collapse: float) -> list[str]:
     """What the rows say about the paper's claims, in sentences; also where they do not hold.
 
-    `collapse` is what `collapse_difference` measured, None for a single layer.
+    `collapse` is what `collapse_difference` measured.
     """
     rows = report["replacement"]
     ks = sorted({row["k"] for row in rows if row["k"] is not None})
@@ -396,12 +397,11 @@ def findings(report: dict[str, list[dict[str, Any]]], collapse: float | None) ->
         f"is: {delta('affine_only', None, 'online', None):.2f} online."
     )
     sentences.append(_redundancy_sentence(report["redundancy"]))
-    if collapse is not None:
-        sentences.append(
-            f"Replacing whole streams with clean codes, all layers at once differ from the last "
-            f"one alone by exactly {collapse:g} in every logit: what goes in last overwrites "
-            f"the rest, so read online and error-added."
-        )
+    sentences.append(
+        f"Replacing whole streams with clean codes, all layers at once differ from the last one "
+        f"alone by exactly {collapse:g} in every logit: what goes in last overwrites the rest, so "
+        f"read online and error-added."
+    )
     return sentences
 
 

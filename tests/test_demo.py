@@ -89,21 +89,15 @@ def test_everything_is_written(demo, report):
     assert len(list((demo / "stacks").iterdir())) == 4
 
 
-def test_a_run_of_the_demo_can_be_evaluated_and_used_by_hand(demo, capsys):
-    assert (
-        main(
-            [
-                "generate",
-                str(demo / "stacks" / "resae_k8"),
-                "--prompt",
-                "In the",
-                "--max-new-tokens",
-                "4",
-            ]
-        )
-        == 0
-    )
+def test_a_stack_of_the_demo_can_be_used_by_hand(demo, tmp_path, capsys):
+    stack = str(demo / "stacks" / "resae_k8")
+    assert main(["generate", stack, "--prompt", "In the", "--max-new-tokens", "4"]) == 0
     assert "layers replaced online" in capsys.readouterr().out
+    assert main(["eval", stack, "--out", str(tmp_path)]) == 2
+    assert "name it with --data" in capsys.readouterr().err
+    arguments = ["--data", "embedded", "--held-out-rows", "2", "--out", str(tmp_path)]
+    assert main(["eval", stack, *arguments]) == 0
+    assert (tmp_path / "report.json").exists()
 
 
 def rows_where(better):
@@ -161,6 +155,11 @@ def test_plan_corrects_its_estimate_by_the_speed_it_meets(monkeypatch):
 def test_impossible_k_are_refused_before_any_work(k):
     with pytest.raises(ValueError, match="demo: k="):
         DemoConfig(k=k)
+
+
+def test_one_layer_is_refused():
+    with pytest.raises(ValueError, match="at least two"):
+        DemoConfig(layers=("3",))
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path, capsys):
