@@ -60,6 +60,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Sequenc
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
     return figure, axes
 
 
@@ -161,7 +162,7 @@ def _r2(report: Row) -> Any:
     axis.set_xticks([x + 0.4 - width / 2 for x in range(len(hops))], [_short(hop) for hop in hops])
     axis.set_ylabel("R², held-out tokens")
     axis.set_ylim(0, 1.12)
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(methods), fontsize=8, frameon=False)
     return figure
 
 

@@ -60,7 +60,10 @@ def test_replacing_by_what_is_there_changes_nothing(site):
     lm = tiny.gemma2()
     point = lm.hook_point(f"blocks.1.hook_{site}")
     same = lm.replace(tiny.ids(), {point: lambda x: x.clone()})
-    torch.testing.assert_close(same, lm.logits(tiny.ids()))
+    if site == "resid_mid":  # goes in as resid_mid − resid_pre, which rounds
+        torch.testing.assert_close(same, lm.logits(tiny.ids()))
+    else:
+        assert torch.equal(same, lm.logits(tiny.ids()))
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -116,6 +116,21 @@ def test_saved_stack_comes_back_bit_for_bit(lm, tmp_path, kind):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_hub_name_is_downloaded_and_opened(lm, tmp_path, monkeypatch):
+    stack = tiny.stack(lm)
+    stack.save_pretrained(tmp_path / "snapshot")
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options["revision"], options["allow_patterns"]))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("resae.stack.snapshot_download", snapshot_download)
+    loaded = ReSAE.from_pretrained("someone/some-stack", revision="v1")
+    assert asked == [("someone/some-stack", "v1", ["*.json", "*.safetensors"])]
+    assert torch.equal(loaded.sae(2).W_dec, stack.sae(2).W_dec)
+
+
 def test_each_layer_folder_is_an_autoencoder_of_its_own(lm, tmp_path):
     stack = tiny.stack(lm)
     stack.save_pretrained(tmp_path)
