@@ -1,8 +1,10 @@
 import json
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
 import torch
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
 from resae.affine import KINDS
@@ -125,6 +127,10 @@ def test_a_hub_name_is_downloaded_and_opened(lm, tmp_path, monkeypatch):
         asked.append((name, options["revision"], options["allow_patterns"]))
         return str(tmp_path / "snapshot")
 
+    def no_config(*_arguments, **_options):  # the mixin looks for a config.json, which we have not
+        raise RemoteEntryNotFoundError("config.json", response=MagicMock())
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", no_config)
     monkeypatch.setattr("resae.stack.snapshot_download", snapshot_download)
     loaded = ReSAE.from_pretrained("someone/some-stack", revision="v1")
     assert asked == [("someone/some-stack", "v1", ["*.json", "*.safetensors"])]
