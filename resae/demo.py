@@ -36,7 +36,7 @@ class DemoConfig:
     layers: tuple[str, ...] = ("1", "3", "5")
     k: tuple[int, ...] = (4, 8, 32)
     d_sae: int = 512
-    train_tokens: int = 200_000
+    train_tokens: int = 300_000
     calibration_tokens: int = 60_000
     batch_tokens: int = 1_024
     held_out_rows: int = 64
@@ -207,7 +207,7 @@ def _stages(config: DemoConfig) -> dict[str, float]:
     stages = {_CAPTURE: 12.0 * tokens, _FIT: 2.0}
     for k in config.k:
         for recipe in RECIPES:
-            stages[_training_stage(recipe, k)] = (8.5 + 0.14 * k) * tokens
+            stages[_training_stage(recipe, k)] = (5.8 + 0.1 * k) * tokens
     methods = 18 * len(config.k) + 3
     return {**stages, _EVALUATE: 0.0135 * methods * config.held_out_rows, _GENERATE: 3.0}
 

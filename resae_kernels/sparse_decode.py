@@ -213,6 +213,16 @@ def latent_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
 
 def _sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     N, k, D = *indices.shape, W.shape[1]
+    if W.device.type == "cpu" and W.dtype in (torch.float32, torch.float64) and indices.numel():
+        # The gradient of `embedding_bag` in its weights is this product, with no row copied.
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad.contiguous(),
+            W.contiguous(),
+            indices.reshape(-1).contiguous(),
+            torch.arange(0, N * k, k),
+            torch.arange(N).repeat_interleave(k),
+            0,  # mode "sum"
+        ).view(N, k)
     wide = accumulation_dtype(W.dtype)
     out = grad.new_empty(N, k)
     rows = max(1, GATHER_BYTES // max(1, k * D * wide.itemsize))

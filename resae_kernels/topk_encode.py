@@ -173,7 +173,7 @@ def _select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     for: where it equals the last one taken, the lowest indices are picked by counting.
     """
     M = scores.shape[1]
-    values, indices = scores.topk(min(k + 1, M), dim=-1)
+    values, indices = _largest(scores, min(k + 1, M))
     if k < M:
         last, next_ = values[:, k - 1], values[:, k]
         ambiguous = ((last == next_) & (last > 0)) | next_.isnan()
@@ -196,6 +196,24 @@ def _select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
         return acts, indices.masked_fill_(~positive, 0)
     acts, indices, positive = (t.gather(1, order) for t in (acts, indices, positive))
     return acts, indices.masked_fill_(~positive, 0)
+
+
+def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Like `scores.topk(count)`: the groups with the largest maxima, then among their members.
+
+    No value outside the `count` best groups can be among the `count` largest. Groups are strided,
+    so that their maxima are taken along contiguous lanes; groups of 8 or 4 pay where enough of them
+    remain to choose from (`torch.topk` takes 2 to 5 times as long at the sizes of autoencoders).
+    """
+    n, M = scores.shape
+    size = next((g for g in (8, 4) if M % g == 0 and 2 * (M // g) >= 3 * count), None)
+    if size is None:
+        return scores.topk(count, dim=-1)
+    groups = scores.view(n, size, M // size).amax(dim=1).topk(count, dim=-1, sorted=False).indices
+    strides = torch.arange(0, M, M // size, device=scores.device)
+    members = (groups.unsqueeze(1) + strides.view(1, size, 1)).flatten(1)
+    values, order = scores.gather(1, members).topk(count, dim=-1)
+    return values, members.gather(1, order)
 
 
 def _lowest_among_ties(scores: Tensor, kth: Tensor, k: int) -> Tensor:

@@ -333,18 +333,28 @@ def test_no_tensor_of_tokens_by_latents_is_ever_made():
 
 def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
     N, D, M, k = 64, 32, 40, 8
-    rows, W_dec = torch.randn(N, D), torch.randn(M, D)
+    rows, W_dec = torch.randn(N, D).bfloat16(), torch.randn(M, D).bfloat16()
     indices = torch.randint(0, M, (N, k))
 
     def product():
         return torch.ops.resae.sampled_product(rows, indices, W_dec)
 
-    whole, gathered = product(), N * k * D * W_dec.itemsize
+    whole, gathered = product(), N * k * D * 4  # rows are widened to fp32
     assert largest_allocation(product) >= gathered
     module = importlib.import_module("resae_kernels.sparse_decode")
     monkeypatch.setattr(module, "GATHER_BYTES", gathered // 13)
     torch.testing.assert_close(product(), whole)
     assert largest_allocation(product) <= gathered // 13
+
+
+def test_no_row_is_copied_for_the_product_in_fp32():
+    N, D, M, k = 64, 32, 40, 8
+    rows, W_dec = torch.randn(N, D), torch.randn(M, D)
+    indices = torch.randint(0, M, (N, k))
+    product = torch.ops.resae.sampled_product
+    assert largest_allocation(lambda: product(rows, indices, W_dec)) < N * k * D * 4 / 4
+    expected = (W_dec.double()[indices] @ rows.double().unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(product(rows, indices, W_dec).double(), expected, rtol=0, atol=1e-4)
 
 
 # -- autocast --------------------------------------------------------------------------------------
