@@ -1,12 +1,22 @@
-"""What the ops share before any work is launched: argument checks in one wording, op registration.
+"""What the ops share before any work is launched: Triton where there is one, the choice of
+implementation, argument checks in one wording, op registration.
 
 Every message says what, got, expected, and what to do, in the names of the public arguments.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # Triton has wheels for Linux only; elsewhere kernels stay undecorated
+    triton: Any = SimpleNamespace(jit=lambda function: function)
+    tl: Any = SimpleNamespace(constexpr=None)
 
 LIBRARY = torch.library.Library("resae", "DEF")
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -18,6 +28,21 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resae::{name}", fake, lib=LIBRARY)
+
+
+def implementation_for(op: str, tensor: Tensor, implementation: str | None) -> str:
+    """`torch` or `triton`: as asked, or by the device of the input (CUDA: triton)."""
+    if implementation is None:
+        return "triton" if tensor.is_cuda else "torch"
+    if implementation not in ("torch", "triton"):
+        raise ValueError(
+            f"{op}: implementation={implementation!r}, expected 'torch', 'triton' or None (by device)"
+        )
+    if implementation == "triton" and not hasattr(triton, "cdiv"):
+        raise ValueError(
+            f"{op}: implementation='triton', but Triton is not installed; pip install it"
+        )
+    return implementation
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
