@@ -4,9 +4,9 @@ implementation, argument checks in one wording, op registration.
 Every message says what, got, expected, and what to do, in the names of the public arguments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,44 @@ def implementation_for(op: str, tensor: Tensor, implementation: str | None) -> s
         raise ValueError(
             f"{op}: implementation='triton', but Triton is not installed; pip install it"
         )
+    if implementation == "triton" and tensor.device.type == "cpu" and not _interpreted():
+        raise ValueError(
+            f"{op}: implementation='triton' needs a CUDA device, the input is on cpu; move it, or "
+            f"pass 'torch'"
+        )
     return implementation
+
+
+def _interpreted() -> bool:
+    """Do kernels run in Triton's interpreter, on CPU tensors? (Tests do.)"""
+    return triton.knobs.runtime.interpret
+
+
+def device_class(device: torch.device, known: Container[str]) -> str:
+    """`sm_90` and the like where a table of tiles knows it, else `other`."""
+    if device.type != "cuda" or torch.version.hip:
+        return "other"
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"sm_{major}{minor}"
+    return name if name in known else "other"
+
+
+class AotCase(NamedTuple):
+    """A kernel as it is launched, to be compiled ahead of time (tests/static_gate.py)."""
+
+    name: str
+    kernel: Any
+    architectures: tuple[str, ...]
+    """`sm_90` and the like."""
+    signature: dict[str, str]
+    """Type of each argument that is no constexpr, as `*bf16` and `i32`."""
+    constexprs: dict[str, Any]
+    divisible_by_16: tuple[str, ...]
+    """Arguments the launcher specialises on: pointers, and sizes that are multiples of 16."""
+    num_warps: int
+    num_stages: int
+    expect: dict[str, int | bool]
+    """What the machine code must show: see `tests/static_gate.py`."""
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
