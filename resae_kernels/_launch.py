@@ -19,6 +19,9 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only; elsewhere kerne
     tl: Any = SimpleNamespace(constexpr=None)
 
 LIBRARY = torch.library.Library("resae", "DEF")
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every launch: Triton's default changes with its versions, and warns of it."""
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

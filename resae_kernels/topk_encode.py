@@ -32,11 +32,11 @@ small beside the weights of the layer shapes in use."""
 FEW_TOKENS = 16
 """Up to here the product is bound by reading `weight`: one Triton kernel instead of a GEMM."""
 
-PRODUCT_TILES = {  # device class: (latents, bytes of a row of weight, stages, warps)
-    "sm_80": (64, 256, 4, 4),
-    "sm_90": (64, 256, 4, 4),
-    "sm_100": (64, 256, 4, 4),
-    "other": (64, 128, 4, 4),
+PRODUCT_TILES = {  # device class: bytes of an element: (latents, dimensions, stages, warps)
+    "sm_80": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
+    "sm_90": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
+    "sm_100": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
+    "other": {2: (64, 64, 4, 4), 4: (64, 32, 4, 8)},
 }
 GROUP_MAX_TILE = 4096, 4  # latents, warps
 RESIDUAL_TILE = 1024, 4  # dimensions, warps
@@ -413,6 +413,7 @@ def _launch_residual(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) ->
         0 if base is None else base.stride(0),
         BD=tile,
         num_warps=warps,
+        **_launch.OPTIONS,
     )
     return out
 
@@ -435,6 +436,7 @@ def _product_of_many(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Te
         INF=keys.inf,
         TOP=keys.top,
         num_warps=warps,
+        **_launch.OPTIONS,
     )
     return best
 
@@ -444,9 +446,8 @@ def _product_of_few(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Ten
     (n, D), M = x.shape, weight.shape[0]
     keys = KEYS[scores.dtype]
     best = torch.empty(n, plan.groups, dtype=keys.dtype, device=x.device)
-    latents, row_bytes, stages, warps = PRODUCT_TILES[
-        _launch.device_class(x.device, PRODUCT_TILES)
-    ]
+    tiles = PRODUCT_TILES[_launch.device_class(x.device, PRODUCT_TILES)]
+    latents, dimensions, stages, warps = tiles[x.itemsize]
     _product_of_few_kernel[(triton.cdiv(M, latents),)](
         x,
         base,
@@ -464,13 +465,14 @@ def _product_of_few(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Ten
         scores.stride(0),
         GROUP=plan.group,
         BL=latents,
-        BK=row_bytes // x.itemsize,
+        BK=dimensions,
         BN=FEW_TOKENS,
         INF=keys.inf,
         TOP=keys.top,
         UPCAST=not x.is_cuda,
         num_stages=stages,
         num_warps=warps,
+        **_launch.OPTIONS,
     )
     return best
 
@@ -494,6 +496,7 @@ def _launch_select(scores, best, acts, indices, plan: _Plan) -> None:
         INF=keys.inf,
         TOP=keys.top,
         num_warps=_select_warps(plan),
+        **_launch.OPTIONS,
     )
 
 
@@ -681,3 +684,83 @@ def _select_kernel(
     m_padding = (o_s >= count) & (o_s < k)
     tl.store(p_acts + o_s, tl.zeros([SLOTS], tl.int32), mask=m_padding)
     tl.store(p_indices + o_s, tl.zeros([SLOTS], tl.int32), mask=m_padding)
+
+
+# -- compilation ahead of time ---------------------------------------------------------------------
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every kernel as it runs at the shapes that matter, for a compiler without a device."""
+    architectures = ("sm_80", "sm_90", "sm_100")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        keys = KEYS[dtype]
+        wide = dtype == torch.float32
+        integers = f"*i{dtype.itemsize * 8}"
+        levels = {"INF": keys.inf, "TOP": keys.top}
+
+        tile, warps = RESIDUAL_TILE
+        yield AotCase(
+            f"residual {name}",
+            _residual_kernel,
+            architectures[1:2],
+            dict.fromkeys(("x", "base", "pre_bias", "out"), f"*{name}")
+            | dict.fromkeys(("D", "s_x", "s_base"), "i32"),
+            {"BD": tile},
+            ("x", "base", "pre_bias", "out", "D", "s_x", "s_base"),
+            warps,
+            1,
+            {"loads_128": 3, "instructions": 300},
+        )
+
+        tile, warps = GROUP_MAX_TILE
+        yield AotCase(
+            f"group_max {name}",
+            _group_max_kernel,
+            architectures[1:2],
+            {"scores": integers, "best": integers, "M": "i32", "groups": "i32", "s_scores": "i32"},
+            {"GROUP": 32, "BM": tile} | levels,
+            ("scores", "best", "M", "groups", "s_scores"),
+            warps,
+            1,
+            {"loads_128": tile * dtype.itemsize // (16 * 32 * warps), "instructions": 700},
+        )
+
+        for architecture in architectures:
+            latents, dimensions, stages, warps = PRODUCT_TILES[architecture][dtype.itemsize]
+            tile_loads = latents * dimensions * dtype.itemsize // (16 * 32 * warps)
+            yield AotCase(
+                f"product_of_few {name}",
+                _product_of_few_kernel,
+                (architecture,),
+                dict.fromkeys(("x", "base", "pre_bias", "weight", "bias"), f"*{name}")
+                | dict.fromkeys(("scores", "best"), integers)
+                | dict.fromkeys(("n", "D", "M", "groups", "s_x", "s_base", "s_scores"), "i32"),
+                {"GROUP": 32, "BL": latents, "BK": dimensions, "BN": FEW_TOKENS}
+                | {"UPCAST": False}
+                | levels,
+                ("x", "base", "pre_bias", "weight", "bias", "scores", "best")
+                + ("D", "M", "groups", "s_x", "s_base", "s_scores"),
+                warps,
+                stages,
+                # fp32 has no matrix instruction of full precision. The loads of all stages in
+                # flight, and of the loop.
+                {"matrix": not wide, "loads_128": tile_loads * stages, "instructions": 1500},
+            )
+
+        for M, k in ((65536, 64), (131072, 256)):
+            plan = _plan(M, k)
+            assert plan is not None
+            yield AotCase(
+                f"select {name} M={M} k={k}",
+                _select_kernel,
+                architectures,
+                {"scores": integers, "best": integers, "acts": integers, "indices": "*i64"}
+                | dict.fromkeys(("M", "groups", "s_scores", "k"), "i32"),
+                {"GROUP": plan.group, "GROUPS": triton.next_power_of_2(plan.groups)}
+                | {"SLOTS": plan.slots}
+                | levels,
+                ("scores", "best", "acts", "indices", "M", "groups", "s_scores", "k"),
+                _select_warps(plan),
+                3,
+                {"instructions": 4000},
+            )
