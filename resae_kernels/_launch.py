@@ -4,24 +4,24 @@ implementation, argument checks in one wording, op registration.
 Every message says what, got, expected, and what to do, in the names of the public arguments.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+triton: Any  # its decorator's type knows no launch options, nor that constexprs are given as ints
 try:
-    import triton
     import triton.language as tl
+
+    triton = import_module("triton")
 except ModuleNotFoundError:  # Triton has wheels for Linux only; elsewhere kernels stay undecorated
-    triton: Any = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function: function)
     tl: Any = SimpleNamespace(constexpr=None)
 
 LIBRARY = torch.library.Library("resae", "DEF")
-OPTIONS = {"enable_fp_fusion": True}
-"""Of every launch: Triton's default changes with its versions, and warns of it."""
-
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -39,7 +39,8 @@ def implementation_for(op: str, tensor: Tensor, implementation: str | None) -> s
         return "triton" if tensor.is_cuda else "torch"
     if implementation not in ("torch", "triton"):
         raise ValueError(
-            f"{op}: implementation={implementation!r}, expected 'torch', 'triton' or None (by device)"
+            f"{op}: implementation={implementation!r}, expected 'torch', 'triton' or None "
+            f"(by device)"
         )
     if implementation == "triton" and not hasattr(triton, "cdiv"):
         raise ValueError(
@@ -67,22 +68,25 @@ def device_class(device: torch.device, known: Container[str]) -> str:
     return name if name in known else "other"
 
 
+def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
+    """Of every launch. Fusion is named since Triton's default changes with its versions."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
 class AotCase(NamedTuple):
-    """A kernel as it is launched, to be compiled ahead of time (tests/static_gate.py)."""
+    """A kernel as it is launched, to be compiled ahead of time (`tests/static_gate.py`)."""
 
     name: str
     kernel: Any
-    architectures: tuple[str, ...]
-    """`sm_90` and the like."""
-    signature: dict[str, str]
-    """Type of each argument that is no constexpr, as `*bf16` and `i32`."""
-    constexprs: dict[str, Any]
-    divisible_by_16: tuple[str, ...]
-    """Arguments the launcher specialises on: pointers, and sizes that are multiples of 16."""
+    signature: Mapping[str, Any]
+    """Type of each argument that is no constexpr: `*bf16:16`, `i32`, or a tuple of such. `:16` says
+    that the launcher finds it divisible by 16: a pointer's address, a size."""
+    constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int
-    expect: dict[str, int | bool]
-    """What the machine code must show: see `tests/static_gate.py`."""
+    expect: Mapping[str, int | bool]
+    """What the machine code must show, in the words of `tests/static_gate.py`."""
+    architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:

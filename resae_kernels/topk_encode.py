@@ -15,6 +15,7 @@ by latent: deterministic, no `[N, M]`). Gao et al. 2024 (arXiv 2406.04093), sect
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -89,8 +90,8 @@ def topk_encode(
         "triton" beyond 16 tokens leaves the product to the GEMM of torch, in x's dtype: fp32
         accumulation with the bias added before the one rounding, unless the library splits the sum
         over D and adds the parts in 16 bit, or takes TF32 for fp32; both are settings of
-        `torch.backends.cuda.matmul`. Its selection takes fp32, bf16 and fp16 up to
-        next_power_of_2(k) · M ≤ 2²⁶; fp64 and beyond, scores are selected as in "torch".
+        `torch.backends.cuda.matmul`. Its selection takes fp32, bf16 and fp16 with k ≤ 1024,
+        M ≤ 2¹⁹ and next_power_of_2(k) · M ≤ 2²⁶; other scores are selected as in "torch".
     """
     x, weight, bias, pre_bias, base = _launch.under_autocast(x, weight, bias, pre_bias, base)  # type: ignore[assignment]
     _check(x, weight, bias, k, pre_bias, base, workspace_bytes)
@@ -334,6 +335,7 @@ class _Plan(NamedTuple):
     """Keys held at once: the group maxima, then the members of k groups."""
 
 
+@cache
 def _plan(M: int, k: int) -> _Plan | None:
     """The group size that holds fewest keys; None where that is still too many."""
     slots = triton.next_power_of_2(k)
@@ -358,7 +360,8 @@ def _encode_triton(
 ) -> tuple[Tensor, Tensor]:
     N, M = x.shape[0], weight.shape[0]
     # Kernels step along a row by 1; rows of x and base may lie anywhere.
-    x, base = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, base))
+    x = x if x.stride(1) == 1 else x.contiguous()
+    base = base if base is None or base.stride(1) == 1 else base.contiguous()
     weight = weight.contiguous()
     bias, pre_bias = (None if t is None else t.contiguous() for t in (bias, pre_bias))
     plan = _plan(M, k) if x.dtype in KEYS else None
@@ -378,7 +381,7 @@ def _encode_triton(
                 _product(x[chunk], weight, bias, pre_bias, rest, scores[:n])
                 acts[chunk], indices[chunk] = _select(scores[:n], k, sorted)
                 continue
-            # By N, not by the rows of a chunk: no token's sums depend on the chunking.
+            # By N, not by the rows of a chunk: the last chunk is computed as the others are.
             producer = _product_of_few if N <= FEW_TOKENS else _product_of_many
             best = producer(x[chunk], weight, bias, pre_bias, rest, scores[:n], plan)
             _launch_select(scores[:n], best, acts[chunk], indices[chunk], plan)
@@ -412,8 +415,7 @@ def _launch_residual(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) ->
         x.stride(0),
         0 if base is None else base.stride(0),
         BD=tile,
-        num_warps=warps,
-        **_launch.OPTIONS,
+        **_launch.launch_options(warps),
     )
     return out
 
@@ -435,8 +437,7 @@ def _product_of_many(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Te
         BM=tile,
         INF=keys.inf,
         TOP=keys.top,
-        num_warps=warps,
-        **_launch.OPTIONS,
+        **_launch.launch_options(warps),
     )
     return best
 
@@ -470,9 +471,7 @@ def _product_of_few(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Ten
         INF=keys.inf,
         TOP=keys.top,
         UPCAST=not x.is_cuda,
-        num_stages=stages,
-        num_warps=warps,
-        **_launch.OPTIONS,
+        **_launch.launch_options(warps, stages),
     )
     return best
 
@@ -495,8 +494,7 @@ def _launch_select(scores, best, acts, indices, plan: _Plan) -> None:
         SLOTS=plan.slots,
         INF=keys.inf,
         TOP=keys.top,
-        num_warps=_select_warps(plan),
-        **_launch.OPTIONS,
+        **_launch.launch_options(_select_warps(plan)),
     )
 
 
@@ -691,76 +689,82 @@ def _select_kernel(
 
 def aot_cases() -> Iterator[AotCase]:
     """Every kernel as it runs at the shapes that matter, for a compiler without a device."""
-    architectures = ("sm_80", "sm_90", "sm_100")
+
+    def each(kind: str, names: str) -> dict[str, str]:
+        return dict.fromkeys(names.split(), kind)
+
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         keys = KEYS[dtype]
-        wide = dtype == torch.float32
-        integers = f"*i{dtype.itemsize * 8}"
+        floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
         levels = {"INF": keys.inf, "TOP": keys.top}
 
         tile, warps = RESIDUAL_TILE
         yield AotCase(
             f"residual {name}",
             _residual_kernel,
-            architectures[1:2],
-            dict.fromkeys(("x", "base", "pre_bias", "out"), f"*{name}")
-            | dict.fromkeys(("D", "s_x", "s_base"), "i32"),
+            each(floats, "x base pre_bias out") | each("i32:16", "D s_x s_base"),
             {"BD": tile},
-            ("x", "base", "pre_bias", "out", "D", "s_x", "s_base"),
-            warps,
-            1,
+            *(warps, 1),
             {"loads_128": 3, "instructions": 300},
+            ("sm_90",),
         )
 
         tile, warps = GROUP_MAX_TILE
         yield AotCase(
             f"group_max {name}",
             _group_max_kernel,
-            architectures[1:2],
-            {"scores": integers, "best": integers, "M": "i32", "groups": "i32", "s_scores": "i32"},
+            each(integers, "scores best") | each("i32:16", "M groups s_scores"),
             {"GROUP": 32, "BM": tile} | levels,
-            ("scores", "best", "M", "groups", "s_scores"),
-            warps,
-            1,
-            {"loads_128": tile * dtype.itemsize // (16 * 32 * warps), "instructions": 700},
+            *(warps, 1),
+            {"loads_128": tile * dtype.itemsize // (warps * 512), "instructions": 700},
+            ("sm_90",),
         )
 
-        for architecture in architectures:
+        for architecture in ("sm_80", "sm_90", "sm_100"):
             latents, dimensions, stages, warps = PRODUCT_TILES[architecture][dtype.itemsize]
-            tile_loads = latents * dimensions * dtype.itemsize // (16 * 32 * warps)
-            yield AotCase(
+            loads = latents * dimensions * dtype.itemsize // (warps * 512)
+            case = AotCase(
                 f"product_of_few {name}",
                 _product_of_few_kernel,
-                (architecture,),
-                dict.fromkeys(("x", "base", "pre_bias", "weight", "bias"), f"*{name}")
-                | dict.fromkeys(("scores", "best"), integers)
-                | dict.fromkeys(("n", "D", "M", "groups", "s_x", "s_base", "s_scores"), "i32"),
-                {"GROUP": 32, "BL": latents, "BK": dimensions, "BN": FEW_TOKENS}
-                | {"UPCAST": False}
+                each(floats, "x base pre_bias weight bias")
+                | each(integers, "scores best")
+                | each("i32:16", "D M groups s_x s_base s_scores")
+                | each("i32", "n"),
+                {"GROUP": 32, "BL": latents, "BK": dimensions, "BN": FEW_TOKENS, "UPCAST": False}
                 | levels,
-                ("x", "base", "pre_bias", "weight", "bias", "scores", "best")
-                + ("D", "M", "groups", "s_x", "s_base", "s_scores"),
-                warps,
-                stages,
-                # fp32 has no matrix instruction of full precision. The loads of all stages in
-                # flight, and of the loop.
-                {"matrix": not wide, "loads_128": tile_loads * stages, "instructions": 1500},
+                *(warps, stages),
+                {
+                    # Weight's loads ahead of the loop and in it.
+                    "loads_128": loads * stages,
+                    # No matrix instruction has the precision of fp32.
+                    "matrix": dtype != torch.float32,
+                    "instructions": 1500,
+                },
+                (architecture,),
             )
+            yield case
+            if architecture == "sm_90":
+                yield case._replace(
+                    name=f"{case.name}, D=999",
+                    signature=dict(case.signature) | each("i32", "D s_x s_base"),
+                    expect={"instructions": 3000},
+                )
 
-        for M, k in ((65536, 64), (131072, 256)):
+        for M, k in ((8192, 32), (65536, 64), (131072, 256)):
             plan = _plan(M, k)
             assert plan is not None
             yield AotCase(
-                f"select {name} M={M} k={k}",
+                f"select {name}, M={M} k={k}",
                 _select_kernel,
-                architectures,
-                {"scores": integers, "best": integers, "acts": integers, "indices": "*i64"}
-                | dict.fromkeys(("M", "groups", "s_scores", "k"), "i32"),
-                {"GROUP": plan.group, "GROUPS": triton.next_power_of_2(plan.groups)}
-                | {"SLOTS": plan.slots}
+                each(integers, "scores best acts")
+                | each("*i64:16", "indices")
+                | each("i32:16", "M groups s_scores k"),
+                {
+                    "GROUP": plan.group,
+                    "GROUPS": triton.next_power_of_2(plan.groups),
+                    "SLOTS": plan.slots,
+                }
                 | levels,
-                ("scores", "best", "acts", "indices", "M", "groups", "s_scores", "k"),
-                _select_warps(plan),
-                3,
+                *(_select_warps(plan), 3),
                 {"instructions": 4000},
             )

@@ -63,16 +63,27 @@ def compiled(case, architecture: str):
 
     names = case.kernel.arg_names
     unknown = (set(case.signature) | set(case.constexprs)) - set(names)
-    assert not unknown, f"no such argument: {unknown}"
+    assert not unknown, f"{case.name}: no such argument: {unknown}"
     missing = set(names) - set(case.signature) - set(case.constexprs)
-    assert not missing, f"neither in signature nor in constexprs: {missing}"
-    signature = {name: case.signature.get(name, "constexpr") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
+    assert not missing, f"{case.name}: neither in signature nor in constexprs: {missing}"
+    attributes = {}
+
+    def type_of(spec, path: tuple[int, ...]):
+        if isinstance(spec, tuple):
+            return tuple(type_of(part, (*path, i)) for i, part in enumerate(spec))
+        kind, _, divisor = spec.partition(":")
+        if divisor:
+            attributes[path] = [["tt.divisibility", int(divisor)]]
+        return kind
+
+    signature = {
+        name: type_of(case.signature.get(name, "constexpr"), (i,)) for i, name in enumerate(names)
+    }
     source = ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
     return triton.compile(
         source,
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages} | _launch.OPTIONS,
+        options=_launch.launch_options(case.num_warps, case.num_stages),
     )
 
 
