@@ -34,6 +34,8 @@ small beside the weights of the layer shapes in use."""
 FEW_TOKENS = 16
 """Up to here the product is bound by reading `weight`: one Triton kernel instead of a GEMM."""
 
+# Chosen from what the compiler makes of them (registers, shared memory, instructions:
+# tests/static_gate.py), not yet from a measurement on any device.
 PRODUCT_TILES = {  # device class: bytes of an element: (latents, dimensions, stages, warps)
     "sm_80": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
     "sm_90": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
@@ -42,8 +44,6 @@ PRODUCT_TILES = {  # device class: bytes of an element: (latents, dimensions, st
 }
 GROUP_MAX_TILE = 4096, 4  # latents, warps
 RESIDUAL_TILE = 1024, 4  # dimensions, warps
-# Chosen from what the compiler makes of them (registers, shared memory, instructions:
-# tests/static_gate.py), not yet from a measurement on any device.
 
 
 def topk_encode(
@@ -479,7 +479,8 @@ def _product_of_few(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Ten
 
 
 def _product_tile(device_class: str, dtype: torch.dtype, D: int) -> tuple[int, int, int, int]:
-    # Rows that start anywhere are loaded element by element, at more registers for each.
+    # Rows that start anywhere are loaded element by element: in tiles for elements twice as wide,
+    # or registers would not suffice.
     aligned = D % 16 == 0
     return PRODUCT_TILES[device_class][dtype.itemsize if aligned else 4]
 
@@ -537,9 +538,10 @@ def _residual_kernel(x, base, pre_bias, out, D, s_x, s_base, BD: tl.constexpr):
 
 @triton.jit
 def _key(bits, INF: tl.constexpr, TOP: tl.constexpr):
-    """Scores' bits to int32 in the scores' order: relu, and every NaN of either sign on top."""
+    """Scores' bits to int32: positive in the scores' order, NaN of either sign on top. Negative
+    scores are negative in some order: the selection takes positive keys alone, which is relu."""
     bits = bits.to(tl.int32)
-    return tl.where((bits & TOP) > INF, TOP, tl.maximum(bits, 0))
+    return tl.where((bits & TOP) > INF, TOP, bits)
 
 
 @triton.jit
@@ -613,6 +615,7 @@ def _product_of_few_kernel(
     b_bits = b_score.to(x.dtype.element_ty).to(scores.dtype.element_ty, bitcast=True)
     p_scores = scores + o_n.to(tl.int64)[None, :] * s_scores + o_l[:, None]
     tl.store(p_scores, b_bits, mask=m_l[:, None] & m_n[None, :])
+    # Where x is infinite, a row past the last latent holds 0 · inf.
     b_key = tl.where(m_l[:, None], _key(b_bits, INF, TOP), 0)
     # [BL / GROUP, BN]
     b_best = tl.max(tl.reshape(b_key, [BL // GROUP, GROUP, BN]), axis=1)
@@ -623,12 +626,12 @@ def _product_of_few_kernel(
 
 @triton.jit
 def _take(b_key, low, k):
-    """The k first of `b_key` by (value, descending; position), zeros left out.
+    """The k first of the positive `b_key` by (value, descending; position).
 
-    `low`: a lower bound of the k-th largest. Returns (which, the slot of each in order of
+    `low` ≥ 0: a lower bound of the k-th largest. Returns (which, the slot of each in order of
     position, how many, the k-th largest or what else parts the first k from the rest).
     """
-    # Bisection: at least k keys are ≥ low, fewer than k are > high.
+    # Bisection: at least k keys are ≥ low (unless there are fewer), fewer than k are > high.
     high = tl.max(b_key, axis=0)
     count = tl.sum((b_key >= low).to(tl.int32), axis=0)
     while (low < high) & (count != k):

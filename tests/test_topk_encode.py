@@ -705,6 +705,18 @@ def test_triton_selects_among_special_values_in_many_groups(device, dtype, token
         )
 
 
+@interpreted_inf
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_triton_reads_nothing_into_the_latents_that_fill_a_tile(device, tokens):
+    # An infinite x makes NaN of every zero weight: of those past the last latent too.
+    x = torch.full((tokens, 1), inf, device=device)
+    weight = -torch.ones(21, 1, device=device)
+    weight[3] = 1
+    code = triton_encode(x, weight, None, 1)
+    assert (code.indices == 3).all()
+    assert (code.acts == inf).all()
+
+
 @pytest.mark.parametrize("value", [2.5, 0.0, -1.0])
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_triton_takes_the_first_latents_of_a_constant_row(device, tokens, value):
