@@ -4,21 +4,46 @@ N tokens, D width, M latents, k active. 2·N·D·M FLOPs; the scores `[N, M]` ex
 rows at a time, so that they stay in cache between the product and the selection. Selection is
 exact: ties go to the lower index, whatever the chunking.
 
+In Triton: a product leaves scores (up to 16 tokens: one kernel that reads `weight` once; more: the
+library's GEMM), and the largest score of each group of consecutive latents. The k best latents lie
+in the k best groups: were one outside, k groups would each hold a latent before it. So a row's
+selection reads M/group maxima and k·group scores, not M.
+
 Backward is sparse. With g the gradient of the acts where they are positive, dx is a sparse decode
 of g through `weight`, and dweight sums g · residual per latent (`latent_outer`, over codes sorted
 by latent: deterministic, no `[N, M]`). Gao et al. 2024 (arXiv 2406.04093), section 2.2.
 """
 
+import itertools
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from resae_kernels import _launch
+from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import TopK, accumulation_dtype
 from resae_kernels.sparse_decode import latent_outer, latent_sum
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """Default bound on the scores held at once, by device type: a CPU's last-level cache; on a GPU
 small beside the weights of the layer shapes in use."""
+
+FEW_TOKENS = 16
+"""Up to here the product is bound by reading `weight`: one Triton kernel instead of a GEMM."""
+
+# Chosen from what the compiler makes of them (registers, shared memory, instructions:
+# tests/static_gate.py), not yet from a measurement on any device.
+PRODUCT_TILES = {  # device class: bytes of an element: (latents, dimensions, stages, warps)
+    "sm_80": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
+    "sm_90": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
+    "sm_100": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
+    "other": {2: (64, 64, 4, 4), 4: (64, 32, 4, 8)},
+}
+GROUP_MAX_TILE = 4096, 4  # latents, warps
+RESIDUAL_TILE = 1024, 4  # dimensions, warps
 
 
 def topk_encode(
@@ -32,6 +57,7 @@ def topk_encode(
     sorted: bool = True,
     workspace_bytes: int | None = None,
     check_nan: bool = False,
+    implementation: str | None = None,
 ) -> TopK:
     """The k largest positive pre-activations of each token (formula: `reference.topk_encode`).
 
@@ -46,6 +72,7 @@ def topk_encode(
         workspace_bytes: bound on the scores held at once (one row at least); default 32 MiB on
             CPU, 512 MiB on CUDA.
         check_nan: raise if a score is NaN instead of sorting it first.
+        implementation: "torch", "triton" or None, by device (CUDA: triton). Same contract.
 
     Returns:
         `TopK(acts, indices)`: `[..., k]` in x's dtype, and int64. Slots beyond the positive
@@ -60,6 +87,12 @@ def topk_encode(
         and selected in it; ties go to the lower index. Gradients reach x, weight, bias, pre_bias
         and base through the acts, where they are positive; indices have none. Under autocast the
         inputs are cast as for `F.linear`.
+
+        "triton" beyond 16 tokens leaves the product to the GEMM of torch, in x's dtype: fp32
+        accumulation with the bias added before the one rounding, unless the library splits the sum
+        over D and adds the parts in 16 bit, or takes TF32 for fp32; both are settings of
+        `torch.backends.cuda.matmul`. Its selection takes fp32, bf16 and fp16 with k ≤ 1024,
+        M ≤ 2¹⁹ and next_power_of_2(k) · M ≤ 2²⁶; other scores are selected as in "torch".
     """
     x, weight, bias, pre_bias, base = _launch.under_autocast(x, weight, bias, pre_bias, base)  # type: ignore[assignment]
     _check(x, weight, bias, k, pre_bias, base, workspace_bytes)
@@ -75,6 +108,7 @@ def topk_encode(
         None if base is None else base.reshape(-1, D),
         sorted,
         workspace_bytes,
+        _launch.implementation_for("topk_encode", x, implementation),
     )
     if check_nan and bool(acts.isnan().any()):
         token = int(acts.isnan().any(-1).nonzero()[0])
@@ -145,7 +179,10 @@ def _encode(
     base: Tensor | None,
     sorted: bool,
     workspace_bytes: int,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
+    if implementation == "triton":
+        return _encode_triton(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes)
     N, M = x.shape[0], weight.shape[0]
     wide = accumulation_dtype(x.dtype)
     weight_t = weight.to(wide).T
@@ -227,12 +264,12 @@ def _lowest_among_ties(scores: Tensor, kth: Tensor, k: int) -> Tensor:
     return keep.nonzero()[:, 1].view(-1, k)
 
 
-def _encode_fake(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes):  # noqa: ARG001
+def _encode_fake(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes, implementation):  # noqa: ARG001
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, _, pre_bias, base, _, _ = inputs
+    x, weight, bias, _, pre_bias, base, _, _, _ = inputs
     acts, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.set_materialize_grads(False)
@@ -244,9 +281,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_acts, grad_indices):
     del grad_indices  # integers carry no gradient
     if grad_acts is None:
-        return (None,) * 8
+        return (None,) * 9
     x, weight, pre_bias, base, acts, indices = ctx.saved_tensors
-    need_x, need_weight, need_bias, _, need_pre_bias, need_base, _, _ = ctx.needs_input_grad
+    need_x, need_weight, need_bias, _, need_pre_bias, need_base, _, _, _ = ctx.needs_input_grad
     grad = torch.where(acts > 0, grad_acts, 0.0)
     grad_x = grad_weight = grad_bias = grad_pre_bias = grad_base = None
     if need_x or need_pre_bias or need_base:
@@ -266,15 +303,491 @@ def _backward(ctx, grad_acts, grad_indices):
         grad_base,
         None,
         None,
+        None,
     )
 
 
 _launch.register(
     "topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? base, "
-    "bool sorted, int workspace_bytes) -> (Tensor acts, Tensor indices)",
+    "bool sorted, int workspace_bytes, str implementation) -> (Tensor acts, Tensor indices)",
     _encode,
     _encode_fake,
 )
 torch.library.register_autograd(
     "resae::topk_encode", _backward, setup_context=_setup_context, lib=_launch.LIBRARY
 )
+
+
+# -- launchers -------------------------------------------------------------------------------------
+
+
+class _Keys(NamedTuple):
+    """Scores as integers, in whose order selection is done."""
+
+    dtype: torch.dtype
+    """Signed, as wide as the scores."""
+    inf: int
+    """Bits of +inf: a larger magnitude is a NaN."""
+    top: int
+    """The largest integer, itself a NaN: the key of every NaN."""
+
+
+KEYS = {
+    torch.bfloat16: _Keys(torch.int16, 0x7F80, 0x7FFF),
+    torch.float16: _Keys(torch.int16, 0x7C00, 0x7FFF),
+    torch.float32: _Keys(torch.int32, 0x7F800000, 0x7FFFFFFF),
+}
+GROUP_SIZES = (8, 16, 32, 64)  # at most the latents of a product tile
+MOST_KEYS = 8192  # that one program of the selection holds in registers
+
+
+class _Plan(NamedTuple):
+    """How a row of M scores is selected from."""
+
+    group: int
+    """Latents per group."""
+    groups: int
+    """Groups of a row."""
+    slots: int
+    """k, up to a power of two."""
+    width: int
+    """Keys held at once: the group maxima, then the members of k groups."""
+
+
+@cache
+def _plan(M: int, k: int) -> _Plan | None:
+    """The group size that holds fewest keys; None where that is still too many."""
+    slots = triton.next_power_of_2(k)
+    plans = []
+    for group in GROUP_SIZES:
+        groups = triton.cdiv(M, group)
+        width = max(triton.next_power_of_2(groups), slots * group)
+        plans.append(_Plan(group, groups, slots, width))
+    best = min(plans, key=lambda plan: plan.width)
+    return best if best.width <= MOST_KEYS else None
+
+
+def _encode_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    sorted: bool,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    N, M = x.shape[0], weight.shape[0]
+    # Kernels step along a row by 1; rows of x and base may lie anywhere.
+    x = x if x.stride(1) == 1 else x.contiguous()
+    base = base if base is None or base.stride(1) == 1 else base.contiguous()
+    weight = weight.contiguous()
+    bias, pre_bias = (None if t is None else t.contiguous() for t in (bias, pre_bias))
+    plan = _plan(M, k) if x.dtype in KEYS else None
+
+    stride = triton.cdiv(M, 64) * 64  # every row of scores starts at a multiple of 16 bytes
+    row_elements = stride + (plan.groups if plan else 0)
+    rows = max(1, min(N, workspace_bytes // (row_elements * x.itemsize)))
+    acts = x.new_empty(N, k)
+    indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
+    scores = x.new_empty(rows, stride)[:, :M]
+    with torch.cuda.device_of(x):
+        for start in range(0, N, rows):
+            chunk = slice(start, min(start + rows, N))
+            n = chunk.stop - start
+            rest = None if base is None else base[chunk]
+            if plan is None:
+                _product(x[chunk], weight, bias, pre_bias, rest, scores[:n])
+                acts[chunk], indices[chunk] = _select(scores[:n], k, sorted)
+                continue
+            # By N, not by the rows of a chunk: the last chunk is computed as the others are.
+            producer = _product_of_few if N <= FEW_TOKENS else _product_of_many
+            best = producer(x[chunk], weight, bias, pre_bias, rest, scores[:n], plan)
+            _launch_select(scores[:n], best, acts[chunk], indices[chunk], plan)
+    if sorted and plan is not None:
+        # Stable, over codes in order of index: equal acts stay in that order; NaN sorts first.
+        acts, order = acts.sort(dim=-1, descending=True, stable=True)
+        indices = indices.gather(-1, order)
+    return acts, indices
+
+
+def _product(x, weight, bias, pre_bias, base, out) -> None:
+    """`out = (x − base − pre_bias) weightᵀ + bias` by the library's GEMM."""
+    if base is not None or pre_bias is not None:
+        x = _launch_residual(x, pre_bias, base) if x.dtype in KEYS else _residual(x, pre_bias, base)
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def _launch_residual(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
+    n, D = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tile, warps = RESIDUAL_TILE
+    _residual_kernel[n, triton.cdiv(D, tile)](
+        x,
+        base,
+        pre_bias,
+        out,
+        D,
+        x.stride(0),
+        0 if base is None else base.stride(0),
+        BD=tile,
+        **_launch.launch_options(warps),
+    )
+    return out
+
+
+def _product_of_many(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Tensor:
+    """Scores by GEMM, group maxima by a pass over them; returns the maxima."""
+    _product(x, weight, bias, pre_bias, base, scores)
+    n, M = scores.shape
+    keys = KEYS[scores.dtype]
+    best = torch.empty(n, plan.groups, dtype=keys.dtype, device=scores.device)
+    tile, warps = GROUP_MAX_TILE
+    _group_max_kernel[n, triton.cdiv(M, tile)](
+        scores.view(keys.dtype),
+        best,
+        M,
+        plan.groups,
+        scores.stride(0),
+        GROUP=plan.group,
+        BM=tile,
+        INF=keys.inf,
+        TOP=keys.top,
+        **_launch.launch_options(warps),
+    )
+    return best
+
+
+def _product_of_few(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Tensor:
+    """Scores and group maxima of at most 16 tokens in one kernel; returns the maxima."""
+    (n, D), M = x.shape, weight.shape[0]
+    keys = KEYS[scores.dtype]
+    best = torch.empty(n, plan.groups, dtype=keys.dtype, device=x.device)
+    latents, dimensions, stages, warps = _product_tile(
+        _launch.device_class(x.device, PRODUCT_TILES), x.dtype, D
+    )
+    _product_of_few_kernel[(triton.cdiv(M, latents),)](
+        x,
+        base,
+        pre_bias,
+        weight,
+        bias,
+        scores.view(keys.dtype),
+        best,
+        n,
+        D,
+        M,
+        plan.groups,
+        x.stride(0),
+        0 if base is None else base.stride(0),
+        scores.stride(0),
+        GROUP=plan.group,
+        BL=latents,
+        BK=dimensions,
+        BN=FEW_TOKENS,
+        INF=keys.inf,
+        TOP=keys.top,
+        UPCAST=not x.is_cuda,
+        **_launch.launch_options(warps, stages),
+    )
+    return best
+
+
+def _product_tile(device_class: str, dtype: torch.dtype, D: int) -> tuple[int, int, int, int]:
+    # Rows that start anywhere are loaded element by element: in tiles for elements twice as wide,
+    # or registers would not suffice.
+    aligned = D % 16 == 0
+    return PRODUCT_TILES[device_class][dtype.itemsize if aligned else 4]
+
+
+def _launch_select(scores, best, acts, indices, plan: _Plan) -> None:
+    """Write the exact code of each row, in order of index."""
+    n, M = scores.shape
+    keys = KEYS[scores.dtype]
+    _select_kernel[(n,)](
+        scores.view(keys.dtype),
+        best,
+        acts.view(keys.dtype),
+        indices,
+        M,
+        plan.groups,
+        scores.stride(0),
+        acts.shape[1],
+        GROUP=plan.group,
+        GROUPS=triton.next_power_of_2(plan.groups),
+        SLOTS=plan.slots,
+        INF=keys.inf,
+        TOP=keys.top,
+        **_launch.launch_options(_select_warps(plan)),
+    )
+
+
+def _select_warps(plan: _Plan) -> int:
+    """16 keys per thread, up to 8 warps."""
+    return max(1, min(8, plan.width // 512))
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _residual_tile(x, base, pre_bias, o_x, o_base, o_d, m_x, m_d):
+    """`x − base − pre_bias` in fp32, rounded once to x's dtype."""
+    b_x = tl.load(x + o_x, mask=m_x, other=0.0)
+    if base is not None:
+        b_x = b_x.to(tl.float32) - tl.load(base + o_base, mask=m_x, other=0.0).to(tl.float32)
+    if pre_bias is not None:
+        b_x = b_x.to(tl.float32) - tl.load(pre_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+    return b_x.to(x.dtype.element_ty)
+
+
+@triton.jit
+def _residual_kernel(x, base, pre_bias, out, D, s_x, s_base, BD: tl.constexpr):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    # [BD]
+    b_x = _residual_tile(x, base, pre_bias, i_n * s_x + o_d, i_n * s_base + o_d, o_d, m_d, m_d)
+    tl.store(out + i_n * D + o_d, b_x, mask=m_d)
+
+
+@triton.jit
+def _key(bits, INF: tl.constexpr, TOP: tl.constexpr):
+    """Scores' bits to int32: positive in the scores' order, NaN of either sign on top. Negative
+    scores are negative in some order: the selection takes positive keys alone, which is relu."""
+    bits = bits.to(tl.int32)
+    return tl.where((bits & TOP) > INF, TOP, bits)
+
+
+@triton.jit
+def _group_max_kernel(
+    scores,  # [n, M], rows s_scores apart
+    best,  # [n, groups]
+    M,
+    groups,
+    s_scores,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    INF: tl.constexpr,
+    TOP: tl.constexpr,
+):
+    i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_g = i_m * (BM // GROUP) + tl.arange(0, BM // GROUP)
+    # [BM], consecutive latents in a thread: a group's maximum takes few shuffles
+    b_key = _key(tl.load(scores + i_n * s_scores + o_m, mask=o_m < M, other=0), INF, TOP)
+    # [BM / GROUP]
+    b_best = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP]), axis=1)
+    tl.store(best + i_n * groups + o_g, b_best, mask=o_g < groups)
+
+
+@triton.jit
+def _product_of_few_kernel(
+    x,  # [n, D], n ≤ BN, rows s_x apart
+    base,  # [n, D] or None, rows s_base apart
+    pre_bias,  # [D] or None
+    weight,  # [M, D]
+    bias,  # [M] or None
+    scores,  # [n, M], rows s_scores apart
+    best,  # [n, groups]
+    n,
+    D,
+    M,
+    groups,
+    s_x,
+    s_base,
+    s_scores,
+    GROUP: tl.constexpr,
+    BL: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    INF: tl.constexpr,
+    TOP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    i_l = tl.program_id(0)
+    o_l, o_n = i_l * BL + tl.arange(0, BL), tl.arange(0, BN)
+    m_l, m_n = o_l < M, o_n < n
+    p_w = weight + o_l.to(tl.int64)[:, None] * D
+    o_x = o_n.to(tl.int64)[None, :] * s_x
+    o_base = o_n.to(tl.int64)[None, :] * s_base
+    # [BL, BN]: latents fill the rows of the matrix instruction, tokens the short side
+    b_score = tl.zeros([BL, BN], dtype=tl.float32)
+    for i_d in range(0, D, BK):
+        o_d = i_d + tl.arange(0, BK)
+        m_d = o_d < D
+        # [BL, BK]
+        b_w = tl.load(p_w + o_d[None, :], mask=m_l[:, None] & m_d[None, :], other=0.0)
+        o_k, m_k = o_d[:, None], m_d[:, None]
+        # [BK, BN]
+        b_x = _residual_tile(x, base, pre_bias, o_x + o_k, o_base + o_k, o_k, m_k & m_n, m_k)
+        if UPCAST:  # the interpreter multiplies bf16 by its bit patterns
+            b_w, b_x = b_w.to(tl.float32), b_x.to(tl.float32)
+        b_score = tl.dot(b_w, b_x, b_score, input_precision="ieee")
+    if bias is not None:
+        b_score += tl.load(bias + o_l, mask=m_l, other=0.0).to(tl.float32)[:, None]
+    # The one rounding: what is compared is what is returned.
+    b_bits = b_score.to(x.dtype.element_ty).to(scores.dtype.element_ty, bitcast=True)
+    p_scores = scores + o_n.to(tl.int64)[None, :] * s_scores + o_l[:, None]
+    tl.store(p_scores, b_bits, mask=m_l[:, None] & m_n[None, :])
+    # Where x is infinite, a row past the last latent holds 0 · inf.
+    b_key = tl.where(m_l[:, None], _key(b_bits, INF, TOP), 0)
+    # [BL / GROUP, BN]
+    b_best = tl.max(tl.reshape(b_key, [BL // GROUP, GROUP, BN]), axis=1)
+    o_g = i_l * (BL // GROUP) + tl.arange(0, BL // GROUP)
+    p_best = best + o_n.to(tl.int64)[None, :] * groups + o_g[:, None]
+    tl.store(p_best, b_best, mask=(o_g < groups)[:, None] & m_n[None, :])
+
+
+@triton.jit
+def _take(b_key, low, k):
+    """The k first of the positive `b_key` by (value, descending; position).
+
+    `low` ≥ 0: a lower bound of the k-th largest. Returns (which, the slot of each in order of
+    position, how many, the k-th largest or what else parts the first k from the rest).
+    """
+    # Bisection: at least k keys are ≥ low (unless there are fewer), fewer than k are > high.
+    high = tl.max(b_key, axis=0)
+    count = tl.sum((b_key >= low).to(tl.int32), axis=0)
+    while (low < high) & (count != k):
+        middle = high - ((high - low) >> 1)
+        reached = tl.sum((b_key >= middle).to(tl.int32), axis=0)
+        enough = reached >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+        count = tl.where(enough, reached, count)
+    above = (b_key > low).to(tl.int32)
+    level = ((b_key == low) & (b_key > 0)).to(tl.int32)
+    missing = k - tl.sum(above, axis=0)
+    # One scan for both counts: neither reaches 2¹⁶.
+    both = above + (level << 16)
+    before = tl.cumsum(both, axis=0) - both
+    level_before = before >> 16
+    taken = (above + level * (level_before < missing)) > 0
+    slot = (before & 0xFFFF) + tl.minimum(level_before, missing)
+    return taken, slot, tl.sum(taken.to(tl.int32), axis=0), low
+
+
+@triton.jit
+def _select_kernel(
+    scores,  # [n, M], rows s_scores apart
+    best,  # [n, groups]
+    acts,  # [n, k]
+    indices,  # [n, k]
+    M,
+    groups,
+    s_scores,
+    k,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    INF: tl.constexpr,
+    TOP: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    p_acts, p_indices = acts + i_n * k, indices + i_n * k
+    o_g, o_s = tl.arange(0, GROUPS), tl.arange(0, SLOTS)
+    # [GROUPS]
+    b_best = tl.load(best + i_n * groups + o_g, mask=o_g < groups, other=0).to(tl.int32)
+    m_taken, b_slot, count, low = _take(b_best, tl.full((), 0, tl.int32), k)
+    # Compaction goes through memory, in the row's own indices. They are overwritten below only
+    # after counts over all that was read from them.
+    tl.store(p_indices + b_slot, o_g, mask=m_taken)
+    tl.debug_barrier()
+    # [SLOTS, GROUP]: groups in order, hence latents in order
+    b_group = tl.load(p_indices + o_s, mask=o_s < count, other=0).to(tl.int32)
+    o_m = b_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    m_m = (o_s < count)[:, None] & (o_m < M)
+    b_bits = tl.load(scores + i_n * s_scores + o_m, mask=m_m, other=0)
+    # [SLOTS * GROUP]
+    b_key = tl.reshape(_key(b_bits, INF, TOP), [SLOTS * GROUP])
+    o_m = tl.reshape(o_m, [SLOTS * GROUP])
+    m_taken, b_slot, count, low = _take(b_key, low, k)
+    tl.store(p_acts + b_slot, b_key, mask=m_taken)
+    tl.store(p_indices + b_slot, o_m, mask=m_taken)
+    m_padding = (o_s >= count) & (o_s < k)
+    tl.store(p_acts + o_s, tl.zeros([SLOTS], tl.int32), mask=m_padding)
+    tl.store(p_indices + o_s, tl.zeros([SLOTS], tl.int32), mask=m_padding)
+
+
+# -- compilation ahead of time ---------------------------------------------------------------------
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every kernel as it runs at the shapes that matter, for a compiler without a device."""
+
+    def each(kind: str, names: str) -> dict[str, str]:
+        return dict.fromkeys(names.split(), kind)
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        keys = KEYS[dtype]
+        floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
+        levels = {"INF": keys.inf, "TOP": keys.top}
+
+        tile, warps = RESIDUAL_TILE
+        yield AotCase(
+            f"residual {name}",
+            _residual_kernel,
+            each(floats, "x base pre_bias out") | each("i32:16", "D s_x s_base"),
+            {"BD": tile},
+            *(warps, 1),
+            {"loads_128": 3, "instructions": 300},
+            ("sm_90",),
+        )
+
+        tile, warps = GROUP_MAX_TILE
+        yield AotCase(
+            f"group_max {name}",
+            _group_max_kernel,
+            each(integers, "scores best") | each("i32:16", "M groups s_scores"),
+            {"GROUP": 32, "BM": tile} | levels,
+            *(warps, 1),
+            {"loads_128": tile * dtype.itemsize // (warps * 512), "instructions": 700},
+            ("sm_90",),
+        )
+
+        for architecture, D in itertools.product(("sm_80", "sm_90", "sm_100"), (2048, 999)):
+            latents, dimensions, stages, warps = _product_tile(architecture, dtype, D)
+            loads = latents * dimensions * dtype.itemsize // (warps * 512)
+            yield AotCase(
+                f"product_of_few {name}, D={D}",
+                _product_of_few_kernel,
+                each(floats, "x base pre_bias weight bias")
+                | each(integers, "scores best")
+                | each("i32:16", "M groups s_scores")
+                | each("i32:16" if D % 16 == 0 else "i32", "D s_x s_base")
+                | each("i32", "n"),
+                {"GROUP": 32, "BL": latents, "BK": dimensions, "BN": FEW_TOKENS, "UPCAST": False}
+                | levels,
+                *(warps, stages),
+                {
+                    # Weight's loads ahead of the loop and in it.
+                    "loads_128": loads * stages if D % 16 == 0 else 0,
+                    # No matrix instruction has the precision of fp32.
+                    "matrix": dtype != torch.float32,
+                    "instructions": 1500,
+                },
+                (architecture,),
+            )
+
+        for M, k in ((8192, 32), (65536, 64), (131072, 256)):
+            plan = _plan(M, k)
+            assert plan is not None
+            yield AotCase(
+                f"select {name}, M={M} k={k}",
+                _select_kernel,
+                each(integers, "scores best acts")
+                | each("*i64:16", "indices")
+                | each("i32:16", "M groups s_scores k"),
+                {
+                    "GROUP": plan.group,
+                    "GROUPS": triton.next_power_of_2(plan.groups),
+                    "SLOTS": plan.slots,
+                }
+                | levels,
+                *(_select_warps(plan), 3),
+                {"instructions": 4000},
+            )

@@ -1,8 +1,15 @@
 """Fixtures of every test: one seed, one thread; uninitialised memory poisoned on request."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Without a device the kernels themselves run all the same, in Triton's interpreter. Read when a
+# kernel is defined: set before any test imports one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The shapes here are tiny: a second thread gains nothing, and loses much where cores are shared.
 torch.set_num_threads(1)
@@ -21,6 +28,12 @@ settings.load_profile("resae")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device():
+    """Where the Triton kernels are tested."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from measured import (
 )
 from torch import Tensor
 
-from resae_kernels import TopK, reference, topk_encode
+from resae_kernels import TopK, _launch, reference, topk_encode
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -137,7 +137,7 @@ def test_op_passes_opcheck():
     leaves = [inputs[name].requires_grad_() for name in ("x", "weight", "bias", "pre_bias", "base")]
     x, weight, bias, pre_bias, base = leaves
     for optional in ((bias, pre_bias, base), (None, None, None)):
-        arguments = (x, weight, optional[0], 3, *optional[1:], True, 1 << 20)
+        arguments = (x, weight, optional[0], 3, *optional[1:], True, 1 << 20, "torch")
         torch.library.opcheck(torch.ops.resae.topk_encode.default, arguments)
 
 
@@ -629,3 +629,237 @@ def test_bad_input_is_refused(change, error, message):
     arguments = {"x": torch.zeros(3, 4), "weight": torch.zeros(8, 4), "k": 2} | change
     with pytest.raises(error, match=message):
         encode(topk_encode, **arguments)
+
+
+# -- Triton ----------------------------------------------------------------------------------------
+
+# The interpreter's matrix product multiplies the padding tokens, zero, by an infinite weight.
+interpreted_inf = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def triton_encode(x, weight, bias, k, **options) -> TopK:
+    return topk_encode(x, weight, bias, k, **options, implementation="triton")
+
+
+def exact_inputs(device, leading, D, M, dtype) -> dict[str, Tensor]:
+    """Small integers: sums are exact in every dtype, so that scores agree bit by bit."""
+    inputs = encoder_inputs(leading, D, M)
+    return {
+        name: torch.randint(-1, 2, t.shape).to(device=device, dtype=dtype)
+        for name, t in inputs.items()
+    }
+
+
+# 1 and 2 tokens, and 16: the product of few; from 17 on the GEMM and the pass over its scores.
+TRITON_SHAPES = [
+    pytest.param((0,), 4, 8, 3, id="no-tokens"),
+    pytest.param((1,), 6, 64, 9, id="1-token"),
+    pytest.param((2,), 32, 128, 32, id="2-tokens-whole-tiles"),
+    pytest.param((2, 1), 149, 71, 7, id="primes"),
+    pytest.param((16,), 5, 11, 11, id="16-tokens-k-M"),
+    pytest.param((17,), 19, 131, 1, id="17-tokens-k-1"),
+    pytest.param((33,), 3, 1, 1, id="33-tokens-M-1"),
+    pytest.param((3, 11), 17, 257, 33, id="33-tokens-primes"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("leading", "D", "M", "k"), TRITON_SHAPES)
+def test_triton_code_is_the_reference_code(device, leading, D, M, k, dtype):
+    inputs = exact_inputs(device, leading, D, M, dtype)
+    code = encode(triton_encode, k, **inputs)
+    assert code.acts.shape == (*leading, k)
+    assert code.acts.dtype == dtype
+    assert_same_code(code, encode(reference.topk_encode, k, **inputs))
+
+
+@pytest.mark.parametrize("tokens", [2, 17])
+@pytest.mark.parametrize("absent", [*OPTIONAL, "all"])
+def test_triton_code_is_the_reference_code_without_an_optional_input(device, tokens, absent):
+    inputs = exact_inputs(device, (tokens,), 5, 21, torch.bfloat16)
+    for name in OPTIONAL:
+        if absent in (name, "all"):
+            del inputs[name]
+    for sorted_ in (True, False):
+        assert_same_code(
+            encode(triton_encode, 4, **inputs, sorted=sorted_),
+            encode(reference.topk_encode, 4, **inputs, sorted=sorted_),
+        )
+
+
+def test_triton_selects_any_number_of_latents(device):
+    inputs = exact_inputs(device, (1,), 24, 97, torch.float32)
+    for k in (*range(1, 65), 96, 97):
+        assert_same_code(
+            encode(triton_encode, k, **inputs, sorted=False),
+            encode(reference.topk_encode, k, **inputs, sorted=False),
+        )
+
+
+@interpreted_inf
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("scores", "k", "acts", "indices"), SELECTIONS)
+def test_triton_selection(device, scores, k, acts, indices, dtype):
+    scores = torch.tensor([scores], dtype=dtype, device=device)
+    expected = torch.tensor([acts], dtype=dtype), torch.tensor([indices])
+    code = encode_scores(triton_encode, scores, k)
+    assert_same_code(code, TopK(*(t.to(device) for t in expected)))
+
+
+@interpreted_inf
+@pytest.mark.parametrize("tokens", [1, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_selects_among_special_values_in_many_groups(device, dtype, tokens):
+    # NaN of either sign, infinities, zeros and ties, spread over nine groups.
+    row = [1, -nan, 2, nan, inf, -inf, -0.0, 0.0, 5, 5, -3, inf, 2] * 5
+    x = torch.ones(tokens, 1, dtype=dtype, device=device)
+    weight = torch.tensor(row, dtype=dtype, device=device).unsqueeze(1)
+    weight[1::13] = weight[1::13].copysign(-torch.ones_like(weight[1::13]))
+    for k in (3, 12, 20, 64):
+        assert_same_code(
+            triton_encode(x, weight, None, k, sorted=False),
+            reference.topk_encode(x, weight, None, k, sorted=False),
+        )
+
+
+@interpreted_inf
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_triton_reads_nothing_into_the_latents_that_fill_a_tile(device, tokens):
+    # An infinite x makes NaN of every zero weight: of those past the last latent too.
+    x = torch.full((tokens, 1), inf, device=device)
+    weight = -torch.ones(21, 1, device=device)
+    weight[3] = 1
+    code = triton_encode(x, weight, None, 1)
+    assert (code.indices == 3).all()
+    assert (code.acts == inf).all()
+
+
+@pytest.mark.parametrize("value", [2.5, 0.0, -1.0])
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_triton_takes_the_first_latents_of_a_constant_row(device, tokens, value):
+    x = torch.ones(tokens, 1, device=device)
+    code = triton_encode(x, torch.full((150, 1), value, device=device), None, 33)
+    assert (code.acts == max(value, 0)).all()
+    expected = torch.arange(33, device=device) * (value > 0)
+    assert (code.indices == expected).all()
+
+
+def test_triton_breaks_every_tie_downwards(device):
+    # Four levels over 500 latents: every group holds the largest value, and more than k do.
+    scores = torch.randint(-1, 3, (17, 500), device=device).to(torch.bfloat16)
+    weight = torch.eye(500, dtype=torch.bfloat16, device=device)
+    for k in (1, 50, 300):
+        assert_same_code(
+            triton_encode(scores, weight, None, k), reference.topk_encode(scores, weight, None, k)
+        )
+
+
+@pytest.mark.parametrize("tokens", [3, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_acts_and_gradients_are_as_close_to_fp64_as_plain_torch(device, dtype, tokens):
+    inputs = {n: t.to(device) for n, t in encoder_inputs((tokens,), 19, 53, dtype).items()}
+    indices = encode(triton_encode, 5, **inputs).indices
+
+    def plain(x, weight, bias, pre_bias, base):
+        pre_acts = (x - base - pre_bias) @ weight.T + bias
+        return pre_acts.relu().gather(-1, indices)
+
+    assert_close_as_torch(lambda **t: encode(triton_encode, 5, **t).acts, plain, inputs)
+
+
+@pytest.mark.parametrize("tokens", [3, 17])
+def test_triton_gradients_equal_the_reference(device, tokens):
+    inputs = exact_inputs(device, (tokens,), 6, 40, torch.float32)
+    ours, theirs = (
+        values_and_gradients(lambda op=op, **t: encode(op, 9, **t).acts, inputs)
+        for op in (triton_encode, reference.topk_encode)
+    )
+    assert_same(ours, theirs, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [5, 19])
+def test_triton_chunks_change_no_bit(device, tokens):
+    # Exact sums: a GEMM adds in an order of its own choice for each number of rows.
+    inputs = exact_inputs(device, (tokens,), 7, 90, torch.float32)
+    whole = encode(triton_encode, 6, **inputs)
+    row_bytes = 128 * 4 + 12 * 4  # scores of 90 latents, padded, and maxima of 12 groups
+    for workspace_bytes in (1, 4 * row_bytes):
+        assert_same_code(encode(triton_encode, 6, **inputs, workspace_bytes=workspace_bytes), whole)
+
+
+def test_triton_same_bits_twice(device):
+    inputs = {n: t.to(device) for n, t in encoder_inputs((19,), 24, 96, torch.float32).items()}
+    first, second = (
+        values_and_gradients(lambda **t: encode(triton_encode, 9, **t).acts, inputs)
+        for _ in range(2)
+    )
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("tokens", [2, 17])
+def test_triton_takes_rows_that_lie_anywhere(device, tokens):
+    inputs = exact_inputs(device, (tokens,), 5, 21, torch.float32)
+    strided = {
+        "x": torch.cat([inputs["x"]] * 2, dim=1)[:, 5:],
+        "weight": inputs["weight"].T.contiguous().T,
+        "bias": inputs["bias"].repeat_interleave(2)[::2],
+        "pre_bias": inputs["pre_bias"].repeat_interleave(2)[1::2],
+        "base": inputs["base"][:1].expand(tokens, 5),
+    }
+    inputs["base"] = strided["base"].contiguous()
+    expected = encode(triton_encode, 4, **inputs)
+    assert_same_code(encode(triton_encode, 4, **strided), expected)
+    strided["x"] = inputs["x"].T.contiguous().T
+    assert_same_code(encode(triton_encode, 4, **strided), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "M", "k"),
+    [
+        pytest.param(torch.float32, 1100, 1025, id="k-above-1024"),
+        pytest.param(torch.bfloat16, (1 << 19) + 1, 2, id="M-above-2^19"),
+        pytest.param(torch.float64, 30, 4, id="fp64"),
+    ],
+)
+def test_triton_selects_as_torch_what_its_kernel_does_not_hold(device, dtype, M, k):
+    inputs = exact_inputs(device, (2,), 3, M, dtype)
+    code = encode(triton_encode, k, **inputs)
+    assert_same_code(code, encode(reference.topk_encode, k, **inputs))
+
+
+def test_triton_passes_opcheck(device):
+    inputs = encoder_inputs((2,), 4, 8, torch.float32)
+    x, weight, bias, pre_bias, base = (t.to(device).requires_grad_() for t in inputs.values())
+    torch.library.opcheck(
+        torch.ops.resae.topk_encode.default,
+        (x, weight, bias, 3, pre_bias, base, True, 1 << 20, "triton"),
+    )
+
+
+def test_implementation_is_chosen_by_device_or_by_name():
+    assert _launch.implementation_for("topk_encode", torch.empty(1), None) == "torch"
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        on_cuda = torch.empty(1, device="cuda")
+    assert _launch.implementation_for("topk_encode", on_cuda, None) == "triton"
+    assert _launch.implementation_for("topk_encode", on_cuda, "torch") == "torch"
+
+
+def test_implementation_that_cannot_run_is_refused(monkeypatch):
+    x, weight = torch.zeros(3, 4), torch.zeros(8, 4)
+    with pytest.raises(ValueError, match="topk_encode: implementation='cuda', expected 'torch'"):
+        topk_encode(x, weight, None, 2, implementation="cuda")
+    monkeypatch.setattr(_launch, "_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="implementation='triton' needs a CUDA device, .* cpu"):
+        topk_encode(x, weight, None, 2, implementation="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_triton_scores_may_pass_2_to_the_31():
+    N, M = 33_000, 1 << 16
+    inputs = exact_inputs("cuda", (N,), 16, M, torch.bfloat16)
+    code = encode(triton_encode, 8, **inputs, workspace_bytes=8 << 30)
+    last = {name: t[-5:] if name in ("x", "base") else t for name, t in inputs.items()}
+    expected = encode(reference.topk_encode, 8, **last)
+    assert_same_code(TopK(code.acts[-5:], code.indices[-5:]), expected)

@@ -1,0 +1,186 @@
+"""Compile every kernel ahead of time, without a device, and read what the machine code shows.
+
+Sources are the modules of `resae_kernels` with a function `aot_cases()`. Of each case, on each of
+its architectures: no spills (stack, local memory), shared memory within the device's, and what its
+`expect` says:
+
+    instructions   at most so many in the kernel: an unrolled loop that blew up is seen
+    loads_128      at least so many 128-bit loads from global memory, to registers or shared memory
+    matrix         matrix instructions of this architecture's generation, or none where False
+    registers      at most so many per thread
+    shared         at most so many bytes of shared memory
+    barriers       at most so many
+
+It cannot see bank conflicts, caches, latency or races. Run it without TRITON_INTERPRET, which
+takes the place of the compiler: `python tests/static_gate.py [name …]`, names select cases.
+"""
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MODULES = ("topk_encode", "sparse_decode", "affine_chain")
+SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448}
+SHARED_BYTES |= {"sm_100": 232448}
+SHARED_PER_MULTIPROCESSOR = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90": 233472}
+SHARED_PER_MULTIPROCESSOR |= {"sm_100": 233472}
+WARPS_PER_MULTIPROCESSOR = {"sm_86": 48, "sm_89": 48}  # others: 64
+MATRIX = {"sm_80": r"HMMA", "sm_86": r"HMMA", "sm_89": r"HMMA", "sm_90": r"HGMMA"}
+MATRIX |= {"sm_100": r"UTC\w*MMA"}
+SKIPPED = 77
+"""Exit status where Triton or its tools are absent."""
+
+
+def tools() -> tuple[Path, Path]:
+    """The disassemblers that Triton brings along."""
+    try:
+        import triton
+    except ModuleNotFoundError:
+        skip("Triton is not installed")
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = folder / "cuobjdump", folder / "nvdisasm"
+    for tool in found:
+        if not tool.exists():
+            skip(f"{tool.name} is not among Triton's tools in {folder}")
+    return found
+
+
+def skip(reason: str):
+    print(f"skipped: {reason}")
+    raise SystemExit(SKIPPED)
+
+
+def compiled(case, architecture: str):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from resae_kernels import _launch
+
+    names = case.kernel.arg_names
+    unknown = (set(case.signature) | set(case.constexprs)) - set(names)
+    assert not unknown, f"{case.name}: no such argument: {unknown}"
+    missing = set(names) - set(case.signature) - set(case.constexprs)
+    assert not missing, f"{case.name}: neither in signature nor in constexprs: {missing}"
+    attributes = {}
+
+    def type_of(spec, path: tuple[int, ...]):
+        if isinstance(spec, tuple):
+            return tuple(type_of(part, (*path, i)) for i, part in enumerate(spec))
+        kind, _, divisor = spec.partition(":")
+        if divisor:
+            attributes[path] = [["tt.divisibility", int(divisor)]]
+        return kind
+
+    signature = {
+        name: type_of(case.signature.get(name, "constexpr"), (i,)) for i, name in enumerate(names)
+    }
+    source = ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
+        options=_launch.launch_options(case.num_warps, case.num_stages),
+    )
+
+
+def usage(cuobjdump: Path, nvdisasm: Path, cubin: bytes) -> dict[str, int | str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        resources, code = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for command in (
+                [cuobjdump, "-res-usage", file.name],
+                [nvdisasm, "-c", file.name],
+            )
+        )
+    found: dict[str, int | str] = {
+        name.lower(): int(value)
+        for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)
+    }
+    # "/*0040*/  @!P0 LDG.E.128 R4, …": an address, perhaps a predicate, the operation.
+    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code)
+    assert operations, "no instruction found in nvdisasm's output"
+    found["code"] = "\n".join(operations)
+    # What follows the kernel's end is padding.
+    found["instructions"] = sum(operation != "NOP" for operation in operations)
+    return found
+
+
+def count(pattern: str, code) -> int:
+    return len(re.findall(rf"^{pattern}", str(code), re.MULTILINE))
+
+
+def failures(case, architecture: str, shared: int, found: dict[str, int | str]) -> list[str]:
+    code = found["code"]
+    measured = {
+        "instructions": found["instructions"],
+        "registers": found["reg"],
+        "shared": shared,
+        "barriers": count(r"BAR\.", code),
+        "loads_128": count(r"LDG(STS)?\.E\.(\w+\.)*128", code),
+    }
+    wrong = [f"{name} {found[name]}, expected 0" for name in ("stack", "local") if found[name] != 0]
+    spills = count(r"(LDL|STL)\b", code)
+    if spills:
+        wrong.append(f"{spills} instructions on local memory, expected 0")
+    if shared > SHARED_BYTES[architecture]:
+        wrong.append(f"shared {shared}, {architecture} has {SHARED_BYTES[architecture]}")
+    for name, bound in case.expect.items():
+        if name == "matrix":
+            matrix = count(MATRIX[architecture] if bound else r"\w*MMA", code)
+            if bool(matrix) != bound:
+                wanted = f"some {MATRIX[architecture]}" if bound else "none"
+                wrong.append(f"{matrix} matrix instructions, expected {wanted}")
+        elif name == "loads_128":
+            if measured[name] < bound:
+                wrong.append(f"{name} {measured[name]}, expected at least {bound}")
+        elif measured[name] > bound:
+            wrong.append(f"{name} {measured[name]}, expected at most {bound}")
+    return wrong
+
+
+def occupancy(architecture: str, registers: int, shared: int, num_warps: int) -> float:
+    """Resident warps as a share of the most a multiprocessor holds."""
+    most = WARPS_PER_MULTIPROCESSOR.get(architecture, 64)
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * num_warps)
+    by_shared = SHARED_PER_MULTIPROCESSOR[architecture] // (shared + 1024)
+    return min(by_registers, by_shared, most // num_warps, 32) * num_warps / most
+
+
+def main(names: list[str]) -> int:
+    cuobjdump, nvdisasm = tools()
+    print(
+        f"{'kernel':<42} | {'arch':<6} | registers | shared | occupancy | instructions | compile s"
+    )
+    failed = 0
+    for module in MODULES:
+        cases = getattr(importlib.import_module(f"resae_kernels.{module}"), "aot_cases", tuple)
+        for case in cases():
+            if names and not any(name in case.name for name in names):
+                continue
+            for architecture in case.architectures:
+                start = time.perf_counter()
+                kernel = compiled(case, architecture)
+                found = usage(cuobjdump, nvdisasm, kernel.asm["cubin"])
+                seconds = time.perf_counter() - start
+                shared = kernel.metadata.shared
+                share = occupancy(architecture, int(found["reg"]), shared, case.num_warps)
+                print(
+                    f"{case.name:<42} | {architecture:<6} | {found['reg']:>9} | {shared:>6} | "
+                    f"{share:>9.0%} | {found['instructions']:>12} | {seconds:>9.1f}",
+                    flush=True,
+                )
+                for wrong in failures(case, architecture, shared, found):
+                    failed += 1
+                    print(f"    FAILED {wrong}", flush=True)
+    print(f"{failed} failed" if failed else "all passed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
