@@ -60,7 +60,6 @@ def affine_chain(
     """
     codes = [TopK(*code) for code in codes]
     _check(codes, W_dec, A, c, b_dec)
-    implementation = _launch.implementation_for("affine_chain", W_dec[0], implementation)
     if form not in (None, "sequential", "transported"):
         raise ValueError(
             f"affine_chain: form={form!r}, expected 'sequential', 'transported' or None (by the "
@@ -99,7 +98,7 @@ def affine_chain(
         list(A),
         list(c),
         list(b_dec),
-        implementation=implementation,
+        implementation=implementation or "",
     )
     return [x_hat.reshape(*leading, x_hat.shape[-1]) for x_hat in x_hats]
 

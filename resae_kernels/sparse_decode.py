@@ -11,7 +11,7 @@ kernels.
 Both implementations do this: `torch` with `embedding_bag`, `triton` with the kernels at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resae_kernels import _launch
-from resae_kernels._launch import tl, triton
+from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import accumulation_dtype
 
 GATHER_BYTES = 64 << 20
@@ -96,7 +96,7 @@ def sparse_decode(
         list(W_dec),
         bias,
         None if base is None else base.reshape(N, D),
-        implementation=_launch.implementation_for(op, W, implementation),
+        implementation=implementation or "",
     )
     return out.reshape(*leading, D)
 
@@ -286,23 +286,26 @@ class Tile(NamedTuple):
     row_bytes: int
     num_warps: int
 
-    def columns(self, D: int, dtype: torch.dtype) -> int:
-        return min(self.row_bytes // dtype.itemsize, triton.next_power_of_2(D))
+    def constants(self, D: int, dtype: torch.dtype) -> dict[str, Any]:
+        """What every kernel here is compiled for."""
+        return {
+            "D": D,
+            "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+            "BD": min(self.row_bytes // dtype.itemsize, triton.next_power_of_2(D)),
+        }
 
     def options(self) -> dict[str, Any]:
-        # Pipelined loads would pass through shared memory; sums want fused multiply-adds.
-        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        # One stage: pipelined loads would pass through shared memory.
+        return _launch.launch_options(self.num_warps, num_stages=1)
 
 
 # A warp loads 512 bytes at once. Where a row's part is 512 bytes a warp, each thread holds its
 # columns of all rows: as many loads in flight as rows, and a sum that crosses no thread. Chosen
 # from ahead-of-time compilation, NOT yet measured on a GPU.
-TILES = {
-    "decode": Tile(rows=8, row_bytes=512, num_warps=1),
-    "decode, few tokens": Tile(rows=64, row_bytes=128, num_warps=4),
-    "sampled product": Tile(rows=16, row_bytes=512, num_warps=4),
-    "latent outer": Tile(rows=8, row_bytes=1024, num_warps=2),
-}
+DECODE_TILE = Tile(rows=8, row_bytes=512, num_warps=1)
+DECODE_FEW_TILE = Tile(rows=64, row_bytes=128, num_warps=4)
+SAMPLED_PRODUCT_TILE = Tile(rows=16, row_bytes=512, num_warps=4)
+LATENT_OUTER_TILE = Tile(rows=8, row_bytes=1024, num_warps=2)
 FEW_TOKENS = 16
 """Up to here a decode spreads each token over many narrow programs (cost model, not measured)."""
 PIECE = 256
@@ -310,46 +313,43 @@ PIECE = 256
 token would otherwise keep one program busy long after the rest."""
 
 
-def _accumulator(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def _decode_constants(
+    N: int, widths: tuple[int, ...], D: int, dtype: torch.dtype
+) -> tuple[Tile, dict[str, Any]]:
+    few = N <= FEW_TOKENS
+    tile = DECODE_FEW_TILE if few else DECODE_TILE
+    rows = min(tile.rows, triton.next_power_of_2(max(1, *widths)))
+    return tile, {"K": widths, "BK": rows, "SPREAD": few} | tile.constants(D, dtype)
 
 
 def _launch_decode(acts, indices, W_dec, bias, base) -> Tensor:
     """One launch for all dictionaries. bias and base may be wider than the acts."""
-    N, D, dtype = acts[0].shape[0], W_dec[0].shape[1], W_dec[0].dtype
+    N, D = acts[0].shape[0], W_dec[0].shape[1]
     out = acts[0].new_empty(N, D)
     if out.numel() == 0:
         return out
-    widths = tuple(a.shape[1] for a in acts)
-    few = N <= FEW_TOKENS
-    tile = TILES["decode, few tokens" if few else "decode"]
-    columns = tile.columns(D, dtype)
+    tile, constants = _decode_constants(N, tuple(a.shape[1] for a in acts), D, out.dtype)
     with torch.cuda.device_of(out):
         # Tokens are the fast axis: all of them pass over one slice of W_dec while it is in cache.
-        _decode_kernel[(N, triton.cdiv(D, columns))](
+        _decode_kernel[(N, triton.cdiv(D, constants["BD"]))](
             out,
             tuple(a.contiguous() for a in acts),
             tuple(i.contiguous() for i in indices),
             tuple(W.contiguous() for W in W_dec),
-            bias if bias is None else bias.contiguous(),
-            base if base is None else base.contiguous(),
-            K=widths,
-            D=D,
-            ACC=_accumulator(dtype),
-            SPREAD=few,
-            BK=min(tile.rows, triton.next_power_of_2(max(1, *widths))),
-            BD=columns,
+            None if bias is None else bias.contiguous(),
+            None if base is None else base.contiguous(),
+            **constants,
             **tile.options(),
         )
     return out
 
 
 def _launch_sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    (N, k), D = indices.shape, W.shape[1]
+    N, k = indices.shape
     out = grad.new_empty(N, k)
     if out.numel() == 0:
         return out
-    tile = TILES["sampled product"]
+    tile = SAMPLED_PRODUCT_TILE
     with torch.cuda.device_of(out):
         _sampled_product_kernel[(N, triton.cdiv(k, tile.rows))](
             out,
@@ -357,10 +357,8 @@ def _launch_sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
             indices.contiguous(),
             W.contiguous(),
             K=k,
-            D=D,
-            ACC=_accumulator(W.dtype),
             BK=tile.rows,
-            BD=tile.columns(D, W.dtype),
+            **tile.constants(W.shape[1], W.dtype),
             **tile.options(),
         )
     return out
@@ -384,23 +382,87 @@ def _launch_latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: 
         piece_bounds[1:], torch.arange(pieces, device=rows.device), right=True
     )
     partial = rows.new_empty(pieces, D, dtype=accumulation_dtype(rows.dtype))
-    tile = TILES["latent outer"]
-    columns = tile.columns(D, rows.dtype)
-    slices = triton.cdiv(D, columns)
     entries = (weights, tokens, rows.contiguous(), bounds, piece_bounds)
-    settings = {
-        "D": D,
-        "ACC": _accumulator(rows.dtype),
-        "PIECE": PIECE,
-        "BE": tile.rows,
-        "BD": columns,
-        **tile.options(),
-    }
+    tile = LATENT_OUTER_TILE
+    constants = {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, rows.dtype)
+    slices = triton.cdiv(D, constants["BD"])
+    settings = constants | tile.options()
     with torch.cuda.device_of(out):
         if pieces > 0:
             _latent_piece_kernel[(pieces, slices)](partial, *entries, piece_latent, M, **settings)
         _latent_outer_kernel[(M, slices)](out, *entries, partial, **settings)
     return out
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every kernel as it runs at the shapes that matter, for a compiler without a device."""
+    D, k = 2048, 64
+    i64 = "*i64:16"
+    for name, dtype, architectures in (
+        ("bf16", torch.bfloat16, ("sm_80", "sm_90", "sm_100")),
+        ("fp32", torch.float32, ("sm_90",)),
+    ):
+        floats = f"*{name}:16"
+        for N, T in ((8192, 1), (1, 1), (1, 4)):
+            tile, constants = _decode_constants(N, (k,) * T, D, dtype)
+            few = {"shared": 1024, "barriers": 5}
+            yield AotCase(
+                f"decode {name} N={N} dictionaries={T}",
+                _decode_kernel,
+                dict.fromkeys(("acts", "W_dec"), (floats,) * T)
+                | {"out": floats, "indices": (i64,) * T, "bias": floats, "base": "*fp32:16"},
+                constants,
+                *(tile.num_warps, 1),
+                (few if constants["SPREAD"] else {"shared": 0, "barriers": 0})
+                | {
+                    "matrix": False,
+                    "loads_128": T * tile.rows * tile.row_bytes // (tile.num_warps * 512),
+                    "registers": 80,
+                    "instructions": 1000,
+                },
+                architectures,
+            )
+
+        tile = SAMPLED_PRODUCT_TILE
+        yield AotCase(
+            f"sampled_product {name}",
+            _sampled_product_kernel,
+            dict.fromkeys(("out", "grad", "W"), floats) | {"indices": i64},
+            {"K": k, "BK": tile.rows} | tile.constants(D, dtype),
+            *(tile.num_warps, 1),
+            {
+                "matrix": False,
+                "loads_128": tile.rows * tile.row_bytes // (tile.num_warps * 512),
+                "registers": 80,
+                "instructions": 500,
+            },
+            architectures,
+        )
+
+        tile = LATENT_OUTER_TILE
+        entries = dict.fromkeys(("weights", "rows"), floats) | dict.fromkeys(
+            ("tokens", "bounds", "piece_bounds"), i64
+        )
+        for kernel, others, shared in (
+            # The sum in fp32 changes hands on its way to 16-byte stores.
+            (_latent_piece_kernel, {"partial": "*fp32:16", "piece_latent": i64, "M": "i32"}, 2048),
+            (_latent_outer_kernel, {"partial": "*fp32:16", "out": floats}, 0),
+        ):
+            yield AotCase(
+                f"{kernel.__name__.strip('_').removesuffix('_kernel')} {name}",
+                kernel,
+                entries | others,
+                {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, dtype),
+                *(tile.num_warps, 1),
+                {
+                    "matrix": False,
+                    "shared": shared,
+                    "loads_128": tile.rows * tile.row_bytes // (tile.num_warps * 512),
+                    "registers": 80,
+                    "instructions": 1000,
+                },
+                architectures,
+            )
 
 
 # -- kernels ---------------------------------------------------------------------------------------
@@ -426,7 +488,7 @@ def _decode_kernel(
     m_d = o_d < D
     # [1 or BK, BD]
     b_sum = tl.zeros([BK if SPREAD else 1, BD], ACC)
-    for t in tl.static_range(len(K)):  # type: ignore[reportGeneralTypeIssues, reportArgumentType]
+    for t in tl.static_range(len(K)):  # type: ignore
         for i_k in range(0, K[t], BK):
             o_k = i_k + tl.arange(0, BK)
             m_k = o_k < K[t]
