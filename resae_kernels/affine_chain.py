@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from resae_kernels import _launch, reference
-from resae_kernels.reference import TopK, Transported, affine_predict
+from resae_kernels.reference import TopK, Transported, accumulation_dtype
 from resae_kernels.sparse_decode import code_gradients, sparse_decode
+
+TRANSPORTED_TOKENS = 32
+"""Tokens times layers before the last up to which gathering carried rows beats the products, which
+read all of A but once for all tokens (from a cost model, not measured)."""
 
 
 def affine_chain(
@@ -25,6 +29,8 @@ def affine_chain(
     *,
     b_dec: Sequence[Tensor],  # L × [D]
     transported: Transported | None = None,
+    form: str | None = None,
+    implementation: str | None = None,
 ) -> list[Tensor]:
     """Reconstructions of all layers from their codes (formula: `reference.affine_chain`).
 
@@ -35,34 +41,56 @@ def affine_chain(
             in order, to layer l. s = 1: from the previous layer; s = l: from all previous ones.
         c: one `[D]` per layer but the first.
         b_dec: one `[D]` per layer.
-        transported: from `transport(W_dec, A, c, b_dec=b_dec)`: reconstruct by gathering alone.
-            W_dec, A, c and b_dec then only tell the shapes, and gradients reach the dictionaries.
+        transported: from `transport(W_dec, A, c, b_dec=b_dec)`: allows the transported form.
+        form: "sequential", "transported", or None: transported where `transported` is given and
+            the tokens are few (N · (L − 1) ≤ TRANSPORTED_TOKENS), otherwise sequential.
+        implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
+            torch.
 
     Returns:
-        L tensors `[..., D]` in W_dec's dtype; gradients reach every floating input through each.
+        L tensors `[..., D]` in W_dec's dtype.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or lengths that do not fit.
+
+    Note:
+        Sequential: gradients reach every floating input through each output. Transported: they
+        reach the acts and the carried dictionaries and constants, not W_dec, A, c and b_dec. Name
+        the form where gradients of more than the acts are wanted.
     """
     codes = [TopK(*code) for code in codes]
     _check(codes, W_dec, A, c, b_dec)
+    if form not in (None, "sequential", "transported"):
+        raise ValueError(
+            f"affine_chain: form={form!r}, expected 'sequential', 'transported' or None (by the "
+            f"number of tokens)"
+        )
+    if form == "transported" and transported is None:
+        raise ValueError(
+            "affine_chain: form='transported' needs transported; build it with transport()"
+        )
+    leading = codes[0].acts.shape[:-1]
+    N = leading.numel()
     if transported is not None:
         if len(transported.dictionaries) != len(codes):
             raise ValueError(
                 f"affine_chain: transported covers {len(transported.dictionaries)} layers, codes "
                 f"{len(codes)}; build it with transport() from the same W_dec, A and c"
             )
+        if form is None and N * (len(codes) - 1) <= TRANSPORTED_TOKENS:
+            form = "transported"
+    if form == "transported":
+        assert transported is not None
         return [
             sparse_decode(
                 [code.acts for code in codes[: m + 1]],
                 [code.indices for code in codes[: m + 1]],
                 transported.dictionaries[m],
                 bias=transported.constants[m],
+                implementation=implementation,
             )
             for m in range(len(codes))
         ]
-    leading = codes[0].acts.shape[:-1]
-    N = leading.numel()
     x_hats = torch.ops.resae.affine_chain(
         [code.acts.to(W_dec[0].dtype).reshape(N, code.acts.shape[-1]) for code in codes],
         [code.indices.reshape(N, code.indices.shape[-1]) for code in codes],
@@ -70,6 +98,7 @@ def affine_chain(
         list(A),
         list(c),
         list(b_dec),
+        implementation=implementation or "",
     )
     return [x_hat.reshape(*leading, x_hat.shape[-1]) for x_hat in x_hats]
 
@@ -145,29 +174,50 @@ def _chain(
     A: list[Tensor],
     c: list[Tensor],
     b_dec: list[Tensor],
+    *,
+    implementation: str = "",
 ) -> list[Tensor]:
+    implementation = _launch.implementation_for("affine_chain", acts[0], implementation or None)
+    wide = accumulation_dtype(acts[0].dtype)
     x_hats: list[Tensor] = []
     for layer in range(len(acts)):
-        prediction = affine_predict(x_hats, A[layer - 1], c[layer - 1]) if layer > 0 else None
-        # The prediction stays in the accumulation dtype: each layer is rounded once, here.
+        bias, base = b_dec[layer].to(wide), None
+        if layer > 0:
+            # Prediction and constants stay in the accumulation dtype: one rounding per layer, here.
+            base = _product(x_hats, A[layer - 1])
+            bias = bias + c[layer - 1]
         x_hat = torch.ops.resae.sparse_decode(
-            [acts[layer]], [indices[layer]], [W_dec[layer]], b_dec[layer], prediction
+            [acts[layer]],
+            [indices[layer]],
+            [W_dec[layer]],
+            bias,
+            base,
+            implementation=implementation,
         )
         x_hats.append(x_hat)
     return x_hats
 
 
-def _chain_fake(acts, indices, W_dec, A, c, b_dec):  # noqa: ARG001
+def _product(sources: list[Tensor], A: Tensor) -> Tensor:
+    """`affine_predict` without its constant: the most recent sources times A, not yet rounded."""
+    recent = torch.cat(sources[len(sources) - A.shape[0] // A.shape[1] :], dim=-1)
+    wide = accumulation_dtype(A.dtype)
+    if A.is_cuda and A.dtype != wide:  # 16-bit factors, sums in fp32: what tensor cores compute
+        return torch.mm(recent, A, out_dtype=wide)
+    return recent.to(wide) @ A.to(wide)
+
+
+def _chain_fake(acts, indices, W_dec, A, c, b_dec, *, implementation=""):  # noqa: ARG001
     return [a.new_empty(a.shape[0], W_dec[0].shape[1]) for a in acts]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    acts, indices, W_dec, A, c, _ = inputs
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+    acts, indices, W_dec, A, _, _ = inputs
+    ctx.implementation = keyword_only_inputs["implementation"]
     ctx.set_materialize_grads(False)
     ctx.layers = len(acts)
     # x̂ of every layer but the last gives dA; the rest as in sparse_decode.
     ctx.save_for_backward(*acts, *indices, *W_dec, *A, *output)
-    del c
 
 
 def _backward(ctx, grads):
@@ -185,14 +235,16 @@ def _backward(ctx, grads):
             total[source] = total[source] + piece
         recent = torch.cat(x_hats[layer - sources : layer], dim=-1)
         grad_A.insert(0, recent.T @ total[layer])
-    grad_acts, grad_W = code_gradients(acts, indices, W_dec, total, [(True, True)] * L)
+    grad_acts, grad_W = code_gradients(
+        acts, indices, W_dec, total, [(True, True)] * L, ctx.implementation
+    )
     sums = [g.sum(0) for g in total]
     return grad_acts, [None] * L, grad_W, grad_A, sums[1:], sums
 
 
 _launch.register(
     "affine_chain(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor[] A, Tensor[] c, "
-    "Tensor[] b_dec) -> Tensor[]",
+    "Tensor[] b_dec, *, str implementation='') -> Tensor[]",
     _chain,
     _chain_fake,
 )

@@ -7,19 +7,23 @@ Backward: d acts is a sampled product ⟨g[n], W_dec[indices[n,j]]⟩; dW_dec is
 over the codes sorted by latent (`latent_outer`), so that each row is one ordered sum:
 deterministic, no atomics, no `[N, M]`. Gao et al. 2024 (arXiv 2406.04093), appendix on sparse
 kernels.
+
+Both implementations do this: `torch` with `embedding_bag`, `triton` with the kernels at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resae_kernels import _launch
+from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import accumulation_dtype
 
 GATHER_BYTES = 64 << 20
-"""Bound on the gathered rows `[n, k, D]` that the gradient of the acts holds at once."""
+"""Bound on the gathered rows `[n, k, D]` that the torch gradient of the acts holds at once."""
 
 
 def sparse_decode(
@@ -29,6 +33,7 @@ def sparse_decode(
     *,
     bias: Tensor | None = None,  # [D]
     base: Tensor | None = None,  # [..., D]
+    implementation: str | None = None,
 ) -> Tensor:
     """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ base)` (formula: `reference.sparse_decode`).
 
@@ -38,6 +43,8 @@ def sparse_decode(
         W_dec: `[M, D]`, one direction per contiguous row; or a list with the same D.
         bias: `[D]`, added to every token.
         base: `[..., D]`, added token by token.
+        implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
+            torch.
 
     Returns:
         `[..., D]` in W_dec's dtype.
@@ -45,7 +52,7 @@ def sparse_decode(
     Raises:
         TypeError: dtypes that differ or are not floating (int64 for indices).
         ValueError: shapes, devices or list lengths that do not fit.
-        RuntimeError: an index outside its dictionary (checked on CPU).
+        RuntimeError: an index outside its dictionary (checked by torch on CPU, nowhere else).
 
     Note:
         Padding slots (act 0) add nothing to the sum. Gradients reach acts, W_dec, bias and base.
@@ -89,6 +96,7 @@ def sparse_decode(
         list(W_dec),
         bias,
         None if base is None else base.reshape(N, D),
+        implementation=implementation or "",
     )
     return out.reshape(*leading, D)
 
@@ -102,7 +110,11 @@ def _decode(
     W_dec: list[Tensor],
     bias: Tensor | None,
     base: Tensor | None,
+    *,
+    implementation: str = "",
 ) -> Tensor:
+    if _launch.implementation_for("sparse_decode", W_dec[0], implementation or None) == "triton":
+        return _launch_decode(acts, indices, W_dec, bias, base)
     # A single sum is rounded once by itself; several terms are added up in the accumulation dtype.
     alone = len(acts) == 1 and bias is None and base is None
     dtype = acts[0].dtype if alone else accumulation_dtype(acts[0].dtype)
@@ -127,13 +139,14 @@ def _gather_sum(acts: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype) ->
     return F.embedding_bag(indices, W.to(dtype), per_sample_weights=weights, mode="sum")
 
 
-def _decode_fake(acts, indices, W_dec, bias, base):  # noqa: ARG001
+def _decode_fake(acts, indices, W_dec, bias, base, *, implementation=""):  # noqa: ARG001
     return acts[0].new_empty(acts[0].shape[0], W_dec[0].shape[1])
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     del output
     acts, indices, W_dec, _, _ = inputs
+    ctx.implementation = keyword_only_inputs["implementation"]
     ctx.set_materialize_grads(False)
     # acts weigh dW_dec, W_dec gives d acts, indices say where: no activation is kept.
     ctx.save_for_backward(*acts, *indices, *W_dec)
@@ -145,7 +158,9 @@ def _backward(ctx, grad):
     if grad is None:
         return [None] * n, [None] * n, [None] * n, None, None
     grad = grad.contiguous()
-    grad_acts, grad_W = code_gradients(acts, indices, W_dec, [grad] * n, _needed(ctx, n))
+    grad_acts, grad_W = code_gradients(
+        acts, indices, W_dec, [grad] * n, _needed(ctx, n), ctx.implementation
+    )
     _, _, _, need_bias, need_base = ctx.needs_input_grad
     return (
         grad_acts,
@@ -166,52 +181,70 @@ def _needed(ctx, n: int) -> list[tuple[bool, bool]]:
     return [(flag(need_acts, i), flag(need_W, i)) for i in range(n)]
 
 
-def code_gradients(acts, indices, W_dec, grads, needed):
+def code_gradients(acts, indices, W_dec, grads, needed, implementation):
     """Gradients of each code's acts and of its dictionary, given the gradient of its decode."""
     grad_acts: list[Tensor | None] = []
     grad_W: list[Tensor | None] = []
     for a, i, W, grad, (need_acts, need_W) in zip(acts, indices, W_dec, grads, needed, strict=True):
-        grad_acts.append(torch.ops.resae.sampled_product(grad, i, W) if need_acts else None)
-        grad_W.append(latent_outer(a, i, grad, W.shape[0]) if need_W else None)
+        grad_acts.append(
+            torch.ops.resae.sampled_product(grad, i, W, implementation=implementation)
+            if need_acts
+            else None
+        )
+        grad_W.append(latent_outer(a, i, grad, W.shape[0], implementation) if need_W else None)
     return grad_acts, grad_W
 
 
 # -- the sums of the backward ----------------------------------------------------------------------
 
 
-def latent_outer(acts: Tensor, indices: Tensor, rows: Tensor, M: int) -> Tensor:
+def latent_outer(
+    acts: Tensor, indices: Tensor, rows: Tensor, M: int, implementation: str = ""
+) -> Tensor:
     """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j] · rows[n]`, `[M, D]`: the gradient of a
     dictionary (rows = gradient of the decode) or of an encoder (rows = residual)."""
-    return torch.ops.resae.latent_outer(acts, indices, rows, M)
+    return torch.ops.resae.latent_outer(acts, indices, rows, M, implementation=implementation)
 
 
-def _latent_outer(acts: Tensor, indices: Tensor, rows: Tensor, M: int) -> Tensor:
+def _latent_outer(
+    acts: Tensor, indices: Tensor, rows: Tensor, M: int, *, implementation: str = ""
+) -> Tensor:
     k = acts.shape[1]
     acts, latents = acts.reshape(-1), indices.reshape(-1)
     # Padding slots would pile up on latent 0: they sort behind the last latent and are cut off.
-    latents, order = torch.where(acts != 0, latents, M).sort(stable=True)
-    bounds = torch.searchsorted(latents, torch.arange(M + 1, device=latents.device))
-    order = order[: int(bounds[M])]
+    latents, order = torch.where(acts != 0, latents, M).int().sort(stable=True)
+    bounds = torch.searchsorted(
+        latents, torch.arange(M + 1, dtype=torch.int32, device=latents.device)
+    )
+    tokens, weights = order.div(max(k, 1), rounding_mode="floor"), acts[order]
+    if _launch.implementation_for("latent_outer", rows, implementation or None) == "triton":
+        return _launch_latent_outer(weights, tokens, bounds, rows)
+    used = int(bounds[M])
     return F.embedding_bag(
-        order.div(max(k, 1), rounding_mode="floor"),
+        tokens[:used],
         rows.contiguous(),
         bounds,
-        per_sample_weights=acts[order],
+        per_sample_weights=weights[:used],
         mode="sum",
         include_last_offset=True,
     )
 
 
-def _latent_outer_fake(acts, indices, rows, M):  # noqa: ARG001
+def _latent_outer_fake(acts, indices, rows, M, *, implementation=""):  # noqa: ARG001
     return rows.new_empty(M, rows.shape[1])
 
 
-def latent_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
+def latent_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") -> Tensor:
     """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`: the gradient of an encoder bias."""
-    return latent_outer(acts, indices, acts.new_ones(acts.shape[0], 1), M).squeeze(1)
+    ones = acts.new_ones(acts.shape[0], 1)
+    return latent_outer(acts, indices, ones, M, implementation).squeeze(1)
 
 
-def _sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+def _sampled_product(
+    grad: Tensor, indices: Tensor, W: Tensor, *, implementation: str = ""
+) -> Tensor:
+    if _launch.implementation_for("sampled_product", W, implementation or None) == "triton":
+        return _launch_sampled_product(grad, indices, W)
     N, k, D = *indices.shape, W.shape[1]
     if W.device.type == "cpu" and W.dtype in (torch.float32, torch.float64) and indices.numel():
         # The gradient of `embedding_bag` in its weights is this product, with no row copied.
@@ -233,26 +266,372 @@ def _sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-def _sampled_product_fake(grad, indices, W):  # noqa: ARG001
+def _sampled_product_fake(grad, indices, W, *, implementation=""):  # noqa: ARG001
     return grad.new_empty(indices.shape)
 
 
 _launch.register(
-    "sparse_decode(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor? bias, Tensor? base) "
-    "-> Tensor",
+    "sparse_decode(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor? bias, Tensor? base, "
+    "*, str implementation='') -> Tensor",
     _decode,
     _decode_fake,
 )
 _launch.register(
-    "latent_outer(Tensor acts, Tensor indices, Tensor rows, SymInt M) -> Tensor",
+    "latent_outer(Tensor acts, Tensor indices, Tensor rows, SymInt M, *, str implementation='') "
+    "-> Tensor",
     _latent_outer,
     _latent_outer_fake,
 )
 _launch.register(
-    "sampled_product(Tensor grad, Tensor indices, Tensor W) -> Tensor",
+    "sampled_product(Tensor grad, Tensor indices, Tensor W, *, str implementation='') -> Tensor",
     _sampled_product,
     _sampled_product_fake,
 )
 torch.library.register_autograd(
     "resae::sparse_decode", _backward, setup_context=_setup_context, lib=_launch.LIBRARY
 )
+
+
+# -- launchers -------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """How many gathered rows a program loads at a time, and which part of each."""
+
+    rows: int
+    row_bytes: int
+    num_warps: int
+
+    def constants(self, D: int, dtype: torch.dtype) -> dict[str, Any]:
+        """What every kernel here is compiled for."""
+        return {
+            "D": D,
+            "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+            "BD": min(self.row_bytes // dtype.itemsize, triton.next_power_of_2(D)),
+        }
+
+    def options(self) -> dict[str, Any]:
+        # One stage: pipelined loads would pass through shared memory.
+        return _launch.launch_options(self.num_warps, num_stages=1)
+
+
+# A warp loads 512 bytes at once. Where a row's part is 512 bytes a warp, each thread holds its
+# columns of all rows: as many loads in flight as rows, and a sum that crosses no thread. Chosen
+# from ahead-of-time compilation, NOT yet measured on a GPU.
+DECODE_TILE = Tile(rows=8, row_bytes=512, num_warps=1)
+DECODE_FEW_TILE = Tile(rows=64, row_bytes=128, num_warps=4)
+SAMPLED_PRODUCT_TILE = Tile(rows=16, row_bytes=512, num_warps=4)
+LATENT_OUTER_TILE = Tile(rows=8, row_bytes=1024, num_warps=2)
+FEW_TOKENS = 16
+"""Up to here a decode spreads each token over many narrow programs (cost model, not measured)."""
+PIECE = 256
+"""Longest run of one latent's entries that one program sums: a latent that fires on every second
+token would otherwise keep one program busy long after the rest."""
+
+
+def _decode_constants(
+    N: int, widths: tuple[int, ...], D: int, dtype: torch.dtype
+) -> tuple[Tile, dict[str, Any]]:
+    few = N <= FEW_TOKENS
+    tile = DECODE_FEW_TILE if few else DECODE_TILE
+    rows = min(tile.rows, triton.next_power_of_2(max(1, *widths)))
+    return tile, {"K": widths, "BK": rows, "SPREAD": few} | tile.constants(D, dtype)
+
+
+def _launch_decode(acts, indices, W_dec, bias, base) -> Tensor:
+    """One launch for all dictionaries. bias and base may be wider than the acts."""
+    N, D = acts[0].shape[0], W_dec[0].shape[1]
+    out = acts[0].new_empty(N, D)
+    if out.numel() == 0:
+        return out
+    tile, constants = _decode_constants(N, tuple(a.shape[1] for a in acts), D, out.dtype)
+    with torch.cuda.device_of(out):
+        # Tokens are the fast axis: all of them pass over one slice of W_dec while it is in cache.
+        _decode_kernel[(N, triton.cdiv(D, constants["BD"]))](
+            out,
+            tuple(a.contiguous() for a in acts),
+            tuple(i.contiguous() for i in indices),
+            tuple(W.contiguous() for W in W_dec),
+            None if bias is None else bias.contiguous(),
+            None if base is None else base.contiguous(),
+            **constants,
+            **tile.options(),
+        )
+    return out
+
+
+def _launch_sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    N, k = indices.shape
+    out = grad.new_empty(N, k)
+    if out.numel() == 0:
+        return out
+    tile = SAMPLED_PRODUCT_TILE
+    with torch.cuda.device_of(out):
+        _sampled_product_kernel[(N, triton.cdiv(k, tile.rows))](
+            out,
+            grad.contiguous(),
+            indices.contiguous(),
+            W.contiguous(),
+            K=k,
+            BK=tile.rows,
+            **tile.constants(W.shape[1], W.dtype),
+            **tile.options(),
+        )
+    return out
+
+
+def _launch_latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor) -> Tensor:
+    """`out[m] = Σ weights[e] · rows[tokens[e]]` over the entries `bounds[m] ≤ e < bounds[m + 1]`.
+
+    The first PIECE entries of a latent are summed by the program that writes its row; what lies
+    beyond, before that, in pieces by programs of their own. How many of these there can be follows
+    from the shapes: nothing waits for the device.
+    """
+    M, D = bounds.shape[0] - 1, rows.shape[1]
+    out = rows.new_empty(M, D)
+    if out.numel() == 0:
+        return out
+    pieces = weights.shape[0] // PIECE
+    # Where PIECE divides the entries of a latent the last of its pieces is empty: zeros.
+    beyond = bounds.diff().div(PIECE, rounding_mode="floor")
+    piece_bounds = F.pad(beyond.cumsum(0), (1, 0))
+    piece_latent = torch.searchsorted(
+        piece_bounds[1:], torch.arange(pieces, device=rows.device), right=True
+    )
+    partial = rows.new_empty(pieces, D, dtype=accumulation_dtype(rows.dtype))
+    entries = (weights, tokens, rows.contiguous(), bounds, piece_bounds)
+    tile = LATENT_OUTER_TILE
+    constants = {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, rows.dtype)
+    slices = triton.cdiv(D, constants["BD"])
+    settings = constants | tile.options()
+    with torch.cuda.device_of(out):
+        if pieces > 0:
+            _latent_piece_kernel[(pieces, slices)](partial, *entries, piece_latent, M, **settings)
+        _latent_outer_kernel[(M, slices)](out, *entries, partial, **settings)
+    return out
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every kernel as it runs at the shapes that matter, for a compiler without a device."""
+    D, k = 2048, 64
+    i64 = "*i64:16"
+    for name, dtype, architectures in (
+        ("bf16", torch.bfloat16, ("sm_80", "sm_90", "sm_100")),
+        ("fp32", torch.float32, ("sm_90",)),
+    ):
+        floats = f"*{name}:16"
+        for N, T in ((8192, 1), (1, 1), (1, 4)):
+            tile, constants = _decode_constants(N, (k,) * T, D, dtype)
+            # Few tokens make few programs: their registers are not what limits them.
+            few = {"shared": 1024, "barriers": 5, "registers": 128}
+            many = {"shared": 0, "barriers": 0, "registers": 80}
+            yield AotCase(
+                f"decode {name} N={N} dictionaries={T}",
+                _decode_kernel,
+                dict.fromkeys(("acts", "W_dec"), (floats,) * T)
+                | {"out": floats, "indices": (i64,) * T, "bias": floats, "base": "*fp32:16"},
+                constants,
+                *(tile.num_warps, 1),
+                (few if constants["SPREAD"] else many)
+                | {
+                    "matrix": False,
+                    "loads_128": T * tile.rows * tile.row_bytes // (tile.num_warps * 512),
+                    "instructions": 1000,
+                },
+                architectures,
+            )
+
+        tile = SAMPLED_PRODUCT_TILE
+        yield AotCase(
+            f"sampled_product {name}",
+            _sampled_product_kernel,
+            dict.fromkeys(("out", "grad", "W"), floats) | {"indices": i64},
+            {"K": k, "BK": tile.rows} | tile.constants(D, dtype),
+            *(tile.num_warps, 1),
+            {
+                "matrix": False,
+                "loads_128": tile.rows * tile.row_bytes // (tile.num_warps * 512),
+                "registers": 80,
+                "instructions": 500,
+            },
+            architectures,
+        )
+
+        tile = LATENT_OUTER_TILE
+        entries = dict.fromkeys(("weights", "rows"), floats) | dict.fromkeys(
+            ("tokens", "bounds", "piece_bounds"), i64
+        )
+        for kernel, others, shared in (
+            # The sum in fp32 changes hands on its way to 16-byte stores.
+            (_latent_piece_kernel, {"partial": "*fp32:16", "piece_latent": i64, "M": "i32"}, 2048),
+            (_latent_outer_kernel, {"partial": "*fp32:16", "out": floats}, 0),
+        ):
+            yield AotCase(
+                f"{kernel.__name__.strip('_').removesuffix('_kernel')} {name}",
+                kernel,
+                entries | others,
+                {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, dtype),
+                *(tile.num_warps, 1),
+                {
+                    "matrix": False,
+                    "shared": shared,
+                    "loads_128": tile.rows * tile.row_bytes // (tile.num_warps * 512),
+                    "registers": 80,
+                    "instructions": 1000,
+                },
+                architectures,
+            )
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _decode_kernel(
+    out,  # [N, D]
+    acts,  # T × [N, K[t]]
+    indices,  # T × [N, K[t]]
+    W_dec,  # T × [M_t, D]
+    bias,  # [D] or None
+    base,  # [N, D] or None
+    K: tl.constexpr,
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    SPREAD: tl.constexpr,  # sum each of the BK rows apart until the end: one sum across threads
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    # [1 or BK, BD]
+    b_sum = tl.zeros([BK if SPREAD else 1, BD], ACC)
+    for t in tl.static_range(len(K)):  # type: ignore
+        for i_k in range(0, K[t], BK):
+            o_k = i_k + tl.arange(0, BK)
+            m_k = o_k < K[t]
+            # [BK]
+            b_index = tl.load(indices[t] + i_n * K[t] + o_k, mask=m_k, other=0)
+            b_act = tl.load(acts[t] + i_n * K[t] + o_k, mask=m_k, other=0.0).to(ACC)
+            # [BK, BD]
+            p_row = W_dec[t] + b_index[:, None] * D + o_d[None, :]
+            b_row = tl.load(p_row, mask=m_k[:, None] & m_d[None, :], other=0.0).to(ACC)
+            b_product = b_act[:, None] * b_row
+            b_sum += b_product if SPREAD else tl.sum(b_product, 0, keep_dims=True)
+    b_sum = tl.sum(b_sum, 0)
+    if bias is not None:
+        b_sum += tl.load(bias + o_d, mask=m_d, other=0.0).to(ACC)
+    if base is not None:
+        b_sum += tl.load(base + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
+    tl.store(out + i_n * D + o_d, b_sum.to(out.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def _sampled_product_kernel(
+    out,  # [N, K]
+    grad,  # [N, D]
+    indices,  # [N, K]
+    W,  # [M, D]
+    K: tl.constexpr,
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
+    m_k = o_k < K
+    # [BK]
+    b_index = tl.load(indices + i_n * K + o_k, mask=m_k, other=0)
+    # [BK, BD], summed over columns once at the end: that sum crosses threads.
+    b_products = tl.zeros([BK, BD], ACC)
+    for i_d in range(0, D, BD):
+        o_d = i_d + tl.arange(0, BD)
+        m_d = o_d < D
+        b_grad = tl.load(grad + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
+        p_row = W + b_index[:, None] * D + o_d[None, :]
+        b_row = tl.load(p_row, mask=m_k[:, None] & m_d[None, :], other=0.0).to(ACC)
+        b_products += b_grad[None, :] * b_row
+    tl.store(out + i_n * K + o_k, tl.sum(b_products, 1).to(out.dtype.element_ty), mask=m_k)
+
+
+@triton.jit
+def _sum_entries(
+    weights,
+    tokens,
+    rows,
+    i_first,
+    i_last,
+    o_d,
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Columns `o_d` of `Σ weights[e] · rows[tokens[e]]` over the entries `i_first ≤ e < i_last`."""
+    m_d = o_d < D
+    # [BD]
+    b_sum = tl.zeros([BD], ACC)
+    for i_e in range(i_first, i_last, BE):
+        o_e = i_e + tl.arange(0, BE)
+        m_e = o_e < i_last
+        # [BE]
+        b_token = tl.load(tokens + o_e, mask=m_e, other=0)
+        b_weight = tl.load(weights + o_e, mask=m_e, other=0.0).to(ACC)
+        # [BE, BD]
+        p_row = rows + b_token[:, None] * D + o_d[None, :]
+        b_row = tl.load(p_row, mask=m_e[:, None] & m_d[None, :], other=0.0).to(ACC)
+        b_sum += tl.sum(b_weight[:, None] * b_row, 0)
+    return b_sum
+
+
+@triton.jit
+def _latent_piece_kernel(
+    partial,  # [pieces, D]
+    weights,  # [N·k], sorted by latent
+    tokens,  # [N·k]
+    rows,  # [N, D]
+    bounds,  # [M + 1], of the latents in weights and tokens
+    piece_bounds,  # [M + 1], of the latents in partial
+    piece_latent,  # [pieces]; M where there is no such piece
+    M,
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    PIECE: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_p = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    i_m = tl.load(piece_latent + i_p)
+    if i_m < M:
+        i_first = tl.load(bounds + i_m) + (i_p - tl.load(piece_bounds + i_m) + 1) * PIECE
+        i_last = tl.minimum(i_first + PIECE, tl.load(bounds + i_m + 1))
+        b_sum = _sum_entries(weights, tokens, rows, i_first, i_last, o_d, D, ACC, BE, BD)
+        tl.store(partial + i_p * D + o_d, b_sum, mask=o_d < D)
+
+
+@triton.jit
+def _latent_outer_kernel(
+    out,  # [M, D]
+    weights,  # [N·k], sorted by latent
+    tokens,  # [N·k]
+    rows,  # [N, D]
+    bounds,  # [M + 1], of the latents in weights and tokens
+    piece_bounds,  # [M + 1], of the latents in partial
+    partial,  # [pieces, D]
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    PIECE: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    i_first = tl.load(bounds + i_m)
+    i_last = tl.minimum(i_first + PIECE, tl.load(bounds + i_m + 1))
+    b_sum = _sum_entries(weights, tokens, rows, i_first, i_last, o_d, D, ACC, BE, BD)
+    for i_p in range(tl.load(piece_bounds + i_m), tl.load(piece_bounds + i_m + 1)):
+        b_sum += tl.load(partial + i_p * D + o_d, mask=m_d, other=0.0)
+    tl.store(out + i_m * D + o_d, b_sum.to(out.dtype.element_ty), mask=m_d)

@@ -1,4 +1,6 @@
+import importlib
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, id="bf16"),
     pytest.param(torch.float16, id="fp16"),
 ]
+either = pytest.mark.parametrize("implementation", ["torch", "triton"])
 # How many of the layers before it each layer but the first is predicted from.
 SOURCES = [
     pytest.param((), id="one-layer"),
@@ -50,6 +53,7 @@ SHAPES = [
     pytest.param((), 3, id="a-vector"),
     pytest.param((2, 3), 3, id="batch-of-sequences"),
 ]
+module = importlib.import_module("resae_kernels.affine_chain")
 FIELDS = ("acts", "indices", "W_dec", "A", "c", "b_dec")
 
 
@@ -98,22 +102,25 @@ def dense_chain(**named) -> list[Tensor]:
     return x_hats
 
 
-def transported_chain(**named) -> list[Tensor]:
+def transported_chain(implementation=None, **named) -> list[Tensor]:
     parts = unpack(named)
     carried = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
-    return affine_chain(**parts, transported=carried)
+    return affine_chain(
+        **parts, transported=carried, form="transported", implementation=implementation
+    )
 
 
 # -- equals the reference --------------------------------------------------------------------------
 
 
+@either
 @pytest.mark.parametrize("sources", SOURCES)
-def test_reconstructions_and_gradients_equal_the_reference(sources):
+def test_reconstructions_and_gradients_equal_the_reference(sources, implementation):
     inputs = chain_inputs(sources)
     ours, theirs, dense = (
         values_and_gradients(function, inputs)
         for function in (
-            lambda **t: chain(affine_chain, **t),
+            lambda **t: chain(partial(affine_chain, implementation=implementation), **t),
             lambda **t: chain(reference.affine_chain, **t),
             dense_chain,
         )
@@ -122,12 +129,13 @@ def test_reconstructions_and_gradients_equal_the_reference(sources):
     assert_same(ours, dense)
 
 
+@either
 @pytest.mark.parametrize(("leading", "D"), SHAPES)
-def test_shapes_equal_the_reference(leading, D):
+def test_shapes_equal_the_reference(leading, D, implementation):
     inputs = chain_inputs((1, 2), leading, D)
     ours, theirs = (
         values_and_gradients(lambda op=op, **t: chain(op, **t), inputs)
-        for op in (affine_chain, reference.affine_chain)
+        for op in (partial(affine_chain, implementation=implementation), reference.affine_chain)
     )
     for layer in range(3):
         assert ours[f"output {layer}"].shape == (*leading, D)
@@ -151,19 +159,46 @@ def test_gradients_come_through_each_output_alone(used):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@either
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sources", [(1, 1, 1), (1, 2, 3)], ids=["previous", "all-previous"])
-def test_reconstructions_and_gradients_are_as_close_to_fp64_as_plain_torch(sources, dtype):
+def test_reconstructions_and_gradients_are_as_close_to_fp64_as_plain_torch(
+    sources, dtype, implementation
+):
     inputs = chain_inputs(sources, (23,), 12, dtype)
-    assert_close_as_torch(lambda **t: chain(affine_chain, **t), dense_chain, inputs)
+    op = partial(affine_chain, implementation=implementation)
+    assert_close_as_torch(lambda **t: chain(op, **t), dense_chain, inputs)
 
 
-def test_op_passes_opcheck():
+@pytest.mark.parametrize(
+    ("dtype", "implementation"),
+    [
+        pytest.param(torch.bfloat16, "torch", id="bf16-torch"),
+        pytest.param(torch.float16, "torch", id="fp16-torch"),
+        pytest.param(torch.float16, "triton", id="fp16-triton"),
+        # Triton's interpreter cuts fp32 down to bf16 where a device rounds to nearest.
+    ],
+)
+def test_each_reconstruction_is_rounded_once(dtype, implementation):
+    inputs = chain_inputs((1, 2), (23,), 12, dtype)
+    expected = chain(reference.affine_chain, **inputs)
+    ours = chain(partial(affine_chain, implementation=implementation), **inputs)
+    for x_hat, truth in zip(ours, expected, strict=True):
+        # A sum in another order may end up on the other side of a tie, rarely.
+        assert (x_hat != truth).float().mean() < 0.02
+
+
+@either
+def test_op_passes_opcheck(implementation):
     parts = unpack(chain_inputs((1, 2)))
     acts = [code.acts.requires_grad_() for code in parts["codes"]]
     indices = [code.indices for code in parts["codes"]]
     rest = [[t.requires_grad_() for t in parts[field]] for field in FIELDS[2:]]
-    torch.library.opcheck(torch.ops.resae.affine_chain.default, (acts, indices, *rest))
+    torch.library.opcheck(
+        torch.ops.resae.affine_chain.default,
+        (acts, indices, *rest),
+        {"implementation": implementation},
+    )
 
 
 @pytest.mark.parametrize("sources", [(1, 1), (1, 2)], ids=["previous", "all-previous"])
@@ -178,35 +213,37 @@ def test_registered_gradient_is_the_derivative(sources):
     assert torch.autograd.gradcheck(x_hats, [inputs[name].requires_grad_() for name in names])
 
 
-def test_same_bits_twice():
-    inputs = chain_inputs((1, 2, 3), (64,), 24, torch.float32)
-    first, second = (
-        values_and_gradients(lambda **t: chain(affine_chain, **t), inputs) for _ in range(2)
-    )
+@either
+def test_same_bits_twice(implementation):
+    inputs = chain_inputs((1, 2), (40,), 24, torch.float32)
+    op = partial(affine_chain, implementation=implementation)
+    first, second = (values_and_gradients(lambda **t: chain(op, **t), inputs) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-def test_compiled_equals_eager():
+@either
+def test_compiled_equals_eager(implementation):
     inputs = chain_inputs((1, 2), dtype=torch.float32)
 
     def x_hats(**tensors):
-        return chain(affine_chain, **tensors)
+        return affine_chain(**unpack(tensors), implementation=implementation)
 
     compiled = torch.compile(x_hats, fullgraph=True, backend="aot_eager")
     assert_same(values_and_gradients(compiled, inputs), values_and_gradients(x_hats, inputs), 0, 0)
 
 
-def test_non_contiguous_inputs_change_nothing():
+@either
+def test_non_contiguous_inputs_change_nothing(implementation):
     inputs = chain_inputs((1, 2))
     strided = {
         name: t.T.contiguous().T if t.ndim == 2 else torch.stack([t, t], dim=1)[:, 0]
         for name, t in inputs.items()
     }
     assert not any(t.is_contiguous() for t in strided.values())
+    op = partial(affine_chain, implementation=implementation)
     ours, theirs = (
-        values_and_gradients(lambda **t: chain(affine_chain, **t), given_)
-        for given_ in (strided, inputs)
+        values_and_gradients(lambda **t: chain(op, **t), given_) for given_ in (strided, inputs)
     )
     assert_same(ours, theirs)
 
@@ -337,17 +374,50 @@ def test_sequential_transported_and_reference_agree_exactly_on_integers(data):
 # -- transported form ------------------------------------------------------------------------------
 
 
+@either
 @pytest.mark.parametrize("sources", SOURCES)
-def test_transported_is_sequential(sources):
+def test_transported_is_sequential(sources, implementation):
     inputs = chain_inputs(sources)
     parts = unpack(inputs)
     carried = reference.transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
-    ours, theirs = transported_chain(**inputs), reference.affine_chain(**parts, transported=carried)
+    ours = transported_chain(implementation, **inputs)
+    theirs = reference.affine_chain(**parts, transported=carried)
     for x_hat, expected, sequential in zip(
         ours, theirs, chain(affine_chain, **inputs), strict=True
     ):
         torch.testing.assert_close(x_hat, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(x_hat, sequential, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("N", "form", "ran"),
+    [
+        pytest.param(16, None, "transported", id="few-tokens"),
+        pytest.param(17, None, "sequential", id="many-tokens"),
+        pytest.param(0, None, "transported", id="no-tokens"),
+        pytest.param(16, "sequential", "sequential", id="sequential-by-name"),
+        pytest.param(17, "transported", "transported", id="transported-by-name"),
+    ],
+)
+def test_form_follows_from_the_tokens_unless_it_is_named(N, form, ran, monkeypatch):
+    monkeypatch.setattr(module, "TRANSPORTED_TOKENS", 32)
+    parts = unpack(chain_inputs((1, 1), (N,)))
+    carried = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
+    # Constants of its own tell the transported form apart.
+    carried = carried._replace(constants=[constant + 1 for constant in carried.constants])
+    by_rule = affine_chain(**parts, transported=carried, form=form)
+    sequential = affine_chain(**parts)
+    for ours, plain in zip(by_rule, sequential, strict=True):
+        torch.testing.assert_close(ours, plain + (ran == "transported"))
+
+
+def test_transported_form_gathers_once_for_each_layer(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        module, "sparse_decode", lambda *a, **b: calls.append(len(a[0])) or sparse_decode(*a, **b)
+    )
+    transported_chain(**chain_inputs((1, 1)))
+    assert calls == [1, 2, 3]
 
 
 def test_transported_tables_are_the_dictionaries_times_the_maps():
@@ -429,7 +499,7 @@ def test_transported_gradients_reach_the_codes_and_the_carried_dictionaries():
     carried = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
     tables = [table.requires_grad_() for row in carried.dictionaries for table in row]
     acts = [code.acts.requires_grad_() for code in parts["codes"]]
-    x_hats = affine_chain(**parts, transported=carried)
+    x_hats = affine_chain(**parts, transported=carried, form="transported")
     through_tables = torch.autograd.grad(sum(x.sum() for x in x_hats), [*acts, *tables])
     through_maps = torch.autograd.grad(sum(x.sum() for x in affine_chain(**parts)), acts)
     for ours, theirs in zip(through_tables, through_maps, strict=False):
@@ -706,6 +776,24 @@ def code(acts: Tensor, indices: Tensor | None = None) -> TopK:
             ValueError,
             r"affine_chain: transported covers 0 layers, codes 3; build it with transport\(\)",
             id="transported-of-another-chain",
+        ),
+        pytest.param(
+            lambda _: {"form": "transported"},
+            ValueError,
+            r"affine_chain: form='transported' needs transported; build it with transport\(\)",
+            id="transported-form-without-tables",
+        ),
+        pytest.param(
+            lambda _: {"form": "gather"},
+            ValueError,
+            "affine_chain: form='gather', expected 'sequential', 'transported' or None",
+            id="form",
+        ),
+        pytest.param(
+            lambda _: {"implementation": "cuda"},
+            ValueError,
+            "affine_chain: implementation='cuda', expected 'torch', 'triton' or None",
+            id="implementation",
         ),
     ],
 )

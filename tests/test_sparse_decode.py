@@ -1,4 +1,5 @@
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, id="bf16"),
     pytest.param(torch.float16, id="fp16"),
 ]
+either = pytest.mark.parametrize("implementation", ["torch", "triton"])
 # (N, D, M, k)
 SHAPES = [
     pytest.param(5, 4, 8, 3, id="small"),
@@ -35,7 +37,11 @@ SHAPES = [
     pytest.param(6, 12, 8, 8, id="k-M"),
     pytest.param(6, 3, 1, 1, id="M-1"),
     pytest.param(6, 3, 4, 0, id="empty-code"),
+    # Of each kernel's tile more than one, and the last one partly filled.
+    pytest.param(17, 293, 23, 19, id="many-tiles"),
+    pytest.param(2, 131, 71, 67, id="many-tiles-of-few-tokens"),
 ]
+module = importlib.import_module("resae_kernels.sparse_decode")
 
 
 def decoder_inputs(N, D, M, k, dtype=torch.float64) -> dict[str, Tensor]:
@@ -53,6 +59,11 @@ def decode_two(op, acts, indices, W_dec, more_acts, more_indices, more_W_dec, bi
     return op([acts, more_acts], [indices, more_indices], [W_dec, more_W_dec], bias=bias, base=base)
 
 
+def both(implementation):
+    """The op as `implementation` computes it, and its reference."""
+    return partial(sparse_decode, implementation=implementation), reference.sparse_decode
+
+
 def two_decoders(dtype=torch.float64) -> dict[str, Tensor]:
     more = decoder_inputs(7, 5, 6, 2, dtype)
     names = ("acts", "indices", "W_dec")
@@ -62,52 +73,72 @@ def two_decoders(dtype=torch.float64) -> dict[str, Tensor]:
 # -- equals the reference --------------------------------------------------------------------------
 
 
+@either
 @pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
-def test_sum_and_gradients_equal_the_reference(N, D, M, k):
+def test_sum_and_gradients_equal_the_reference(N, D, M, k, implementation):
     inputs = decoder_inputs(N, D, M, k)
     ours, theirs = (
-        values_and_gradients(lambda op=op, **t: op(**t), inputs)
-        for op in (sparse_decode, reference.sparse_decode)
+        values_and_gradients(lambda op=op, **t: op(**t), inputs) for op in both(implementation)
     )
     assert ours["output 0"].shape == (N, D)
     assert_same(ours, theirs)
 
 
+@either
 @pytest.mark.parametrize("absent", [("bias",), ("base",), ("bias", "base")], ids="-".join)
-def test_sum_and_gradients_equal_the_reference_without_an_optional_input(absent):
+def test_sum_and_gradients_equal_the_reference_without_an_optional_input(absent, implementation):
     inputs = {name: t for name, t in decoder_inputs(7, 5, 11, 4).items() if name not in absent}
     ours, theirs = (
-        values_and_gradients(lambda op=op, **t: op(**t), inputs)
-        for op in (sparse_decode, reference.sparse_decode)
+        values_and_gradients(lambda op=op, **t: op(**t), inputs) for op in both(implementation)
     )
     assert_same(ours, theirs)
 
 
-def test_lists_sum_over_dictionaries_of_different_sizes():
+@either
+def test_lists_sum_over_dictionaries_of_different_sizes(implementation):
     inputs = two_decoders()
     ours, theirs = (
         values_and_gradients(lambda op=op, **t: decode_two(op, **t), inputs)
-        for op in (sparse_decode, reference.sparse_decode)
+        for op in both(implementation)
     )
     assert_same(ours, theirs)
 
 
-def test_one_list_entry_is_the_plain_call():
+@either
+@pytest.mark.parametrize("N", [3, 18], ids=["few-tokens", "tokens"])
+def test_four_dictionaries_sum_one_of_them_without_a_latent(N, implementation):
+    parts = [decoder_inputs(N, 70, M, k) for M, k in ((11, 9), (5, 0), (83, 66), (3, 1))]
+    names = ("acts", "indices", "W_dec")
+    inputs = {f"{name}.{i}": part[name] for i, part in enumerate(parts) for name in names}
+
+    def total(op, **named):
+        return op(*([named[f"{name}.{i}"] for i in range(4)] for name in names))
+
+    ours, theirs = (values_and_gradients(partial(total, op), inputs) for op in both(implementation))
+    assert_same(ours, theirs)
+
+
+@either
+def test_one_list_entry_is_the_plain_call(implementation):
     inputs = decoder_inputs(5, 4, 8, 3)
     lists = {name: [inputs[name]] for name in ("acts", "indices", "W_dec")}
-    assert torch.equal(sparse_decode(**inputs), sparse_decode(**(inputs | lists)))
+    op, _ = both(implementation)
+    assert torch.equal(op(**inputs), op(**(inputs | lists)))
 
 
+@either
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sum_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype):
+def test_sum_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implementation):
     def plain(acts, indices, W_dec, bias, base):
         return scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias + base
 
-    assert_close_as_torch(sparse_decode, plain, decoder_inputs(37, 19, 53, 7, dtype))
+    op, _ = both(implementation)
+    assert_close_as_torch(op, plain, decoder_inputs(37, 19, 53, 7, dtype))
 
 
+@either
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype):
+def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype, implementation):
     def plain(acts, indices, W_dec, more_acts, more_indices, more_W_dec, bias, base):
         first = scatter(acts, indices, W_dec.shape[0]) @ W_dec
         return (
@@ -116,7 +147,8 @@ def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype):
             + (bias + base)
         )
 
-    assert_close_as_torch(lambda **t: decode_two(sparse_decode, **t), plain, two_decoders(dtype))
+    op, _ = both(implementation)
+    assert_close_as_torch(lambda **t: decode_two(op, **t), plain, two_decoders(dtype))
 
 
 @pytest.mark.parametrize("leading", [(), (2, 3), (2, 0)], ids=["a-vector", "batch", "no-tokens"])
@@ -132,21 +164,34 @@ def test_leading_shape_is_kept(leading):
     assert_same(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_op_passes_opcheck():
+@either
+def test_op_passes_opcheck(implementation):
     inputs = decoder_inputs(5, 4, 8, 3)
     acts, W_dec, bias, base = (
         inputs[name].requires_grad_() for name in ("acts", "W_dec", "bias", "base")
     )
     op = torch.ops.resae.sparse_decode.default
-    torch.library.opcheck(op, ([acts], [inputs["indices"]], [W_dec], bias, base))
-    torch.library.opcheck(op, ([acts] * 2, [inputs["indices"]] * 2, [W_dec] * 2, None, None))
+    for arguments in (
+        ([acts], [inputs["indices"]], [W_dec], bias, base),
+        ([acts] * 2, [inputs["indices"]] * 2, [W_dec] * 2, None, None),
+    ):
+        torch.library.opcheck(op, arguments, {"implementation": implementation})
 
 
-def test_ops_of_the_backward_pass_opcheck():
+def test_op_without_an_implementation_named_passes_opcheck():
+    inputs = decoder_inputs(5, 4, 8, 3)
+    acts, W_dec = (inputs[name].requires_grad_() for name in ("acts", "W_dec"))
+    op = torch.ops.resae.sparse_decode.default
+    torch.library.opcheck(op, ([acts], [inputs["indices"]], [W_dec], None, None))
+
+
+@either
+def test_ops_of_the_backward_pass_opcheck(implementation):
     acts, indices = random_code(5, 3, 8)
     rows, W_dec = torch.randn(5, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.resae.latent_outer.default, (acts, indices, rows, 8))
-    torch.library.opcheck(torch.ops.resae.sampled_product.default, (rows, indices, W_dec))
+    ops, named = torch.ops.resae, {"implementation": implementation}
+    torch.library.opcheck(ops.latent_outer.default, (acts, indices, rows, 8), named)
+    torch.library.opcheck(ops.sampled_product.default, (rows, indices, W_dec), named)
 
 
 def test_registered_gradient_is_the_derivative():
@@ -172,33 +217,39 @@ def test_one_gradient_alone_is_the_one_of_all_together(wanted):
     assert torch.equal(alone[name], everything[name])
 
 
-def test_same_bits_twice():
+@either
+def test_same_bits_twice(implementation):
     inputs = decoder_inputs(64, 24, 96, 9, torch.float32)
-    first, second = (values_and_gradients(sparse_decode, inputs) for _ in range(2))
+    op, _ = both(implementation)
+    first, second = (values_and_gradients(op, inputs) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-def test_compiled_equals_eager():
+@either
+def test_compiled_equals_eager(implementation):
     inputs = two_decoders(torch.float32)
+    op, _ = both(implementation)
 
     def total(**tensors):
-        return decode_two(sparse_decode, **tensors)
+        return decode_two(op, **tensors)
 
     compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
     assert_same(values_and_gradients(compiled, inputs), values_and_gradients(total, inputs), 0, 0)
 
 
-def test_non_contiguous_inputs_and_gradients_change_nothing():
+@either
+def test_non_contiguous_inputs_and_gradients_change_nothing(implementation):
     inputs = decoder_inputs(6, 5, 9, 3)
     strided = {
         name: t.T.contiguous().T if t.ndim == 2 else torch.stack([t, t], dim=1)[:, 0]
         for name, t in inputs.items()
     }
     assert not any(t.is_contiguous() for t in strided.values())
+    op, _ = both(implementation)
     ours, theirs = (
         # A transposed result sends a transposed, an expanded sum a stride-0 gradient back.
-        values_and_gradients(lambda **t: [y := sparse_decode(**t).T, y.sum()], given_)
+        values_and_gradients(lambda **t: [y := op(**t).T, y.sum()], given_)
         for given_ in (strided, inputs)
     )
     assert_same(ours, theirs)
@@ -214,8 +265,9 @@ def test_meta_tensors_give_shapes():
     assert y.device.type == "meta"
 
 
+@either
 @given(data=st.data())
-def test_any_code_equals_the_reference_repeated_latents_included(data):
+def test_any_code_equals_the_reference_repeated_latents_included(implementation, data):
     N, M, k = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (1, 6), (1, 6)))
     D = data.draw(st.integers(1, 5))
     latent = st.lists(st.integers(0, M - 1), min_size=N * k, max_size=N * k)
@@ -226,8 +278,7 @@ def test_any_code_equals_the_reference_repeated_latents_included(data):
         "W_dec": torch.randint(-3, 4, (M, D)).double(),
     }
     ours, theirs = (
-        values_and_gradients(lambda op=op, **t: op(**t), inputs)
-        for op in (sparse_decode, reference.sparse_decode)
+        values_and_gradients(lambda op=op, **t: op(**t), inputs) for op in both(implementation)
     )
     assert_same(ours, theirs)
 
@@ -296,20 +347,106 @@ def test_latents_not_in_the_code_get_exactly_zero_gradient():
 # -- sums by latent --------------------------------------------------------------------------------
 
 
+@either
 @pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
-def test_latent_outer_is_the_transposed_dense_code_times_the_rows(N, D, M, k):
+def test_latent_outer_is_the_transposed_dense_code_times_the_rows(N, D, M, k, implementation):
     acts, indices = random_code(N, k, M)
     rows = torch.randn(N, D, dtype=torch.float64)
     dense = scatter(acts, indices, M)
-    torch.testing.assert_close(latent_outer(acts, indices, rows, M), dense.T @ rows)
-    torch.testing.assert_close(latent_sum(acts, indices, M), dense.sum(0))
+    outer = latent_outer(acts, indices, rows, M, implementation)
+    torch.testing.assert_close(outer, dense.T @ rows)
+    torch.testing.assert_close(latent_sum(acts, indices, M, implementation), dense.sum(0))
 
 
-def test_latent_outer_of_padding_alone_is_zero():
+@either
+def test_latent_outer_of_padding_alone_is_zero(implementation):
     nothing = latent_outer(
-        torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 4), 5
+        torch.zeros(3, 2),
+        torch.zeros(3, 2, dtype=torch.int64),
+        torch.ones(3, 4),
+        5,
+        implementation,
     )
     assert torch.equal(nothing, torch.zeros(5, 4))
+
+
+def often_active(N: int, k: int, M: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A code in which latent 2 is active for half of all tokens and latent M − 1 for all."""
+    acts, indices = random_code(N, k, M - 2, dtype)
+    indices = torch.where(indices >= 2, indices + 1, indices)
+    indices[::2, 1], indices[:, 0] = 2, M - 1
+    return acts, indices
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("piece", [8, 10, 64], ids="pieces-of-{}".format)
+def test_latent_of_half_of_all_tokens_is_summed_in_pieces(piece, dtype, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", piece)
+    N, D, M, k = 131, 5, 11, 3
+    acts, indices = often_active(N, k, M, dtype)
+    assert min((indices[acts > 0] == latent).sum() for latent in (2, M - 1)) >= 64
+    inputs = {"acts": acts, "indices": indices, "W_dec": torch.randn(M, D).to(dtype)}
+
+    def plain(acts, indices, W_dec):
+        return scatter(acts, indices, M) @ W_dec
+
+    op, _ = both("triton")
+    assert_close_as_torch(op, plain, inputs)
+
+
+def test_pieces_of_every_length_sum_to_the_whole(monkeypatch):
+    # Latent m has m entries: whole pieces, one entry less and one more, and none at all.
+    latents = torch.arange(18).repeat_interleave(torch.arange(18))
+    indices = latents[torch.randperm(len(latents))].unsqueeze(1)
+    acts, rows = torch.rand(len(indices), 1).double() + 1, torch.randn(len(indices), 3).double()
+    for piece in (1, 4, 8, 200):
+        monkeypatch.setattr(module, "PIECE", piece)
+        torch.testing.assert_close(
+            latent_outer(acts, indices, rows, 18, "triton"), scatter(acts, indices, 18).T @ rows
+        )
+
+
+@either
+def test_rows_that_no_latent_asks_for_do_not_matter(implementation):
+    # Neither do those that stand in where a tile is not full: the first row, in these kernels.
+    N, D, M, k = 19, 6, 8, 3
+    acts, indices = torch.rand(N, k) + 0.1, torch.randint(1, M, (N, k))
+    W_dec, rows = torch.randn(M, D), torch.randn(N, D)
+    W_dec[0] = rows[0] = float("nan")
+    acts[0] = 0
+    op, _ = both(implementation)
+    assert op(acts, indices, W_dec).isfinite().all()
+    product = torch.ops.resae.sampled_product(
+        rows[1:], indices[1:], W_dec, implementation=implementation
+    )
+    assert product.isfinite().all()
+    assert latent_outer(acts, indices, rows, M, implementation).isfinite().all()
+
+
+# -- implementation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("implementation", "launched"),
+    [
+        ("triton", {"_launch_decode", "_launch_sampled_product", "_launch_latent_outer"}),
+        ("torch", set()),
+        (None, set()),  # by device: the inputs are on CPU
+    ],
+    ids=str,
+)
+def test_implementation_asked_for_computes_the_sum_and_its_gradients(
+    implementation, launched, monkeypatch
+):
+    called = set()
+    for name in ("_launch_decode", "_launch_sampled_product", "_launch_latent_outer"):
+        launch = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, name=name, launch=launch: called.add(name) or launch(*a)
+        )
+    inputs = decoder_inputs(5, 4, 8, 3)
+    values_and_gradients(lambda **t: sparse_decode(**t, implementation=implementation), inputs)
+    assert called == launched
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -341,7 +478,6 @@ def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
 
     whole, gathered = product(), N * k * D * 4  # rows are widened to fp32
     assert largest_allocation(product) >= gathered
-    module = importlib.import_module("resae_kernels.sparse_decode")
     monkeypatch.setattr(module, "GATHER_BYTES", gathered // 13)
     torch.testing.assert_close(product(), whole)
     assert largest_allocation(product) <= gathered // 13
@@ -489,6 +625,12 @@ ACTS, INDICES, W_DEC = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), 
             ValueError,
             r"sparse_decode: W_dec\[1\] has shape \[8, 3\], expected \[M, 4\]",
             id="different-widths",
+        ),
+        pytest.param(
+            {"implementation": "cuda"},
+            ValueError,
+            "sparse_decode: implementation='cuda', expected 'torch', 'triton' or None",
+            id="implementation",
         ),
         pytest.param({"indices": INDICES + 8}, RuntimeError, "8", id="index-M"),
         pytest.param({"indices": INDICES - 1}, RuntimeError, "-1", id="index--1"),
