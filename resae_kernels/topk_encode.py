@@ -269,7 +269,7 @@ def _encode_fake(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes, im
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, _, pre_bias, base, _, _, _ = inputs
+    x, weight, bias, _, pre_bias, base, _, _, ctx.implementation = inputs
     acts, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.set_materialize_grads(False)
@@ -287,13 +287,16 @@ def _backward(ctx, grad_acts, grad_indices):
     grad = torch.where(acts > 0, grad_acts, 0.0)
     grad_x = grad_weight = grad_bias = grad_pre_bias = grad_base = None
     if need_x or need_pre_bias or need_base:
-        grad_x = torch.ops.resae.sparse_decode([grad], [indices], [weight], None, None)
+        grad_x = torch.ops.resae.sparse_decode(
+            [grad], [indices], [weight], None, None, implementation=ctx.implementation
+        )
         grad_pre_bias = -grad_x.sum(0) if need_pre_bias else None
         grad_base = -grad_x if need_base else None
     if need_weight:
-        grad_weight = latent_outer(grad, indices, _residual(x, pre_bias, base), weight.shape[0])
+        residual = _residual(x, pre_bias, base)
+        grad_weight = latent_outer(grad, indices, residual, weight.shape[0], ctx.implementation)
     if need_bias and ctx.has_bias:
-        grad_bias = latent_sum(grad, indices, weight.shape[0])
+        grad_bias = latent_sum(grad, indices, weight.shape[0], ctx.implementation)
     return (
         grad_x if need_x else None,
         grad_weight,
