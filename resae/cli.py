@@ -560,7 +560,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--k", type=_numbers, default=(4, 8, 32), help="active latents, compared")
     demo.add_argument("--layers", type=_names, default=("1", "3", "5"), help="blocks to replace")
-    demo.add_argument("--train-tokens", type=int, help="fewer for a quick look (default: 300000)")
+    demo.add_argument("--train-tokens", type=int, help="fewer for a quick look (default: 200000)")
     demo.add_argument("--held-out-rows", type=int, help="rows to evaluate on (default: 64)")
 
     demo.add_argument("--threads", type=int, default=1, help="of torch; more gain little here")

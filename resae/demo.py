@@ -36,7 +36,7 @@ class DemoConfig:
     layers: tuple[str, ...] = ("1", "3", "5")
     k: tuple[int, ...] = (4, 8, 32)
     d_sae: int = 512
-    train_tokens: int = 300_000
+    train_tokens: int = 200_000
     calibration_tokens: int = 60_000
     batch_tokens: int = 1_024
     held_out_rows: int = 64
