@@ -80,9 +80,6 @@ def test_everything_exported_is_there_and_documented(package):
 
 
 def test_importing_says_and_loads_nothing_heavy():
-    code = (
-        "import sys, resae\n"
-        "assert not {'datasets', 'matplotlib'} & set(sys.modules)"
-    )
+    code = "import sys, resae\nassert not {'datasets', 'matplotlib'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
