@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the tests of the ops on it, then the table of ops.
-#   bench/gpu.sh OUT            (OUT/tests.log, OUT/ops.csv, ops.md, ops.svg)
+# Everything that needs a GPU, in one command: the tests of the ops on it, the single numbers behind
+# the kernel designs, then the table of ops.
+#   bench/gpu.sh OUT            (OUT/tests.log, questions.md, ops.csv, ops.md, ops.svg)
 #   bench/gpu.sh OUT --dry      tiny shapes on whatever device there is: does it run?
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,4 +11,5 @@ export PYTHONPATH=.:tests${PYTHONPATH:+:$PYTHONPATH}
 # Warnings of other versions than the gate's must not end a long run on a GPU.
 "${PYTHON:-python3}" -m pytest -q -p no:cacheprovider -W default tests/test_topk_encode.py tests/test_sparse_decode.py \
   tests/test_affine_chain.py 2>&1 | tee "$out/tests.log"
-"${PYTHON:-python3}" bench/ops.py --out "$out" "${@:2}"
+"${PYTHON:-python3}" bench/questions.py --out "$out" "${@:2}"
+"${PYTHON:-python3}" bench/ops.py --out "$out" --compile "${@:2}"

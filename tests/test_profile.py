@@ -91,9 +91,15 @@ def test_command_prints_roofs_and_the_table(capsys, tmp_path):
     assert "resae::sparse_decode" in printed
 
 
-def test_bench_runs_dry_and_writes_its_files(tmp_path):
-    command = [sys.executable, "bench/ops.py", "--dry", "--rounds", "2", "--device", "cpu"]
+@pytest.mark.parametrize(
+    ("script", "files"),
+    [
+        ("ops", {"ops.csv", "ops.md", "ops.svg", "environment.json"}),
+        ("questions", {"questions.md"}),
+    ],
+)
+def test_bench_runs_dry_and_writes_its_files(tmp_path, script, files):
+    command = [sys.executable, f"bench/{script}.py", "--dry", "--device", "cpu"]
     subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
-    names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"ops.csv", "ops.md", "ops.svg", "environment.json"}
-    assert (tmp_path / "ops.md").read_text().count("\n| ") > 15
+    assert {p.name for p in tmp_path.iterdir()} == files
+    assert (tmp_path / f"{script}.md").read_text().count("\n| ") > 10

@@ -1,0 +1,162 @@
+"""The single numbers behind the kernel designs, one line each.
+
+    python bench/questions.py --out DIR
+
+What does the library's product reach at these shapes, what do a pass over scores, a selection, a
+gather from the L2 cache and a matrix-vector product cost, what an edge of a CUDA graph, what a
+latent that half of all tokens activate, and what a call from Python? Writes `questions.md`. On a
+CPU only the questions that make sense there are answered, at smaller sizes.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resae.environment import environment
+from resae.profile import Case, Clock, make_inputs, trace, train_step
+from resae.storage import write_atomically
+from resae_kernels import sparse_decode, topk_encode
+
+Answer = tuple[str, str]
+"""The question, and the measured answer with its unit."""
+
+
+def median(clock: Clock, call: Callable[[], object], rounds: int = 20) -> float:
+    """Seconds, hot."""
+    call()
+    return sorted(clock.seconds(call, cold=False) for _ in range(rounds))[rounds // 2]
+
+
+def products(clock: Clock, shrink: int) -> Iterator[Answer]:
+    D, M = 2048 // shrink, 65536 // shrink
+    weight = torch.randn(M, D, device=clock.device).bfloat16()
+    bias = torch.zeros(M, device=clock.device).bfloat16()
+    for N in (8192 // shrink, 2048 // shrink):
+        x = torch.randn(N, D, device=clock.device).bfloat16()
+        out = torch.empty(N, M, device=clock.device).bfloat16()
+        seconds = median(clock, lambda x=x, out=out: torch.addmm(bias, x, weight.T, out=out))
+        rate = 2 * N * D * M / seconds / 1e12
+        yield f"product with bias, {N}×{D}×{M} bf16", f"{rate:.1f} TFLOP/s"
+        for dtype in (torch.bfloat16, torch.float32):
+            scores = out.to(dtype)
+            seconds = median(clock, lambda s=scores: s.topk(64, dim=-1), rounds=5)
+            yield f"torch.topk, k = 64, {N}×{M} {dtype}", f"{seconds * 1e3:.3f} ms"
+
+
+def kernels_of_encode(clock: Clock, shrink: int) -> Iterator[Answer]:
+    """Time of each kernel in an encode of many tokens, and of one."""
+    for N in (8192 // shrink, 1):
+        case = Case("encode", N, 2048 // shrink, 65536 // shrink, 64 // shrink, "bfloat16")
+        with tempfile.TemporaryDirectory() as folder:
+            ran = trace(case, device=clock.device, path=Path(folder) / "trace.json")
+        for row in ran[:5]:
+            microseconds = row["us"] / row["calls"]
+            yield (
+                f"{case.name}: {row['name'][:60]}",
+                (
+                    f"{microseconds:.1f} µs a call, registers {row['registers']}, "
+                    f"shared {row['shared_bytes']}, occupancy {row['occupancy_percent']}"
+                ),
+            )
+
+
+def gathers(clock: Clock, shrink: int) -> Iterator[Answer]:
+    """Rows of a table that fits the L2 cache, and of one that does not."""
+    for M in (2560, 65536):
+        case = Case("decode", 8192 // shrink, 4096 // shrink, M // shrink, 64 // shrink, "bfloat16")
+        inputs = make_inputs(case, clock.device)
+        acts, indices = inputs["codes"][0]
+        W = inputs["W_dec"][0]
+        seconds = median(clock, lambda a=acts, i=indices, W=W: sparse_decode(a, i, W))
+        moved, table = case.N * case.k * case.D * 2, case.M * case.D * 2
+        yield (
+            f"gather of {case.k} rows a token from a table of {table / 2**20:.3g} MiB",
+            f"{moved / seconds / 1e9:.0f} GB/s",
+        )
+
+
+def dense_latent(clock: Clock, shrink: int) -> Iterator[Answer]:
+    """A training step where half of all tokens activate latent 0, beside an ordinary one."""
+    case = Case("train", 8192 // shrink, 2048 // shrink, 16384 // shrink, 32 // shrink, "bfloat16")
+    inputs = make_inputs(case, clock.device)
+    ordinary = median(clock, lambda: train_step(inputs, case, topk_encode, sparse_decode), 5)
+    inputs["x"][::2] += 50.0 * inputs["weight"][0]
+    dense = median(clock, lambda: train_step(inputs, case, topk_encode, sparse_decode), 5)
+    yield "training step with a latent active on half of all tokens", f"{dense / ordinary:.2f} ×"
+
+
+def graph_edge(clock: Clock, shrink: int) -> Iterator[Answer]:
+    del shrink
+    if clock.device.type != "cuda":
+        return
+    value = torch.zeros(1, device=clock.device)
+    value.add_(1.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(200):
+            value.add_(1.0)
+    yield "edge of a CUDA graph", f"{median(clock, graph.replay) / 200 * 1e6:.2f} µs"
+
+
+def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
+    """What a call costs in Python and the dispatcher: launches of next to nothing, not awaited."""
+    del shrink
+    x = torch.randn(1, 16, device=clock.device)
+    weight = torch.randn(32, 16, device=clock.device)
+    bias = torch.zeros(32, device=clock.device)
+    code = topk_encode(x, weight, bias, 4, sorted=False)
+    acts, indices = code
+
+    def embedding_bag() -> Tensor:
+        return torch.nn.functional.embedding_bag(
+            indices, weight, per_sample_weights=acts, mode="sum"
+        )
+
+    for name, call in (
+        ("torch.addmm", lambda: torch.addmm(bias, x, weight.T)),
+        ("torch embedding_bag", embedding_bag),
+        ("topk_encode", lambda: topk_encode(x, weight, bias, 4, sorted=False)),
+        ("sparse_decode", lambda: sparse_decode(acts, indices, weight)),
+    ):
+        for _ in range(50):
+            call()
+        clock.synchronize()
+        began = time.perf_counter()
+        for _ in range(1000):
+            call()
+        spent = (time.perf_counter() - began) / 1000
+        clock.synchronize()
+        yield f"host time of one eager call of {name}", f"{spent * 1e6:.1f} µs"
+
+
+QUESTIONS = (products, kernels_of_encode, gathers, dense_latent, graph_edge, host_cost)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory of the results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes: does everything run?")
+    options = parser.parse_args()
+    clock = Clock(torch.device(options.device))
+    shrink = 16 if options.dry or clock.device.type == "cpu" else 1
+    lines = [f"- {key}: {value}" for key, value in environment().items()]
+    lines += [f"- sizes divided by {shrink}" if shrink > 1 else "- full sizes", ""]
+    lines += ["| question | measured |", "|---|---|"]
+    for ask in QUESTIONS:
+        for question, answer in ask(clock, shrink):
+            lines.append(f"| {question} | {answer} |")
+            print(lines[-1], flush=True)
+    text = "# Questions\n\n" + "\n".join(lines) + "\n"
+    write_atomically(options.out / "questions.md", lambda temporary: temporary.write_text(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
