@@ -135,10 +135,13 @@ class AffinePredictor(nn.Module):
             c.append(self.get_buffer(f"c_{layer}") * factors[layer])
         return AffinePredictor(self.kind, A, c)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """`A.1`, `c.1`, …: the maps by the names they have in files."""
+        maps = {f"A.{layer}": A for layer, A in enumerate(self.A, start=1)}
+        return maps | {f"c.{layer}": c for layer, c in enumerate(self.c, start=1)}
+
     def save(self, path: Path) -> None:
-        tensors = {f"A.{l}": A for l, A in enumerate(self.A, start=1)}  # noqa: E741
-        tensors |= {f"c.{l}": c for l, c in enumerate(self.c, start=1)}  # noqa: E741
-        save_tensors(path, tensors or {"none": torch.zeros(0)})
+        save_tensors(path, self.tensors() or {"none": torch.zeros(0)})
 
     @classmethod
     def load(cls, path: Path, kind: str) -> "AffinePredictor":

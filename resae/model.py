@@ -88,12 +88,7 @@ class HookedLM:
         self.tokenizer = tokenizer
         self.config: Any = model.config
         self.name = name or getattr(self.config, "name_or_path", "") or self.config.model_type
-        if self.config.model_type not in FAMILIES:
-            raise ValueError(
-                f"model {self.name}: architecture {self.config.model_type!r} has no entry in "
-                f"resae.model.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
-            )
-        self.family = FAMILIES[self.config.model_type]
+        self.family = _family_of(self.config, self.name)
         self.blocks: Any = model.get_submodule(self.family.blocks)
 
     @classmethod
@@ -112,11 +107,7 @@ class HookedLM:
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
-            if config.model_type not in FAMILIES:  # say so before gigabytes are read
-                raise ValueError(
-                    f"model {name}: architecture {config.model_type!r} has no entry in "
-                    f"resae.model.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
-                )
+            _family_of(config, name)  # an unknown one is an error before gigabytes are read
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         except OSError as error:
@@ -287,6 +278,15 @@ class HookedLM:
         }
         with self.hooked(hooks):
             return self.logits(input_ids, **kwargs)
+
+
+def _family_of(config: Any, name: str) -> Family:
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model {name}: architecture {config.model_type!r} has no entry in "
+            f"resae.model.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
+        )
+    return FAMILIES[config.model_type]
 
 
 def _on_input(function: Callable[[Tensor], Tensor | None]):

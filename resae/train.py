@@ -131,10 +131,9 @@ class Calibration(NamedTuple):
     """L × `[D]`."""
 
     def save(self, path: Path) -> None:
-        maps = {f"A.{i}": A for i, A in enumerate(self.predictor.A, start=1)}
-        maps |= {f"c.{i}": c for i, c in enumerate(self.predictor.c, start=1)}
         scale = torch.tensor(self.scale, dtype=torch.float64)
-        save_tensors(path, {**maps, "scale": scale, "mean": torch.stack(self.mean)})
+        fixed = {"scale": scale, "mean": torch.stack(self.mean)}
+        save_tensors(path, self.predictor.tensors() | fixed)
 
     @classmethod
     def load(cls, path: Path, kind: str) -> "Calibration":
