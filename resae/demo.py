@@ -130,6 +130,10 @@ def run_demo(
         f"{config.held_out_rows * config.context_tokens:,} held out; "
         f"about {sum(stages.values()) / 60:.0f} minutes"
     )
+    say(
+        f"what comes: {_CAPTURE}, {_FIT}, train each stack, {_EVALUATE}, {_GENERATE}; then a page "
+        f"with figures"
+    )
     plan = Plan(stages, show)
 
     plan.stage(_CAPTURE)
