@@ -240,6 +240,13 @@ class ReSAE(
         )
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "ReSAE":  # type: ignore[override]
+        """Open a local folder, or a repository of the hub (`revision`, `token`, `cache_dir`, …)."""
+        if Path(pretrained_model_name_or_path).is_dir():
+            return cls.load(pretrained_model_name_or_path)
+        return super().from_pretrained(str(pretrained_model_name_or_path), **options)
+
+    @classmethod
     def _from_pretrained(
         cls,
         *,
@@ -251,20 +258,17 @@ class ReSAE(
         token: str | bool | None,
         **_options: Any,
     ) -> "ReSAE":
-        folder = Path(model_id)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=["*.json", "*.safetensors"],
-                )
+        return cls.load(
+            snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=["*.json", "*.safetensors"],
             )
-        return cls.load(folder)
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "ReSAE":

@@ -457,7 +457,6 @@ def new_model() -> GPTNeoXForCausalLM:
         },
         use_parallel_residual=True,
         tie_word_embeddings=False,
-        use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -486,7 +485,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 def cross_entropy(model: GPTNeoXForCausalLM, rows: torch.Tensor) -> torch.Tensor:
     """Mean nats per token over the 127 predicted positions of every row."""
-    logits = model(rows).logits[:, :-1]
+    logits = model(rows, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
