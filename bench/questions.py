@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -105,8 +106,14 @@ def graph_edge(clock: Clock, shrink: int) -> Iterator[Answer]:
 
 
 def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
-    """What a call costs in Python and the dispatcher: launches of next to nothing, not awaited."""
+    """What a call costs in Python and the dispatcher: launches of next to nothing, not awaited.
+
+    An op's own cost is the difference between its line and that of its implementation alone.
+    """
     del shrink
+    encode = import_module("resae_kernels.topk_encode")._encode
+    decode = import_module("resae_kernels.sparse_decode")._decode
+    chosen = "triton" if clock.device.type == "cuda" else "torch"
     x = torch.randn(1, 16, device=clock.device)
     weight = torch.randn(32, 16, device=clock.device)
     bias = torch.zeros(32, device=clock.device)
@@ -122,7 +129,15 @@ def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
         ("torch.addmm", lambda: torch.addmm(bias, x, weight.T)),
         ("torch embedding_bag", embedding_bag),
         ("topk_encode", lambda: topk_encode(x, weight, bias, 4, sorted=False)),
+        (
+            "topk_encode, implementation alone",
+            lambda: encode(x, weight, bias, 4, None, None, False, 1 << 25, chosen),
+        ),
         ("sparse_decode", lambda: sparse_decode(acts, indices, weight)),
+        (
+            "sparse_decode, implementation alone",
+            lambda: decode([acts], [indices], [weight], None, None, implementation=chosen),
+        ),
     ):
         for _ in range(50):
             call()
