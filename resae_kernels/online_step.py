@@ -69,8 +69,11 @@ class StepWorkspace(NamedTuple):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> "StepWorkspace":
-        """For `online_step` of N tokens through one layer. Layers of one size may share it as long
-        as the results of one step are no longer needed when the next writes its own."""
+        """For `online_step` of N tokens through one layer, call after call.
+
+        Layers of one size can share it where each result is used up before the next step; in
+        closed loop, where later layers read the codes of earlier ones, each has its own.
+        """
         return cls(
             *(
                 torch.empty(shape, dtype=dtype, device=device)
@@ -265,21 +268,17 @@ def _step(
     implementation: str = "",
 ) -> None:
     to = StepWorkspace(*out)
-    implementation = _launch.implementation_for("online_step", x, implementation or None)
-    if implementation == "triton":
+    if _launch.implementation_for("online_step", x, implementation or None) == "triton":
         _step_triton(x, weight, bias, W_dec, b_dec, base, acts, indices, dictionaries, constant, to)
         return
-    ops, k = torch.ops.resae, to.acts.shape[1]
+    encode, decode = torch.ops.resae.topk_encode, torch.ops.resae.sparse_decode
     if dictionaries:
         base = to.prediction.copy_(
-            ops.sparse_decode(
-                acts, indices, dictionaries, constant, None, implementation=implementation
-            )
+            decode(acts, indices, dictionaries, constant, None, implementation="torch")
         )
-    code = ops.topk_encode(
-        x, weight, bias, k, b_dec, base, False, WORKSPACE_BYTES["cpu"], implementation
-    )
-    x_hat = ops.sparse_decode([code[0]], [code[1]], [W_dec], b_dec, base, implementation="torch")
+    k, bound = to.acts.shape[1], WORKSPACE_BYTES["cpu"]
+    code = encode(x, weight, bias, k, b_dec, base, False, bound, "torch")
+    x_hat = decode([code[0]], [code[1]], [W_dec], b_dec, base, implementation="torch")
     for result, value in zip((to.acts, to.indices, to.x_hat), (*code, x_hat), strict=True):
         result.copy_(value)
 
