@@ -8,8 +8,10 @@ cd "$(dirname "$0")/.."
 out=${1:?usage: bench/gpu.sh OUT [--dry]}
 mkdir -p "$out"
 export PYTHONPATH=.:tests${PYTHONPATH:+:$PYTHONPATH}
+python=${PYTHON:-python3}
 # Warnings of other versions than the gate's must not end a long run on a GPU.
-"${PYTHON:-python3}" -m pytest -q -p no:cacheprovider -W default tests/test_topk_encode.py tests/test_sparse_decode.py \
-  tests/test_affine_chain.py 2>&1 | tee "$out/tests.log"
-"${PYTHON:-python3}" bench/questions.py --out "$out" "${@:2}"
-"${PYTHON:-python3}" bench/ops.py --out "$out" --compile "${@:2}"
+"$python" -m pytest -q -p no:cacheprovider -W default tests/test_topk_encode.py \
+  tests/test_sparse_decode.py tests/test_affine_chain.py tests/test_online_step.py 2>&1 \
+  | tee "$out/tests.log"
+"$python" bench/questions.py --out "$out" "${@:2}"
+"$python" bench/ops.py --out "$out" --compile "${@:2}"

@@ -4,6 +4,7 @@ PyTorch.
     code            z = TopK_k(relu((x − base − pre_bias) weightᵀ + bias))
     decode          y = Σ_j acts_j · W_dec[indices_j] + bias + base
     chain           x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l
+    online step     encode and decode against what the layers before it predict, with b_dec in both
 
 Letters, everywhere: `N` tokens, `D` width of the residual stream, `M` latents, `k` active latents,
 `L` selected layers. Row-major, tokens first. "Latent" is a unit of the autoencoder (elsewhere:
@@ -37,6 +38,15 @@ class Transported(NamedTuple):
     """`dictionaries[m][l]`, l ≤ m: `D_{m←l} = W_dec_l A_{l+1} … A_m`, `[M_l, D]`."""
     constants: list[Tensor]
     """`constants[m]`, `[D]`: what layer m reconstructs when no latent is active."""
+
+
+class OnlineStep(NamedTuple):
+    """What one layer makes of the running stream."""
+
+    x_hat: Tensor
+    """`[..., D]`, the reconstruction that takes the activation's place."""
+    code: TopK
+    """`[..., k]`, in order of index."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -200,3 +210,30 @@ def encode_chain(
         )
         x_hats = affine_chain(codes, W_dec, A, c, b_dec=b_dec)
     return codes, x_hats
+
+
+def online_step(
+    x: Tensor,  # [..., D]
+    weight: Tensor,  # [M, D]
+    bias: Tensor | None,  # [M]
+    k: int,
+    W_dec: Tensor,  # [M, D]
+    *,
+    b_dec: Tensor | None = None,  # [D]
+    base: Tensor | None = None,  # [..., D]
+    codes: Sequence[TopK] = (),  # m × [..., k_j]
+    transported: Transported | None = None,
+) -> OnlineStep:
+    """`z = TopK_k(relu((x − base − b_dec) weightᵀ + bias))` and `x̂ = base + b_dec + z W_dec`.
+
+    With `transported` the step is that of layer m = len(codes), closed loop: the earlier codes
+    through their carried dictionaries plus `constants[m]` take the place of `base + b_dec`.
+    """
+    if transported is not None:
+        m = len(codes)
+        base = transported.constants[m].expand_as(x)
+        if m > 0:
+            acts, indices = [code.acts for code in codes], [code.indices for code in codes]
+            base = sparse_decode(acts, indices, transported.dictionaries[m][:m], bias=base)
+    code = topk_encode(x, weight, bias, k, pre_bias=b_dec, base=base, sorted=False)
+    return OnlineStep(sparse_decode(*code, W_dec, bias=b_dec, base=base), code)

@@ -338,10 +338,11 @@ def _decode_constants(
     return tile, {"K": widths, "BK": rows, "SPREAD": few} | tile.constants(D, dtype)
 
 
-def _launch_decode(acts, indices, W_dec, bias, base) -> Tensor:
+def _launch_decode(acts, indices, W_dec, bias, base, out=None) -> Tensor:
     """One launch for all dictionaries. bias and base may be wider than the acts."""
     N, D = acts[0].shape[0], W_dec[0].shape[1]
-    out = acts[0].new_empty(N, D)
+    if out is None:
+        out = acts[0].new_empty(N, D)
     if out.numel() == 0:
         return out
     tile, constants = _decode_constants(N, tuple(a.shape[1] for a in acts), D, out.dtype)

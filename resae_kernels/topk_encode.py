@@ -464,11 +464,12 @@ def _product_of_many(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Te
     return best
 
 
-def _product_of_few(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Tensor:
+def _product_of_few(x, weight, bias, pre_bias, base, scores, plan: _Plan, best=None) -> Tensor:
     """Scores and group maxima of at most 16 tokens in one kernel; returns the maxima."""
     (n, D), M = x.shape, weight.shape[0]
     keys = KEYS[scores.dtype]
-    best = torch.empty(n, plan.groups, dtype=keys.dtype, device=x.device)
+    if best is None:
+        best = torch.empty(n, plan.groups, dtype=keys.dtype, device=x.device)
     latents, dimensions, stages, warps = _product_tile(
         _launch.device_class(x.device, PRODUCT_TILES), x.dtype, D
     )
@@ -675,6 +676,46 @@ def _take(b_key, low, k):
 
 
 @triton.jit
+def _select_row(
+    p_scores,  # [M]
+    p_best,  # [groups]
+    p_acts,  # [k]
+    p_indices,  # [k]
+    M,
+    groups,
+    k,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    INF: tl.constexpr,
+    TOP: tl.constexpr,
+):
+    """Write the exact code of one row, in order of index."""
+    o_g, o_s = tl.arange(0, GROUPS), tl.arange(0, SLOTS)
+    # [GROUPS]
+    b_best = tl.load(p_best + o_g, mask=o_g < groups, other=0).to(tl.int32)
+    m_taken, b_slot, count, low = _take(b_best, tl.full((), 0, tl.int32), k)
+    # Compaction goes through memory, in the row's own indices. They are overwritten below only
+    # after counts over all that was read from them.
+    tl.store(p_indices + b_slot, o_g, mask=m_taken)
+    tl.debug_barrier()
+    # [SLOTS, GROUP]: groups in order, hence latents in order
+    b_group = tl.load(p_indices + o_s, mask=o_s < count, other=0).to(tl.int32)
+    o_m = b_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    m_m = (o_s < count)[:, None] & (o_m < M)
+    b_bits = tl.load(p_scores + o_m, mask=m_m, other=0)
+    # [SLOTS * GROUP]
+    b_key = tl.reshape(_key(b_bits, INF, TOP), [SLOTS * GROUP])
+    o_m = tl.reshape(o_m, [SLOTS * GROUP])
+    m_taken, b_slot, count, low = _take(b_key, low, k)
+    tl.store(p_acts + b_slot, b_key, mask=m_taken)
+    tl.store(p_indices + b_slot, o_m, mask=m_taken)
+    m_padding = (o_s >= count) & (o_s < k)
+    tl.store(p_acts + o_s, tl.zeros([SLOTS], tl.int32), mask=m_padding)
+    tl.store(p_indices + o_s, tl.zeros([SLOTS], tl.int32), mask=m_padding)
+
+
+@triton.jit
 def _select_kernel(
     scores,  # [n, M], rows s_scores apart
     best,  # [n, groups]
@@ -691,29 +732,9 @@ def _select_kernel(
     TOP: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
+    p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
     p_acts, p_indices = acts + i_n * k, indices + i_n * k
-    o_g, o_s = tl.arange(0, GROUPS), tl.arange(0, SLOTS)
-    # [GROUPS]
-    b_best = tl.load(best + i_n * groups + o_g, mask=o_g < groups, other=0).to(tl.int32)
-    m_taken, b_slot, count, low = _take(b_best, tl.full((), 0, tl.int32), k)
-    # Compaction goes through memory, in the row's own indices. They are overwritten below only
-    # after counts over all that was read from them.
-    tl.store(p_indices + b_slot, o_g, mask=m_taken)
-    tl.debug_barrier()
-    # [SLOTS, GROUP]: groups in order, hence latents in order
-    b_group = tl.load(p_indices + o_s, mask=o_s < count, other=0).to(tl.int32)
-    o_m = b_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    m_m = (o_s < count)[:, None] & (o_m < M)
-    b_bits = tl.load(scores + i_n * s_scores + o_m, mask=m_m, other=0)
-    # [SLOTS * GROUP]
-    b_key = tl.reshape(_key(b_bits, INF, TOP), [SLOTS * GROUP])
-    o_m = tl.reshape(o_m, [SLOTS * GROUP])
-    m_taken, b_slot, count, low = _take(b_key, low, k)
-    tl.store(p_acts + b_slot, b_key, mask=m_taken)
-    tl.store(p_indices + b_slot, o_m, mask=m_taken)
-    m_padding = (o_s >= count) & (o_s < k)
-    tl.store(p_acts + o_s, tl.zeros([SLOTS], tl.int32), mask=m_padding)
-    tl.store(p_indices + o_s, tl.zeros([SLOTS], tl.int32), mask=m_padding)
+    _select_row(p_scores, p_best, p_acts, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP)
 
 
 # -- compilation ahead of time ---------------------------------------------------------------------

@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-MODULES = ("topk_encode", "sparse_decode", "affine_chain")
+MODULES = ("topk_encode", "sparse_decode", "affine_chain", "online_step")
 SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448}
 SHARED_BYTES |= {"sm_100": 232448}
 SHARED_PER_MULTIPROCESSOR = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90": 233472}

@@ -11,9 +11,12 @@ import resae_kernels
 from resae_kernels import TopK, affine_chain, sparse_decode, topk_encode
 
 DOCUMENTED = {
+    "OnlineStep",
+    "StepWorkspace",
     "TopK",
     "Transported",
     "affine_chain",
+    "online_step",
     "reference",
     "sparse_decode",
     "topk_encode",
@@ -43,7 +46,8 @@ def test_star_import_brings_the_documented_names_alone():
 
 
 def test_ops_are_registered_in_the_namespace_resae():
-    for name in ("topk_encode", "sparse_decode", "affine_chain", "latent_outer", "sampled_product"):
+    public = ("topk_encode", "sparse_decode", "affine_chain", "online_step")
+    for name in (*public, "latent_outer", "sampled_product"):
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.resae, name).default.tags
 
 
@@ -111,6 +115,7 @@ def test_import_and_use_read_no_environment():
         code = ops.topk_encode(x, W, None, 2)
         ops.sparse_decode(*code, W)
         ops.affine_chain([code], [W], [], [], b_dec=[torch.zeros(4)])
+        ops.online_step(x, W, None, 2, W, b_dec=torch.zeros(4))
         assert not any(name.startswith("resae_kernels") for name in readers), readers
     """)
     assert run.returncode == 0, run.stderr
