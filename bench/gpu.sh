@@ -9,5 +9,5 @@ mkdir -p "$out"
 export PYTHONPATH=.:tests${PYTHONPATH:+:$PYTHONPATH}
 # Warnings of other versions than the gate's must not end a long run on a GPU.
 "${PYTHON:-python3}" -m pytest -q -p no:cacheprovider -W default tests/test_topk_encode.py tests/test_sparse_decode.py \
-  tests/test_affine_chain.py 2>&1 | tee "$out/tests.log"
+  tests/test_affine_chain.py tests/test_tune.py 2>&1 | tee "$out/tests.log"
 "${PYTHON:-python3}" bench/ops.py --out "$out" "${@:2}"

@@ -14,7 +14,8 @@ from resae.tune import Timing, fastest, measure, store
 from resae_kernels import _launch, sparse_decode
 from resae_kernels.topk_encode import FEW_TOKENS, _plan
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAME, CLASS = _launch.device_name(DEVICE), _launch.device_class(DEVICE)
 SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
     "product_of_few_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
     "product_of_few_32bit": Case("encode", 3, 32, 192, 4),
@@ -47,12 +48,12 @@ def write(content: object) -> Path:
 
 
 def tuned(tiles: object) -> dict[str, object]:
-    return {"cpu": {"date": "2026-01-31", "torch": "2", "triton": "3", "tiles": tiles}}
+    return {NAME: {"date": "2026-01-31", "torch": "2", "triton": "3", "tiles": tiles}}
 
 
 def decode() -> torch.Tensor:
-    acts, indices = torch.ones(20, 3), torch.zeros(20, 3, dtype=torch.int64)
-    return sparse_decode(acts, indices, torch.ones(4, 8), implementation="triton")
+    acts, W_dec = torch.ones(20, 3, device=DEVICE), torch.ones(4, 8, device=DEVICE)
+    return sparse_decode(acts, torch.zeros_like(acts).long(), W_dec, implementation="triton")
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def test_tiles_are_looked_up_at_every_launch(kernel):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_launch, "_forced", Recording())
-        inputs = module.make_inputs(SMALL[kernel], CPU)
+        inputs = module.make_inputs(SMALL[kernel], DEVICE)
         module.TUNABLES[kernel].run(SMALL[kernel], inputs, "triton")
     assert kernel in asked
 
@@ -104,18 +105,18 @@ def test_representative_shapes_are_of_the_kernel_they_tune(kernel):
 
 
 def test_without_a_file_the_package_chooses():
-    chosen, source = _launch.tile_in_force("decode", CPU)
+    chosen, source = _launch.tile_in_force("decode", DEVICE)
     assert (chosen, source) == (_launch.TILES["decode"].default, "default")
 
 
 def test_a_tuned_tile_is_preferred_and_says_where_it_was_measured():
     tile = _launch.TILES["decode"].alternatives[0]
     write(tuned({"decode": tile._asdict()}))
-    assert _launch.tile("decode", CPU) == tile
-    chosen, source = _launch.tile_in_force("decode", CPU)
-    assert (chosen.measured, source) == ("cpu, 2026-01-31", "tuned")
+    assert _launch.tile("decode", DEVICE) == tile
+    chosen, source = _launch.tile_in_force("decode", DEVICE)
+    assert (chosen.measured, source) == (f"{NAME}, 2026-01-31", "tuned")
     # Kernels that the file does not name, and other devices, keep theirs.
-    assert _launch.tile("decode_few", CPU) == _launch.TILES["decode_few"].default.tile
+    assert _launch.tile("decode_few", DEVICE) == _launch.TILES["decode_few"].default.tile
     assert _launch.tile("decode", torch.device("meta")) == _launch.TILES["decode"].default.tile
 
 
@@ -126,7 +127,7 @@ def test_the_file_is_read_once(monkeypatch):
     monkeypatch.setattr(_launch, "stored_tiles", lambda: reads.append(1) or stored())
     for _ in range(2):
         for kernel in _launch.TILES:
-            _launch.tile(kernel, CPU)
+            _launch.tile(kernel, DEVICE)
     assert reads == [1]
 
 
@@ -135,8 +136,8 @@ def test_the_file_is_read_once(monkeypatch):
     [
         pytest.param("{", "is not valid JSON", id="truncated"),
         pytest.param([1], "no object per device", id="list"),
-        pytest.param({"cpu": 3}, "no object per device", id="number"),
-        pytest.param({"cpu": {}}, "expected a date and an object of tiles", id="empty"),
+        pytest.param({NAME: 3}, "no object per device", id="number"),
+        pytest.param({NAME: {}}, "expected a date and an object of tiles", id="empty"),
         pytest.param(tuned([]), "expected a date and an object of tiles", id="no tiles"),
         pytest.param(tuned({"fly": {}}), "unknown kernel 'fly', expected decode", id="kernel"),
         pytest.param(
@@ -169,9 +170,9 @@ def test_forced_tiles_come_first_and_end_with_their_block():
     write(tuned({"decode": table.alternatives[0]._asdict()}))
     with _launch.forced_tiles({"decode": table.default.tile}):
         with _launch.forced_tiles({"decode": table.alternatives[1]}):
-            assert _launch.tile("decode", CPU) == table.alternatives[1]
-        assert _launch.tile("decode", CPU) == table.default.tile
-    assert _launch.tile("decode", CPU) == table.alternatives[0]
+            assert _launch.tile("decode", DEVICE) == table.alternatives[1]
+        assert _launch.tile("decode", DEVICE) == table.default.tile
+    assert _launch.tile("decode", DEVICE) == table.alternatives[0]
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -187,8 +188,8 @@ def test_candidates_are_right_and_timed_in_turns(kernel):
         call()
         return float(next(times))
 
-    timings = measure(kernel, SMALL[kernel], device=CPU, rounds=2, seconds=seconds)
-    tiles = _launch.TILES[kernel].candidates("other")
+    timings = measure(kernel, SMALL[kernel], device=DEVICE, rounds=2, seconds=seconds)
+    tiles = _launch.TILES[kernel].candidates(CLASS)
     n = len(tiles)
     assert calls == [*tiles, *tiles]
     assert [t.tile for t in timings] == list(tiles)
@@ -203,12 +204,12 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
 
     monkeypatch.setitem(module.TUNABLES, "decode", module.Tunable(wrong, ()))
     with pytest.raises(ValueError, match="decode with Tile.* is wrong on decode N=18"):
-        measure("decode", SMALL["decode"], device=CPU, rounds=1, seconds=lambda _call: 1.0)
+        measure("decode", SMALL["decode"], device=DEVICE, rounds=1, seconds=lambda _call: 1.0)
 
 
 def test_the_user_s_file_does_not_move_the_yardstick():
     write(tuned({"fly": {}}))  # nor does a stale one stand in the way of its replacement
-    timings = measure("decode", SMALL["decode"], device=CPU, rounds=1, seconds=lambda _call: 1.0)
+    timings = measure("decode", SMALL["decode"], device=DEVICE, rounds=1, seconds=lambda _call: 1.0)
     assert timings[0].tile == _launch.TILES["decode"].default.tile
 
 
@@ -233,14 +234,14 @@ def test_the_fastest_over_all_shapes_wins(relatives, winner):
 def test_winners_are_stored_and_used_and_other_devices_kept():
     tile = _launch.TILES["decode"].alternatives[0]
     path = write({"another GPU": {"date": "2026-01-31", "tiles": {}}})
-    assert _launch.tile("decode", CPU) != tile
-    store(CPU, {"decode": tile})
-    assert _launch.tile("decode", CPU) == tile
+    assert _launch.tile("decode", DEVICE) != tile
+    store(DEVICE, {"decode": tile})
+    assert _launch.tile("decode", DEVICE) == tile
     stored = json.loads(path.read_text())
-    assert set(stored) == {"another GPU", "cpu"}
-    assert stored["cpu"]["tiles"] == {"decode": tile._asdict()}
-    assert stored["cpu"]["torch"] == torch.__version__
-    assert {"date", "triton"} <= set(stored["cpu"])
+    assert set(stored) == {"another GPU", NAME}
+    assert stored[NAME]["tiles"] == {"decode": tile._asdict()}
+    assert stored[NAME]["torch"] == torch.__version__
+    assert {"date", "triton"} <= set(stored[NAME])
     assert decode().eq(3).all()
 
 
@@ -265,26 +266,26 @@ def test_every_kernel_is_measured_and_the_faster_tile_stored(monkeypatch):
         call()
         return 0.5 if _launch._forced["latent_outer"] == faster else 1.0
 
-    chosen = module.tune(CPU, rounds=1, seconds=seconds, say=lines.append)
+    chosen = module.tune(DEVICE, rounds=1, seconds=seconds, say=lines.append)
     # Only where that tile is under measurement does the clock show a difference.
     assert chosen["latent_outer"] == faster
     assert all(
-        tile == _launch.TILES[kernel].default.tile
+        tile == _launch.TILES[kernel].of(CLASS).tile
         for kernel, tile in chosen.items()
         if kernel != "latent_outer"
     )
     assert [line.splitlines()[0] for line in lines] == list(module.TUNABLES)
     assert "* N=5 D=40 M=16 k=5 float32" in lines[-1]
     assert "0.500" in lines[-1]
-    assert _launch.tile("latent_outer", CPU) == faster
-    assert f"{'latent_outer':<22}rows=8 row_bytes=512" in module.tiles_in_force(CPU)
+    assert _launch.tile("latent_outer", DEVICE) == faster
+    assert f"{'latent_outer':<22}rows=8 row_bytes=512" in module.tiles_in_force(DEVICE)
 
 
 def test_a_damaged_file_stops_tuning_before_it_starts(monkeypatch):
     monkeypatch.setattr(module, "_require_gpu", lambda _device: None)
     path = write("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
-        module.tune(CPU, rounds=1, seconds=lambda _call: pytest.fail("measured"))
+        module.tune(DEVICE, rounds=1, seconds=lambda _call: pytest.fail("measured"))
     assert path.read_text() == "{"
 
 
@@ -297,9 +298,6 @@ def test_without_a_gpu_one_line_says_so(capsys, home):
     assert not (home / ".cache").exists()
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the tiles of a CPU are shown where no GPU is"
-)
 def test_show_prints_every_tile_and_its_source(capsys):
     tile = _launch.TILES["decode"].alternatives[0]
     path = write(tuned({"decode": tile._asdict()}))
@@ -308,5 +306,5 @@ def test_show_prints_every_tile_and_its_source(capsys):
     assert str(path) in first
     assert [line.split()[0] for line in lines] == list(_launch.TILES)
     shown = {line.split()[0]: line for line in lines}
-    assert shown["decode"].endswith("tuned    cpu, 2026-01-31")
+    assert shown["decode"].endswith(f"tuned    {NAME}, 2026-01-31")
     assert shown["residual"].endswith("default  not measured")
