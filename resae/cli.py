@@ -1,4 +1,5 @@
-"""The command line: `resae demo | fit | train | eval | generate | report | profile`.
+"""The command line: `resae demo | fit | train | eval | generate | report | profile |
+tune`.
 
 Only this file prints. Bad input ends in one line, what was wrong and what to do, and exit code 2.
 """
@@ -29,6 +30,8 @@ from resae.report import LABELS, whole_selection, write_report
 from resae.stack import AffineOnly, ModelIdentity, ReSAE
 from resae.storage import load_json, save_json
 from resae.train import Calibration, Progress, TrainConfig, calibrate, sum_moments, train
+from resae.tune import tiles_in_force, tune
+from resae_kernels import _launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIT_ROWS = 16
@@ -524,6 +527,20 @@ def _profile(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(options: argparse.Namespace) -> int:
+    device = torch.device(options.device)
+    if options.show:
+        print(tiles_in_force(device if torch.cuda.is_available() else torch.device("cpu")))
+        return 0
+    display = Display()
+    chosen = tune(device, rounds=options.rounds, say=display.say)
+    display.say(
+        f"* chosen, by the geometric mean of the last column: the time relative to the tile that "
+        f"comes with resae. {len(chosen)} tiles written to {_launch.tiles_file()}"
+    )
+    return 0
+
+
 # -- arguments -------------------------------------------------------------------------------------
 
 
@@ -538,11 +555,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str):
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, details: str = ""):
         command = commands.add_parser(
             name,
             help=text,
             description=text,
+            epilog=details,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         command.set_defaults(run=run)
@@ -643,6 +661,21 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument("--rounds", type=int, default=10, help="calls per provider")
     measuring.add_argument("--trace", metavar="FILE", help="write a Chrome trace of our op here")
     _add_machine(measuring)
+
+    tuning = add(
+        "tune",
+        _tune,
+        "measure which tile sizes of the GPU kernels are fastest on your GPU, and use them from "
+        "then on",
+        details="A tile is how much of its work one program of a kernel takes at a time. Nothing "
+        "but speed (and rounding) depends on it. The result is kept in ~/.cache/resae/tiles.json, "
+        "by GPU; remove that file to go back to the tiles that come with resae.",
+    )
+    tuning.add_argument("--device", default="cuda", help="which GPU: cuda, cuda:1")
+    tuning.add_argument("--rounds", type=int, default=20, help="calls per tile and shape")
+    tuning.add_argument(
+        "--show", action="store_true", help="only print the tiles in use and where they come from"
+    )
     return parser
 
 

@@ -1,12 +1,16 @@
 """What the ops share before any work is launched: Triton where there is one, the choice of
-implementation, argument checks in one wording, op registration.
+implementation, the tiles of the kernels, argument checks in one wording, op registration.
 
 Every message says what, got, expected, and what to do, in the names of the public arguments.
 """
 
-from collections.abc import Callable, Container, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
-from types import SimpleNamespace
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -59,18 +63,152 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def device_class(device: torch.device, known: Container[str]) -> str:
-    """`sm_90` and the like where a table of tiles knows it, else `other`."""
+# -- tiles -----------------------------------------------------------------------------------------
+
+
+class Chosen(NamedTuple):
+    """A tile, and what speaks for it."""
+
+    tile: Any
+    """A named tuple of integers."""
+    measured: str | None
+    """Device and date; None: chosen from ahead-of-time compilation, not yet measured."""
+
+
+class TileTable(NamedTuple):
+    """The tiles of one kernel."""
+
+    default: Chosen
+    alternatives: tuple[Any, ...]
+    """What else `resae tune` tries; `tests/static_gate.py` compiles each of them."""
+    classes: Mapping[str, Chosen] = MappingProxyType({})
+    """By device class (`sm_90`), where the default is not the choice."""
+
+    def of(self, device_class: str) -> Chosen:
+        return self.classes.get(device_class, self.default)
+
+    def candidates(self, device_class: str) -> tuple[Any, ...]:
+        """Without repetition, the choice for this class first."""
+        chosen = self.of(device_class).tile
+        return tuple(dict.fromkeys((chosen, self.default.tile, *self.alternatives)))
+
+
+TILES: dict[str, TileTable] = {}
+"""By kernel; every module with kernels adds its own."""
+
+_forced: dict[str, Any] = {}
+
+
+def tile(kernel: str, device: torch.device) -> Any:
+    """The tile to launch `kernel` with."""
+    return _forced.get(kernel) or tile_in_force(kernel, device)[0].tile
+
+
+@cache
+def tile_in_force(kernel: str, device: torch.device) -> tuple[Chosen, str]:
+    """The user's own choice for this device, else that of its class, else the default; and which
+    of these it is."""
+    tuned = _tuned(device_name(device))
+    if kernel in tuned:
+        return tuned[kernel], "tuned"
+    name = device_class(device)
+    return TILES[kernel].of(name), name if name in TILES[kernel].classes else "default"
+
+
+def sizes(tile: Any) -> str:
+    """Short, for a name: `8/512/1`."""
+    return "/".join(map(str, tile))
+
+
+@contextmanager
+def forced_tiles(tiles: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, these kernels are launched with these tiles, whatever is in force."""
+    before = dict(_forced)
+    _forced.update(tiles)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def device_class(device: torch.device) -> str:
+    """`sm_90` and the like; `other` for what is no NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip:
         return "other"
     major, minor = torch.cuda.get_device_capability(device)
-    name = f"sm_{major}{minor}"
-    return name if name in known else "other"
+    return f"sm_{major}{minor}"
+
+
+def tiles_file() -> Path:
+    """Where `resae tune` keeps what it measured."""
+    return Path.home() / ".cache" / "resae" / "tiles.json"
+
+
+def stored_tiles() -> dict[str, dict[str, Any]]:
+    """The content of the user's file, by device name; empty where there is none."""
+    path = tiles_file()
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(
+            f"tiles: {path} is not valid JSON ({error}); remove it, then `resae tune` again"
+        ) from None
+    if not isinstance(stored, dict) or not all(isinstance(v, dict) for v in stored.values()):
+        raise ValueError(
+            f"tiles: {path} has no object per device; remove it, then `resae tune` again"
+        )
+    return stored
+
+
+@cache
+def _tuned(name: str) -> dict[str, Chosen]:
+    """By kernel, what the user's file holds for a device. Read once, at the first launch."""
+    entry = stored_tiles().get(name)
+    if entry is None:
+        return {}
+    where = f"tiles: {tiles_file()}, device {name!r}"
+    remedy = "run `resae tune` again"
+    tiles = entry.get("tiles")
+    if not isinstance(tiles, dict) or not isinstance(entry.get("date"), str):
+        raise ValueError(f"{where}: expected a date and an object of tiles; {remedy}")
+    chosen = {}
+    for kernel, fields in tiles.items():
+        if kernel not in TILES:
+            raise ValueError(
+                f"{where}: unknown kernel {kernel!r}, expected {', '.join(TILES)}; {remedy}"
+            )
+        table = TILES[kernel]
+        others = (choice.tile for choice in table.classes.values())
+        known = {t: t._asdict() for t in (table.default.tile, *table.alternatives, *others)}
+        tile = next((t for t, its_fields in known.items() if its_fields == fields), None)
+        if tile is None:
+            raise ValueError(
+                f"{where}: unknown tile {fields} of {kernel}, expected one of "
+                f"{', '.join(map(str, known))}; {remedy}"
+            )
+        chosen[kernel] = Chosen(tile, measured=f"{name}, {entry['date']}")
+    return chosen
+
+
+def forget_tiles() -> None:
+    """Look tiles up anew: the user's file has changed."""
+    _tuned.cache_clear()
+    tile_in_force.cache_clear()
 
 
 def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
     """Of every launch. Fusion is named since Triton's default changes with its versions."""
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+# -- compilation ahead of time ---------------------------------------------------------------------
 
 
 class AotCase(NamedTuple):
@@ -87,6 +225,9 @@ class AotCase(NamedTuple):
     expect: Mapping[str, int | bool]
     """What the machine code must show, in the words of `tests/static_gate.py`."""
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+
+
+# -- arguments -------------------------------------------------------------------------------------
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ kernels.
 Both implementations do this: `torch` with `embedding_bag`, `triton` with the kernels at the end.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -310,18 +311,48 @@ class Tile(NamedTuple):
             "BD": min(self.row_bytes // dtype.itemsize, triton.next_power_of_2(D)),
         }
 
+    @property
+    def loads(self) -> int:
+        """128-bit loads of a thread for one pass over the tile."""
+        return self.rows * self.row_bytes // (self.num_warps * 512)
+
     def options(self) -> dict[str, Any]:
         # One stage: pipelined loads would pass through shared memory.
         return _launch.launch_options(self.num_warps, num_stages=1)
 
 
 # A warp loads 512 bytes at once. Where a row's part is 512 bytes a warp, each thread holds its
-# columns of all rows: as many loads in flight as rows, and a sum that crosses no thread. Chosen
-# from ahead-of-time compilation, NOT yet measured on a GPU.
-DECODE_TILE = Tile(rows=8, row_bytes=512, num_warps=1)
-DECODE_FEW_TILE = Tile(rows=64, row_bytes=128, num_warps=4)
-SAMPLED_PRODUCT_TILE = Tile(rows=16, row_bytes=512, num_warps=4)
-LATENT_OUTER_TILE = Tile(rows=8, row_bytes=1024, num_warps=2)
+# columns of all rows: as many loads in flight as rows, and a sum that crosses no thread.
+_launch.TILES |= {
+    "decode": _launch.TileTable(
+        default=_launch.Chosen(Tile(rows=8, row_bytes=512, num_warps=1), measured=None),
+        alternatives=(
+            Tile(rows=4, row_bytes=512, num_warps=1),
+            Tile(rows=8, row_bytes=1024, num_warps=2),
+        ),
+    ),
+    "decode_few": _launch.TileTable(
+        default=_launch.Chosen(Tile(rows=64, row_bytes=128, num_warps=4), measured=None),
+        alternatives=(
+            Tile(rows=64, row_bytes=64, num_warps=4),
+            Tile(rows=32, row_bytes=128, num_warps=4),
+        ),
+    ),
+    "sampled_product": _launch.TileTable(
+        default=_launch.Chosen(Tile(rows=16, row_bytes=512, num_warps=4), measured=None),
+        alternatives=(
+            Tile(rows=8, row_bytes=512, num_warps=2),
+            Tile(rows=16, row_bytes=256, num_warps=2),
+        ),
+    ),
+    "latent_outer": _launch.TileTable(
+        default=_launch.Chosen(Tile(rows=8, row_bytes=1024, num_warps=2), measured=None),
+        alternatives=(
+            Tile(rows=8, row_bytes=512, num_warps=1),
+            Tile(rows=4, row_bytes=1024, num_warps=2),
+        ),
+    ),
+}
 FEW_TOKENS = 16
 """Up to here a decode spreads each token over many narrow programs (cost model, not measured)."""
 PIECE = 256
@@ -329,13 +360,15 @@ PIECE = 256
 token would otherwise keep one program busy long after the rest."""
 
 
+def _decode_name(N: int) -> str:
+    return "decode_few" if N <= FEW_TOKENS else "decode"
+
+
 def _decode_constants(
-    N: int, widths: tuple[int, ...], D: int, dtype: torch.dtype
-) -> tuple[Tile, dict[str, Any]]:
-    few = N <= FEW_TOKENS
-    tile = DECODE_FEW_TILE if few else DECODE_TILE
+    tile: Tile, N: int, widths: tuple[int, ...], D: int, dtype: torch.dtype
+) -> dict[str, Any]:
     rows = min(tile.rows, triton.next_power_of_2(max(1, *widths)))
-    return tile, {"K": widths, "BK": rows, "SPREAD": few} | tile.constants(D, dtype)
+    return {"K": widths, "BK": rows, "SPREAD": N <= FEW_TOKENS} | tile.constants(D, dtype)
 
 
 def _launch_decode(acts, indices, W_dec, bias, base, out=None) -> Tensor:
@@ -345,7 +378,8 @@ def _launch_decode(acts, indices, W_dec, bias, base, out=None) -> Tensor:
         out = acts[0].new_empty(N, D)
     if out.numel() == 0:
         return out
-    tile, constants = _decode_constants(N, tuple(a.shape[1] for a in acts), D, out.dtype)
+    tile = _launch.tile(_decode_name(N), out.device)
+    constants = _decode_constants(tile, N, tuple(a.shape[1] for a in acts), D, out.dtype)
     with torch.cuda.device_of(out):
         # Tokens are the fast axis: all of them pass over one slice of W_dec while it is in cache.
         _decode_kernel[(N, triton.cdiv(D, constants["BD"]))](
@@ -366,7 +400,7 @@ def _launch_sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     out = grad.new_empty(N, k)
     if out.numel() == 0:
         return out
-    tile = SAMPLED_PRODUCT_TILE
+    tile = _launch.tile("sampled_product", out.device)
     with torch.cuda.device_of(out):
         _sampled_product_kernel[(N, triton.cdiv(k, tile.rows))](
             out,
@@ -401,7 +435,7 @@ def _launch_latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: 
     )
     partial = rows.new_empty(pieces, D, dtype=accumulation_dtype(rows.dtype))
     entries = (weights, tokens, rows.contiguous(), bounds, piece_bounds)
-    tile = LATENT_OUTER_TILE
+    tile = _launch.tile("latent_outer", out.device)
     constants = {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, rows.dtype)
     slices = triton.cdiv(D, constants["BD"])
     settings = constants | tile.options()
@@ -421,54 +455,52 @@ def aot_cases() -> Iterator[AotCase]:
         ("fp32", torch.float32, ("sm_90",)),
     ):
         floats = f"*{name}:16"
-        for N, T in ((8192, 1), (1, 1), (1, 4)):
-            tile, constants = _decode_constants(N, (k,) * T, D, dtype)
+        for (N, T), tile in (
+            (case, tile)
+            for case in ((8192, 1), (1, 1), (1, 4))
+            for tile in _launch.TILES[_decode_name(case[0])].candidates("other")
+        ):
+            constants = _decode_constants(tile, N, (k,) * T, D, dtype)
             # Few tokens make few programs: their registers are not what limits them.
             few = {"shared": 1024, "barriers": 5, "registers": 128}
             many = {"shared": 0, "barriers": 0, "registers": 80}
             yield AotCase(
-                f"decode {name} N={N} dictionaries={T}",
+                f"decode {name} N={N} dictionaries={T} {_launch.sizes(tile)}",
                 _decode_kernel,
                 dict.fromkeys(("acts", "W_dec"), (floats,) * T)
                 | {"out": floats, "indices": (i64,) * T, "bias": floats, "base": "*fp32:16"},
                 constants,
                 *(tile.num_warps, 1),
                 (few if constants["SPREAD"] else many)
-                | {
-                    "matrix": False,
-                    "loads_128": T * tile.rows * tile.row_bytes // (tile.num_warps * 512),
-                    "instructions": 1000,
-                },
+                | {"matrix": False, "loads_128": T * tile.loads, "instructions": 1000},
                 architectures,
             )
 
-        tile = SAMPLED_PRODUCT_TILE
-        yield AotCase(
-            f"sampled_product {name}",
-            _sampled_product_kernel,
-            dict.fromkeys(("out", "grad", "W"), floats) | {"indices": i64},
-            {"K": k, "BK": tile.rows} | tile.constants(D, dtype),
-            *(tile.num_warps, 1),
-            {
-                "matrix": False,
-                "loads_128": tile.rows * tile.row_bytes // (tile.num_warps * 512),
-                "registers": 80,
-                "instructions": 500,
-            },
-            architectures,
-        )
+        for tile in _launch.TILES["sampled_product"].candidates("other"):
+            yield AotCase(
+                f"sampled_product {name} {_launch.sizes(tile)}",
+                _sampled_product_kernel,
+                dict.fromkeys(("out", "grad", "W"), floats) | {"indices": i64},
+                {"K": k, "BK": tile.rows} | tile.constants(D, dtype),
+                *(tile.num_warps, 1),
+                {"matrix": False, "loads_128": tile.loads, "registers": 80, "instructions": 500},
+                architectures,
+            )
 
-        tile = LATENT_OUTER_TILE
         entries = dict.fromkeys(("weights", "rows"), floats) | dict.fromkeys(
             ("tokens", "bounds", "piece_bounds"), i64
         )
-        for kernel, others, shared in (
+        kernels = (
             # The sum in fp32 changes hands on its way to 16-byte stores.
             (_latent_piece_kernel, {"partial": "*fp32:16", "piece_latent": i64, "M": "i32"}, 2048),
             (_latent_outer_kernel, {"partial": "*fp32:16", "out": floats}, 0),
+        )
+        for (kernel, others, shared), tile in itertools.product(
+            kernels, _launch.TILES["latent_outer"].candidates("other")
         ):
+            kernel_name = kernel.__name__.strip("_").removesuffix("_kernel")
             yield AotCase(
-                f"{kernel.__name__.strip('_').removesuffix('_kernel')} {name}",
+                f"{kernel_name} {name} {_launch.sizes(tile)}",
                 kernel,
                 entries | others,
                 {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, dtype),
@@ -476,7 +508,7 @@ def aot_cases() -> Iterator[AotCase]:
                 {
                     "matrix": False,
                     "shared": shared,
-                    "loads_128": tile.rows * tile.row_bytes // (tile.num_warps * 512),
+                    "loads_128": tile.loads,
                     "registers": 80,
                     "instructions": 1000,
                 },

@@ -34,16 +34,49 @@ small beside the weights of the layer shapes in use."""
 FEW_TOKENS = 16
 """Up to here the product is bound by reading `weight`: one Triton kernel instead of a GEMM."""
 
-# Chosen from what the compiler makes of them (registers, shared memory, instructions:
-# tests/static_gate.py), not yet from a measurement on any device.
-PRODUCT_TILES = {  # device class: bytes of an element: (latents, dimensions, stages, warps)
-    "sm_80": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
-    "sm_90": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
-    "sm_100": {2: (64, 128, 4, 4), 4: (64, 32, 4, 8)},
-    "other": {2: (64, 64, 4, 4), 4: (64, 32, 4, 8)},
+
+class ProductTile(NamedTuple):
+    """Latents and dimensions of `weight` that a program of the product multiplies at a time."""
+
+    latents: int
+    dimensions: int
+    num_stages: int
+    num_warps: int
+
+
+class RowTile(NamedTuple):
+    """Consecutive entries of a row that one program reads."""
+
+    columns: int
+    num_warps: int
+
+
+_WIDE = _launch.Chosen(ProductTile(64, 128, num_stages=4, num_warps=4), measured=None)
+_launch.TILES |= {
+    "product_of_few_16bit": _launch.TileTable(
+        default=_launch.Chosen(ProductTile(64, 64, num_stages=4, num_warps=4), measured=None),
+        classes={"sm_80": _WIDE, "sm_90": _WIDE, "sm_100": _WIDE},
+        alternatives=(
+            ProductTile(64, 128, num_stages=3, num_warps=4),
+            ProductTile(128, 64, num_stages=4, num_warps=4),
+        ),
+    ),
+    "product_of_few_32bit": _launch.TileTable(
+        default=_launch.Chosen(ProductTile(64, 32, num_stages=4, num_warps=8), measured=None),
+        alternatives=(
+            ProductTile(64, 32, num_stages=3, num_warps=8),
+            ProductTile(64, 16, num_stages=4, num_warps=4),
+        ),
+    ),
+    "group_max": _launch.TileTable(
+        default=_launch.Chosen(RowTile(4096, num_warps=4), measured=None),
+        alternatives=(RowTile(2048, num_warps=2), RowTile(4096, num_warps=8)),
+    ),
+    "residual": _launch.TileTable(
+        default=_launch.Chosen(RowTile(1024, num_warps=4), measured=None),
+        alternatives=(RowTile(512, num_warps=2), RowTile(2048, num_warps=8)),
+    ),
 }
-GROUP_MAX_TILE = 4096, 4  # latents, warps
-RESIDUAL_TILE = 1024, 4  # dimensions, warps
 
 
 def topk_encode(
@@ -427,8 +460,8 @@ def _product(x, weight, bias, pre_bias, base, out) -> None:
 def _launch_residual(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
     n, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tile, warps = RESIDUAL_TILE
-    _residual_kernel[n, triton.cdiv(D, tile)](
+    tile = _launch.tile("residual", x.device)
+    _residual_kernel[n, triton.cdiv(D, tile.columns)](
         x,
         base,
         pre_bias,
@@ -436,8 +469,8 @@ def _launch_residual(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) ->
         D,
         x.stride(0),
         0 if base is None else base.stride(0),
-        BD=tile,
-        **_launch.launch_options(warps),
+        BD=tile.columns,
+        **_launch.launch_options(tile.num_warps),
     )
     return out
 
@@ -448,18 +481,18 @@ def _product_of_many(x, weight, bias, pre_bias, base, scores, plan: _Plan) -> Te
     n, M = scores.shape
     keys = KEYS[scores.dtype]
     best = torch.empty(n, plan.groups, dtype=keys.dtype, device=scores.device)
-    tile, warps = GROUP_MAX_TILE
-    _group_max_kernel[n, triton.cdiv(M, tile)](
+    tile = _launch.tile("group_max", scores.device)
+    _group_max_kernel[n, triton.cdiv(M, tile.columns)](
         scores.view(keys.dtype),
         best,
         M,
         plan.groups,
         scores.stride(0),
         GROUP=plan.group,
-        BM=tile,
+        BM=tile.columns,
         INF=keys.inf,
         TOP=keys.top,
-        **_launch.launch_options(warps),
+        **_launch.launch_options(tile.num_warps),
     )
     return best
 
@@ -470,10 +503,8 @@ def _product_of_few(x, weight, bias, pre_bias, base, scores, plan: _Plan, best=N
     keys = KEYS[scores.dtype]
     if best is None:
         best = torch.empty(n, plan.groups, dtype=keys.dtype, device=x.device)
-    latents, dimensions, stages, warps = _product_tile(
-        _launch.device_class(x.device, PRODUCT_TILES), x.dtype, D
-    )
-    _product_of_few_kernel[(triton.cdiv(M, latents),)](
+    tile = _launch.tile(_product_name(x.dtype, D), x.device)
+    _product_of_few_kernel[(triton.cdiv(M, tile.latents),)](
         x,
         base,
         pre_bias,
@@ -489,22 +520,22 @@ def _product_of_few(x, weight, bias, pre_bias, base, scores, plan: _Plan, best=N
         0 if base is None else base.stride(0),
         scores.stride(0),
         GROUP=plan.group,
-        BL=latents,
-        BK=dimensions,
+        BL=tile.latents,
+        BK=tile.dimensions,
         BN=FEW_TOKENS,
         INF=keys.inf,
         TOP=keys.top,
         UPCAST=not x.is_cuda,
-        **_launch.launch_options(warps, stages),
+        **_launch.launch_options(tile.num_warps, tile.num_stages),
     )
     return best
 
 
-def _product_tile(device_class: str, dtype: torch.dtype, D: int) -> tuple[int, int, int, int]:
+def _product_name(dtype: torch.dtype, D: int) -> str:
     # Rows that start anywhere are loaded element by element: in tiles for elements twice as wide,
     # or registers would not suffice.
     aligned = D % 16 == 0
-    return PRODUCT_TILES[device_class][dtype.itemsize if aligned else 4]
+    return f"product_of_few_{8 * dtype.itemsize if aligned else 32}bit"
 
 
 def _launch_select(scores, best, acts, indices, plan: _Plan) -> None:
@@ -751,51 +782,55 @@ def aot_cases() -> Iterator[AotCase]:
         floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
         levels = {"INF": keys.inf, "TOP": keys.top}
 
-        tile, warps = RESIDUAL_TILE
-        yield AotCase(
-            f"residual {name}",
-            _residual_kernel,
-            each(floats, "x base pre_bias out") | each("i32:16", "D s_x s_base"),
-            {"BD": tile},
-            *(warps, 1),
-            {"loads_128": 3, "instructions": 300},
-            ("sm_90",),
-        )
+        for tile in _launch.TILES["residual"].candidates("sm_90"):
+            yield AotCase(
+                f"residual {name} {_launch.sizes(tile)}",
+                _residual_kernel,
+                each(floats, "x base pre_bias out") | each("i32:16", "D s_x s_base"),
+                {"BD": tile.columns},
+                *(tile.num_warps, 1),
+                {"loads_128": 3, "instructions": 300},
+                ("sm_90",),
+            )
 
-        tile, warps = GROUP_MAX_TILE
-        yield AotCase(
-            f"group_max {name}",
-            _group_max_kernel,
-            each(integers, "scores best") | each("i32:16", "M groups s_scores"),
-            {"GROUP": 32, "BM": tile} | levels,
-            *(warps, 1),
-            {"loads_128": tile * dtype.itemsize // (warps * 512), "instructions": 700},
-            ("sm_90",),
-        )
+        for tile in _launch.TILES["group_max"].candidates("sm_90"):
+            yield AotCase(
+                f"group_max {name} {_launch.sizes(tile)}",
+                _group_max_kernel,
+                each(integers, "scores best") | each("i32:16", "M groups s_scores"),
+                {"GROUP": 32, "BM": tile.columns} | levels,
+                *(tile.num_warps, 1),
+                {
+                    "loads_128": tile.columns * dtype.itemsize // (tile.num_warps * 512),
+                    "instructions": 700,
+                },
+                ("sm_90",),
+            )
 
         for architecture, D in itertools.product(("sm_80", "sm_90", "sm_100"), (2048, 999)):
-            latents, dimensions, stages, warps = _product_tile(architecture, dtype, D)
-            loads = latents * dimensions * dtype.itemsize // (warps * 512)
-            yield AotCase(
-                f"product_of_few {name}, D={D}",
-                _product_of_few_kernel,
-                each(floats, "x base pre_bias weight bias")
-                | each(integers, "scores best")
-                | each("i32:16", "M groups s_scores")
-                | each("i32:16" if D % 16 == 0 else "i32", "D s_x s_base")
-                | each("i32", "n"),
-                {"GROUP": 32, "BL": latents, "BK": dimensions, "BN": FEW_TOKENS, "UPCAST": False}
-                | levels,
-                *(warps, stages),
-                {
-                    # Weight's loads ahead of the loop and in it.
-                    "loads_128": loads * stages if D % 16 == 0 else 0,
-                    # No matrix instruction has the precision of fp32.
-                    "matrix": dtype != torch.float32,
-                    "instructions": 1500,
-                },
-                (architecture,),
-            )
+            for tile in _launch.TILES[_product_name(dtype, D)].candidates(architecture):
+                loads = tile.latents * tile.dimensions * dtype.itemsize // (tile.num_warps * 512)
+                yield AotCase(
+                    f"product_of_few {name}, D={D} {_launch.sizes(tile)}",
+                    _product_of_few_kernel,
+                    each(floats, "x base pre_bias weight bias")
+                    | each(integers, "scores best")
+                    | each("i32:16", "M groups s_scores")
+                    | each("i32:16" if D % 16 == 0 else "i32", "D s_x s_base")
+                    | each("i32", "n"),
+                    {"GROUP": 32, "BL": tile.latents, "BK": tile.dimensions}
+                    | {"BN": FEW_TOKENS, "UPCAST": False}
+                    | levels,
+                    *(tile.num_warps, tile.num_stages),
+                    {
+                        # Weight's loads ahead of the loop and in it.
+                        "loads_128": loads * tile.num_stages if D % 16 == 0 else 0,
+                        # No matrix instruction has the precision of fp32.
+                        "matrix": dtype != torch.float32,
+                        "instructions": 1500,
+                    },
+                    (architecture,),
+                )
 
         for M, k in ((8192, 32), (65536, 64), (131072, 256)):
             plan = _plan(M, k)

@@ -155,7 +155,7 @@ def occupancy(architecture: str, registers: int, shared: int, num_warps: int) ->
 def main(names: list[str]) -> int:
     cuobjdump, nvdisasm = tools()
     print(
-        f"{'kernel':<42} | {'arch':<6} | registers | shared | occupancy | instructions | compile s"
+        f"{'kernel':<50} | {'arch':<6} | registers | shared | occupancy | instructions | compile s"
     )
     failed = 0
     for module in MODULES:
@@ -171,7 +171,7 @@ def main(names: list[str]) -> int:
                 shared = kernel.metadata.shared
                 share = occupancy(architecture, int(found["reg"]), shared, case.num_warps)
                 print(
-                    f"{case.name:<42} | {architecture:<6} | {found['reg']:>9} | {shared:>6} | "
+                    f"{case.name:<50} | {architecture:<6} | {found['reg']:>9} | {shared:>6} | "
                     f"{share:>9.0%} | {found['instructions']:>12} | {seconds:>9.1f}",
                     flush=True,
                 )

@@ -191,7 +191,7 @@ def test_nan_activations_stop_before_anything_is_written(material, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "fit", "train", "eval", "generate", "report", "profile"]
+    "command", ["demo", "fit", "train", "eval", "generate", "report", "profile", "tune"]
 )
 def test_help_explains_every_argument(command, capsys):
     with pytest.raises(SystemExit) as stop:

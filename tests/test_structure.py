@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"demo", "report"},
+    {"demo", "report", "tune"},
     {"evaluate"},
     {"train", "replace"},
     {"stack"},
