@@ -82,14 +82,17 @@ def sparsify(case: Case, inputs: Inputs) -> Provider | None:
     if not importlib.util.find_spec("sparsify") or case.op == "chain":
         return None
     from sparsify.fused_encoder import fused_encoder
-    from sparsify.utils import decoder_impl
+    from sparsify.utils import eager_decode, triton_decode
+
+    # By itself it takes Triton wherever that is installed, also for tensors on a CPU.
+    decoder = triton_decode if inputs["x"].is_cuda else eager_decode
 
     def encode(x: Any, weight: Any, bias: Any, k: int, *, pre_bias: Any) -> tuple[Any, Any]:
         acts, indices, _ = fused_encoder(x - pre_bias, weight, bias, k, "topk")
         return acts, indices
 
     def decode(acts: Any, indices: Any, W_dec: Any, *, bias: Any) -> Any:
-        return decoder_impl(indices, acts.to(W_dec.dtype), W_dec.mT) + bias
+        return decoder(indices, acts.to(W_dec.dtype), W_dec.mT) + bias
 
     if case.op == "encode":
         return lambda: encode(
