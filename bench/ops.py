@@ -113,6 +113,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     hot = [row for row in rows if row["cache"] == "hot"]
     cases = list(dict.fromkeys(_name(row) for row in hot))
+    names = list(dict.fromkeys(row["provider"] for row in hot))
+    colors = dict(
+        zip(names, ("#0072b2", "#bbbbbb", "#e69f00", "#009e73", "#d55e00") * 3, strict=False)
+    )
     figure = Figure(figsize=(9, 0.9 * len(cases) + 1), layout="constrained")
     axis = figure.subplots()
     for y, case in enumerate(cases):
@@ -120,7 +124,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ours = mine[0]["ms_p50"]
         height = 0.8 / len(mine)
         for i, row in enumerate(mine):
-            bar = axis.barh(y + i * height, row["ms_p50"] / ours, height * 0.9)
+            color = colors[row["provider"]]
+            bar = axis.barh(y + i * height, row["ms_p50"] / ours, height * 0.9, color=color)
             axis.bar_label(bar, [f" {row['provider']}  {row['ms_p50']:.3g} ms"], fontsize=7)
     axis.set_yticks([y + 0.3 for y in range(len(cases))], cases, fontsize=8)
     axis.invert_yaxis()
