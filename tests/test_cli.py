@@ -2,7 +2,6 @@ import json
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,6 +29,7 @@ def material(tmp_path_factory):
     lm.tokenizer.save_pretrained(folder / "other")
     words = " ".join(f"The {w} sat by number {i}." for i, w in enumerate(["cat", "dog"] * 900))
     (folder / "text.txt").write_text(words)
+    (folder / "empty.txt").write_text("")
     return folder
 
 
@@ -124,12 +124,11 @@ def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material
 def bad(material, tmp_path):
     """Case → (arguments, what the one line says)."""
     model, text = str(material / "model"), str(material / "text.txt")
-    (tmp_path / "empty.txt").write_text("")
     out = ["--out", str(tmp_path / "new")]
     train = ["train", model, text, *TRAIN, *SMALL]
     return {
         "missing-model": (["train", "/no/such/model", text, *TRAIN, *out], "not found"),
-        "empty-dataset": (["train", model, str(tmp_path / "empty.txt"), *TRAIN, *out], "empty"),
+        "empty-dataset": (["train", model, str(material / "empty.txt"), *TRAIN, *out], "empty"),
         "missing-dataset": (["train", model, "/no/such.txt", *TRAIN, *out], "not found"),
         "k-above-M": ([*train, "--k", "65", *out], "k=65"),
         "layer-twice": ([*train, "--layers", "1,1", *out], "selected twice"),
@@ -150,7 +149,7 @@ def bad(material, tmp_path):
     }
 
 
-CASES = sorted(bad(Path("material"), Path(tempfile.mkdtemp())))
+CASES = sorted(bad(Path("material"), Path("elsewhere")))
 
 
 @pytest.mark.parametrize("case", CASES)
