@@ -396,9 +396,21 @@ def findings(report: dict[str, list[dict[str, Any]]], collapse: float) -> list[s
             else f"Learning the map leaves {listed(shares)} of that loss online."
         )
     )
+    added = [delta("resae", k, "error_added", "closed") for k in ks]
+    added_raw = [delta("raw", k, "error_added", None) for k in ks]
+    added_equal = [delta("raw_equal_total", k, "error_added", None) for k in ks]
+    fair = sum(a < b for a, b in zip(added, added_equal, strict=True))
+    sentences.append(
+        f"With the clean errors of all layers added to the running stream, closed-loop ReSAE loses "
+        f"{listed(added)}, raw SAEs {listed(added_raw)}, raw SAEs with as many latents in total "
+        f"{listed(added_equal)}: ReSAE is ahead of the last at {fair} of {len(ks)} k."
+    )
+    alone = delta("affine_only", None, "online", None)
+    beaten = [k for k, ours in zip(ks, online["resae"], strict=True) if alone < ours]
     sentences.append(
         f"The affine maps alone, no autoencoder after the first selected layer, which stays as it "
-        f"is: {delta('affine_only', None, 'online', None):.2f} online."
+        f"is, lose {alone:.2f} online"
+        + (f": less than ReSAE at k = {', '.join(map(str, beaten))}." if beaten else ".")
     )
     sentences.append(_redundancy_sentence(report["redundancy"]))
     sentences.append(

@@ -28,8 +28,8 @@ from resae_kernels.reference import TopK, accumulation_dtype
 from resae_kernels.sparse_decode import latent_outer, latent_sum
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""Default bound on the scores held at once, by device type: a CPU's last-level cache; on a GPU
-small beside the weights of the layer shapes in use."""
+"""Default bound on the scores held at once, by device type: about a CPU's last-level cache; on a
+GPU thousands of rows, so that `weight` is not read again for every few of them."""
 
 FEW_TOKENS = 16
 """Up to here the product is bound by reading `weight`: one Triton kernel instead of a GEMM."""
@@ -273,7 +273,7 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     No value outside the `count` best groups can be among the `count` largest. Groups are strided,
     so that their maxima are taken along contiguous lanes; groups of 8 or 4 pay where enough of them
-    remain to choose from (`torch.topk` takes 2 to 5 times as long at the sizes of autoencoders).
+    remain to choose from.
     """
     n, M = scores.shape
     size = next((g for g in (8, 4) if M % g == 0 and 2 * (M // g) >= 3 * count), None)

@@ -133,6 +133,10 @@ def test_findings_say_when_a_claim_does_not_hold():
     assert any("NOT within" in s for s in bad)
     assert any("the order VARIES" in s for s in bad)
     assert any("closed is below open" in s for s in good)
+    assert any("ahead of the last at 1 of 1 k" in s for s in good)
+    assert any("ahead of the last at 0 of 1 k" in s for s in bad)
+    assert not any("less than ReSAE at" in s for s in good)
+    assert any("less than ReSAE at k = 8" in s for s in bad)
 
 
 def test_plan_corrects_its_estimate_by_the_speed_it_meets(monkeypatch):
