@@ -284,12 +284,7 @@ def _train(options: argparse.Namespace) -> int:
     rows, held_out = _data(options, lm)
     calibrated = out / "calibration.safetensors"
     if options.resume and calibrated.exists():
-        recorded = load_json(out / "run.json", "run")["train"]
-        if recorded["layers"] != list(config.layers) or recorded["predictor"] != config.predictor:
-            raise ValueError(
-                f"--resume: {out} has layers {', '.join(recorded['layers'])} and predictor "
-                f"{recorded['predictor']}; use the same, or another --out"
-            )
+        _require_same_run(load_json(out / "run.json", "run"), options, config, out)
         calibration = Calibration.load(calibrated, config.predictor)
     else:
         calibration, affine = _calibrate(lm, points, rows, held_out, config, display)
@@ -331,6 +326,33 @@ def _train(options: argparse.Namespace) -> int:
         return 130
     display.say(f"written to {out}; next: resae eval {out}")
     return 0
+
+
+def _require_same_run(
+    record: dict[str, Any], options: argparse.Namespace, config: TrainConfig, out: Path
+) -> None:
+    """A run goes on with the model, text and maps that it began with, or not at all."""
+    here = _run_record(options, config, None)
+    names = (
+        "model",
+        "data",
+        "text_column",
+        "streaming",
+        "context_tokens",
+        "held_out_rows",
+        "dtype",
+    )
+    began = {name: record[name] for name in names}
+    began |= {name: record["train"][name] for name in ("layers", "predictor")}
+    now = {name: here[name] for name in names}
+    now |= {"layers": list(config.layers), "predictor": config.predictor}
+    changed = [name for name in began if began[name] != now[name]]
+    if changed:
+        raise ValueError(
+            f"--resume: the run in {out} began with "
+            f"{', '.join(f'{name}={began[name]}' for name in changed)}; use the same, or another "
+            f"--out"
+        )
 
 
 class _Interruptible:

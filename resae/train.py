@@ -322,6 +322,10 @@ def train(
             xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
             loss, measured = train_step(state, config, xs)
             last = state.step == config.steps
+            stop = not last and should_stop()
+            due = stop or last or state.step % checkpoint_steps == 0
+            if due and not bool(loss.isfinite()):
+                raise ValueError(_diverged(float(loss), state.step, config))
             if last or state.step % log_steps == 0:
                 rate = (state.step - first_step) * config.batch_tokens
                 rate /= max(1e-9, time.perf_counter() - started)
@@ -335,18 +339,14 @@ def train(
                     layers=[LayerMetrics(*(float(v) for v in row)) for row in measured],
                 )
                 if not math.isfinite(progress.loss):
-                    raise ValueError(
-                        f"training: loss is {progress.loss} at step {state.step}; the last "
-                        f"checkpoint is kept; lower lr (now {config.peak_lr:g}) and --resume"
-                    )
+                    raise ValueError(_diverged(progress.loss, state.step, config))
                 record = progress._asdict()
                 record["layers"] = [m._asdict() for m in progress.layers]
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 if on_progress is not None:
                     on_progress(progress)
-            stop = not last and should_stop()
-            if stop or last or state.step % checkpoint_steps == 0:
+            if due:
                 _save_checkpoint(checkpoints, state, config)
             if stop:
                 return None
@@ -354,6 +354,13 @@ def train(
     stack.rescale_(calibration.scale)
     stack.save_pretrained(out)
     return stack.eval()
+
+
+def _diverged(loss: float, step: int, config: TrainConfig) -> str:
+    return (
+        f"training: loss is {loss} at step {step}; no such state is saved; look for NaN in the "
+        f"activations, or train with a lower lr (now {config.peak_lr:g}) into another --out"
+    )
 
 
 def _truncate_log(path: Path, step: int) -> None:

@@ -142,6 +142,11 @@ def bad(material, tmp_path):
             ["eval", str(material / "run"), "--model", str(material / "other")],
             "different models",
         ),
+        "resume-other-model": (
+            ["train", str(material / "other"), *train[2:], "--resume"]
+            + ["--out", str(material / "run")],
+            "began with model=",
+        ),
         "resume-other-layers": (
             [*train, "--layers", "0,1,2", "--resume", "--out", str(material / "run")],
             "use the same",

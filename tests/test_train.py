@@ -222,10 +222,11 @@ def test_nan_stops_the_run_and_writes_no_stack(xs, tmp_path):
 
     config = config_of()
     source = Poisoned(xs, batch_tokens=64)
-    with pytest.raises(ValueError, match="loss is nan at step 10.*--resume"):
-        train(config, source, calibration_of(xs), tmp_path, log_steps=1, checkpoint_steps=5)
+    with pytest.raises(ValueError, match="loss is nan at step 10.*lower lr"):
+        train(config, source, calibration_of(xs), tmp_path, log_steps=7, checkpoint_steps=5)
     assert not (tmp_path / "resae.json").exists()
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    names = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+    assert names == ["step_00000005.safetensors"]  # not one of the poisoned step
 
 
 def test_calibration_comes_back(xs, tmp_path):
