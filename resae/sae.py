@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resae.storage import load_json, load_tensors, save_json, save_tensors
-from resae_kernels import TopK, sparse_decode, topk_encode
+from resae_kernels import ScreenedEncoder, TopK, sparse_decode, topk_encode
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,14 @@ class SAEOutput(NamedTuple):
 class TopKSAE(nn.Module):
     """A TopK autoencoder. Initialised with random unit decoder rows, the encoder tied to them,
     biases zero; `seed` fixes the directions (give every layer its own: equal ones start out
-    redundant)."""
+    redundant).
+
+    In eval mode on a CPU, where no gradient is wanted, codes come from a `ScreenedEncoder`, made at
+    the first call (a quarter more memory than the encoder's weight). `screening` is its margin,
+    "statistical" or "certain"; None: always the float32 product.
+    """
+
+    screening: str | None = "statistical"
 
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__()
@@ -66,6 +73,7 @@ class TopKSAE(nn.Module):
         self.encoder.bias.data.zero_()
         self.W_dec = nn.Parameter(directions.clone())
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self._screened: ScreenedEncoder | None = None
 
     @property
     def W_enc(self) -> Tensor:
@@ -81,15 +89,25 @@ class TopKSAE(nn.Module):
     ) -> TopK:
         """Code of `x − base`, `[..., D]` → acts and indices `[..., k]`
         (`resae_kernels.topk_encode`)."""
-        return topk_encode(
-            x,
-            self.encoder.weight,
-            self.encoder.bias,
-            self.config.k if k is None else k,
-            pre_bias=self.b_dec,
-            base=base,
-            sorted=sorted,
-        )
+        k = self.config.k if k is None else k
+        offsets = {"pre_bias": self.b_dec, "base": base}
+        if not self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            screened = self.screened
+            if screened is not None:
+                return screened.encode(x, k, sorted=sorted, **offsets)
+        weight, bias = self.encoder.weight, self.encoder.bias
+        return topk_encode(x, weight, bias, k, sorted=sorted, **offsets)
+
+    @property
+    def screened(self) -> ScreenedEncoder | None:
+        """What encodes in eval mode on a CPU; its `explain` tells which path a call takes."""
+        if self.screening is None:
+            return None
+        held, weight, bias = self._screened, self.encoder.weight, self.encoder.bias
+        same = held is not None and held.weight is weight and held.bias is bias
+        if held is None or not same or held.margin != self.screening:
+            held = self._screened = ScreenedEncoder(weight, bias, margin=self.screening)
+        return held
 
     def decode(self, acts: Tensor, indices: Tensor, *, base: Tensor | None = None) -> Tensor:
         """`acts, indices [..., k]` → x̂ `[..., D]`, plus `base` (`resae_kernels.sparse_decode`)."""
@@ -140,7 +158,7 @@ class TopKSAE(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "TopKSAE":
-        """Read a folder in sparsify's layout.
+        """Read a folder in sparsify's layout, for use: in eval mode.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -163,7 +181,7 @@ class TopKSAE(nn.Module):
                 f"SAE {folder}: tensors {found} do not fit cfg.json, expected {expected}"
             )
         sae.load_state_dict(tensors)
-        return sae.to(tensors["W_dec"].dtype)
+        return sae.to(tensors["W_dec"].dtype).eval()
 
 
 def auxk_loss(

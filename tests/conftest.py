@@ -48,3 +48,16 @@ def poisoned_memory(request):
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def screened_at_any_size(monkeypatch):
+    """Let the screened encoder screen what its rules leave to the exact path: small shapes."""
+    from resae_kernels import screened_encode
+
+    reason = screened_encode.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(screened_encode, "SMALLEST", 0)
+    monkeypatch.setattr(screened_encode, "NARROWEST", 0)
+    monkeypatch.setattr(screened_encode, "CERTAIN_ROWS", 10**9)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -42,6 +44,53 @@ def test_k_can_be_lowered_at_inference():
     sae = small(k=5)
     x = torch.randn(4, 8)
     assert torch.equal(sae.encode(x, k=2).indices, sae.encode(x).indices[:, :2])
+
+
+@pytest.mark.usefixtures("screened_at_any_size")
+def test_in_eval_mode_codes_are_screened_and_the_same():
+    sae = small(k=4, d_in=64, d_sae=640)
+    sae.b_dec.data.normal_()
+    x, base = torch.randn(30, 64), torch.randn(30, 64)
+    trained = sae.encode(x, base=base)
+    sae.eval()
+    with torch.no_grad():
+        found = sae.screened.explain(x, 4, pre_bias=sae.b_dec, base=base)
+        assert found.rows_screened == 30
+        for code in (found.code, sae.encode(x, base=base), copy.deepcopy(sae).encode(x, base=base)):
+            assert torch.equal(code.indices, trained.indices)
+            torch.testing.assert_close(code.acts, trained.acts)
+        sae.screening = "certain"
+        assert torch.equal(sae.encode(x, base=base).indices, trained.indices)
+        assert sae.screened.margin == "certain"
+        sae.screening = None
+        assert sae.screened is None
+        assert torch.equal(sae.encode(x, base=base).acts, trained.acts)
+    assert set(sae.state_dict()) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
+
+
+@pytest.mark.usefixtures("screened_at_any_size")
+def test_training_between_evaluations_is_seen():
+    sae = small(k=4, d_in=64, d_sae=640)
+    x = torch.randn(30, 64)
+    optimizer = torch.optim.SGD(sae.parameters(), lr=30.0)
+    for _ in range(3):
+        sae.train()
+        optimizer.zero_grad()
+        (sae(x).x_hat - x).square().mean().backward()
+        optimizer.step()
+        expected = sae.encode(x)
+        sae.eval()
+        with torch.no_grad():
+            assert torch.equal(sae.encode(x).indices, expected.indices)
+
+
+@pytest.mark.usefixtures("screened_at_any_size")
+def test_an_autoencoder_in_eval_mode_compiles_without_graph_breaks():
+    sae = small(k=4, d_in=64, d_sae=640).eval()
+    x = torch.randn(30, 64)
+    with torch.no_grad():
+        compiled = torch.compile(sae, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x).code.indices, sae(x).code.indices)
 
 
 def test_rescaled_autoencoder_is_the_same_on_rescaled_activations():

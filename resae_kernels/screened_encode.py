@@ -1,0 +1,499 @@
+"""TopK encode on a CPU that reads an 8-bit copy of the weight: screen, then score exactly.
+
+    ŝ = approximate scores, one integer product        |ŝ_j − s_j| ≤ λ_j for every latent j
+    t = the k-th largest of ŝ − λ                      so that at least k latents have s ≥ t
+    candidates = {j : ŝ_j + λ_j ≥ t}                   so that every one of the TopK is among them
+    code = TopK of the exact float32 scores of the candidates
+
+Residual r and weight row w are quantised with a dither that is subtracted again: with u uniform on
+[0, 1), q = ⌊r/t + u⌋ and r̂ = t (q − u + ½) the errors of the D entries are independent and uniform
+on ±t/2 whatever r is (Schuchman 1964). Two bounds λ follow:
+
+certain      Cauchy–Schwarz: |s − ŝ| ≤ ‖w − ŵ‖ ‖r‖ + ‖ŵ‖ ‖r − r̂‖, from the errors actually made.
+statistical  s − ŝ = (w − ŵ)·r + ŵ·(r − r̂): a sum of independent uniform errors, in the second term
+             given the first. A uniform variable on ±a is sub-Gaussian with variance a²/3, hence
+             P(|s − ŝ| ≥ λ) ≤ 2 exp(−6 λ² / (s² ‖r‖² + t² ‖ŵ‖²)), s and t the two steps; λ is
+             where the sum over all M latents is `FAILURE`. (The bound of Hoeffding, which knows the
+             range of the errors alone, would be √3 times as wide.)
+
+The screening pass moves a quarter of the bytes and takes a tenth of the time of the product.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resae_kernels import _launch
+from resae_kernels.reference import TopK
+from resae_kernels.topk_encode import _check, _residual, _select, topk_encode
+
+ROW_REASON = "not finite, all zero, or too many candidates"
+MARGINS = ("statistical", "certain")
+FAILURE = 1e-12
+"""Probability, over the dither, that the statistical margin misses a latent of a given row."""
+ROUNDING = 2.0**-20
+"""Of float32 sums, relative to the norms or the bias that go into them, with room to spare."""
+ROWS = 256
+"""Rows screened at a time: their scores stay in the cache."""
+BLOCK = 2048
+"""Rows whose candidates are scored together, so that the weight is read once for all of them."""
+SMALLEST = 1 << 22
+NARROWEST = 256
+"""Entries of the weight, and width, below which the exact product is as fast (measured on one core
+of an AMD EPYC 9005, November 2026: at 1, 16, 64 and 256 rows, M·D from 2¹⁹ to 2²⁵)."""
+CERTAIN_ROWS = 16
+"""Rows up to which the certain margin is not behind the exact product (same measurement)."""
+CANDIDATES = 1 / 4
+"""A row with more candidates than this share of the latents takes the exact path."""
+LANES = 32
+"""Latents are padded to a multiple of this, the largest group."""
+STEPS = 126
+"""Quantisation steps on either side of zero; one less than int8 has, for the dither."""
+OUTLIER = 12.0
+"""An entry of the residual so many times its row's root mean square would stretch the row's step:
+its dimension is multiplied exactly."""
+OUTLIER_DIMENSIONS = 16
+"""At most so many dimensions are multiplied exactly."""
+
+
+class Screening(NamedTuple):
+    """A code, and how it was found."""
+
+    code: TopK
+    rows_screened: int
+    rows_exact: int
+    """Rows whose whole product was computed in float32."""
+    candidates: int
+    """(Row, latent) pairs of the screened rows that were scored exactly."""
+    reason: str | None
+    """Why rows took the exact path; None if none did."""
+
+
+def unavailable() -> str | None:
+    """Why this machine or torch cannot screen; None if it can.
+
+    Needs the 8-bit dot product instructions (VNNI: without them the integer product saturates) and
+    oneDNN's quantised linear op, which torch keeps among its private ones: this function and
+    `_Copy` are where it is used.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        return "this processor has no 8-bit dot product instructions (AVX-512 VNNI)"
+    names = ("qlinear_prepack", "qlinear_pointwise")
+    if not all(hasattr(torch.ops.onednn, name) for name in names):
+        return f"torch {torch.__version__} has no torch.ops.onednn.{' and '.join(names)}"
+    return None
+
+
+class ScreenedEncoder:
+    """An encoder's weight and, beside it, what screening needs: an 8-bit copy, steps, norms.
+
+    The copy is M·D bytes. It is made anew at the first call after the weight or bias has changed:
+    in place, as an optimiser does, or to other memory. (Not seen are writes through `.data`, which
+    torch does not count.)
+
+    Args:
+        weight: `[M, D]`, one latent per row, float32 on CPU to be screened; kept, not copied.
+        bias: `[M]` or None.
+        margin: "statistical": a row misses a latent with probability below 1e-12, by the proof
+            above, over the dither drawn here; "certain": never, at several times the candidates,
+            which pays up to a few dozen tokens (beyond them the exact path runs).
+        seed: of the dither. Equal seeds give equal codes, bit for bit.
+
+    Raises:
+        ValueError: unknown margin, a weight that is not `[M, D]`, a bias that does not fit.
+
+    Note:
+        A code agrees with `topk_encode` but for ties within float32 rounding: the two sum the same
+        products in another order.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        margin: str = "statistical",
+        seed: int = 0,
+    ):
+        if margin not in MARGINS:
+            raise ValueError(f"ScreenedEncoder: margin={margin!r}, expected {' or '.join(MARGINS)}")
+        if weight.ndim != 2:
+            raise ValueError(
+                f"ScreenedEncoder: weight has shape {list(weight.shape)}, expected [M, D]"
+            )
+        if bias is not None:
+            _launch.check_shape("ScreenedEncoder", "bias", bias, (weight.shape[0],), "one a latent")
+        self.weight, self.bias, self.margin, self._seed = weight, bias, margin, seed
+        self._copy: _Copy | None = None
+        self._copied: tuple = ()
+
+    def __getstate__(self) -> dict:
+        """Without the copy: whoever is copied or unpickled makes its own."""
+        return self.__dict__ | {"_copy": None, "_copied": ()}
+
+    def encode(
+        self,
+        x: Tensor,  # [..., D]
+        k: int,
+        *,
+        pre_bias: Tensor | None = None,  # [D]
+        base: Tensor | None = None,  # [..., D]
+        sorted: bool = True,
+    ) -> TopK:
+        """The code of `topk_encode` with this weight and bias: arguments, returns and errors are
+        the same, gradients too (a call that needs them takes the exact path)."""
+        return self.explain(x, k, pre_bias=pre_bias, base=base, sorted=sorted).code
+
+    def explain(
+        self,
+        x: Tensor,
+        k: int,
+        *,
+        pre_bias: Tensor | None = None,
+        base: Tensor | None = None,
+        sorted: bool = True,
+    ) -> Screening:
+        """`encode`, and which path its rows took, with the reason."""
+        D = self.weight.shape[1]
+        N = x.shape[:-1].numel()
+        reason = self._exact_reason(x, k, pre_bias, base)
+        if reason is not None:
+            code = topk_encode(
+                x, self.weight, self.bias, k, pre_bias=pre_bias, base=base, sorted=sorted
+            )
+            return Screening(code, 0, N, 0, reason)
+        _check(x, self.weight, self.bias, k, pre_bias, base, None)
+        rest = _residual(x, pre_bias, base).reshape(N, D)
+        acts = x.new_empty(N, k)
+        indices = torch.empty(N, k, dtype=torch.int64)
+        candidates, exact_rows = 0, []
+        for start in range(0, N, BLOCK):
+            block = rest[start : start + BLOCK]
+            found, scores = self._score(block, k)
+            code = _select_candidates(found, scores, len(block), k, sorted)
+            acts[start : start + BLOCK], indices[start : start + BLOCK] = code
+            candidates += len(scores)
+            exact_rows.append(found.exact_rows + start)
+        exact = torch.cat(exact_rows) if exact_rows else indices.new_empty(0)
+        if len(exact):
+            acts[exact], indices[exact] = topk_encode(
+                rest[exact], self.weight, self.bias, k, sorted=sorted
+            )
+        code = TopK(*(t.view(*x.shape[:-1], k) for t in (acts, indices)))
+        return Screening(
+            code, N - len(exact), len(exact), candidates, ROW_REASON if len(exact) else None
+        )
+
+    def _score(self, block: Tensor, k: int) -> tuple["_Candidates", Tensor]:
+        """The candidates of residuals `[n, D]` and their exact scores `[P]`."""
+        for _ in range(2):
+            copy = self._current_copy()
+            assert copy is not None
+            found = _Candidates.join([_screen(copy, rows, k) for rows in block.split(ROWS)], ROWS)
+            scores = _pair_product(block, copy.weight, found.rows, found.latents)
+            if self.bias is not None:
+                scores += self.bias[found.latents]
+            if bool(((scores >= found.low) & (scores <= found.high)).all()):
+                return found, scores
+            self._copied = ()  # the copy is of another weight: one written to through `.data`
+        raise RuntimeError(
+            "ScreenedEncoder: exact scores lie outside the bounds of a copy just made; is another "
+            "thread writing to the weight?"
+        )
+
+    def _exact_reason(self, x, k, pre_bias, base) -> str | None:
+        """Why a call is not screened at all; None if it is."""
+        M, D = self.weight.shape
+        if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
+            return f"the weight is {self.weight.dtype} on {self.weight.device}, not float32 on cpu"
+        if x.dtype != torch.float32 or _launch.autocasts("cpu"):
+            return "the product is not in float32"
+        inputs = (x, self.weight, self.bias, pre_bias, base)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            return "a gradient is wanted"
+        if self.weight.is_inference():
+            return "the weight was made in inference mode, where changes are not counted"
+        if M * D < SMALLEST or D < NARROWEST or _group(M, k) is None:
+            return f"screening does not pay at M={M}, D={D}, k={k}"
+        N = x.shape[:-1].numel()
+        if self.margin == "certain" and N > CERTAIN_ROWS:
+            return f"the certain margin does not pay at {N} rows"
+        cannot = unavailable()
+        if cannot is None and self._current_copy() is None:
+            cannot = "the weight or bias is not finite"
+        return cannot
+
+    def _current_copy(self) -> "_Copy | None":
+        """The copy, made anew if the weight or bias has changed; None where these are not
+        finite."""
+        tensors = [t for t in (self.weight, self.bias) if t is not None]
+        state = tuple((t.data_ptr(), t._version) for t in tensors)
+        if state != self._copied:
+            bias = None if self.bias is None else self.bias.detach()
+            self._copy = _quantise(self.weight.detach(), bias, self.margin, self._seed)
+            self._copied = state
+        return self._copy
+
+
+# -- the copy --------------------------------------------------------------------------------------
+
+
+class _Copy(NamedTuple):
+    """What screening reads beside the weight: M' latents, M up to a multiple of 32."""
+
+    weight: Tensor
+    """`[M, D]`, contiguous: the caller's own memory if that is."""
+    packed: Tensor
+    """q of the weight, 8 bit, as oneDNN lays it out."""
+    steps: Tensor
+    """`[M']`, s: the step of each row."""
+    shift: Tensor
+    """`[M']`, −s · q·(u − ½) with u the dither of the residual."""
+    dither: Tensor
+    """`[D]`, u."""
+    weight_dither: Tensor
+    """`[D]`, less ½."""
+    bias: Tensor
+    """`[M']`, −inf past the last latent."""
+    bounds: Tensor
+    """`[c, M']`: in a row with factors g, λ_j = Σ_c g_c · bounds[c, j]."""
+    ratio: float | None
+    """The weight's steps over its norms, of the median latent; None: certain margin."""
+    largest_bias: float
+    columns: dict[int, Tensor]
+    """Columns `[M']` of the weight at outlier dimensions met so far: they are the model's, call
+    after call, and a column of the weight itself lies scattered over all of it."""
+
+    def column(self, dimension: int) -> Tensor:
+        column = self.columns.get(dimension)
+        if column is None:
+            column = torch.zeros(len(self.steps))
+            column[: len(self.weight)] = self.weight[:, dimension]
+            if len(self.columns) < 4 * OUTLIER_DIMENSIONS:
+                self.columns[dimension] = column
+        return column
+
+
+def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _Copy | None:
+    M, D = weight.shape
+    padded = -(-M // LANES) * LANES
+    generator = torch.Generator().manual_seed(seed)
+    dither, weight_dither = torch.rand(2, D, generator=generator)
+    weight_dither -= 0.5
+    q = torch.zeros(padded, D, dtype=torch.int8)
+    steps, shift, error, norm, size = torch.zeros(5, padded)
+    for start in range(0, M, 2048):
+        chunk = slice(start, min(start + 2048, M))
+        rows = weight[chunk]
+        step = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30) / STEPS
+        levels = (rows / step + (weight_dither + 0.5)).floor_()
+        q[chunk] = levels.to(torch.int8)
+        rebuilt = step * (levels - weight_dither)
+        steps[chunk] = step.squeeze(1)
+        shift[chunk] = -steps[chunk] * (levels @ (dither - 0.5))
+        error[chunk] = (rows - rebuilt).norm(dim=1)
+        norm[chunk] = rebuilt.norm(dim=1)
+        size[chunk] = rows.norm(dim=1)
+    ratio = None
+    if margin == "certain":
+        bounds = torch.stack([error, norm]) * 1.0001  # norms of float32 sums
+    else:
+        # λ² = c² (s² ‖r‖² + t² ‖ŵ‖²) ≤ c² h² (ratio² ‖r‖² + t²), with ‖ŵ‖ bounded whatever the
+        # weight's dither was.
+        ratio = float((steps / size.clamp_min(1e-30))[:M].median())
+        h = torch.maximum(size + steps * (math.sqrt(D) / 2), steps / ratio)
+        bounds = h.unsqueeze(0) * (1.01 * math.sqrt(math.log(2 * M / FAILURE) / 6))
+    all_bias = torch.full((padded,), -math.inf)
+    all_bias[:M] = 0.0 if bias is None else bias
+    packed = torch.ops.onednn.qlinear_prepack(q, [ROWS, D])
+    largest = 0.0 if bias is None else float(bias.abs().max())
+    if not math.isfinite(largest) or not bool((size + norm).isfinite().all()):
+        return None
+    return _Copy(
+        weight.contiguous(),
+        packed,
+        steps,
+        shift,
+        dither,
+        weight_dither,
+        all_bias,
+        bounds,
+        ratio,
+        largest,
+        {},
+    )
+
+
+def _product(copy: _Copy, levels: Tensor) -> Tensor:
+    """`[n, M']` float32: `steps · (levels @ weight's q) + shift`."""
+    unsigned = (levels + 128.0).to(torch.uint8)
+    zero = torch.zeros(len(copy.steps), dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned,
+        1.0,
+        128,
+        copy.packed,
+        copy.steps,
+        zero,
+        copy.shift,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+
+
+# -- screening -------------------------------------------------------------------------------------
+
+
+class _Candidates(NamedTuple):
+    """Pairs (row, latent) among which the TopK of every screened row are."""
+
+    rows: Tensor
+    """`[P]`, ascending."""
+    latents: Tensor
+    """`[P]`, ascending within a row."""
+    low: Tensor
+    """`[P]`: the exact score is at least this,"""
+    high: Tensor
+    """`[P]`: and at most this."""
+    exact_rows: Tensor
+    """Rows that have no candidates here and are left to the exact path."""
+
+    @classmethod
+    def join(cls, parts: "list[_Candidates]", rows: int) -> "_Candidates":
+        """Of chunks of `rows` rows."""
+        if len(parts) == 1:
+            return parts[0]
+        moved = [
+            part._replace(rows=part.rows + i * rows, exact_rows=part.exact_rows + i * rows)
+            for i, part in enumerate(parts)
+        ]
+        return cls(*(torch.cat(field) for field in zip(*moved, strict=True)))
+
+
+class _Upper(NamedTuple):
+    """What the scores of n rows can be at most, in units of each row's step."""
+
+    scores: Tensor
+    """`[n, M']`, ŝ + λ."""
+    factors: Tensor
+    """`[n, c]`: λ = factors @ bounds."""
+    step: Tensor
+    """`[n]`, t."""
+    norm: Tensor
+    """`[n]`, ‖r‖ / t."""
+    screened: Tensor
+    """`[n]` bool: the others are not finite, or all zero; what is said of them means nothing."""
+
+
+def _upper(copy: _Copy, rest: Tensor) -> _Upper:
+    """Bounds of the scores of residuals `[n, D]`, from the 8-bit copy."""
+    norm = rest.norm(dim=1)
+    outliers = _outlier_dimensions(rest, norm)
+    inner, inner_norm = rest, norm
+    if len(outliers):
+        inner = rest.index_fill(1, outliers, 0.0)
+        inner_norm = inner.norm(dim=1)
+    step = inner.abs().amax(1) / STEPS
+    screened = norm.isfinite() & (step > 1e-30)
+    step = torch.where(screened, step, 1.0)
+    inverse = 1.0 / step
+    scaled = torch.where(screened.unsqueeze(1), inner, 0.0) * inverse.unsqueeze(1)
+    levels = (scaled + copy.dither).floor_()
+    scores = _product(copy, levels)
+
+    centred = levels - (copy.dither - 0.5)  # r̂
+    norm, inner_norm = norm * inverse, inner_norm * inverse
+    rounding = ROUNDING * norm
+    if copy.ratio is None:
+        error = (scaled - centred).norm(dim=1)
+        factors = torch.stack([inner_norm, error + rounding], dim=1)
+    else:
+        factors = ((copy.ratio * inner_norm).square() + 1.0).sqrt_() + rounding
+        factors = factors.unsqueeze(1)
+    # Beside the product a few terms of rank 1, in one pass.
+    left = [-(centred @ copy.weight_dither), inverse, *factors.T]
+    right = [copy.steps, copy.bias, *copy.bounds]
+    for dimension in outliers.tolist():
+        left.append(rest[:, dimension] * inverse)
+        right.append(copy.column(dimension))
+    scores.addmm_(torch.stack(left, dim=1), torch.stack(right))
+    return _Upper(scores, factors, step, norm, screened)
+
+
+def _screen(copy: _Copy, rest: Tensor, k: int) -> _Candidates:
+    """Candidates of the residuals `[n, D]`."""
+    M, padded = len(copy.weight), len(copy.steps)
+    upper, factors, step, norm, screened = _upper(copy, rest)
+    group = _group(M, k)
+    assert group is not None
+    groups = padded // group
+    # Groups are strided, so that their maxima are taken along contiguous lanes.
+    upper = upper.view(-1, group, groups)
+    best = upper.amax(1)
+    width = copy.bounds.view(-1, group, groups).amax(1)
+    slack = (ROUNDING * copy.largest_bias) / step
+    # k groups, hence k latents, have a score of at least this; and so have the TopK.
+    least = (best - 2.0 * (factors @ width)).topk(k, dim=1).values[:, -1].clamp_min_(0.0) - slack
+    rows, first = ((best >= least.unsqueeze(1)) & screened.unsqueeze(1)).nonzero(as_tuple=True)
+    members = upper[rows, :, first]  # [pairs, group]
+    pair, member = (members >= least[rows].unsqueeze(1)).nonzero(as_tuple=True)
+    key, order = (rows[pair] * padded + first[pair] + member * groups).sort()
+    rows, latents, high = key // padded, key % padded, members[pair, member][order]
+    too_many = torch.bincount(rows, minlength=len(rest)) > CANDIDATES * M
+    if bool(too_many.any()):
+        screened &= ~too_many
+        few = screened[rows]
+        rows, latents, high = rows[few], latents[few], high[few]
+    low = high - 2.0 * (factors[rows] * copy.bounds[:, latents].T).sum(1)
+    # What the exact score itself is off by, summed in float32.
+    slack = slack[rows] + 16 * ROUNDING * norm[rows] * copy.bounds[-1, latents]
+    step = step[rows]
+    exact_rows = (~screened).nonzero().flatten()
+    return _Candidates(rows, latents, (low - slack) * step, (high + slack) * step, exact_rows)
+
+
+def _outlier_dimensions(rest: Tensor, norm: Tensor) -> Tensor:
+    """The few dimensions that would stretch the steps of some rows: massive activations."""
+    D = rest.shape[1]
+    relative = rest.abs() / norm.unsqueeze(1)
+    relative = torch.where(norm.isfinite() & (norm > 0), relative.T, 0.0).amax(1)
+    largest, dimensions = relative.topk(min(OUTLIER_DIMENSIONS, D))
+    return dimensions[largest * math.sqrt(D) > OUTLIER]
+
+
+def _pair_product(left: Tensor, right: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
+    """`[P]`: left[rows] · right[latents], latent by latent: a row of `right` is read once."""
+    order = latents.argsort()
+    products = torch.empty(len(rows))
+    products[order] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left.contiguous(), right, latents[order], latents.new_zeros(1), rows[order], 0
+    )
+    return products
+
+
+def _select_candidates(
+    found: _Candidates, scores: Tensor, n: int, k: int, sorted: bool
+) -> tuple[Tensor, Tensor]:
+    """TopK of each row's candidates, laid out in order of latent in a rectangle."""
+    counts = torch.bincount(found.rows, minlength=n)
+    width = max(k, int(counts.max()))
+    slot = torch.arange(len(scores)) - (counts.cumsum(0) - counts)[found.rows]
+    table = scores.new_zeros(n, width)
+    latents = torch.zeros(n, width, dtype=torch.int64)
+    table[found.rows, slot] = scores
+    latents[found.rows, slot] = found.latents
+    acts, position = _select(table, k, sorted)
+    return acts, torch.where(acts > 0, latents.gather(1, position), 0)
+
+
+def _group(M: int, k: int) -> int | None:
+    """Latents per group: many, as long as few of the k best share one."""
+    return next((g for g in (32, 16, 8) if 8 * k * g <= M), None)

@@ -1,0 +1,409 @@
+"""The screened encoder finds the TopK of the exact path, whatever the input, and says what it did.
+
+Shapes are small: what the rules would leave to the exact path is screened here all the same.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from measured import assert_error_as_torch
+from torch import Tensor
+
+from resae_kernels import ScreenedEncoder, reference, screened_encode, topk_encode
+from resae_kernels.screened_encode import FAILURE, MARGINS
+
+screens = pytest.mark.usefixtures("screened_at_any_size")
+
+
+def inputs(N: int = 40, D: int = 96, M: int = 700, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, D, generator=generator)
+    weight = torch.randn(M, D, generator=generator) / math.sqrt(D)
+    return x, weight, 0.3 * torch.randn(M, generator=generator)
+
+
+def assert_same_code(screened, x: Tensor, weight: Tensor, bias, k: int, **offsets) -> None:
+    """The TopK of float64 scores, but for ties within the rounding of float32 scores."""
+    rest = x.double()
+    for offset in offsets.values():
+        rest = rest - (0.0 if offset is None else offset.double())
+    scores = rest @ weight.double().T
+    size = rest.norm(dim=1, keepdim=True) * weight.double().norm(dim=1)
+    if bias is not None:
+        scores, size = scores + bias.double(), size + bias.double().abs()
+    high, low = scores + 1e-6 * size, scores - 1e-6 * size
+    acts, indices = screened
+    taken = acts > 0
+    assert (acts <= high.gather(1, indices))[taken].all()
+    assert (acts >= low.gather(1, indices))[taken].all()
+    assert (high.gather(1, indices) >= low.topk(k).values[:, -1:])[taken].all(), "not of the TopK"
+    above = low > high.topk(k + 1).values[:, -1:].clamp_min(0.0)  # in the TopK beyond doubt
+    present = torch.zeros_like(above).scatter_(1, indices, taken)
+    assert present[above].all(), "a latent of the TopK is missing"
+    assert (taken.sum(1) >= (low > 0).sum(1).clamp_max(k)).all(), "too few latents"
+    for row, count in zip(indices, taken.sum(1), strict=True):
+        assert len(set(row[:count].tolist())) == count, "a latent twice"
+    assert (indices[~taken] == 0).all()
+    assert (acts[~taken] == 0).all()
+    assert (acts[:, 1:] <= acts[:, :-1]).all(), "not sorted"
+
+
+@screens
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("k", [1, 7, 10])
+@pytest.mark.parametrize("offsets", [(), ("pre_bias",), ("base",), ("pre_bias", "base")])
+def test_the_code_of_the_exact_path(margin, k, offsets):
+    x, weight, bias = inputs()
+    torch.manual_seed(1)
+    given = {
+        "pre_bias": torch.randn(96) if "pre_bias" in offsets else None,
+        "base": torch.randn(40, 96) if "base" in offsets else None,
+    }
+    encoder = ScreenedEncoder(weight, bias, margin=margin)
+    found = encoder.explain(x, k, **given)
+    assert (found.rows_screened, found.rows_exact, found.reason) == (40, 0, None)
+    assert 40 * k <= found.candidates < 40 * 700 // 4
+    assert_same_code(found.code, x, weight, bias, k, **given)
+    exact = topk_encode(x, weight, bias, k, **given)
+    assert torch.equal(found.code.indices, exact.indices)
+    wide = {name: None if t is None else t.double() for name, t in given.items()}
+    truth = reference.topk_encode(x.double(), weight.double(), bias.double(), k, **wide)
+    assert_error_as_torch("acts", found.code.acts, exact.acts, truth.acts)
+
+
+@screens
+@pytest.mark.parametrize("margin", MARGINS)
+def test_order_of_index(margin):
+    x, weight, bias = inputs()
+    bias -= 2.0  # some rows have fewer than k positive scores
+    encoder = ScreenedEncoder(weight, bias, margin=margin)
+    found = encoder.encode(x, 8, sorted=False)
+    exact = topk_encode(x, weight, bias, 8, sorted=False)
+    assert (exact.acts == 0).any()
+    assert (exact.acts > 0).any()
+    assert torch.equal(found.indices, exact.indices)
+    torch.testing.assert_close(found.acts, exact.acts)
+
+
+@screens
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("outliers", [False, True])
+def test_every_score_is_within_its_bounds(margin, outliers):
+    x, weight, bias = inputs(N=200, D=257, M=1001)
+    weight *= torch.logspace(-2, 1, 1001)[:, None]  # norms of all sizes
+    if outliers:
+        x[:, 3] *= 300.0
+        x[::2, 250] += 80.0
+    copied = ScreenedEncoder(weight, bias, margin=margin)._current_copy()
+    assert copied is not None
+    upper = screened_encode._upper(copied, x)
+    assert bool(upper.screened.all())
+    width = (upper.factors @ copied.bounds)[:, :1001].double()
+    middle = upper.scores[:, :1001].double() - width
+    truth = (x.double() @ weight.double().T + bias.double()) / upper.step[:, None].double()
+    used = ((middle - truth).abs() / width).max()
+    assert used < 1
+    # The statistical bound is some 8 standard deviations: of 200,000 errors the largest is half of
+    # it. That of Cauchy–Schwarz is √D/3 standard deviations or more.
+    assert used > (0.4 if margin == "statistical" else 0.1), "wider than it need be"
+    assert bool((upper.scores[:, 1001:] == -math.inf).all())
+
+
+@screens
+def test_the_statistical_width_is_the_bound_of_the_docstring():
+    """From float64 and the definition: 2 M exp(−6 λ² / (s²‖r‖² + t²‖ŵ‖²)) ≤ FAILURE."""
+    x, weight, bias = inputs(N=30, D=64, M=640)
+    copied = ScreenedEncoder(weight, bias)._current_copy()
+    assert copied is not None
+    upper = screened_encode._upper(copied, x)
+    width = (upper.factors @ copied.bounds).double()[:, :640] * upper.step[:, None].double()
+    s = weight.double().abs().amax(1) / screened_encode.STEPS
+    t = x.double().abs().amax(1) / screened_encode.STEPS
+    r, w = x.double().norm(dim=1), weight.double().norm(dim=1) + s * math.sqrt(64) / 2
+    variance = (s * r[:, None]) ** 2 + (t[:, None] * w) ** 2
+    chance = 2 * 640 * (-6 * width**2 / variance).exp()
+    assert chance.max() <= FAILURE
+    assert chance.max() > FAILURE**1.5, "far wider than it need be"
+
+
+@screens
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "near ties",
+        "duplicated latents",
+        "huge range of rows",
+        "huge range of latents",
+        "outlier dimensions",
+        "more outliers than are taken out",
+        "dead latents",
+        "all scores negative",
+        "large bias",
+        "constant rows",
+        "one-hot weight",
+        "tiny",
+    ],
+)
+def test_adversarial_inputs(margin, case):
+    x, weight, bias = inputs(N=60, D=64, M=520)
+    if case == "near ties":
+        weight = weight[:1] + 1e-4 * weight
+    elif case == "duplicated latents":
+        weight = weight[:40].repeat(13, 1)
+        bias = bias[:40].repeat(13)
+    elif case == "huge range of rows":
+        x *= torch.logspace(-12, 12, 60)[:, None]
+    elif case == "huge range of latents":
+        weight *= torch.logspace(-8, 8, 520)[:, None]
+    elif case == "outlier dimensions":
+        x[:, 5] += 1000.0
+        x[::3, 40] -= 500.0
+    elif case == "more outliers than are taken out":
+        x[torch.arange(60), torch.arange(60)] = 1e4
+    elif case == "dead latents":
+        weight[::2] = 0.0
+    elif case == "all scores negative":
+        bias = torch.full_like(bias, -100.0)
+    elif case == "large bias":
+        bias *= 1e5
+    elif case == "constant rows":
+        x = torch.ones_like(x) * torch.arange(60)[:, None]
+    elif case == "one-hot weight":
+        weight = torch.eye(64).repeat(9, 1)[:520]
+    elif case == "tiny":
+        x, weight = x * 1e-15, weight * 1e-15
+        bias = bias * 1e-30
+    encoder = ScreenedEncoder(weight, bias, margin=margin)
+    found = encoder.explain(x, 6)
+    assert found.rows_screened + found.rows_exact == 60
+    assert_same_code(found.code, x, weight, bias, 6)
+
+
+@screens
+def test_equal_scores_go_to_the_lower_latent():
+    x, weight, _ = inputs(N=20, D=64, M=520)
+    weight = weight[:40].repeat(13, 1)
+    found = ScreenedEncoder(weight).explain(x, 4)
+    assert found.rows_screened == 20
+    best = (x @ weight[:40].T).argmax(1)
+    expected = best[:, None] + 40 * torch.arange(4)
+    assert torch.equal(found.code.indices.sort().values, expected)
+
+
+@screens
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_input(data):
+    """Rows, latents and dimensions scaled at will, entries repeated, weight and bias shifted."""
+    N = data.draw(st.integers(0, 9), label="N")
+    D = data.draw(st.sampled_from([1, 3, 16, 50, 129]), label="D")
+    M = data.draw(st.integers(64, 400), label="M")
+    k = data.draw(st.integers(1, M // 64), label="k")
+    x, weight, bias = inputs(N, D, M, seed=data.draw(st.integers(0, 99), label="seed"))
+    span = data.draw(st.floats(0, 6), label="decades")
+    generator = torch.Generator().manual_seed(7)
+    x *= 10 ** (span * torch.rand(N, 1, generator=generator))
+    weight *= 10 ** (span * torch.rand(M, 1, generator=generator))
+    x *= 10 ** (span * torch.rand(1, D, generator=generator))
+    if data.draw(st.booleans(), label="repeated latents"):
+        weight = weight[torch.arange(M) % 17]
+    if data.draw(st.booleans(), label="coarse"):
+        x, weight = x.round(), weight.round()
+    bias *= data.draw(st.sampled_from([0.0, 1.0, 1e4]), label="bias")
+    margin = data.draw(st.sampled_from(MARGINS), label="margin")
+    code = ScreenedEncoder(weight, bias, margin=margin).encode(x, k)
+    assert_same_code(code, x, weight, bias, k)
+
+
+@screens
+def test_rows_that_cannot_be_screened_take_the_exact_path():
+    x, weight, bias = inputs()
+    x[3] = 0.0
+    x[5, 2] = math.nan
+    x[8, 1] = math.inf
+    x[9, :] = 3e38
+    found = ScreenedEncoder(weight, bias).explain(x, 8)
+    exact = topk_encode(x, weight, bias, 8)
+    assert found.rows_exact == 4
+    assert found.reason is not None
+    assert "not finite" in found.reason
+    assert torch.equal(found.code.indices, exact.indices)
+    torch.testing.assert_close(found.code.acts, exact.acts, equal_nan=True)
+
+
+@screens
+def test_rows_with_too_many_candidates_take_the_exact_path():
+    x, weight, bias = inputs()
+    weight = weight[:1].repeat(700, 1)
+    weight[0] *= 1.001
+    bias.zero_()
+    x[:20] = weight[0] * 5  # 20 rows where all latents score alike
+    x[20:] = -weight[0]  # and 20 without a positive score
+    found = ScreenedEncoder(weight, bias).explain(x, 8)
+    assert found.rows_exact == 20
+    assert_same_code(found.code, x, weight, bias, 8)
+
+
+@screens
+@pytest.mark.parametrize("change", ["step", "bias", "copy_", "replace", "data"])
+def test_a_changed_weight_is_copied_anew(change):
+    x, weight, bias = inputs()
+    weight, bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    encoder = ScreenedEncoder(weight, bias)
+    with torch.no_grad():
+        encoder.encode(x, 8)
+        if change == "step":
+            weight.grad = torch.randn_like(weight)
+            torch.optim.SGD([weight], lr=1.0).step()
+        elif change == "bias":
+            bias += 5 * torch.randn(700)
+        elif change == "copy_":
+            weight.copy_(torch.randn(700, 96))
+        elif change == "replace":
+            weight.data = torch.randn(700, 96)
+        else:  # not counted by torch, and yet seen: the exact scores are out of bounds
+            weight.data.mul_(1.5)
+        found = encoder.explain(x, 8)
+        assert found.rows_screened == 40
+        assert_same_code(found.code, x, weight.detach(), bias.detach(), 8)
+
+
+@screens
+def test_the_copy_is_kept_while_nothing_changes():
+    x, weight, bias = inputs()
+    encoder = ScreenedEncoder(weight, bias)
+    encoder.encode(x, 8)
+    first = encoder._copy
+    encoder.encode(x, 9)
+    assert encoder._copy is first
+
+
+@screens
+def test_same_bits_twice_and_whatever_the_batch(monkeypatch):
+    x, weight, bias = inputs(N=70)
+    codes = [ScreenedEncoder(weight, bias, seed=3).encode(x, 8) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
+    monkeypatch.setattr(screened_encode, "ROWS", 16)
+    monkeypatch.setattr(screened_encode, "BLOCK", 32)
+    chunked = ScreenedEncoder(weight, bias, seed=3).encode(x, 8)
+    assert torch.equal(chunked.indices, codes[0].indices)
+    torch.testing.assert_close(chunked.acts, codes[0].acts)
+
+
+@screens
+def test_gradients_take_the_exact_path():
+    x, weight, bias = inputs()
+    weight.requires_grad_()
+    encoder = ScreenedEncoder(weight, bias)
+    found = encoder.explain(x, 8)
+    assert (found.rows_exact, found.reason) == (40, "a gradient is wanted")
+    found.code.acts.sum().backward()
+    assert weight.grad is not None
+    assert encoder.encode(x.double().float(), 8).acts.requires_grad
+    with torch.no_grad():
+        assert encoder.explain(x, 8).rows_screened == 40
+
+
+def test_why_nothing_is_screened(monkeypatch):
+    x, weight, bias = inputs()
+    big = torch.zeros(1 << 14, 1 << 8)
+
+    def reason(weight, bias=None, x=x, k=8, **options):
+        found = ScreenedEncoder(weight, bias, **options).explain(x[..., : weight.shape[1]], k)
+        assert (found.rows_screened, found.candidates) == (0, 0)
+        assert found.code.acts.shape == (*x.shape[:-1], k)
+        return found.reason
+
+    assert "does not pay at M=700, D=96, k=8" in reason(weight, bias)
+    assert "float64" in reason(weight.double(), bias.double(), x.double())
+    x = torch.randn(40, 256)
+    assert "does not pay" in reason(big, x=x, k=2000)
+    assert "certain margin does not pay at 40 rows" in reason(big, x=x, margin="certain")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "not in float32" in reason(big, x=x)
+    with torch.inference_mode():
+        made_there = big + 0.0
+    assert "inference mode" in reason(made_there, x=x)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert "VNNI" in reason(big, x=x)
+
+
+@pytest.mark.parametrize("missing", ["oneDNN", "op"])
+def test_a_torch_without_the_private_op_is_named(monkeypatch, missing):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True, raising=False)
+    if missing == "oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert "no oneDNN" in str(screened_encode.unavailable())
+    else:
+        monkeypatch.setattr(torch.ops, "onednn", object())
+        assert "qlinear_prepack" in str(screened_encode.unavailable())
+
+
+@screens
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_a_weight_that_is_not_finite(where):
+    x, weight, bias = inputs()
+    (weight[7] if where == "weight" else bias)[3] = math.nan
+    found = ScreenedEncoder(weight, bias).explain(x, 8)
+    exact = topk_encode(x, weight, bias, 8)
+    assert found.reason == "the weight or bias is not finite"
+    assert torch.equal(found.code.indices, exact.indices)
+
+
+@screens
+def test_shapes_and_strides():
+    x, weight, bias = inputs(N=24)
+    encoder = ScreenedEncoder(weight.T.contiguous().T, bias)  # [M, D], latents not contiguous
+    expected = topk_encode(x, weight, bias, 8)
+    for shape in ((2, 3, 4, 96), (24, 96)):
+        code = encoder.encode(x.view(shape), 8)
+        assert code.acts.shape == code.indices.shape == (*shape[:-1], 8)
+        assert torch.equal(code.indices.view(24, 8), expected.indices)
+    code = encoder.encode(x.T.contiguous().T, 8)
+    assert torch.equal(code.indices, expected.indices)
+    assert encoder.encode(x[0], 8).indices.tolist() == expected.indices[0].tolist()
+    assert encoder.encode(x[:0], 8).acts.shape == (0, 8)
+
+
+def test_bad_arguments():
+    x, weight, bias = inputs()
+    with pytest.raises(ValueError, match=r"margin='sure', expected statistical or certain"):
+        ScreenedEncoder(weight, bias, margin="sure")
+    with pytest.raises(ValueError, match=r"weight has shape \[96\], expected \[M, D\]"):
+        ScreenedEncoder(weight[0])
+    with pytest.raises(ValueError, match=r"bias has shape \[3\], expected \[700\]"):
+        ScreenedEncoder(weight, bias[:3])
+    with pytest.raises(ValueError, match="k=701 exceeds"):
+        ScreenedEncoder(weight, bias).encode(x, 701)
+
+
+@screens
+def test_bad_arguments_where_it_screens():
+    x, weight, bias = inputs()
+    encoder = ScreenedEncoder(weight, bias)
+    with pytest.raises(ValueError, match=r"x has shape \[40, 95\]"):
+        encoder.encode(x[:, 1:], 8)
+    with pytest.raises(ValueError, match=r"k=0, expected at least 1"):
+        encoder.encode(x, 0)
+    with pytest.raises(ValueError, match=r"base has shape \[39, 96\]"):
+        encoder.encode(x, 8, base=x[1:])
+
+
+@screens
+def test_a_copied_encoder_makes_its_own_copy():
+    x, weight, bias = inputs()
+    encoder = ScreenedEncoder(weight, bias)
+    before = encoder.encode(x, 8)
+    twin = copy.deepcopy(encoder)
+    encoder.weight.zero_()
+    assert torch.equal(twin.encode(x, 8).indices, before.indices)
+    assert twin.weight is not encoder.weight
