@@ -53,9 +53,9 @@ class TopKSAE(nn.Module):
     biases zero; `seed` fixes the directions (give every layer its own: equal ones start out
     redundant).
 
-    In eval mode on a CPU, where no gradient is wanted, codes come from a `ScreenedEncoder`, made at
-    the first call (a quarter more memory than the encoder's weight). `screening` is its margin,
-    "statistical" or "certain"; None: always the float32 product.
+    On a CPU codes come from a `ScreenedEncoder`: without gradients from a copy of the weight that
+    is made at the first call (a quarter more memory), in training from one made for each large
+    batch. `screening` is its margin, "statistical" or "certain"; None: always the float32 product.
     """
 
     screening: str | None = "statistical"
@@ -91,7 +91,7 @@ class TopKSAE(nn.Module):
         (`resae_kernels.topk_encode`)."""
         k = self.config.k if k is None else k
         offsets = {"pre_bias": self.b_dec, "base": base}
-        if not self.training and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
             screened = self.screened
             if screened is not None:
                 return screened.encode(x, k, sorted=sorted, **offsets)
@@ -100,7 +100,7 @@ class TopKSAE(nn.Module):
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """What encodes in eval mode on a CPU; its `explain` tells which path a call takes."""
+        """What encodes on a CPU; its `explain` tells which path a call takes."""
         if self.screening is None:
             return None
         held, weight, bias = self._screened, self.encoder.weight, self.encoder.bias

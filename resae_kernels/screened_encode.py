@@ -20,6 +20,7 @@ The screening pass moves a quarter of the bytes and takes a tenth of the time of
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,14 @@ from torch import Tensor
 
 from resae_kernels import _launch
 from resae_kernels.reference import TopK
-from resae_kernels.topk_encode import _check, _residual, _select, topk_encode
+from resae_kernels.topk_encode import (
+    _backward,
+    _check,
+    _residual,
+    _select,
+    _setup_context,
+    topk_encode,
+)
 
 ROW_REASON = "not finite, all zero, or too many candidates"
 MARGINS = ("statistical", "certain")
@@ -43,6 +51,8 @@ SMALLEST = 1 << 22
 NARROWEST = 256
 """Entries of the weight, and width, below which the exact product is as fast (measured on one core
 of an AMD EPYC 9005, November 2026: at 1, 16, 64 and 256 rows, M·D from 2¹⁹ to 2²⁵)."""
+TRAINING_ROWS = 512
+"""Rows from which on a copy pays that is used once: in training the weight changes every step."""
 CERTAIN_ROWS = 16
 """Rows up to which the certain margin is not behind the exact product (same measurement)."""
 CANDIDATES = 1 / 4
@@ -91,9 +101,11 @@ def unavailable() -> str | None:
 class ScreenedEncoder:
     """An encoder's weight and, beside it, what screening needs: an 8-bit copy, steps, norms.
 
-    The copy is M·D bytes. It is made anew at the first call after the weight or bias has changed:
-    in place, as an optimiser does, or to other memory. (Not seen are writes through `.data`, which
-    torch does not count.)
+    The copy is M·D bytes. It is made anew at the first call after the weight or bias has changed,
+    in place or to other memory. Where the weight's gradient is wanted it serves one call and is
+    dropped: the weight is about to change, and torch does not count the steps of fused optimisers.
+    Nor does it count writes through `.data`. These are seen by a sample of entries, which may miss
+    a write to a few latents: call `forget` after one.
 
     Args:
         weight: `[M, D]`, one latent per row, float32 on CPU to be screened; kept, not copied.
@@ -128,8 +140,7 @@ class ScreenedEncoder:
         if bias is not None:
             _launch.check_shape("ScreenedEncoder", "bias", bias, (weight.shape[0],), "one a latent")
         self.weight, self.bias, self.margin, self._seed = weight, bias, margin, seed
-        self._copy: _Copy | None = None
-        self._copied: tuple = ()
+        self.forget()
 
     def __getstate__(self) -> dict:
         """Without the copy: whoever is copied or unpickled makes its own."""
@@ -145,7 +156,7 @@ class ScreenedEncoder:
         sorted: bool = True,
     ) -> TopK:
         """The code of `topk_encode` with this weight and bias: arguments, returns and errors are
-        the same, gradients too (a call that needs them takes the exact path)."""
+        the same, gradients too."""
         return self.explain(x, k, pre_bias=pre_bias, base=base, sorted=sorted).code
 
     def explain(
@@ -158,35 +169,58 @@ class ScreenedEncoder:
         sorted: bool = True,
     ) -> Screening:
         """`encode`, and which path its rows took, with the reason."""
-        D = self.weight.shape[1]
-        N = x.shape[:-1].numel()
-        reason = self._exact_reason(x, k, pre_bias, base)
+        N, D = x.shape[:-1].numel(), self.weight.shape[1]
+        trained = _require_gradient(self.weight, self.bias)
+        if trained:
+            self.forget()
+        reason = self._exact_reason(x, k, trained)
         if reason is not None:
             code = topk_encode(
                 x, self.weight, self.bias, k, pre_bias=pre_bias, base=base, sorted=sorted
             )
             return Screening(code, 0, N, 0, reason)
         _check(x, self.weight, self.bias, k, pre_bias, base, None)
-        rest = _residual(x, pre_bias, base).reshape(N, D)
+        counts = _Counts()
+        arguments = (
+            x.reshape(N, D),
+            self.weight,
+            self.bias,
+            k,
+            pre_bias,
+            None if base is None else base.reshape(N, D),
+            sorted,
+        )
+        if trained or _require_gradient(x, pre_bias, base):
+            acts, indices = _WithGradient.apply(*arguments, (self, counts), "torch")
+        else:
+            acts, indices = self._encode(*arguments, counts)
+        if trained:
+            self.forget()
+        code = TopK(*(t.view(*x.shape[:-1], k) for t in (acts, indices)))
+        reason = ROW_REASON if counts.rows_exact else None
+        rows_screened = N - counts.rows_exact
+        return Screening(code, rows_screened, counts.rows_exact, counts.candidates, reason)
+
+    def _encode(
+        self, x, weight, bias, k, pre_bias, base, sorted, counts: "_Counts"
+    ) -> tuple[Tensor, Tensor]:
+        rest = _residual(x, pre_bias, base)
+        N = len(rest)
         acts = x.new_empty(N, k)
         indices = torch.empty(N, k, dtype=torch.int64)
-        candidates, exact_rows = 0, []
+        exact_rows = [indices.new_empty(0)]
         for start in range(0, N, BLOCK):
             block = rest[start : start + BLOCK]
             found, scores = self._score(block, k)
             code = _select_candidates(found, scores, len(block), k, sorted)
             acts[start : start + BLOCK], indices[start : start + BLOCK] = code
-            candidates += len(scores)
+            counts.candidates += len(scores)
             exact_rows.append(found.exact_rows + start)
-        exact = torch.cat(exact_rows) if exact_rows else indices.new_empty(0)
+        exact = torch.cat(exact_rows)
+        counts.rows_exact = len(exact)
         if len(exact):
-            acts[exact], indices[exact] = topk_encode(
-                rest[exact], self.weight, self.bias, k, sorted=sorted
-            )
-        code = TopK(*(t.view(*x.shape[:-1], k) for t in (acts, indices)))
-        return Screening(
-            code, N - len(exact), len(exact), candidates, ROW_REASON if len(exact) else None
-        )
+            acts[exact], indices[exact] = topk_encode(rest[exact], weight, bias, k, sorted=sorted)
+        return acts, indices
 
     def _score(self, block: Tensor, k: int) -> tuple["_Candidates", Tensor]:
         """The candidates of residuals `[n, D]` and their exact scores `[P]`."""
@@ -199,27 +233,29 @@ class ScreenedEncoder:
                 scores += self.bias[found.latents]
             if bool(((scores >= found.low) & (scores <= found.high)).all()):
                 return found, scores
-            self._copied = ()  # the copy is of another weight: one written to through `.data`
+            self.forget()  # the copy is of another weight, written to without being counted
         raise RuntimeError(
             "ScreenedEncoder: exact scores lie outside the bounds of a copy just made; is another "
             "thread writing to the weight?"
         )
 
-    def _exact_reason(self, x, k, pre_bias, base) -> str | None:
+    def _exact_reason(self, x: Tensor, k: int, trained: bool) -> str | None:
         """Why a call is not screened at all; None if it is."""
         M, D = self.weight.shape
         if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
             return f"the weight is {self.weight.dtype} on {self.weight.device}, not float32 on cpu"
         if x.dtype != torch.float32 or _launch.autocasts("cpu"):
             return "the product is not in float32"
-        inputs = (x, self.weight, self.bias, pre_bias, base)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-            return "a gradient is wanted"
         if self.weight.is_inference():
             return "the weight was made in inference mode, where changes are not counted"
         if M * D < SMALLEST or D < NARROWEST or _group(M, k) is None:
             return f"screening does not pay at M={M}, D={D}, k={k}"
         N = x.shape[:-1].numel()
+        if trained and N < TRAINING_ROWS:
+            return (
+                f"the weight requires its gradient, and {N} rows do not pay for a copy that serves "
+                f"one call; if none is wanted, call under torch.no_grad()"
+            )
         if self.margin == "certain" and N > CERTAIN_ROWS:
             return f"the certain margin does not pay at {N} rows"
         cannot = unavailable()
@@ -232,11 +268,44 @@ class ScreenedEncoder:
         finite."""
         tensors = [t for t in (self.weight, self.bias) if t is not None]
         state = tuple((t.data_ptr(), t._version) for t in tensors)
-        if state != self._copied:
+        sample = torch.cat([_sample(t.detach()) for t in tensors])
+        if state != self._copied or not torch.equal(sample, self._sample):
             bias = None if self.bias is None else self.bias.detach()
             self._copy = _quantise(self.weight.detach(), bias, self.margin, self._seed)
-            self._copied = state
+            self._copied, self._sample = state, sample
         return self._copy
+
+    def forget(self) -> None:
+        """Drop the copy: the next call makes a new one."""
+        self._copy, self._copied, self._sample = None, (), torch.empty(0)
+
+
+def _require_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Entries of 1024 rows, or of all."""
+    rows = torch.arange(0, len(tensor), max(1, len(tensor) // 1024))
+    return tensor[rows] if tensor.ndim == 1 else tensor[rows, rows % tensor.shape[1]]
+
+
+@dataclass
+class _Counts:
+    rows_exact: int = 0
+    candidates: int = 0
+
+
+class _WithGradient(torch.autograd.Function):
+    """The gradient of a code does not depend on how it was found: it is that of `topk_encode`."""
+
+    @staticmethod
+    def forward(x, weight, bias, k, pre_bias, base, sorted, screened, implementation):  # noqa: ARG004
+        encoder, counts = screened
+        return encoder._encode(x, weight, bias, k, pre_bias, base, sorted, counts)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)  # type: ignore[assignment]
 
 
 # -- the copy --------------------------------------------------------------------------------------
@@ -286,18 +355,20 @@ def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _C
     weight_dither -= 0.5
     q = torch.zeros(padded, D, dtype=torch.int8)
     steps, shift, error, norm, size = torch.zeros(5, padded)
-    for start in range(0, M, 2048):
-        chunk = slice(start, min(start + 2048, M))
+    rows_at_once = max(1, (512 << 10) // (4 * D))  # in the cache from one pass to the next
+    for start in range(0, M, rows_at_once):
+        chunk = slice(start, min(start + rows_at_once, M))
         rows = weight[chunk]
-        step = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30) / STEPS
-        levels = (rows / step + (weight_dither + 0.5)).floor_()
-        q[chunk] = levels.to(torch.int8)
-        rebuilt = step * (levels - weight_dither)
+        step = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(STEPS)
+        levels = torch.addcmul(weight_dither + 0.5, rows, 1.0 / step).floor_()
+        q[chunk] = levels
         steps[chunk] = step.squeeze(1)
         shift[chunk] = -steps[chunk] * (levels @ (dither - 0.5))
-        error[chunk] = (rows - rebuilt).norm(dim=1)
-        norm[chunk] = rebuilt.norm(dim=1)
         size[chunk] = rows.norm(dim=1)
+        if margin == "certain":
+            rebuilt = (levels - weight_dither).mul_(step)
+            error[chunk] = (rows - rebuilt).norm(dim=1)
+            norm[chunk] = rebuilt.norm(dim=1)
     ratio = None
     if margin == "certain":
         bounds = torch.stack([error, norm]) * 1.0001  # norms of float32 sums
@@ -311,7 +382,7 @@ def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _C
     all_bias[:M] = 0.0 if bias is None else bias
     packed = torch.ops.onednn.qlinear_prepack(q, [ROWS, D])
     largest = 0.0 if bias is None else float(bias.abs().max())
-    if not math.isfinite(largest) or not bool((size + norm).isfinite().all()):
+    if not math.isfinite(largest) or not bool(size.isfinite().all()):
         return None
     return _Copy(
         weight.contiguous(),

@@ -60,4 +60,5 @@ def screened_at_any_size(monkeypatch):
         pytest.skip(reason)
     monkeypatch.setattr(screened_encode, "SMALLEST", 0)
     monkeypatch.setattr(screened_encode, "NARROWEST", 0)
+    monkeypatch.setattr(screened_encode, "TRAINING_ROWS", 0)
     monkeypatch.setattr(screened_encode, "CERTAIN_ROWS", 10**9)
