@@ -1,6 +1,7 @@
 """Every op at the shapes that matter, against alternatives and peers.
 
-    python bench/ops.py --out DIR
+    python bench/ops.py --out DIR                      (--only "encode N=1 ": some of the cases)
+    python bench/ops.py --out DIR --data embedded      (a real model's activations, smaller shapes)
 
 Writes `ops.csv`, `ops.md` and `ops.svg` (time as a multiple of ours, per case) with versions and
 hardware. The measuring is `resae.profile`; this file holds the shapes and the peers, each taken if
@@ -12,6 +13,7 @@ import csv
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -21,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resae.data import ActivationBatches, capture_tokens, train_and_held_out
 from resae.environment import environment
+from resae.model import EMBEDDED, HookedLM
 from resae.profile import (
     CASE_SECONDS,
     LEAST_ROUNDS,
@@ -31,11 +35,13 @@ from resae.profile import (
     Inputs,
     Peer,
     Provider,
+    make_inputs,
     measure_roofs,
     profile,
     table,
 )
 from resae.storage import save_json, write_atomically
+from resae.train import TrainConfig, calibrate, sum_moments, train
 
 GPU_CASES = [
     # Pythia-1.4B (D = 2048) and Gemma-2-9B (D = 3584); training or prefill, then generation.
@@ -72,6 +78,55 @@ CPU_CASES = [
     Case("chain", 256, 768, 8192, 32, L=3),
 ]
 DRY_CASES = [Case(op, 4, 64, 256, 8, L=2 if op == "chain" else 1) for op in OPS]
+
+EMBEDDED_CASES = [
+    Case(op, N, 128, 4096, 32) for op in ("encode", "forward") for N in (1, 16, 256, 2048)
+]
+
+
+def embedded(train_tokens: int) -> Callable[[Case, torch.device], Inputs]:
+    """In place of `make_inputs`: activations of a middle block of the embedded model on held-out
+    text, and a TopK autoencoder trained on so many other tokens."""
+    lm = HookedLM.from_pretrained(EMBEDDED)
+    points = lm.hook_points([lm.n_layers // 2])
+    rows, held_out = train_and_held_out(EMBEDDED, lm, context_tokens=128, held_out_rows=32)
+    sizes = EMBEDDED_CASES[0]
+    config = TrainConfig(
+        layers=(points[0].name,),
+        k=(sizes.k,),
+        d_sae=sizes.M,
+        predictor="none",
+        train_tokens=train_tokens,
+        calibration_tokens=20_000,
+        buffer_tokens=32_768,
+    )
+    captured = (capture_tokens(lm, ids, points) for ids in rows.batches(16))
+    moments = sum_moments(
+        config.predictor, captured, tokens=config.calibration_tokens, d_in=sizes.D, n_layers=1
+    )
+    source = ActivationBatches(
+        lm, rows, points, batch_tokens=config.batch_tokens, buffer_tokens=config.buffer_tokens
+    )
+    calibration = calibrate(config.predictor, moments, ridge=config.ridge)
+    with tempfile.TemporaryDirectory() as folder:
+        stack = train(config, source, calibration, Path(folder))
+    assert stack is not None  # nothing asks it to stop
+    sae = stack.sae(0).requires_grad_(False)
+    unseen = torch.cat([capture_tokens(lm, ids, points)[0] for ids in held_out.batches(16)])
+
+    def inputs(case: Case, device: torch.device) -> Inputs:
+        x = unseen[: case.N].to(device)
+        sae.to(device)
+        return {
+            "x": x,
+            "weight": sae.encoder.weight,
+            "bias": sae.encoder.bias,
+            "W_dec": [sae.W_dec],
+            "b_dec": [sae.b_dec],
+            "codes": [sae.encode(x)],
+        }
+
+    return inputs
 
 
 def compiled_reference(case: Case, inputs: Inputs) -> Provider | None:
@@ -124,8 +179,8 @@ def as_provider(
         "decode": lambda: [decode(*code)],
         "forward": lambda: [decode(*encode(x))],
     }
-    if case.op != "train":
-        return torch.no_grad()(inference[case.op])
+    if case.op in inference:
+        return inference[case.op]
 
     def gradients() -> list[Tensor]:
         found = torch.autograd.grad(loss(), parameters)
@@ -227,15 +282,16 @@ def dictionary_learning(case: Case, inputs: Inputs) -> Provider | None:
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     x = inputs["x"]
-    trainer = TopKTrainer(
-        steps=10_000,
-        activation_dim=case.D,
-        dict_size=case.M,
-        k=case.k,
-        layer=0,
-        lm_name="none",
-        device=str(x.device),
-    )
+    with x.device:  # its weights are drawn where tensors are made by default
+        trainer = TopKTrainer(
+            steps=10_000,
+            activation_dim=case.D,
+            dict_size=case.M,
+            k=case.k,
+            layer=0,
+            lm_name="none",
+            device=str(x.device),
+        )
     sae = trainer.ae.to(x.dtype)
     weights = {
         "encoder.weight": inputs["weight"],
@@ -320,12 +376,23 @@ def main() -> int:
         help=f"calls per provider; fewer, but {LEAST_ROUNDS}, in a case that takes longer than "
         f"{CASE_SECONDS:.0f} s",
     )
+    parser.add_argument(
+        "--data",
+        choices=("random", EMBEDDED),
+        default="random",
+        help="random numbers at the shapes that matter, or activations of the embedded model and "
+        "an autoencoder trained on them",
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--compile", action="store_true", help="also the compiled reference")
     parser.add_argument("--dry", action="store_true", help="tiny shapes: does everything run?")
     options = parser.parse_args()
     device = torch.device(options.device)
     cases = DRY_CASES if options.dry else GPU_CASES if device.type == "cuda" else CPU_CASES
+    make = make_inputs
+    if options.data == EMBEDDED:
+        cases = EMBEDDED_CASES
+        make = embedded(train_tokens=4_096 if options.dry else 250_000)
     cases = [case for case in cases if options.only in case.name]
     if not cases:
         parser.error(f"no case contains {options.only!r}")
@@ -342,10 +409,12 @@ def main() -> int:
             clock=clock,
             rounds=options.rounds,
             peers=peers,
+            inputs=make(case, device),
         )
     facts = {
         **environment(),
         "commit": commit(),
+        "data": options.data,
         "roofs": {d: {"copy_gb_per_s": r.copy / 1e9, "tflop_per_s": r.product / 1e12}
                   for d, r in roofs.items()},
     }  # fmt: skip

@@ -233,7 +233,8 @@ def _chain(inputs: Inputs, function: Callable, **options: Any) -> Sequence[Tenso
 
 
 def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str, Provider]:
-    """Name → call, ours first; peers where they have something for the case."""
+    """Name → call, ours first; peers where they have something for the case. Without gradients but
+    in training."""
     if case.op == "encode":
         named: dict[str, Provider] = {
             "resae": partial(_encode, case, inputs, topk_encode),
@@ -283,7 +284,9 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
         made = peer(case, inputs)
         if made is not None:
             named[name] = made
-    return named
+    if case.op == "train":
+        return named
+    return {name: torch.no_grad()(call) for name, call in named.items()}
 
 
 # -- correctness before speed ----------------------------------------------------------------------

@@ -96,10 +96,10 @@ def test_a_peer_with_our_weights_gives_our_answer(name, op, monkeypatch):
     )  # set by the peer's function, taken back here
     case = next(case for case in SMALL if case.op == op)
     inputs = make_inputs(case, CPU)
-    call = PEERS[name](case, inputs)
-    if call is None:
+    calls = providers(case, inputs, {name: PEERS[name]})
+    if name not in calls:
         pytest.skip(f"{name} is not installed; it comes with the extra 'peers'")
-    check(case, inputs, name, call())
+    check(case, inputs, name, calls[name]())
 
 
 @pytest.mark.parametrize("op", ["encode", "decode", "forward", "train"])
@@ -116,18 +116,20 @@ def test_a_dense_autoencoder_stored_the_other_way_round_is_a_provider(op):
     def decode(dense):
         return dense @ W_dec.mT + b_dec
 
-    call = as_provider(
-        case,
-        inputs,
-        encode=encode,
-        decode=decode,
-        code=[dense_code(case, inputs)],
-        loss=lambda: (decode(*encode(inputs["x"])) - inputs["x"]).square().mean(),
-        parameters=parameters,
-        transposed=[0, 2],
-    )
-    outputs = call()
-    check(case, inputs, "dense autoencoder", outputs)
+    def peer(case, inputs):
+        return as_provider(
+            case,
+            inputs,
+            encode=encode,
+            decode=decode,
+            code=[dense_code(case, inputs)],
+            loss=lambda: (decode(*encode(inputs["x"])) - inputs["x"]).square().mean(),
+            parameters=parameters,
+            transposed=[0, 2],
+        )
+
+    outputs = providers(case, inputs, {"dense": peer})["dense"]()
+    check(case, inputs, "dense", outputs)
     assert not any(output.requires_grad for output in outputs)
 
 
@@ -187,15 +189,24 @@ def test_command_prints_roofs_and_the_table(capsys, tmp_path):
     assert "resae::sparse_decode" in printed
 
 
+OPS_FILES = {"ops.csv", "ops.md", "ops.svg", "environment.json"}
+
+
 @pytest.mark.parametrize(
-    ("script", "files"),
+    ("script", "options", "files"),
     [
-        ("ops", {"ops.csv", "ops.md", "ops.svg", "environment.json"}),
-        ("questions", {"questions.md"}),
+        pytest.param("ops", [], OPS_FILES, id="ops"),
+        pytest.param(
+            "ops",
+            ["--data", "embedded", "--only", "N=1", "--rounds", "1"],
+            OPS_FILES,
+            id="embedded",
+        ),
+        pytest.param("questions", [], {"questions.md"}, id="questions"),
     ],
 )
-def test_bench_runs_dry_and_writes_its_files(tmp_path, script, files):
-    command = [sys.executable, f"bench/{script}.py", "--dry", "--device", "cpu"]
+def test_bench_runs_dry_and_writes_its_files(tmp_path, script, options, files):
+    command = [sys.executable, f"bench/{script}.py", "--dry", "--device", "cpu", *options]
     subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     assert {p.name for p in tmp_path.iterdir()} == files
     assert (tmp_path / f"{script}.md").read_text().count("\n| ") > 10
