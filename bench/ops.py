@@ -58,6 +58,7 @@ GPU_CASES = [
     Case("forward", 16, 2048, 65536, 64, "bfloat16"),
     Case("forward", 1, 2048, 65536, 64, "bfloat16"),
     Case("train", 8192, 2048, 65536, 64, "bfloat16"),
+    Case("train+adam", 8192, 2048, 65536, 64, "bfloat16"),
     Case("step", 1, 2048, 65536, 64, "bfloat16"),
     Case("step", 16, 2048, 65536, 64, "bfloat16"),
     Case("chain", 1, 2048, 65536, 64, "bfloat16", 4),
@@ -73,6 +74,7 @@ CPU_CASES = [
     Case("decode", 1, 768, 24576, 32),
     Case("decode", 256, 768, 24576, 32),
     Case("train", 2048, 512, 8192, 32),
+    Case("train+adam", 2048, 512, 8192, 32),
     Case("step", 1, 768, 24576, 32),
     Case("chain", 1, 768, 8192, 32, L=3),
     Case("chain", 256, 768, 8192, 32, L=3),
@@ -150,7 +152,7 @@ def compiled_reference(case: Case, inputs: Inputs) -> Provider | None:
 
 def usable(package: str, case: Case) -> bool:
     """Whether a peer is installed, and the case an op that it has."""
-    return case.op in ("encode", "decode", "forward", "train") and bool(find_spec(package))
+    return case.op not in ("step", "chain") and bool(find_spec(package))
 
 
 def as_provider(

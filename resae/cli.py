@@ -680,7 +680,8 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument(
         "op",
         choices=OPS,
-        help="encode, decode, forward (both), train (one step of it), step (online) or chain",
+        help="encode, decode, forward (both), train (its gradients; train+adam: and the update), "
+        "step (online) or chain",
     )
     measuring.add_argument("--tokens", type=int, help="N (default: 1024; step: 1, at most 16)")
     measuring.add_argument("--width", type=int, default=768, help="D")

@@ -37,7 +37,8 @@ from resae_kernels import (
     transport,
 )
 
-OPS = ("encode", "decode", "forward", "train", "step", "chain")
+TRAINING = ("train", "train+adam")
+OPS = ("encode", "decode", "forward", *TRAINING, "step", "chain")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLD_BYTES = 256 << 20
 """Written before each cold call: more than any last-level cache in use."""
@@ -81,7 +82,8 @@ class Case:
         encode: the weight once, x once, the code; the dense product 2·N·D·M, since every score is
         looked at. decode: N·k gathered rows and the output. forward: encode and decode, whose code
         need not leave. step: forward, and the prediction read. train: encode, decode and their
-        gradients: the product, four gathers of N·k rows, two weight gradients written once.
+        gradients: the product, four gathers of N·k rows, two weight gradients written once; with
+        Adam, parameters and both moments read and written, and the gradients read.
         chain: the gathers of L layers, and 2·N·D² per map.
         """
         N, D, M, k, L = self.N, self.D, self.M, self.k, self.L
@@ -95,9 +97,10 @@ class Case:
         if self.op in ("forward", "step"):
             streams = 3 if self.op == "step" else 2
             return (M * D + streams * N * D) * s + gather, 2.0 * N * D * (M + k)
-        if self.op == "train":
+        if self.op in TRAINING:
+            weights = 4 if self.op == "train" else 4 + 14
             return 4 * gather + (
-                4 * M * D + 4 * N * D
+                weights * M * D + 4 * N * D
             ) * s + code, 2.0 * N * D * M + 8.0 * N * k * D
         return (
             L * (gather + code + N * D * s) + (L - 1) * D * D * s,
@@ -221,6 +224,23 @@ def train_step(inputs: Inputs, case: Case, encode: Callable, decode: Callable) -
     return torch.autograd.grad(loss, (weight, bias, W_dec, b_dec))
 
 
+def _with_adam(gradients: Provider) -> Provider:
+    """The gradients, and a step of Adam with them; on other tensors than the parameters, so that
+    every call computes the same."""
+    parameters = [gradient.clone() for gradient in gradients()]  # laid out as theirs are
+    optimizer = torch.optim.Adam(parameters, fused=True)
+
+    def step() -> Sequence[Tensor]:
+        optimizer.zero_grad()
+        found = gradients()
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        return found
+
+    return step
+
+
 def _chain(inputs: Inputs, function: Callable, **options: Any) -> Sequence[Tensor]:
     return function(
         inputs["codes"],
@@ -264,7 +284,7 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
             "reference": partial(_step, case, inputs, reference.online_step),
             "dense PyTorch": partial(_step, case, inputs, _dense_step),
         }
-    elif case.op == "train":
+    elif case.op in TRAINING:
         named = {
             "resae": partial(train_step, inputs, case, topk_encode, sparse_decode),
             "dense PyTorch": partial(train_step, inputs, case, _dense_topk, _dense_decode),
@@ -286,6 +306,8 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
             named[name] = made
     if case.op == "train":
         return named
+    if case.op == "train+adam":
+        return {name: _with_adam(call) for name, call in named.items()}
     return {name: torch.no_grad()(call) for name, call in named.items()}
 
 
@@ -297,7 +319,7 @@ def check(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]) -> N
     few tokens for forward ops, float32 dense gradients for training)."""
     rows = slice(0, min(case.N, 16))
     tolerance = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}[case.dtype]
-    if case.op == "train":
+    if case.op in TRAINING:
         wide = {k: v.float() if isinstance(v, Tensor) else v for k, v in inputs.items()}
         wide |= {key: [t.float() for t in inputs[key]] for key in ("W_dec", "b_dec")}
         expected = train_step(wide, case, _dense_topk, _dense_decode)

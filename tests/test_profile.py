@@ -88,7 +88,7 @@ def test_codes_are_compared_as_sets_also_where_they_are_dense_or_sparse():
 
 
 @pytest.mark.filterwarnings("ignore")  # those of other packages
-@pytest.mark.parametrize("op", ["encode", "decode", "forward", "train"])
+@pytest.mark.parametrize("op", ["encode", "decode", "forward", "train", "train+adam"])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_with_our_weights_gives_our_answer(name, op, monkeypatch):
     monkeypatch.setenv(
@@ -102,7 +102,7 @@ def test_a_peer_with_our_weights_gives_our_answer(name, op, monkeypatch):
     check(case, inputs, name, calls[name]())
 
 
-@pytest.mark.parametrize("op", ["encode", "decode", "forward", "train"])
+@pytest.mark.parametrize("op", ["encode", "decode", "forward", "train", "train+adam"])
 def test_a_dense_autoencoder_stored_the_other_way_round_is_a_provider(op):
     case = next(case for case in SMALL if case.op == op)
     inputs = make_inputs(case, CPU)
