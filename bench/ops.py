@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from resae.profile import (
     CASE_SECONDS,
     LEAST_ROUNDS,
     OPS,
+    PRODUCT,
     Case,
     Clock,
     Inputs,
@@ -323,15 +325,12 @@ PEERS: dict[str, Peer] = {
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars: time of each provider, hot, as a multiple of ours."""
+    """Bars: time of each provider, hot, as a multiple of ours. Blue is ours, orange a peer, green
+    the bare product, grey plain PyTorch."""
     from matplotlib.figure import Figure
 
     hot = [row for row in rows if row["cache"] == "hot"]
     cases = list(dict.fromkeys(_name(row) for row in hot))
-    names = list(dict.fromkeys(row["provider"] for row in hot))
-    colors = dict(
-        zip(names, ("#0072b2", "#bbbbbb", "#e69f00", "#009e73", "#d55e00") * 3, strict=False)
-    )
     # Bars of one thickness, an empty place between cases.
     figure = Figure(figsize=(9, 0.14 * (len(hot) + len(cases)) + 1), layout="constrained")
     axis = figure.subplots()
@@ -341,7 +340,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         mine = [row for row in hot if _name(row) == case]
         middles.append(y + (len(mine) - 1) / 2)
         for row in mine:
-            color = colors[row["provider"]]
+            color = _color(row["provider"])
             bar = axis.barh(y, row["ms_p50"] / mine[0]["ms_p50"], 0.9, color=color)
             axis.bar_label(bar, [f" {row['provider']}  {row['ms_p50']:.3g} ms"], fontsize=7)
             y += 1
@@ -355,9 +354,23 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="svg"))
 
 
+def _color(provider: str) -> str:
+    if provider.startswith("resae"):
+        return "#0072b2"
+    return "#e69f00" if provider in PEERS else "#009e73" if provider == PRODUCT else "#bbbbbb"
+
+
 def _name(row: dict[str, Any]) -> str:
     fields = ("op", "N", "D", "M", "k", "dtype", "L")
     return Case(**{name: row[name] for name in fields}).name
+
+
+def peer_versions() -> dict[str, str]:
+    return {
+        d.name: d.version
+        for d in distributions()
+        if d.name in ("eai-sparsify", "sae-lens", "dictionary-learning")
+    }
 
 
 def commit() -> str:
@@ -417,6 +430,7 @@ def main() -> int:
         **environment(),
         "commit": commit(),
         "data": options.data,
+        "peers": peer_versions(),
         "roofs": {d: {"copy_gb_per_s": r.copy / 1e9, "tflop_per_s": r.product / 1e12}
                   for d, r in roofs.items()},
     }  # fmt: skip
