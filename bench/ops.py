@@ -283,8 +283,12 @@ def dictionary_learning(case: Case, inputs: Inputs) -> Provider | None:
     """dictionary_learning's AutoEncoderTopK, trained by its TopKTrainer."""
     if not usable("dictionary_learning", case):
         return None
+    import nnsight
     from dictionary_learning.trainers.top_k import TopKTrainer
 
+    # Its dependency nnsight replaces functions of `math` and torch as it is imported: that would
+    # slow the other providers down, and breaks torch.compile.
+    nnsight.DEFAULT_PATCHER.__exit__(None, None, None)
     x = inputs["x"]
     with x.device:  # its weights are drawn where tensors are made by default
         trainer = TopKTrainer(
