@@ -1,36 +1,49 @@
 """Every op at the shapes that matter, against alternatives and peers.
 
-    python bench/ops.py --out DIR
+    python bench/ops.py --out DIR                      (--only "encode N=1 ": some of the cases)
+    python bench/ops.py --out DIR --data embedded      (a real model's activations, smaller shapes)
 
 Writes `ops.csv`, `ops.md` and `ops.svg` (time as a multiple of ours, per case) with versions and
-hardware. The measuring is `resae.profile`; this file holds the shapes and the peers, which are
-taken if they are installed: `eai-sparsify` (its encoder and decoder).
+hardware. The measuring is `resae.profile`; this file holds the shapes and the peers, each taken if
+it is installed (`pip install "resae[peers]"`): eai-sparsify, sae-lens, dictionary-learning.
 """
 
 import argparse
 import csv
-import importlib.util
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from resae.data import ActivationBatches, capture_tokens, train_and_held_out
 from resae.environment import environment
+from resae.model import EMBEDDED, HookedLM
 from resae.profile import (
+    CASE_SECONDS,
+    LEAST_ROUNDS,
+    OPS,
+    PRODUCT,
     Case,
     Clock,
     Inputs,
     Peer,
     Provider,
+    make_inputs,
     measure_roofs,
     profile,
     table,
-    train_step,
 )
 from resae.storage import save_json, write_atomically
+from resae.train import TrainConfig, calibrate, sum_moments, train
 
 GPU_CASES = [
     # Pythia-1.4B (D = 2048) and Gemma-2-9B (D = 3584); training or prefill, then generation.
@@ -43,22 +56,81 @@ GPU_CASES = [
     Case("decode", 8192, 2048, 65536, 64, "bfloat16"),
     Case("decode", 8192, 2048, 16384, 128, "bfloat16"),
     Case("decode", 1, 2048, 65536, 64, "bfloat16"),
+    Case("forward", 8192, 2048, 65536, 64, "bfloat16"),
+    Case("forward", 16, 2048, 65536, 64, "bfloat16"),
+    Case("forward", 1, 2048, 65536, 64, "bfloat16"),
     Case("train", 8192, 2048, 65536, 64, "bfloat16"),
+    Case("train+adam", 8192, 2048, 65536, 64, "bfloat16"),
+    Case("step", 1, 2048, 65536, 64, "bfloat16"),
+    Case("step", 16, 2048, 65536, 64, "bfloat16"),
     Case("chain", 1, 2048, 65536, 64, "bfloat16", 4),
     Case("chain", 8192, 2048, 16384, 64, "bfloat16", 4),
 ]
 CPU_CASES = [
-    Case("encode", 1, 768, 24576, 32),
-    Case("encode", 16, 768, 24576, 32),
-    Case("encode", 256, 768, 24576, 32),
+    *(
+        Case(op, N, D, M, 32)
+        for op in ("encode", "forward")
+        for D, M in ((768, 24576), (2048, 16384))
+        for N in (1, 16, 256, 2048)
+    ),
     Case("decode", 1, 768, 24576, 32),
     Case("decode", 256, 768, 24576, 32),
     Case("train", 2048, 512, 8192, 32),
+    Case("train+adam", 2048, 512, 8192, 32),
+    Case("step", 1, 768, 24576, 32),
     Case("chain", 1, 768, 8192, 32, L=3),
     Case("chain", 256, 768, 8192, 32, L=3),
 ]
-DRY_CASES = [Case(op, 4, 64, 256, 8, L=2 if op == "chain" else 1) for op in
-             ("encode", "decode", "train", "chain")]  # fmt: skip
+DRY_CASES = [Case(op, 4, 64, 256, 8, L=2 if op == "chain" else 1) for op in OPS]
+
+EMBEDDED_CASES = [
+    Case(op, N, 128, 4096, 32) for op in ("encode", "forward") for N in (1, 16, 256, 2048)
+]
+
+
+def embedded(train_tokens: int) -> Callable[[Case, torch.device], Inputs]:
+    """In place of `make_inputs`: activations of a middle block of the embedded model on held-out
+    text, and a TopK autoencoder trained on so many other tokens."""
+    lm = HookedLM.from_pretrained(EMBEDDED)
+    points = lm.hook_points([lm.n_layers // 2])
+    rows, held_out = train_and_held_out(EMBEDDED, lm, context_tokens=128, held_out_rows=32)
+    sizes = EMBEDDED_CASES[0]
+    config = TrainConfig(
+        layers=(points[0].name,),
+        k=(sizes.k,),
+        d_sae=sizes.M,
+        predictor="none",
+        train_tokens=train_tokens,
+        calibration_tokens=20_000,
+        buffer_tokens=32_768,
+    )
+    captured = (capture_tokens(lm, ids, points) for ids in rows.batches(16))
+    moments = sum_moments(
+        config.predictor, captured, tokens=config.calibration_tokens, d_in=sizes.D, n_layers=1
+    )
+    source = ActivationBatches(
+        lm, rows, points, batch_tokens=config.batch_tokens, buffer_tokens=config.buffer_tokens
+    )
+    calibration = calibrate(config.predictor, moments, ridge=config.ridge)
+    with tempfile.TemporaryDirectory() as folder:
+        stack = train(config, source, calibration, Path(folder))
+    assert stack is not None  # nothing asks it to stop
+    sae = stack.sae(0).requires_grad_(False)
+    unseen = torch.cat([capture_tokens(lm, ids, points)[0] for ids in held_out.batches(16)])
+
+    def inputs(case: Case, device: torch.device) -> Inputs:
+        x = unseen[: case.N].to(device)
+        sae.to(device)
+        return {
+            "x": x,
+            "weight": sae.encoder.weight,
+            "bias": sae.encoder.bias,
+            "W_dec": [sae.W_dec],
+            "b_dec": [sae.b_dec],
+            "codes": [sae.encode(x)],
+        }
+
+    return inputs
 
 
 def compiled_reference(case: Case, inputs: Inputs) -> Provider | None:
@@ -77,57 +149,208 @@ def compiled_reference(case: Case, inputs: Inputs) -> Provider | None:
     return None
 
 
+# -- peers: their autoencoders as their users call them, with our weights --------------------------
+
+
+def usable(package: str, case: Case) -> bool:
+    """Whether a peer is installed, and the case an op that it has."""
+    return case.op not in ("step", "chain") and bool(find_spec(package))
+
+
+def as_provider(
+    case: Case,
+    inputs: Inputs,
+    *,
+    encode: Callable[[Tensor], Sequence[Tensor]],
+    decode: Callable[..., Tensor],
+    code: Sequence[Tensor],
+    loss: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    transposed: Sequence[int] = (),
+) -> Provider:
+    """A peer's call for the case.
+
+    Args:
+        encode, decode: x `[N, D]` to a code in the peer's form, and that code to `[N, D]`.
+        code: in that form, what the case decodes.
+        loss: of a training step, on the scale of ours (mean squared error).
+        parameters: encoder's weight and bias, W_dec, b_dec.
+        transposed: which of them the peer stores the other way round.
+    """
+    x = inputs["x"]
+    inference: dict[str, Provider] = {
+        "encode": lambda: encode(x),
+        "decode": lambda: [decode(*code)],
+        "forward": lambda: [decode(*encode(x))],
+    }
+    if case.op in inference:
+        return inference[case.op]
+
+    def gradients() -> list[Tensor]:
+        found = torch.autograd.grad(loss(), parameters)
+        return [g.mT if i in transposed else g for i, g in enumerate(found)]
+
+    return gradients
+
+
 def sparsify(case: Case, inputs: Inputs) -> Provider | None:
-    """EleutherAI's encoder, decoder, and both in a training step."""
-    if not importlib.util.find_spec("sparsify") or case.op == "chain":
+    """EleutherAI's SparseCoder; its loss is the squared error over the batch's variance."""
+    if not usable("sparsify", case):
         return None
-    from sparsify.fused_encoder import fused_encoder
-    from sparsify.utils import eager_decode, triton_decode
+    x = inputs["x"]
+    if not x.is_cuda:  # by itself it takes Triton wherever that is installed, also on a CPU
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from sparsify import SparseCoder, SparseCoderConfig
 
-    # By itself it takes Triton wherever that is installed, also for tensors on a CPU.
-    decoder = triton_decode if inputs["x"].is_cuda else eager_decode
+    config = SparseCoderConfig(num_latents=case.M, k=case.k)
+    sae = SparseCoder(case.D, config, device=x.device, dtype=x.dtype)
+    weights = {
+        "encoder.weight": inputs["weight"],
+        "encoder.bias": inputs["bias"],
+        "W_dec": inputs["W_dec"][0],
+        "b_dec": inputs["b_dec"][0],
+    }
+    sae.load_state_dict(weights)
+    variance = (x.float() - x.float().mean(0)).square().sum() / x.numel()
+    return as_provider(
+        case,
+        inputs,
+        encode=lambda x: sae.encode(x)[:2],
+        decode=sae.decode,
+        code=inputs["codes"][0],
+        loss=lambda: sae(x).fvu * variance,
+        parameters=[sae.get_parameter(name) for name in weights],
+    )
 
-    def encode(x: Any, weight: Any, bias: Any, k: int, *, pre_bias: Any) -> tuple[Any, Any]:
-        acts, indices, _ = fused_encoder(x - pre_bias, weight, bias, k, "topk")
-        return acts, indices
 
-    def decode(acts: Any, indices: Any, W_dec: Any, *, bias: Any) -> Any:
-        return decoder(indices, acts.to(W_dec.dtype), W_dec.mT) + bias
+def dense_code(case: Case, inputs: Inputs) -> Tensor:
+    """The code as `[N, M]`, which is what most libraries hand from encoder to decoder."""
+    acts, indices = inputs["codes"][0]
+    return acts.new_zeros(case.N, case.M).scatter_add_(1, indices, acts)
 
-    if case.op == "encode":
-        return lambda: encode(
-            inputs["x"], inputs["weight"], inputs["bias"], case.k, pre_bias=inputs["b_dec"][0]
+
+def saelens(case: Case, inputs: Inputs, *, sparse: bool) -> Provider | None:
+    """SAELens' TopKTrainingSAE, with dense activations (its default) or sparse ones.
+
+    Its rescaling by the decoder's norms is off: the rows of W_dec have norm 1 here, so it would
+    cost time and change nothing. Its sparse products are in float32 only.
+    """
+    if not usable("sae_lens", case) or (sparse and case.dtype != "float32"):
+        return None
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    x = inputs["x"]
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=case.D,
+            d_sae=case.M,
+            k=case.k,
+            dtype=case.dtype,
+            device=str(x.device),
+            use_sparse_activations=sparse,
+            rescale_acts_by_decoder_norm=False,
         )
-    if case.op == "decode":
-        acts, indices = inputs["codes"][0]
-        return lambda: [decode(acts, indices, inputs["W_dec"][0], bias=inputs["b_dec"][0])]
-    return lambda: train_step(inputs, case, encode, decode)
+    )
+    weights = {
+        "W_enc": inputs["weight"].mT,
+        "b_enc": inputs["bias"],
+        "W_dec": inputs["W_dec"][0],
+        "b_dec": inputs["b_dec"][0],
+    }
+    sae.load_state_dict(weights)
+    code = dense_code(case, inputs)
+    batch = TrainStepInput(
+        sae_in=x,
+        coefficients={},
+        dead_neuron_mask=None,
+        n_training_steps=0,
+        is_logging_step=False,
+    )
+    return as_provider(
+        case,
+        inputs,
+        encode=lambda x: [sae.encode(x)],
+        decode=sae.decode,
+        code=[code.to_sparse() if sparse else code],
+        loss=lambda: sae.training_forward_pass(batch).loss / case.D,
+        parameters=[sae.get_parameter(name) for name in weights],
+        transposed=[0],
+    )
 
 
-PEERS: dict[str, Peer] = {"sparsify": sparsify}
+def dictionary_learning(case: Case, inputs: Inputs) -> Provider | None:
+    """dictionary_learning's AutoEncoderTopK, trained by its TopKTrainer."""
+    if not usable("dictionary_learning", case):
+        return None
+    import nnsight
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    # Its dependency nnsight replaces functions of `math` and torch as it is imported: that would
+    # slow the other providers down, and breaks torch.compile.
+    nnsight.DEFAULT_PATCHER.__exit__(None, None, None)
+    x = inputs["x"]
+    with x.device:  # its weights are drawn where tensors are made by default
+        trainer = TopKTrainer(
+            steps=10_000,
+            activation_dim=case.D,
+            dict_size=case.M,
+            k=case.k,
+            layer=0,
+            lm_name="none",
+            device=str(x.device),
+        )
+    sae = trainer.ae.to(x.dtype)
+    weights = {
+        "encoder.weight": inputs["weight"],
+        "encoder.bias": inputs["bias"],
+        "decoder.weight": inputs["W_dec"][0].mT,
+        "b_dec": inputs["b_dec"][0],
+    }
+    sae.load_state_dict(sae.state_dict() | weights)
+    return as_provider(
+        case,
+        inputs,
+        encode=lambda x: [sae.encode(x)],
+        decode=sae.decode,
+        code=[dense_code(case, inputs)],
+        loss=lambda: trainer.loss(x, step=0) / case.D,
+        parameters=[sae.get_parameter(name) for name in weights],
+        transposed=[2],
+    )
+
+
+PEERS: dict[str, Peer] = {
+    "sparsify": sparsify,
+    "SAELens": partial(saelens, sparse=False),
+    "SAELens sparse": partial(saelens, sparse=True),
+    "dictionary_learning": dictionary_learning,
+}
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars: time of each provider, hot, as a multiple of ours."""
+    """Bars: time of each provider, hot, as a multiple of ours. Blue is ours, orange a peer, green
+    the bare product, grey plain PyTorch."""
     from matplotlib.figure import Figure
 
     hot = [row for row in rows if row["cache"] == "hot"]
     cases = list(dict.fromkeys(_name(row) for row in hot))
-    names = list(dict.fromkeys(row["provider"] for row in hot))
-    colors = dict(
-        zip(names, ("#0072b2", "#bbbbbb", "#e69f00", "#009e73", "#d55e00") * 3, strict=False)
-    )
-    figure = Figure(figsize=(9, 0.9 * len(cases) + 1), layout="constrained")
+    # Bars of one thickness, an empty place between cases.
+    figure = Figure(figsize=(9, 0.14 * (len(hot) + len(cases)) + 1), layout="constrained")
     axis = figure.subplots()
-    for y, case in enumerate(cases):
+    middles: list[float] = []
+    y = 0
+    for case in cases:
         mine = [row for row in hot if _name(row) == case]
-        ours = mine[0]["ms_p50"]
-        height = 0.8 / len(mine)
-        for i, row in enumerate(mine):
-            color = colors[row["provider"]]
-            bar = axis.barh(y + i * height, row["ms_p50"] / ours, height * 0.9, color=color)
+        middles.append(y + (len(mine) - 1) / 2)
+        for row in mine:
+            color = _color(row["provider"])
+            bar = axis.barh(y, row["ms_p50"] / mine[0]["ms_p50"], 0.9, color=color)
             axis.bar_label(bar, [f" {row['provider']}  {row['ms_p50']:.3g} ms"], fontsize=7)
-    axis.set_yticks([y + 0.3 for y in range(len(cases))], cases, fontsize=8)
+            y += 1
+        y += 1
+    axis.set_yticks(middles, cases, fontsize=8)
+    axis.set_ylim(-1, y - 1)
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlabel("time as a multiple of ours (hot cache)")
@@ -135,9 +358,23 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="svg"))
 
 
+def _color(provider: str) -> str:
+    if provider.startswith("resae"):
+        return "#0072b2"
+    return "#e69f00" if provider in PEERS else "#009e73" if provider == PRODUCT else "#bbbbbb"
+
+
 def _name(row: dict[str, Any]) -> str:
     fields = ("op", "N", "D", "M", "k", "dtype", "L")
     return Case(**{name: row[name] for name in fields}).name
+
+
+def peer_versions() -> dict[str, str]:
+    return {
+        d.name: d.version
+        for d in distributions()
+        if d.name in ("eai-sparsify", "sae-lens", "dictionary-learning")
+    }
 
 
 def commit() -> str:
@@ -151,12 +388,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20, help="calls per provider")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        help=f"calls per provider; fewer, but {LEAST_ROUNDS}, in a case that takes longer than "
+        f"{CASE_SECONDS:.0f} s",
+    )
+    parser.add_argument(
+        "--data",
+        choices=("random", EMBEDDED),
+        default="random",
+        help="random numbers at the shapes that matter, or activations of the embedded model and "
+        "an autoencoder trained on them",
+    )
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--compile", action="store_true", help="also the compiled reference")
     parser.add_argument("--dry", action="store_true", help="tiny shapes: does everything run?")
     options = parser.parse_args()
     device = torch.device(options.device)
     cases = DRY_CASES if options.dry else GPU_CASES if device.type == "cuda" else CPU_CASES
+    make = make_inputs
+    if options.data == EMBEDDED:
+        cases = EMBEDDED_CASES
+        make = embedded(train_tokens=4_096 if options.dry else 250_000)
+    cases = [case for case in cases if options.only in case.name]
+    if not cases:
+        parser.error(f"no case contains {options.only!r}")
     peers = {"compiled reference": compiled_reference, **PEERS} if options.compile else PEERS
     clock = Clock(device)
     roofs = {dtype: measure_roofs(clock, dtype) for dtype in {case.dtype for case in cases}}
@@ -170,10 +428,13 @@ def main() -> int:
             clock=clock,
             rounds=options.rounds,
             peers=peers,
+            inputs=make(case, device),
         )
     facts = {
         **environment(),
         "commit": commit(),
+        "data": options.data,
+        "peers": peer_versions(),
         "roofs": {d: {"copy_gb_per_s": r.copy / 1e9, "tflop_per_s": r.product / 1e12}
                   for d, r in roofs.items()},
     }  # fmt: skip

@@ -523,8 +523,11 @@ def _report(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
+    tokens = options.tokens
+    if tokens is None:
+        tokens = 1 if options.op == "step" else 1024
     case = Case(
-        options.op, options.tokens, options.width, options.latents, options.k, options.dtype,
+        options.op, tokens, options.width, options.latents, options.k, options.dtype,
         options.layers,
     )  # fmt: skip
     clock = Clock(device)
@@ -674,13 +677,18 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("run_directory", metavar="RUN", help="a directory with report.json")
 
     measuring = add("profile", _profile, "time one op at one shape against roofs and alternatives")
-    measuring.add_argument("op", choices=OPS, help="encode, decode, train (one step) or chain")
-    measuring.add_argument("--tokens", type=int, default=1024, help="N")
+    measuring.add_argument(
+        "op",
+        choices=OPS,
+        help="encode, decode, forward (both), train (its gradients; train+adam: and the update), "
+        "step (online) or chain",
+    )
+    measuring.add_argument("--tokens", type=int, help="N (default: 1024; step: 1, at most 16)")
     measuring.add_argument("--width", type=int, default=768, help="D")
     measuring.add_argument("--latents", type=int, default=8192, help="M")
     measuring.add_argument("--k", type=int, default=32, help="active latents per token")
     measuring.add_argument("--layers", type=int, default=1, help="L, of a chain")
-    measuring.add_argument("--rounds", type=int, default=10, help="calls per provider")
+    measuring.add_argument("--rounds", type=int, default=10, help="calls per provider, at most")
     measuring.add_argument("--trace", metavar="FILE", help="write a Chrome trace of our op here")
     _add_machine(measuring)
 

@@ -1,13 +1,14 @@
 """Measure the ops against what else there is, and against what the machine could do at best.
 
-    case | provider | ms p50 (p20–p80) | GB/s | TFLOP/s | % of the roof | peak MiB
+    case | provider | ms p50 (p20–p80) | rounds | × product | GB/s | TFLOP/s | % of the roof | MiB
 
 A *case* is an op at one shape and dtype. Every provider gets the same inputs and must give the
 reference's answer before it is timed. Providers are timed in turns, one call each per round, so
-that a slow phase of the machine hits all of them. Roofs are measured in the same process: copy
-bandwidth and the rate of a large matrix product; the roof of a case is the slower of moving the
-bytes that must move and computing the product that must be computed. "Cold" empties the last-level
-cache before each call, "hot" makes the same call once before.
+that a slow phase of the machine hits all of them; where an op scores every latent, the encode's
+bare product takes its turn too ("× product": how many times its time). Roofs are measured in the
+same process: copy bandwidth and the rate of a large matrix product; the roof of a case is the
+slower of moving the bytes that must move and computing the product that must be computed. "Cold"
+empties the last-level cache before each call, "hot" makes the same call once before.
 """
 
 import json
@@ -24,12 +25,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resae.storage import write_atomically
-from resae_kernels import TopK, affine_chain, reference, sparse_decode, topk_encode, transport
+from resae_kernels import (
+    OnlineStep,
+    StepWorkspace,
+    TopK,
+    affine_chain,
+    online_step,
+    reference,
+    sparse_decode,
+    topk_encode,
+    transport,
+)
 
-OPS = ("encode", "decode", "train", "chain")
+TRAINING = ("train", "train+adam")
+OPS = ("encode", "decode", "forward", *TRAINING, "step", "chain")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLD_BYTES = 256 << 20
 """Written before each cold call: more than any last-level cache in use."""
+PRODUCT = "bare product"
+"""Provider of the encode's scores alone, `x @ weight.T + bias`: timed, but no answer to check."""
+CASE_SECONDS, LEAST_ROUNDS = 30.0, 5
+"""A case that has taken so long gets no more rounds than so many."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,10 @@ class Case:
         """`(bytes, FLOPs)` that any implementation must at least move and compute.
 
         encode: the weight once, x once, the code; the dense product 2·N·D·M, since every score is
-        looked at. decode: N·k gathered rows and the output. train: encode, decode and their
-        gradients: the product, four gathers of N·k rows, two weight gradients written once.
+        looked at. decode: N·k gathered rows and the output. forward: encode and decode, whose code
+        need not leave. step: forward, and the prediction read. train: encode, decode and their
+        gradients: the product, four gathers of N·k rows, two weight gradients written once; with
+        Adam, parameters and both moments read and written, and the gradients read.
         chain: the gathers of L layers, and 2·N·D² per map.
         """
         N, D, M, k, L = self.N, self.D, self.M, self.k, self.L
@@ -76,9 +94,13 @@ class Case:
             return (M * D + N * D) * s + code, 2.0 * N * D * M
         if self.op == "decode":
             return gather + code + N * D * s, 2.0 * N * k * D
-        if self.op == "train":
+        if self.op in ("forward", "step"):
+            streams = 3 if self.op == "step" else 2
+            return (M * D + streams * N * D) * s + gather, 2.0 * N * D * (M + k)
+        if self.op in TRAINING:
+            weights = 4 if self.op == "train" else 4 + 14
             return 4 * gather + (
-                4 * M * D + 4 * N * D
+                weights * M * D + 4 * N * D
             ) * s + code, 2.0 * N * D * M + 8.0 * N * k * D
         return (
             L * (gather + code + N * D * s) + (L - 1) * D * D * s,
@@ -133,6 +155,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         "A": [(normal(case.D, case.D) / case.D**0.5).to(dtype) for _ in range(case.L - 1)],
         "c": [normal(case.D).to(dtype) for _ in range(case.L - 1)],
     }
+    if case.op == "step":
+        inputs["base"] = (0.5 * normal(case.N, case.D)).to(dtype)
     if case.op == "chain":
         inputs["transported"] = transport(W_dec, inputs["A"], inputs["c"], b_dec=inputs["b_dec"])
     return inputs
@@ -164,6 +188,31 @@ def _dense_decode(acts, indices, W_dec, *, bias):
     return dense @ W_dec + bias
 
 
+def _forward(
+    case: Case, inputs: Inputs, encode: Callable[..., TopK], decode: Callable[..., Tensor]
+) -> Sequence[Tensor]:
+    acts, indices = _encode(case, inputs, encode)
+    return [decode(acts, indices, inputs["W_dec"][0], bias=inputs["b_dec"][0])]
+
+
+def _step(case: Case, inputs: Inputs, function: Callable[..., OnlineStep]) -> Sequence[Tensor]:
+    x_hat, code = function(
+        inputs["x"],
+        inputs["weight"],
+        inputs["bias"],
+        case.k,
+        inputs["W_dec"][0],
+        b_dec=inputs["b_dec"][0],
+        base=inputs["base"],
+    )
+    return [code.acts, x_hat]
+
+
+def _dense_step(x, weight, bias, k, W_dec, *, b_dec, base):
+    code = _dense_topk(x - base, weight, bias, k, pre_bias=b_dec)
+    return OnlineStep(_dense_decode(*code, W_dec, bias=b_dec) + base, code)
+
+
 def train_step(inputs: Inputs, case: Case, encode: Callable, decode: Callable) -> Sequence[Tensor]:
     """Forward and backward of one autoencoder's squared error; the gradients, no optimiser."""
     x = inputs["x"]
@@ -173,6 +222,23 @@ def train_step(inputs: Inputs, case: Case, encode: Callable, decode: Callable) -
     x_hat = decode(code[0], code[1], W_dec, bias=b_dec)
     loss = (x_hat - x).float().square().sum() / x.numel()
     return torch.autograd.grad(loss, (weight, bias, W_dec, b_dec))
+
+
+def _with_adam(gradients: Provider) -> Provider:
+    """The gradients, and a step of Adam with them; on other tensors than the parameters, so that
+    every call computes the same."""
+    parameters = [gradient.clone() for gradient in gradients()]  # laid out as theirs are
+    optimizer = torch.optim.Adam(parameters, fused=True)
+
+    def step() -> Sequence[Tensor]:
+        optimizer.zero_grad()
+        found = gradients()
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        return found
+
+    return step
 
 
 def _chain(inputs: Inputs, function: Callable, **options: Any) -> Sequence[Tensor]:
@@ -187,7 +253,8 @@ def _chain(inputs: Inputs, function: Callable, **options: Any) -> Sequence[Tenso
 
 
 def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str, Provider]:
-    """Name → call, ours first; peers where they have something for the case."""
+    """Name → call, ours first; peers where they have something for the case. Without gradients but
+    in training."""
     if case.op == "encode":
         named: dict[str, Provider] = {
             "resae": partial(_encode, case, inputs, topk_encode),
@@ -200,7 +267,24 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
             "reference": partial(_decode, inputs, reference.sparse_decode),
             "dense product": partial(_decode, inputs, _dense_decode),
         }
-    elif case.op == "train":
+    elif case.op == "forward":
+        plain = (reference.topk_encode, reference.sparse_decode)
+        named = {
+            "resae": partial(_forward, case, inputs, topk_encode, sparse_decode),
+            "reference": partial(_forward, case, inputs, *plain),
+            "dense PyTorch": partial(_forward, case, inputs, _dense_topk, _dense_decode),
+        }
+    elif case.op == "step":
+        x = inputs["x"]
+        space = StepWorkspace.allocate(
+            case.N, case.M, case.k, case.D, dtype=x.dtype, device=x.device
+        )
+        named = {
+            "resae": partial(_step, case, inputs, partial(online_step, out=space)),
+            "reference": partial(_step, case, inputs, reference.online_step),
+            "dense PyTorch": partial(_step, case, inputs, _dense_step),
+        }
+    elif case.op in TRAINING:
         named = {
             "resae": partial(train_step, inputs, case, topk_encode, sparse_decode),
             "dense PyTorch": partial(train_step, inputs, case, _dense_topk, _dense_decode),
@@ -212,11 +296,19 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
             "resae transported": partial(_chain, inputs, affine_chain, transported=whole),
             "reference": partial(_chain, inputs, reference.affine_chain),
         }
+    if case.op in ("encode", "forward", "step"):
+        x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
+        scores = x.new_empty(case.N, case.M)
+        named[PRODUCT] = lambda: [torch.addmm(bias, x, weight.T, out=scores)]
     for name, peer in peers.items():
         made = peer(case, inputs)
         if made is not None:
             named[name] = made
-    return named
+    if case.op == "train":
+        return named
+    if case.op == "train+adam":
+        return {name: _with_adam(call) for name, call in named.items()}
+    return {name: torch.no_grad()(call) for name, call in named.items()}
 
 
 # -- correctness before speed ----------------------------------------------------------------------
@@ -227,18 +319,27 @@ def check(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]) -> N
     few tokens for forward ops, float32 dense gradients for training)."""
     rows = slice(0, min(case.N, 16))
     tolerance = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}[case.dtype]
-    if case.op == "train":
+    if case.op in TRAINING:
         wide = {k: v.float() if isinstance(v, Tensor) else v for k, v in inputs.items()}
         wide |= {key: [t.float() for t in inputs[key]] for key in ("W_dec", "b_dec")}
         expected = train_step(wide, case, _dense_topk, _dense_decode)
         # Near-ties at the threshold may be selected differently: compare as a whole, not by entry.
         pairs = list(zip(outputs, expected, strict=True))
         tolerance *= 10
-    elif case.op == "encode":
-        x = inputs["x"][rows].double()
-        wide = (inputs["weight"].double(), inputs["bias"].double())
-        exact = reference.topk_encode(x, *wide, case.k, pre_bias=inputs["b_dec"][0].double())
-        pairs = [(outputs[0][rows].sort(-1).values, exact.acts.sort(-1).values)]
+    elif case.op in ("encode", "forward", "step"):
+        x, weight, bias = (inputs[name].double() for name in ("x", "weight", "bias"))
+        W_dec, b_dec = inputs["W_dec"][0].double(), inputs["b_dec"][0].double()
+        base = inputs["base"][rows].double() if case.op == "step" else None
+        exact = reference.online_step(x[rows], weight, bias, case.k, W_dec, b_dec=b_dec, base=base)
+        pairs = []
+        if case.op != "forward":
+            # As a set: in any order, also as `[N, M]` with the other latents zero, also sparse.
+            acts = outputs[0].to_dense()[rows].topk(case.k).values
+            pairs.append((acts, exact.code.acts.sort(descending=True).values))
+        if case.op != "encode":
+            pairs.append((outputs[-1][rows], exact.x_hat))
+            # Another latent of a near-tie moves the reconstruction more than the acts.
+            tolerance *= 5
     else:
         codes = [TopK(a[rows].double(), i[rows]) for a, i in inputs["codes"]]
         exact = reference.affine_chain(
@@ -322,19 +423,29 @@ def profile(
     clock: Clock,
     rounds: int = 20,
     peers: Mapping[str, Peer] | None = None,
+    inputs: Inputs | None = None,
 ) -> list[dict[str, Any]]:
     """Check and time every provider of a case; one flat row per provider and cache state.
+
+    Args:
+        rounds: calls per provider and cache state; fewer, but `LEAST_ROUNDS`, once the case has
+            taken `CASE_SECONDS`.
+        inputs: in place of those of `make_inputs`.
 
     Raises:
         ValueError: a provider's answer is wrong.
     """
-    inputs = make_inputs(case, device)
+    inputs = inputs or make_inputs(case, device)
     calls = providers(case, inputs, peers or {})
     for name, call in calls.items():
-        check(case, inputs, name, call())
+        if name != PRODUCT:
+            check(case, inputs, name, call())
     peaks = {name: clock.peak_bytes(call) for name, call in calls.items()}
     times: dict[tuple[str, bool], list[float]] = {(n, c): [] for n in calls for c in (False, True)}
-    for _ in range(rounds):
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.perf_counter() - began > CASE_SECONDS:
+            break
         for (name, cold), taken in times.items():
             taken.append(clock.seconds(calls[name], cold=cold))
     moved, computed = case.work()
@@ -343,6 +454,7 @@ def profile(
     for (name, cold), taken in times.items():
         p20, p50, p80 = _quantiles(taken)
         peak = peaks[name]
+        product = times.get((PRODUCT, cold))
         rows.append(
             {
                 **asdict(case),
@@ -351,6 +463,8 @@ def profile(
                 "ms_p50": p50 * 1e3,
                 "ms_p20": p20 * 1e3,
                 "ms_p80": p80 * 1e3,
+                "rounds": len(taken),
+                "x_product": p50 / statistics.median(product) if product else None,
                 "gb_per_s": moved / p50 / 1e9,
                 "tflop_per_s": computed / p50 / 1e12,
                 "percent_of_roof": 100 * bound / p50,
@@ -410,15 +524,18 @@ def trace(case: Case, *, device: torch.device, path: Path) -> list[dict[str, Any
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, one line per row."""
     lines = [
-        "| case | provider | cache | ms p50 (p20–p80) | GB/s | TFLOP/s | % of roof | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | provider | cache | ms p50 (p20–p80) | rounds | × product | GB/s | TFLOP/s | "
+        "% of roof | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         case = Case(**{name: row[name] for name in ("op", "N", "D", "M", "k", "dtype", "L")})
         peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        product = "–" if row["x_product"] is None else f"{row['x_product']:.2f}"
         lines.append(
             f"| {case.name} | {row['provider']} | {row['cache']} | {row['ms_p50']:.3f} "
-            f"({row['ms_p20']:.3f}–{row['ms_p80']:.3f}) | {row['gb_per_s']:.1f} | "
-            f"{row['tflop_per_s']:.3f} | {row['percent_of_roof']:.0f} | {peak} |"
+            f"({row['ms_p20']:.3f}–{row['ms_p80']:.3f}) | {row['rounds']} | {product} | "
+            f"{row['gb_per_s']:.1f} | {row['tflop_per_s']:.3f} | "
+            f"{row['percent_of_roof']:.0f} | {peak} |"
         )
     return "\n".join(lines)

@@ -5,16 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops import PEERS, as_provider, dense_code
 
 from resae.cli import main
-from resae.profile import Case, Clock, Roofs, check, make_inputs, profile, providers, trace
+from resae.profile import (
+    LEAST_ROUNDS,
+    OPS,
+    PRODUCT,
+    Case,
+    Clock,
+    Roofs,
+    check,
+    make_inputs,
+    profile,
+    providers,
+    table,
+    trace,
+)
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-SMALL = [
-    Case(op, 6, 32, 64, 4, L=3 if op == "chain" else 1)
-    for op in ("encode", "decode", "train", "chain")
-]
+SMALL = [Case(op, 6, 32, 64, 4, L=3 if op == "chain" else 1) for op in OPS]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.op)
@@ -41,6 +52,85 @@ def test_a_wrong_provider_is_not_timed(case):
     outputs[0] = outputs[0] * 1.01
     with pytest.raises(ValueError, match="is wrong on"):
         check(case, inputs, name, outputs)
+
+
+@pytest.mark.parametrize("op", ["encode", "forward", "step", "decode"])
+def test_times_are_multiples_of_the_bare_product_where_there_is_one(op):
+    case = next(case for case in SMALL if case.op == op)
+    rows = profile(
+        case, device=CPU, roofs=Roofs(copy=1e10, product=1e11), clock=Clock(CPU), rounds=1
+    )
+    products = {row["cache"]: row["ms_p50"] for row in rows if row["provider"] == PRODUCT}
+    assert set(products) == (set() if op == "decode" else {"hot", "cold"})
+    for row in rows:
+        expected = row["ms_p50"] / products[row["cache"]] if products else None
+        assert row["x_product"] == (expected and pytest.approx(expected))
+
+
+def test_long_cases_get_fewer_rounds_and_the_table_says_how_many(monkeypatch):
+    monkeypatch.setattr("resae.profile.CASE_SECONDS", 0.0)
+    rows = profile(
+        SMALL[0], device=CPU, roofs=Roofs(copy=1e10, product=1e11), clock=Clock(CPU), rounds=9
+    )
+    assert {row["rounds"] for row in rows} == {LEAST_ROUNDS}
+    assert all(f") | {LEAST_ROUNDS} | " in line for line in table(rows).splitlines()[2:])
+
+
+def test_codes_are_compared_as_sets_also_where_they_are_dense_or_sparse():
+    case = SMALL[0]
+    inputs = make_inputs(case, CPU)
+    acts, indices = next(iter(providers(case, inputs, {}).values()))()
+    dense = acts.new_zeros(case.N, case.M).scatter_(1, indices, acts)
+    for outputs in ([acts.flip(1)], [dense], [dense.to_sparse()]):
+        check(case, inputs, "peer", outputs)
+    with pytest.raises(ValueError, match="peer is wrong on"):
+        check(case, inputs, "peer", [dense.roll(1, 0)])
+
+
+@pytest.mark.filterwarnings("ignore")  # those of other packages
+@pytest.mark.parametrize("op", ["encode", "decode", "forward", "train", "train+adam"])
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_with_our_weights_gives_our_answer(name, op, monkeypatch):
+    monkeypatch.setenv(
+        "SPARSIFY_DISABLE_TRITON", "1"
+    )  # set by the peer's function, taken back here
+    case = next(case for case in SMALL if case.op == op)
+    inputs = make_inputs(case, CPU)
+    calls = providers(case, inputs, {name: PEERS[name]})
+    if name not in calls:
+        pytest.skip(f"{name} is not installed; it comes with the extra 'peers'")
+    check(case, inputs, name, calls[name]())
+
+
+@pytest.mark.parametrize("op", ["encode", "decode", "forward", "train", "train+adam"])
+def test_a_dense_autoencoder_stored_the_other_way_round_is_a_provider(op):
+    case = next(case for case in SMALL if case.op == op)
+    inputs = make_inputs(case, CPU)
+    stored = (inputs["weight"].mT, inputs["bias"], inputs["W_dec"][0].mT, inputs["b_dec"][0])
+    W_enc, b_enc, W_dec, b_dec = parameters = [t.clone().requires_grad_() for t in stored]
+
+    def encode(x):
+        acts, indices = ((x - b_dec) @ W_enc + b_enc).relu().topk(case.k)
+        return [torch.zeros(case.N, case.M).scatter(1, indices, acts)]
+
+    def decode(dense):
+        return dense @ W_dec.mT + b_dec
+
+    def peer(case, inputs):
+        return as_provider(
+            case,
+            inputs,
+            encode=encode,
+            decode=decode,
+            code=[dense_code(case, inputs)],
+            loss=lambda: (decode(*encode(inputs["x"])) - inputs["x"]).square().mean(),
+            parameters=parameters,
+            transposed=[0, 2],
+        )
+
+    outputs = providers(case, inputs, {"dense": peer})["dense"]()
+    check(case, inputs, "dense", outputs)
+    assert not any(output.requires_grad for output in outputs)
 
 
 def test_work_of_a_worked_example():
@@ -70,6 +160,14 @@ def test_trace_lists_what_ran(tmp_path):
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
+def test_command_profiles_a_step_of_one_token_by_itself(capsys):
+    arguments = ["profile", "step", "--width", "16", "--latents", "32", "--k", "2", "--rounds", "1"]
+    assert main(arguments) == 0
+    assert "| step N=1 D=16 M=32 k=2 float32 | resae | hot |" in capsys.readouterr().out
+    assert main([*arguments, "--tokens", "17"]) == 2
+    assert "17 tokens, expected at most 16" in capsys.readouterr().err
+
+
 def test_command_prints_roofs_and_the_table(capsys, tmp_path):
     arguments = [
         "profile",
@@ -91,15 +189,24 @@ def test_command_prints_roofs_and_the_table(capsys, tmp_path):
     assert "resae::sparse_decode" in printed
 
 
+OPS_FILES = {"ops.csv", "ops.md", "ops.svg", "environment.json"}
+
+
 @pytest.mark.parametrize(
-    ("script", "files"),
+    ("script", "options", "files"),
     [
-        ("ops", {"ops.csv", "ops.md", "ops.svg", "environment.json"}),
-        ("questions", {"questions.md"}),
+        pytest.param("ops", [], OPS_FILES, id="ops"),
+        pytest.param(
+            "ops",
+            ["--data", "embedded", "--only", "N=1", "--rounds", "1"],
+            OPS_FILES,
+            id="embedded",
+        ),
+        pytest.param("questions", [], {"questions.md"}, id="questions"),
     ],
 )
-def test_bench_runs_dry_and_writes_its_files(tmp_path, script, files):
-    command = [sys.executable, f"bench/{script}.py", "--dry", "--device", "cpu"]
+def test_bench_runs_dry_and_writes_its_files(tmp_path, script, options, files):
+    command = [sys.executable, f"bench/{script}.py", "--dry", "--device", "cpu", *options]
     subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     assert {p.name for p in tmp_path.iterdir()} == files
     assert (tmp_path / f"{script}.md").read_text().count("\n| ") > 10
