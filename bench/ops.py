@@ -1,7 +1,7 @@
 """Every op at the shapes that matter, against alternatives and peers.
 
     python bench/ops.py --out DIR                      (--only "encode N=1 ": some of the cases)
-    python bench/ops.py --out DIR --data embedded      (a real model's activations, smaller shapes)
+    python bench/ops.py --out DIR --data embedded      (a real model's activations)
 
 Writes `ops.csv`, `ops.md` and `ops.svg` (time as a multiple of ours, per case) with versions and
 hardware. The measuring is `resae.profile`; this file holds the shapes and the peers, each taken if
@@ -14,8 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resae.data import ActivationBatches, capture_tokens, train_and_held_out
+from resae.affine import AffinePredictor
+from resae.data import ActivationBatches, Position, capture_tokens, train_and_held_out
 from resae.environment import environment
 from resae.model import EMBEDDED, HookedLM
 from resae.profile import (
@@ -42,8 +43,9 @@ from resae.profile import (
     profile,
     table,
 )
+from resae.sae import TopKSAE
 from resae.storage import save_json, write_atomically
-from resae.train import TrainConfig, calibrate, sum_moments, train
+from resae.train import Calibration, TrainConfig, sum_moments, train
 
 GPU_CASES = [
     # Pythia-1.4B (D = 2048) and Gemma-2-9B (D = 3584); training or prefill, then generation.
@@ -84,41 +86,74 @@ CPU_CASES = [
 DRY_CASES = [Case(op, 4, 64, 256, 8, L=2 if op == "chain" else 1) for op in OPS]
 
 EMBEDDED_CASES = [
-    Case(op, N, 128, 4096, 32) for op in ("encode", "forward") for N in (1, 16, 256, 2048)
+    Case(op, N, D, M, 32)
+    for op in ("encode", "forward")
+    for D, M in ((128, 4096), (1024, 8192))
+    for N in (1, 16, 256, 2048)
 ]
 
 
-def embedded(train_tokens: int) -> Callable[[Case, torch.device], Inputs]:
-    """In place of `make_inputs`: activations of a middle block of the embedded model on held-out
-    text, and a TopK autoencoder trained on so many other tokens."""
+class SideBySide:
+    """The streams of several layers as one wide activation, each divided by its RMS."""
+
+    def __init__(self, source: ActivationBatches, scale: Sequence[float]):
+        self.source, self.scale = source, scale
+
+    def batches(self, start: Position) -> Iterator[tuple[list[Tensor], Position]]:
+        for xs, position in self.source.batches(start):
+            yield [self.join(xs)], position
+
+    def join(self, xs: Sequence[Tensor]) -> Tensor:
+        return torch.cat([x / s for x, s in zip(xs, self.scale, strict=True)], dim=1)
+
+
+def trained_on_embedded(
+    D: int, M: int, k: int, *, train_tokens: int, held_out_rows: int
+) -> tuple[TopKSAE, Tensor]:
+    """A TopK autoencoder of the embedded model, and activations `[N, D]` of text it has not seen.
+
+    D = 128 is the stream after block 4; D = 128·n those after the first n blocks, side by side.
+    """
     lm = HookedLM.from_pretrained(EMBEDDED)
-    points = lm.hook_points([lm.n_layers // 2])
-    rows, held_out = train_and_held_out(EMBEDDED, lm, context_tokens=128, held_out_rows=32)
-    sizes = EMBEDDED_CASES[0]
-    config = TrainConfig(
-        layers=(points[0].name,),
-        k=(sizes.k,),
-        d_sae=sizes.M,
-        predictor="none",
-        train_tokens=train_tokens,
-        calibration_tokens=20_000,
-        buffer_tokens=32_768,
+    points = lm.hook_points([4] if lm.d_model == D else range(D // lm.d_model))
+    rows, held_out = train_and_held_out(
+        EMBEDDED, lm, context_tokens=128, held_out_rows=held_out_rows
     )
     captured = (capture_tokens(lm, ids, points) for ids in rows.batches(16))
-    moments = sum_moments(
-        config.predictor, captured, tokens=config.calibration_tokens, d_in=sizes.D, n_layers=1
+    moments = sum_moments("none", captured, tokens=20_000, d_in=lm.d_model, n_layers=len(points))
+    config = TrainConfig(
+        layers=(points[-1].name,),
+        k=(k,),
+        d_sae=M,
+        predictor="none",
+        train_tokens=train_tokens,
+        buffer_tokens=32_768,
     )
-    source = ActivationBatches(
-        lm, rows, points, batch_tokens=config.batch_tokens, buffer_tokens=config.buffer_tokens
+    source = SideBySide(
+        ActivationBatches(
+            lm, rows, points, batch_tokens=config.batch_tokens, buffer_tokens=config.buffer_tokens
+        ),
+        moments.scale(),
     )
-    calibration = calibrate(config.predictor, moments, ridge=config.ridge)
+    mean = source.join([moments.mean(i).float().unsqueeze(0) for i in range(len(points))])
+    calibration = Calibration(AffinePredictor("none"), [1.0], [mean.squeeze(0)])
     with tempfile.TemporaryDirectory() as folder:
         stack = train(config, source, calibration, Path(folder))
     assert stack is not None  # nothing asks it to stop
-    sae = stack.sae(0).requires_grad_(False)
-    unseen = torch.cat([capture_tokens(lm, ids, points)[0] for ids in held_out.batches(16)])
+    unseen = [source.join(capture_tokens(lm, ids, points)) for ids in held_out.batches(16)]
+    return stack.sae(0).requires_grad_(False), torch.cat(unseen)
+
+
+def embedded(train_tokens: int) -> Callable[[Case, torch.device], Inputs]:
+    """In place of `make_inputs`: activations of the embedded model and an autoencoder trained on
+    so many other tokens."""
+
+    @cache
+    def trained(D: int, M: int, k: int) -> tuple[TopKSAE, Tensor]:
+        return trained_on_embedded(D, M, k, train_tokens=train_tokens, held_out_rows=32)
 
     def inputs(case: Case, device: torch.device) -> Inputs:
+        sae, unseen = trained(case.D, case.M, case.k)
         x = unseen[: case.N].to(device)
         sae.to(device)
         return {

@@ -27,6 +27,7 @@ from torch import Tensor
 from resae.storage import write_atomically
 from resae_kernels import (
     OnlineStep,
+    ScreenedEncoder,
     StepWorkspace,
     TopK,
     affine_chain,
@@ -252,12 +253,32 @@ def _chain(inputs: Inputs, function: Callable, **options: Any) -> Sequence[Tenso
     )
 
 
+def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., TopK]]:
+    """Our ways to encode, first that of `TopKSAE`: screened on a CPU, where that pays."""
+    x, weight, bias = inputs["x"], inputs["weight"].detach(), inputs["bias"].detach()
+    weight = weight.requires_grad_(case.op in TRAINING)
+    found: dict[str, Callable[..., TopK]] = {}
+    for name, margin in (("resae", "statistical"), ("resae certain", "certain")):
+        held = ScreenedEncoder(weight, bias, margin=margin)
+        if held.explain(x, case.k).rows_screened:
+            found[name] = partial(_screened, held)
+    return found | {"resae exact" if found else "resae": topk_encode}
+
+
+def _screened(held: ScreenedEncoder, x, weight, bias, k, *, pre_bias) -> TopK:
+    if weight.requires_grad:  # in training it is another one every time
+        held = ScreenedEncoder(weight, bias, margin=held.margin)
+    return held.encode(x, k, pre_bias=pre_bias)
+
+
 def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str, Provider]:
     """Name → call, ours first; peers where they have something for the case. Without gradients but
     in training."""
+    encodes = case.op in ("encode", "forward", *TRAINING)
+    ours = _encoders(case, inputs) if encodes else {}
     if case.op == "encode":
         named: dict[str, Provider] = {
-            "resae": partial(_encode, case, inputs, topk_encode),
+            **{name: partial(_encode, case, inputs, encode) for name, encode in ours.items()},
             "reference": partial(_encode, case, inputs, reference.topk_encode),
             "product + torch.topk": partial(_encode, case, inputs, _dense_topk),
         }
@@ -270,7 +291,10 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
     elif case.op == "forward":
         plain = (reference.topk_encode, reference.sparse_decode)
         named = {
-            "resae": partial(_forward, case, inputs, topk_encode, sparse_decode),
+            **{
+                name: partial(_forward, case, inputs, encode, sparse_decode)
+                for name, encode in ours.items()
+            },
             "reference": partial(_forward, case, inputs, *plain),
             "dense PyTorch": partial(_forward, case, inputs, _dense_topk, _dense_decode),
         }
@@ -286,7 +310,10 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
         }
     elif case.op in TRAINING:
         named = {
-            "resae": partial(train_step, inputs, case, topk_encode, sparse_decode),
+            **{
+                name: partial(train_step, inputs, case, encode, sparse_decode)
+                for name, encode in ours.items()
+            },
             "dense PyTorch": partial(train_step, inputs, case, _dense_topk, _dense_decode),
         }
     else:
