@@ -360,7 +360,7 @@ def test_few_rows_of_training_take_the_exact_path():
     assert found.code.acts.requires_grad
 
 
-def test_why_nothing_is_screened(monkeypatch):
+def test_why_nothing_is_screened():
     x, weight, bias = inputs()
     big = torch.zeros(1 << 14, 1 << 8)
 
@@ -380,8 +380,22 @@ def test_why_nothing_is_screened(monkeypatch):
     with torch.inference_mode():
         made_there = big + 0.0
     assert "inference mode" in reason(made_there, x=x)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    assert "VNNI" in reason(big, x=x)
+
+
+def test_a_processor_that_cannot_screen_is_named_once(monkeypatch, caplog):
+    """An older x86, or Arm: the exact path, and a word about it."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False, raising=False)
+    screened_encode._say_once.cache_clear()
+    encoder = ScreenedEncoder(torch.randn(1 << 14, 1 << 8))
+    x = torch.randn(3, 1 << 8)
+    found = encoder.explain(x, 8)
+    encoder.encode(x, 8)
+    assert found.rows_exact == 3
+    assert "VNNI" in str(found.reason)
+    assert torch.equal(found.code.indices, topk_encode(x, encoder.weight, None, 8).indices)
+    (record,) = caplog.records
+    assert "float32 product" in record.message
+    assert "VNNI" in record.message
 
 
 @pytest.mark.parametrize("missing", ["oneDNN", "op"])
