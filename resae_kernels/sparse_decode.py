@@ -8,6 +8,9 @@ over the codes sorted by latent (`latent_outer`), so that each row is one ordere
 deterministic, no atomics, no `[N, M]`. Gao et al. 2024 (arXiv 2406.04093), appendix on sparse
 kernels.
 
+Where k is a large share of M, each of the three is faster as a dense product over the code
+scattered into `[n, M]`, chunk of rows by chunk: the `form` "dense", with as fixed an order of sums.
+
 Both implementations do this: `torch` with `embedding_bag`, `triton` with the kernels at the end.
 """
 
@@ -26,6 +29,18 @@ from resae_kernels.reference import accumulation_dtype
 GATHER_BYTES = 64 << 20
 """Bound on the gathered rows `[n, k, D]` that the torch gradient of the acts holds at once."""
 
+DENSE_RATIO = {"cpu": (3, 3), "cuda": (24, 144)}
+"""M/k up to which the dense form is taken, by device type, for wide and for 16-bit dtypes.
+
+CUDA: NOT measured, from a cost model of one large GPU: rows gathered at 5.5 TB/s from its L2 cache
+take 144·k/M of the time of a bf16 product at 790 TFLOP/s, 24·k/M of an fp32 one at 67.
+CPU: measured 2026-11-21 on one core of an AMD EPYC, fp32, N = 256 and 2048, D = 512 and 768,
+M = 2048, gather and dense in turns: sum and both gradients together take 1.0 to 1.4 times as long
+gathered at M/k = 3, 0.6 to 1.0 times at 4. Each alone is even at about 2 (the sum), 3 (the gradient
+of W_dec) and 4 to 6 (of the acts)."""
+DENSE_TOKENS = 256
+"""Tokens from which on it is: with fewer, a product is bound by reading all M rows of W_dec."""
+
 
 def sparse_decode(
     acts: Tensor | Sequence[Tensor],  # [..., k] fp32|fp64|bf16|fp16
@@ -34,6 +49,7 @@ def sparse_decode(
     *,
     bias: Tensor | None = None,  # [D]
     base: Tensor | None = None,  # [..., D]
+    form: str | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ base)` (formula: `reference.sparse_decode`).
@@ -44,6 +60,8 @@ def sparse_decode(
         W_dec: `[M, D]`, one direction per contiguous row; or a list with the same D.
         bias: `[D]`, added to every token.
         base: `[..., D]`, added token by token.
+        form: "gather", "dense", or None: dense for a dictionary with M ≤ DENSE_RATIO · k and at
+            least DENSE_TOKENS tokens, otherwise gather. Of the gradients too.
         implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
             torch.
 
@@ -58,8 +76,17 @@ def sparse_decode(
     Note:
         Padding slots (act 0) add nothing to the sum. Gradients reach acts, W_dec, bias and base.
         Under autocast the acts are cast to W_dec's dtype.
+
+        The forms agree up to rounding where W_dec and the incoming gradient are finite. The dense
+        one multiplies what a code leaves out by 0: an inf or NaN in a row of W_dec makes its
+        columns of every token NaN (and in a token's gradient, those of every row of W_dec's
+        gradient), where the gather sees it in the tokens that name the row alone. On CUDA it leaves
+        products to torch's GEMM, in the dtype of the inputs: fp32 follows the TF32 setting of
+        `torch.backends.cuda.matmul`, and in 16 bit acts that name the same latent in one token
+        (no code of `topk_encode` has such) are rounded once more, as their sum.
     """
     op = "sparse_decode"
+    _check_form(op, form)
     if isinstance(acts, Tensor) and isinstance(indices, Tensor) and isinstance(W_dec, Tensor):
         acts, indices, W_dec = [acts], [indices], [W_dec]
     elif isinstance(acts, Tensor) or isinstance(indices, Tensor) or isinstance(W_dec, Tensor):
@@ -98,8 +125,17 @@ def sparse_decode(
         bias,
         None if base is None else base.reshape(N, D),
         implementation=implementation or "",
+        form=form or "",
     )
     return out.reshape(*leading, D)
+
+
+def _check_form(op: str, form: str | None) -> None:
+    if form not in (None, "gather", "dense"):
+        raise ValueError(
+            f"{op}: form={form!r}, expected 'gather', 'dense' or None (by the number of tokens "
+            f"and M/k)"
+        )
 
 
 # -- op ------------------------------------------------------------------------------------------
@@ -113,19 +149,33 @@ def _decode(
     base: Tensor | None,
     *,
     implementation: str = "",
+    form: str = "",
 ) -> Tensor:
-    if _launch.implementation_for("sparse_decode", W_dec[0], implementation or None) == "triton":
-        return _launch_decode(acts, indices, W_dec, bias, base)
-    # A single sum is rounded once by itself; several terms are added up in the accumulation dtype.
-    alone = len(acts) == 1 and bias is None and base is None
-    dtype = acts[0].dtype if alone else accumulation_dtype(acts[0].dtype)
-    total = _gather_sum(acts[0], indices[0], W_dec[0], dtype)
-    for a, i, W in zip(acts[1:], indices[1:], W_dec[1:], strict=True):
-        total += _gather_sum(a, i, W, dtype)
-    for offset in (bias, base):
-        if offset is not None:
-            total += offset
-    return total.to(acts[0].dtype)
+    chosen = _launch.implementation_for("sparse_decode", W_dec[0], implementation or None)
+    dtype = W_dec[0].dtype
+    wide = accumulation_dtype(dtype)
+    gathered: list[tuple[Tensor, Tensor, Tensor]] = []
+    total = base
+    for code in zip(acts, indices, W_dec, strict=True):
+        if _is_dense(form, code[1], code[2].shape[0], dtype):
+            total = _dense_sum(*code, total, chosen)
+        else:
+            gathered.append(code)
+    if gathered and chosen == "triton":
+        a, i, W = (list(tensors) for tensors in zip(*gathered, strict=True))
+        return _launch_decode(a, i, W, bias, total)
+    if len(gathered) == 1 and bias is None and total is None:
+        return _gather_sum(*gathered[0], dtype)  # a single sum is rounded once by itself
+    # Several terms are added up in the accumulation dtype.
+    if gathered:
+        rest, total = total, _gather_sum(*gathered[0], wide)
+        for code in gathered[1:]:
+            total += _gather_sum(*code, wide)
+        total = total if rest is None else total.add_(rest)
+    assert total is not None
+    if bias is not None:
+        total += bias
+    return total.to(dtype)
 
 
 def _gather_sum(acts: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,14 +190,14 @@ def _gather_sum(acts: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype) ->
     return F.embedding_bag(indices, W.to(dtype), per_sample_weights=weights, mode="sum")
 
 
-def _decode_fake(acts, indices, W_dec, bias, base, *, implementation=""):  # noqa: ARG001
+def _decode_fake(acts, indices, W_dec, bias, base, *, implementation="", form=""):  # noqa: ARG001
     return acts[0].new_empty(acts[0].shape[0], W_dec[0].shape[1])
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     del output
     acts, indices, W_dec, _, _ = inputs
-    ctx.implementation = keyword_only_inputs["implementation"]
+    ctx.options = dict(keyword_only_inputs)
     ctx.set_materialize_grads(False)
     # acts weigh dW_dec, W_dec gives d acts, indices say where: no activation is kept.
     ctx.save_for_backward(*acts, *indices, *W_dec)
@@ -160,7 +210,7 @@ def _backward(ctx, grad):
         return [None] * n, [None] * n, [None] * n, None, None
     grad = grad.contiguous()
     grad_acts, grad_W = code_gradients(
-        acts, indices, W_dec, [grad] * n, _needed(ctx, n), ctx.implementation
+        acts, indices, W_dec, [grad] * n, _needed(ctx, n), **ctx.options
     )
     _, _, _, need_bias, need_base = ctx.needs_input_grad
     return (
@@ -182,17 +232,16 @@ def _needed(ctx, n: int) -> list[tuple[bool, bool]]:
     return [(flag(need_acts, i), flag(need_W, i)) for i in range(n)]
 
 
-def code_gradients(acts, indices, W_dec, grads, needed, implementation):
+def code_gradients(acts, indices, W_dec, grads, needed, *, implementation="", form=""):
     """Gradients of each code's acts and of its dictionary, given the gradient of its decode."""
+    options = {"implementation": implementation, "form": form}
     grad_acts: list[Tensor | None] = []
     grad_W: list[Tensor | None] = []
     for a, i, W, grad, (need_acts, need_W) in zip(acts, indices, W_dec, grads, needed, strict=True):
         grad_acts.append(
-            torch.ops.resae.sampled_product(grad, i, W, implementation=implementation)
-            if need_acts
-            else None
+            torch.ops.resae.sampled_product(grad, i, W, **options) if need_acts else None
         )
-        grad_W.append(latent_outer(a, i, grad, W.shape[0], implementation) if need_W else None)
+        grad_W.append(latent_outer(a, i, grad, W.shape[0], **options) if need_W else None)
     return grad_acts, grad_W
 
 
@@ -200,16 +249,32 @@ def code_gradients(acts, indices, W_dec, grads, needed, implementation):
 
 
 def latent_outer(
-    acts: Tensor, indices: Tensor, rows: Tensor, M: int, implementation: str = ""
+    acts: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    M: int,
+    implementation: str = "",
+    form: str = "",
 ) -> Tensor:
     """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j] · rows[n]`, `[M, D]`: the gradient of a
     dictionary (rows = gradient of the decode) or of an encoder (rows = residual)."""
-    return torch.ops.resae.latent_outer(acts, indices, rows, M, implementation=implementation)
+    return torch.ops.resae.latent_outer(
+        acts, indices, rows, M, implementation=implementation, form=form
+    )
 
 
 def _latent_outer(
-    acts: Tensor, indices: Tensor, rows: Tensor, M: int, *, implementation: str = ""
+    acts: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    M: int,
+    *,
+    implementation: str = "",
+    form: str = "",
 ) -> Tensor:
+    chosen = _launch.implementation_for("latent_outer", rows, implementation or None)
+    if _is_dense(form, indices, M, rows.dtype):
+        return _dense_outer(acts, indices, rows, M, chosen)
     k = acts.shape[1]
     acts, latents = acts.reshape(-1), indices.reshape(-1)
     # Padding slots would pile up on latent 0: they sort behind the last latent and are cut off.
@@ -218,7 +283,7 @@ def _latent_outer(
         latents, torch.arange(M + 1, dtype=torch.int32, device=latents.device)
     )
     tokens, weights = order.div(max(k, 1), rounding_mode="floor"), acts[order]
-    if _launch.implementation_for("latent_outer", rows, implementation or None) == "triton":
+    if chosen == "triton":
         return _launch_latent_outer(weights, tokens, bounds, rows)
     used = int(bounds[M])
     return F.embedding_bag(
@@ -231,66 +296,211 @@ def _latent_outer(
     )
 
 
-def _latent_outer_fake(acts, indices, rows, M, *, implementation=""):  # noqa: ARG001
+def _latent_outer_fake(acts, indices, rows, M, *, implementation="", form=""):  # noqa: ARG001
     return rows.new_empty(M, rows.shape[1])
+
+
+def _latent_outer_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    del output
+    acts, indices, rows, _ = inputs
+    ctx.options = dict(keyword_only_inputs)
+    ctx.save_for_backward(acts, indices, rows)
+
+
+def _latent_outer_backward(ctx, grad):
+    """For gradients of gradients. The transposed dense code times rows is linear in both."""
+    acts, indices, rows = ctx.saved_tensors
+    need_acts, _, need_rows, _ = ctx.needs_input_grad
+    grad = grad.contiguous()
+    grad_acts = grad_rows = None
+    if need_acts:
+        grad_acts = torch.ops.resae.sampled_product(rows, indices, grad, **ctx.options)
+    if need_rows:
+        grad_rows = torch.ops.resae.sparse_decode(
+            [acts], [indices], [grad], None, None, **ctx.options
+        )
+    return grad_acts, None, grad_rows, None
 
 
 def latent_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") -> Tensor:
     """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`: the gradient of an encoder bias."""
     ones = acts.new_ones(acts.shape[0], 1)
-    return latent_outer(acts, indices, ones, M, implementation).squeeze(1)
+    # One column: never worth a scattered code.
+    return latent_outer(acts, indices, ones, M, implementation, form="gather").squeeze(1)
 
 
 def _sampled_product(
-    grad: Tensor, indices: Tensor, W: Tensor, *, implementation: str = ""
+    grad: Tensor, indices: Tensor, W: Tensor, *, implementation: str = "", form: str = ""
 ) -> Tensor:
-    if _launch.implementation_for("sampled_product", W, implementation or None) == "triton":
+    chosen = _launch.implementation_for("sampled_product", W, implementation or None)
+    if _is_dense(form, indices, W.shape[0], W.dtype):
+        return _dense_sampled_product(grad, indices, W, chosen)
+    if chosen == "triton":
         return _launch_sampled_product(grad, indices, W)
-    N, k, D = *indices.shape, W.shape[1]
-    if W.device.type == "cpu" and W.dtype in (torch.float32, torch.float64) and indices.numel():
-        # The gradient of `embedding_bag` in its weights is this product, with no row copied.
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad.contiguous(),
-            W.contiguous(),
+    (N, k), (M, D) = indices.shape, W.shape
+    wide = accumulation_dtype(W.dtype)
+    if W.device.type == "cpu" and indices.numel() >= (1 if W.dtype == wide else M):
+        # The gradient of `embedding_bag` in its weights is this product, with no row copied; in 16
+        # bit the dictionary is widened once, not row by row as often as codes name it.
+        out = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad.to(wide).contiguous(),
+            W.to(wide).contiguous(),
             indices.reshape(-1).contiguous(),
             torch.arange(0, N * k, k),
             torch.arange(N).repeat_interleave(k),
             0,  # mode "sum"
-        ).view(N, k)
-    wide = accumulation_dtype(W.dtype)
+        )
+        return out.view(N, k).to(grad.dtype)
     out = grad.new_empty(N, k)
-    rows = max(1, GATHER_BYTES // max(1, k * D * wide.itemsize))
-    for start in range(0, N, rows):
-        chunk = slice(start, start + rows)
+    for chunk in _chunks(N, k * D * wide.itemsize, GATHER_BYTES):
         gathered = W[indices[chunk]].to(wide)
         out[chunk] = (gathered @ grad[chunk].to(wide).unsqueeze(-1)).squeeze(-1).to(out.dtype)
     return out
 
 
-def _sampled_product_fake(grad, indices, W, *, implementation=""):  # noqa: ARG001
+def _sampled_product_fake(grad, indices, W, *, implementation="", form=""):  # noqa: ARG001
     return grad.new_empty(indices.shape)
+
+
+def _sampled_product_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    del output
+    ctx.options = dict(keyword_only_inputs)
+    ctx.save_for_backward(*inputs)
+
+
+def _sampled_product_backward(ctx, grad):
+    """For gradients of gradients. The product is linear in the rows on either side."""
+    rows, indices, W = ctx.saved_tensors
+    need_rows, _, need_W = ctx.needs_input_grad
+    grad = grad.contiguous()
+    grad_rows = grad_W = None
+    if need_rows:
+        grad_rows = torch.ops.resae.sparse_decode([grad], [indices], [W], None, None, **ctx.options)
+    if need_W:
+        grad_W = latent_outer(grad, indices, rows, W.shape[0], **ctx.options)
+    return grad_rows, None, grad_W
+
+
+# -- the dense form --------------------------------------------------------------------------------
+
+
+def _is_dense(form: str, indices: Tensor, M: int, dtype: torch.dtype) -> bool:
+    """As asked, or by the rule."""
+    if form:
+        return form == "dense"
+    wide, narrow = DENSE_RATIO.get(indices.device.type, DENSE_RATIO["cuda"])
+    N, k = indices.shape
+    return N >= DENSE_TOKENS and (narrow if dtype.itemsize == 2 else wide) * k >= M
+
+
+def _chunks(N: int, row_bytes: int, bound: int) -> Iterator[slice]:
+    """Rows 0 to N, as many at a time as the bound allows, at least one."""
+    rows = max(1, bound // max(1, row_bytes))
+    for start in range(0, N, rows):
+        yield slice(start, min(start + rows, N))
+
+
+def _factor_dtype(tensor: Tensor, implementation: str) -> torch.dtype:
+    """Of the factors of a product whose sums are in the accumulation dtype."""
+    narrow = implementation == "triton" and tensor.is_cuda
+    return tensor.dtype if narrow else accumulation_dtype(tensor.dtype)
+
+
+def product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    """`a @ b`, or `total += a @ b`, in the accumulation dtype, also under autocast: that leaves
+    products into given memory alone."""
+    wide = accumulation_dtype(a.dtype)
+    if a.dtype != wide and a.is_cuda:  # 16-bit factors, sums in fp32: what tensor cores compute
+        summed = torch.mm(a, b, out_dtype=wide)
+        return summed if total is None else total.add_(summed)
+    if total is None:
+        total = a.new_empty(a.shape[0], b.shape[1], dtype=wide)
+        return torch.mm(a.to(wide), b.to(wide), out=total)
+    return total.addmm_(a.to(wide), b.to(wide))
+
+
+def _scattered(
+    acts: Tensor, indices: Tensor, M: int, implementation: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """The code as `[n, M]`, chunk of rows by chunk, all in the same memory. Acts that name the same
+    latent are added up in the accumulation dtype, in a fixed order."""
+    dtype = _factor_dtype(acts, implementation)
+    bound = _launch.workspace_bytes(acts)
+    chunks = list(_chunks(acts.shape[0], M * dtype.itemsize, bound))
+    memory = acts.new_empty(chunks[0].stop if chunks else 0, M, dtype=dtype)
+    for chunk in chunks:
+        a, i = acts[chunk], indices[chunk]
+        code = memory[: a.shape[0]].zero_()
+        if implementation == "triton":
+            _launch_scatter(code, a, i)
+        elif acts.is_cuda:
+            # Slot by slot: no two threads add to one entry.
+            for slot in range(a.shape[1]):
+                code.scatter_add_(1, i[:, slot : slot + 1], a[:, slot : slot + 1].to(dtype))
+        else:
+            code.scatter_add_(1, i, a.to(dtype))
+        yield chunk, code
+
+
+def _dense_sum(
+    acts: Tensor, indices: Tensor, W: Tensor, base: Tensor | None, implementation: str
+) -> Tensor:
+    """`[N, D]` in the accumulation dtype, base added: new memory."""
+    wide = accumulation_dtype(W.dtype)
+    N, (M, D) = acts.shape[0], W.shape
+    total = W.new_zeros(N, D, dtype=wide) if base is None else base.to(wide, copy=True)
+    W = W.to(_factor_dtype(W, implementation))
+    for chunk, code in _scattered(acts, indices, M, implementation):
+        product(code, W, total[chunk])
+    return total
+
+
+def _dense_outer(
+    acts: Tensor, indices: Tensor, rows: Tensor, M: int, implementation: str
+) -> Tensor:
+    total = rows.new_zeros(M, rows.shape[1], dtype=accumulation_dtype(rows.dtype))
+    for chunk, code in _scattered(acts, indices, M, implementation):
+        product(code.T, rows[chunk].to(code.dtype), total)
+    return total.to(rows.dtype)
+
+
+def _dense_sampled_product(grad: Tensor, indices: Tensor, W: Tensor, implementation: str) -> Tensor:
+    out = grad.new_empty(indices.shape)
+    wide, dtype = accumulation_dtype(W.dtype), _factor_dtype(W, implementation)
+    W_t = W.to(dtype).T
+    bound = _launch.workspace_bytes(W)
+    for chunk in _chunks(grad.shape[0], W.shape[0] * wide.itemsize, bound):
+        # Those of all latents, `[n, M]`, then of the ones named.
+        out[chunk] = product(grad[chunk].to(dtype), W_t).gather(1, indices[chunk]).to(out.dtype)
+    return out
 
 
 _launch.register(
     "sparse_decode(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor? bias, Tensor? base, "
-    "*, str implementation='') -> Tensor",
+    "*, str implementation='', str form='') -> Tensor",
     _decode,
     _decode_fake,
 )
 _launch.register(
-    "latent_outer(Tensor acts, Tensor indices, Tensor rows, SymInt M, *, str implementation='') "
-    "-> Tensor",
+    "latent_outer(Tensor acts, Tensor indices, Tensor rows, SymInt M, *, str implementation='', "
+    "str form='') -> Tensor",
     _latent_outer,
     _latent_outer_fake,
 )
 _launch.register(
-    "sampled_product(Tensor grad, Tensor indices, Tensor W, *, str implementation='') -> Tensor",
+    "sampled_product(Tensor grad, Tensor indices, Tensor W, *, str implementation='', "
+    "str form='') -> Tensor",
     _sampled_product,
     _sampled_product_fake,
 )
-torch.library.register_autograd(
-    "resae::sparse_decode", _backward, setup_context=_setup_context, lib=_launch.LIBRARY
-)
+for _op, _its_backward, _its_setup in (
+    ("sparse_decode", _backward, _setup_context),
+    ("latent_outer", _latent_outer_backward, _latent_outer_setup),
+    ("sampled_product", _sampled_product_backward, _sampled_product_setup),
+):
+    torch.library.register_autograd(
+        f"resae::{_op}", _its_backward, setup_context=_its_setup, lib=_launch.LIBRARY
+    )
 
 
 # -- launchers -------------------------------------------------------------------------------------
@@ -353,6 +563,9 @@ _launch.TILES |= {
         ),
     ),
 }
+SCATTER_SLOTS = 64
+"""Slots of a row that a program of the scatter compares with as many at a time. Chosen from
+ahead-of-time compilation, not measured."""
 FEW_TOKENS = 16
 """Up to here a decode spreads each token over many narrow programs (cost model, not measured)."""
 PIECE = 256
@@ -393,6 +606,30 @@ def _launch_decode(acts, indices, W_dec, bias, base, out=None) -> Tensor:
             **tile.options(),
         )
     return out
+
+
+def _launch_scatter(code: Tensor, acts: Tensor, indices: Tensor) -> None:
+    """Add each row's acts to the row of `code`, `[n, M]`, which holds zeros."""
+    n, k = acts.shape
+    if acts.numel() == 0:
+        return
+    with torch.cuda.device_of(code):
+        _scatter_kernel[(n,)](
+            code,
+            acts.contiguous(),
+            indices.contiguous(),
+            code.shape[1],
+            **_scatter_constants(k, acts.dtype),
+            **_launch.launch_options(num_warps=4, num_stages=1),
+        )
+
+
+def _scatter_constants(k: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "K": k,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "BK": min(SCATTER_SLOTS, triton.next_power_of_2(k)),
+    }
 
 
 def _launch_sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
@@ -487,6 +724,16 @@ def aot_cases() -> Iterator[AotCase]:
                 architectures,
             )
 
+        yield AotCase(
+            f"scatter {name}",
+            _scatter_kernel,
+            {"code": floats, "acts": floats, "indices": i64, "M": "i32:16"},
+            _scatter_constants(256, dtype),
+            *(4, 1),
+            {"matrix": False, "registers": 96, "instructions": 1000},
+            architectures,
+        )
+
         entries = dict.fromkeys(("weights", "rows"), floats) | dict.fromkeys(
             ("tokens", "bounds", "piece_bounds"), i64
         )
@@ -557,6 +804,35 @@ def _decode_kernel(
     if base is not None:
         b_sum += tl.load(base + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
     tl.store(out + i_n * D + o_d, b_sum.to(out.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def _scatter_kernel(
+    code,  # [n, M], zeros
+    acts,  # [n, K]
+    indices,  # [n, K]
+    M,
+    K: tl.constexpr,
+    ACC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        # [BK]
+        b_index = tl.load(indices + i_n * K + o_k, mask=o_k < K, other=-1).to(tl.int32)
+        # [BK, BK]: every slot finds the total of its latent, summed in the same order by all that
+        # name it. They store the same value, so that it does not matter which comes last.
+        b_terms = tl.zeros([BK, BK], ACC)
+        for i_e in range(0, K, BK):
+            o_e = i_e + tl.arange(0, BK)
+            m_e = o_e < K
+            b_other = tl.load(indices + i_n * K + o_e, mask=m_e, other=-1).to(tl.int32)
+            b_act = tl.load(acts + i_n * K + o_e, mask=m_e, other=0.0).to(ACC)
+            b_terms += tl.where(b_index[:, None] == b_other[None, :], b_act[None, :], 0.0)
+        m_k = (b_index >= 0) & (b_index < M)  # nothing is written outside the row
+        b_total = tl.sum(b_terms, 1).to(code.dtype.element_ty)
+        tl.store(code + i_n * M + b_index, b_total, mask=m_k)
 
 
 @triton.jit
