@@ -24,7 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resae.storage import write_atomically
-from resae_kernels import TopK, affine_chain, reference, sparse_decode, topk_encode, transport
+from resae_kernels import (
+    TopK,
+    affine_chain,
+    reconstruction_error,
+    reference,
+    sparse_decode,
+    topk_encode,
+    transport,
+)
 
 OPS = ("encode", "decode", "train", "chain")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,14 +172,22 @@ def _dense_decode(acts, indices, W_dec, *, bias):
     return dense @ W_dec + bias
 
 
-def train_step(inputs: Inputs, case: Case, encode: Callable, decode: Callable) -> Sequence[Tensor]:
-    """Forward and backward of one autoencoder's squared error; the gradients, no optimiser."""
+def train_step(
+    inputs: Inputs, case: Case, encode: Callable, decode: Callable | None = None
+) -> Sequence[Tensor]:
+    """Forward and backward of one autoencoder's squared error; the gradients, no optimiser.
+
+    Without a decode the error comes from `reconstruction_error`.
+    """
     x = inputs["x"]
     leaves = [inputs["weight"], inputs["bias"], inputs["W_dec"][0], inputs["b_dec"][0]]
     weight, bias, W_dec, b_dec = (t.detach().requires_grad_() for t in leaves)
     code = encode(x, weight, bias, case.k, pre_bias=b_dec)
-    x_hat = decode(code[0], code[1], W_dec, bias=b_dec)
-    loss = (x_hat - x).float().square().sum() / x.numel()
+    if decode is None:
+        squared = reconstruction_error(code[0], code[1], W_dec, x, bias=b_dec).squared
+    else:
+        squared = (decode(code[0], code[1], W_dec, bias=b_dec) - x).float().square()
+    loss = squared.sum() / x.numel()
     return torch.autograd.grad(loss, (weight, bias, W_dec, b_dec))
 
 
@@ -202,7 +218,7 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
         }
     elif case.op == "train":
         named = {
-            "resae": partial(train_step, inputs, case, topk_encode, sparse_decode),
+            "resae": partial(train_step, inputs, case, topk_encode),
             "dense PyTorch": partial(train_step, inputs, case, _dense_topk, _dense_decode),
         }
     else:

@@ -336,7 +336,7 @@ def _step_triton(
     bias, b_dec, base = (None if t is None else t.contiguous() for t in (bias, b_dec, base))
     with torch.cuda.device_of(x):
         if dictionaries:
-            base = _launch_decode(acts, indices, dictionaries, constant, None, to.prediction)
+            base, _ = _launch_decode(acts, indices, dictionaries, constant, None, to.prediction)
         scores, best = to.scores[:, :M], to.best.view(keys.dtype)
         _product_of_few(x, weight, bias, b_dec, base, scores, plan, best)
         _select_decode_kernel[(N, to.program_acts.shape[1])](

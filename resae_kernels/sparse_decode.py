@@ -1,4 +1,4 @@
-"""Sparse decode: y[n] = Σ_j acts[n,j] · W_dec[indices[n,j]] + bias + base[n].
+"""Sparse decode: y[n] = Σ_j acts[n,j] · W_dec[indices[n,j]] + bias + base[n]; its squared error.
 
 N tokens, k active latents, D width, M latents. 2·N·k·D FLOPs against 2·N·M·D dense; bound by
 gathering N·k·D weight elements. Codes of several dictionaries are summed in one call.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from resae_kernels import _launch
 from resae_kernels._launch import AotCase, tl, triton
-from resae_kernels.reference import accumulation_dtype
+from resae_kernels.reference import ReconstructionError, accumulation_dtype
 
 GATHER_BYTES = 64 << 20
 """Bound on the gathered rows `[n, k, D]` that the torch gradient of the acts holds at once."""
@@ -86,7 +86,66 @@ def sparse_decode(
         (no code of `topk_encode` has such) are rounded once more, as their sum.
     """
     op = "sparse_decode"
-    _check_form(op, form)
+    if form not in (None, "gather", "dense"):
+        raise ValueError(
+            f"{op}: form={form!r}, expected 'gather', 'dense' or None (by the number of tokens "
+            f"and M/k)"
+        )
+    offsets = {"bias": bias, "base": base}
+    *codes, leading = _check(op, acts, indices, W_dec, offsets)
+    out = torch.ops.resae.sparse_decode(
+        *codes, **offsets, implementation=implementation or "", form=form or ""
+    )
+    return out.reshape(*leading, out.shape[-1])
+
+
+def reconstruction_error(
+    acts: Tensor | Sequence[Tensor],  # [..., k] fp32|fp64|bf16|fp16
+    indices: Tensor | Sequence[Tensor],  # [..., k] int64
+    W_dec: Tensor | Sequence[Tensor],  # [M, D]
+    target: Tensor,  # [..., D]
+    *,
+    bias: Tensor | None = None,  # [D]
+    base: Tensor | None = None,  # [..., D]
+    implementation: str | None = None,
+) -> ReconstructionError:
+    """`sparse_decode(…) − target` and its squares summed over D, the reconstruction itself never
+    written (formula: `reference.reconstruction_error`).
+
+    Args:
+        acts, indices, W_dec, bias, base, implementation: as in `sparse_decode`, in the form of its
+            rule.
+        target: `[..., D]`, what is to be reconstructed.
+
+    Returns:
+        `ReconstructionError(error, squared)`: `[..., D]` in W_dec's dtype, rounded once, and
+        `[...]` in the accumulation dtype (fp32 for 16 bit), of the error before it is rounded.
+        `squared.sum()` is the numerator of the FVU.
+
+    Raises:
+        As `sparse_decode`; target like base.
+
+    Note:
+        Gradients reach every floating input but no index, through both outputs; that of `squared`
+        is taken from the rounded error. Under autocast everything is cast to W_dec's dtype.
+    """
+    offsets = {"target": target, "bias": bias, "base": base}
+    *codes, leading = _check("reconstruction_error", acts, indices, W_dec, offsets)
+    error, squared = torch.ops.resae.reconstruction_error(
+        *codes, **offsets, implementation=implementation or ""
+    )
+    return ReconstructionError(error.reshape(target.shape), squared.reshape(leading))
+
+
+def _check(
+    op: str,
+    acts: Tensor | Sequence[Tensor],
+    indices: Tensor | Sequence[Tensor],
+    W_dec: Tensor | Sequence[Tensor],
+    offsets: dict[str, Tensor | None],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], torch.Size]:
+    """Lists of acts and indices `[N, k]` and of W_dec, and the leading shape. Tensors per token
+    among the offsets become `[N, D]` in place."""
     if isinstance(acts, Tensor) and isinstance(indices, Tensor) and isinstance(W_dec, Tensor):
         acts, indices, W_dec = [acts], [indices], [W_dec]
     elif isinstance(acts, Tensor) or isinstance(indices, Tensor) or isinstance(W_dec, Tensor):
@@ -101,7 +160,7 @@ def sparse_decode(
     leading, W = acts[0].shape[:-1], W_dec[0]
     if _launch.autocasts(W.device.type):
         acts = [a.to(W.dtype) for a in acts]
-        bias, base = (None if t is None else t.to(W.dtype) for t in (bias, base))
+        offsets.update({n: None if t is None else t.to(W.dtype) for n, t in offsets.items()})
     for i in range(len(acts)):
         at = f"[{i}]" if len(acts) > 1 else ""
         _launch.check_codes(op, acts[i], indices[i], at)
@@ -114,28 +173,19 @@ def sparse_decode(
             )
         _launch.check_like(op, f"W_dec{at}", W_dec[i], f"acts{at}", acts[i])
     N, D = leading.numel(), W.shape[1]
-    for name, tensor, shape in (("bias", bias, (D,)), ("base", base, (*leading, D))):
+    for name, tensor in offsets.items():
         if tensor is not None:
+            shape = (D,) if name == "bias" else (*leading, D)
             _launch.check_shape(op, name, tensor, shape, "tokens of acts, width of W_dec")
             _launch.check_like(op, name, tensor, "W_dec", W)
-    out = torch.ops.resae.sparse_decode(
+            if name != "bias":
+                offsets[name] = tensor.reshape(N, D)
+    return (
         [a.reshape(N, a.shape[-1]) for a in acts],
         [i.reshape(N, i.shape[-1]) for i in indices],
         list(W_dec),
-        bias,
-        None if base is None else base.reshape(N, D),
-        implementation=implementation or "",
-        form=form or "",
+        leading,
     )
-    return out.reshape(*leading, D)
-
-
-def _check_form(op: str, form: str | None) -> None:
-    if form not in (None, "gather", "dense"):
-        raise ValueError(
-            f"{op}: form={form!r}, expected 'gather', 'dense' or None (by the number of tokens "
-            f"and M/k)"
-        )
 
 
 # -- op ------------------------------------------------------------------------------------------
@@ -151,6 +201,35 @@ def _decode(
     implementation: str = "",
     form: str = "",
 ) -> Tensor:
+    return _reconstruct(acts, indices, W_dec, bias, base, None, implementation, form)[0]
+
+
+def _error(
+    acts: list[Tensor],
+    indices: list[Tensor],
+    W_dec: list[Tensor],
+    target: Tensor,
+    bias: Tensor | None,
+    base: Tensor | None,
+    *,
+    implementation: str = "",
+) -> tuple[Tensor, Tensor]:
+    error, squared = _reconstruct(acts, indices, W_dec, bias, base, target, implementation, "")
+    assert squared is not None
+    return error, squared
+
+
+def _reconstruct(
+    acts: list[Tensor],
+    indices: list[Tensor],
+    W_dec: list[Tensor],
+    bias: Tensor | None,
+    base: Tensor | None,
+    target: Tensor | None,
+    implementation: str,
+    form: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The sum; or what it is off a target, and the squares of that summed over D."""
     chosen = _launch.implementation_for("sparse_decode", W_dec[0], implementation or None)
     dtype = W_dec[0].dtype
     wide = accumulation_dtype(dtype)
@@ -163,9 +242,9 @@ def _decode(
             gathered.append(code)
     if gathered and chosen == "triton":
         a, i, W = (list(tensors) for tensors in zip(*gathered, strict=True))
-        return _launch_decode(a, i, W, bias, total)
-    if len(gathered) == 1 and bias is None and total is None:
-        return _gather_sum(*gathered[0], dtype)  # a single sum is rounded once by itself
+        return _launch_decode(a, i, W, bias, total, None, target)
+    if len(gathered) == 1 and bias is None and total is None and target is None:
+        return _gather_sum(*gathered[0], dtype), None  # a single sum is rounded once by itself
     # Several terms are added up in the accumulation dtype.
     if gathered:
         rest, total = total, _gather_sum(*gathered[0], wide)
@@ -175,7 +254,10 @@ def _decode(
     assert total is not None
     if bias is not None:
         total += bias
-    return total.to(dtype)
+    if target is None:
+        return total.to(dtype), None
+    total -= target
+    return total.to(dtype), total.square().sum(-1)
 
 
 def _gather_sum(acts: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
@@ -192,6 +274,11 @@ def _gather_sum(acts: Tensor, indices: Tensor, W: Tensor, dtype: torch.dtype) ->
 
 def _decode_fake(acts, indices, W_dec, bias, base, *, implementation="", form=""):  # noqa: ARG001
     return acts[0].new_empty(acts[0].shape[0], W_dec[0].shape[1])
+
+
+def _error_fake(acts, indices, W_dec, target, bias, base, *, implementation=""):  # noqa: ARG001
+    wide = accumulation_dtype(target.dtype)
+    return target.new_empty(target.shape), target.new_empty(target.shape[0], dtype=wide)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -217,6 +304,39 @@ def _backward(ctx, grad):
         grad_acts,
         [None] * n,
         grad_W,
+        grad.sum(0) if need_bias else None,
+        grad if need_base else None,
+    )
+
+
+def _error_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    acts, indices, W_dec, *_ = inputs
+    ctx.options = dict(keyword_only_inputs)
+    ctx.set_materialize_grads(False)
+    # The error gives the gradient of its squares; the rest as in the decode.
+    ctx.save_for_backward(*acts, *indices, *W_dec, output[0])
+
+
+def _error_backward(ctx, grad_error, grad_squared):
+    *codes, error = ctx.saved_tensors
+    n = len(codes) // 3
+    acts, indices, W_dec = (codes[i * n : (i + 1) * n] for i in range(3))
+    grad = grad_error
+    if grad_squared is not None:
+        grad = (2 * grad_squared).unsqueeze(1) * error
+        grad = (grad if grad_error is None else grad + grad_error).to(error.dtype)
+    if grad is None:
+        return [None] * n, [None] * n, [None] * n, None, None, None
+    grad = grad.contiguous()
+    grad_acts, grad_W = code_gradients(
+        acts, indices, W_dec, [grad] * n, _needed(ctx, n), **ctx.options
+    )
+    need_target, need_bias, need_base = ctx.needs_input_grad[3:]
+    return (
+        grad_acts,
+        [None] * n,
+        grad_W,
+        -grad if need_target else None,
         grad.sum(0) if need_bias else None,
         grad if need_base else None,
     )
@@ -482,6 +602,12 @@ _launch.register(
     _decode_fake,
 )
 _launch.register(
+    "reconstruction_error(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor target, "
+    "Tensor? bias, Tensor? base, *, str implementation='') -> (Tensor error, Tensor squared)",
+    _error,
+    _error_fake,
+)
+_launch.register(
     "latent_outer(Tensor acts, Tensor indices, Tensor rows, SymInt M, *, str implementation='', "
     "str form='') -> Tensor",
     _latent_outer,
@@ -495,6 +621,7 @@ _launch.register(
 )
 for _op, _its_backward, _its_setup in (
     ("sparse_decode", _backward, _setup_context),
+    ("reconstruction_error", _error_backward, _error_setup),
     ("latent_outer", _latent_outer_backward, _latent_outer_setup),
     ("sampled_product", _sampled_product_backward, _sampled_product_setup),
 ):
@@ -584,28 +711,37 @@ def _decode_constants(
     return {"K": widths, "BK": rows, "SPREAD": N <= FEW_TOKENS} | tile.constants(D, dtype)
 
 
-def _launch_decode(acts, indices, W_dec, bias, base, out=None) -> Tensor:
-    """One launch for all dictionaries. bias and base may be wider than the acts."""
+def _launch_decode(
+    acts, indices, W_dec, bias, base, out=None, target=None
+) -> tuple[Tensor, Tensor | None]:
+    """One launch for all dictionaries. bias and base may be wider than the acts. With a target
+    `out` is what the sum is off it; then, second, the squares of that summed over D."""
     N, D = acts[0].shape[0], W_dec[0].shape[1]
     if out is None:
         out = acts[0].new_empty(N, D)
-    if out.numel() == 0:
-        return out
     tile = _launch.tile(_decode_name(N), out.device)
     constants = _decode_constants(tile, N, tuple(a.shape[1] for a in acts), D, out.dtype)
-    with torch.cuda.device_of(out):
-        # Tokens are the fast axis: all of them pass over one slice of W_dec while it is in cache.
-        _decode_kernel[(N, triton.cdiv(D, constants["BD"]))](
-            out,
-            tuple(a.contiguous() for a in acts),
-            tuple(i.contiguous() for i in indices),
-            tuple(W.contiguous() for W in W_dec),
-            None if bias is None else bias.contiguous(),
-            None if base is None else base.contiguous(),
-            **constants,
-            **tile.options(),
-        )
-    return out
+    slices = triton.cdiv(D, constants["BD"])
+    squared = None
+    if target is not None:
+        squared = out.new_empty(N, slices, dtype=accumulation_dtype(out.dtype))
+    if out.numel() > 0:
+        with torch.cuda.device_of(out):
+            # Tokens are the fast axis: all of them pass over one slice of W_dec while it is in
+            # cache.
+            _decode_kernel[(N, slices)](
+                out,
+                tuple(a.contiguous() for a in acts),
+                tuple(i.contiguous() for i in indices),
+                tuple(W.contiguous() for W in W_dec),
+                None if bias is None else bias.contiguous(),
+                None if base is None else base.contiguous(),
+                None if target is None else target.contiguous(),
+                squared,
+                **constants,
+                **tile.options(),
+            )
+    return out, None if squared is None else squared.sum(1)
 
 
 def _launch_scatter(code: Tensor, acts: Tensor, indices: Tensor) -> None:
@@ -692,24 +828,33 @@ def aot_cases() -> Iterator[AotCase]:
         ("fp32", torch.float32, ("sm_90",)),
     ):
         floats = f"*{name}:16"
-        for (N, T), tile in (
+        for (N, T, target), tile in (
             (case, tile)
-            for case in ((8192, 1), (1, 1), (1, 4))
+            for case in ((8192, 1, False), (1, 1, False), (1, 4, False), (8192, 1, True))
             for tile in _launch.TILES[_decode_name(case[0])].candidates("other")
         ):
             constants = _decode_constants(tile, N, (k,) * T, D, dtype)
+            pointers = {"out": floats, "bias": floats, "base": "*fp32:16"}
             # Few tokens make few programs: their registers are not what limits them.
             few = {"shared": 1024, "barriers": 5, "registers": 128}
             many = {"shared": 0, "barriers": 0, "registers": 80}
+            expect = few if constants["SPREAD"] else many
+            if target:
+                pointers |= {"target": floats, "squared": "*fp32:16"}
+                # The squares of several warps meet in shared memory.
+                if tile.num_warps > 1:
+                    expect = expect | {"shared": 64, "barriers": 2}
+            else:
+                constants |= {"target": None, "squared": None}
             yield AotCase(
-                f"decode {name} N={N} dictionaries={T} {_launch.sizes(tile)}",
+                f"decode {name} N={N} dictionaries={T}{' error' * target} {_launch.sizes(tile)}",
                 _decode_kernel,
                 dict.fromkeys(("acts", "W_dec"), (floats,) * T)
-                | {"out": floats, "indices": (i64,) * T, "bias": floats, "base": "*fp32:16"},
+                | {"indices": (i64,) * T}
+                | pointers,
                 constants,
                 *(tile.num_warps, 1),
-                (few if constants["SPREAD"] else many)
-                | {"matrix": False, "loads_128": T * tile.loads, "instructions": 1000},
+                expect | {"matrix": False, "loads_128": T * tile.loads, "instructions": 1000},
                 architectures,
             )
 
@@ -774,6 +919,8 @@ def _decode_kernel(
     W_dec,  # T × [M_t, D]
     bias,  # [D] or None
     base,  # [N, D] or None
+    target,  # [N, D] or None
+    squared,  # [N, programs of a token]; unless target is None
     K: tl.constexpr,
     D: tl.constexpr,
     ACC: tl.constexpr,
@@ -803,6 +950,11 @@ def _decode_kernel(
         b_sum += tl.load(bias + o_d, mask=m_d, other=0.0).to(ACC)
     if base is not None:
         b_sum += tl.load(base + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
+    if target is not None:
+        b_sum -= tl.load(target + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
+        # Where an act is infinite a column past the last one holds inf · 0.
+        b_squared = tl.sum(tl.where(m_d, b_sum * b_sum, 0.0), 0)
+        tl.store(squared + i_n * tl.num_programs(1) + tl.program_id(1), b_squared)
     tl.store(out + i_n * D + o_d, b_sum.to(out.dtype.element_ty), mask=m_d)
 
 

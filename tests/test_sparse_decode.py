@@ -15,7 +15,7 @@ from measured import (
 )
 from torch import Tensor
 
-from resae_kernels import _launch, reference, sparse_decode
+from resae_kernels import _launch, reconstruction_error, reference, sparse_decode
 from resae_kernels.sparse_decode import latent_outer, latent_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -620,6 +620,210 @@ def test_dense_form_is_the_same_under_autocast(implementation):
     plain = values_and_gradients(op, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(values_and_gradients(op, inputs), plain, 0, 0)
+
+
+# -- reconstruction error --------------------------------------------------------------------------
+
+
+def error_inputs(N, D, M, k, dtype=torch.float64) -> dict[str, Tensor]:
+    return decoder_inputs(N, D, M, k, dtype) | {"target": torch.randn(N, D).to(dtype)}
+
+
+def both_errors(implementation):
+    return partial(reconstruction_error, implementation=implementation), (
+        reference.reconstruction_error
+    )
+
+
+@either
+@pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
+def test_error_and_gradients_equal_the_reference(N, D, M, k, implementation):
+    inputs = error_inputs(N, D, M, k)
+    ours, theirs = (values_and_gradients(op, inputs) for op in both_errors(implementation))
+    assert (ours["output 0"].shape, ours["output 1"].shape) == ((N, D), (N,))
+    assert_same(ours, theirs)
+
+
+@either
+@pytest.mark.parametrize("absent", [("bias",), ("base",), ("bias", "base")], ids="-".join)
+def test_error_and_gradients_equal_the_reference_without_an_optional_input(absent, implementation):
+    inputs = {name: t for name, t in error_inputs(7, 5, 11, 4).items() if name not in absent}
+    ours, theirs = (values_and_gradients(op, inputs) for op in both_errors(implementation))
+    assert_same(ours, theirs)
+
+
+@either
+def test_error_of_several_dictionaries_equals_the_reference(implementation):
+    inputs = two_decoders() | {"target": torch.randn(7, 5, dtype=torch.float64)}
+
+    def error(op, target, **named):
+        return decode_two(partial(op, target=target), **named)
+
+    ours, theirs = (
+        values_and_gradients(partial(error, op), inputs) for op in both_errors(implementation)
+    )
+    assert_same(ours, theirs)
+
+
+@either
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implementation, device):
+    if (dtype, implementation, device.type) == (torch.bfloat16, "triton", "cpu"):
+        pytest.skip("the interpreter cuts fp32 off to bf16 instead of rounding it")
+
+    def plain(acts, indices, W_dec, bias, base, target):
+        error = scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias + base - target
+        return [error, error.square().sum(-1)]
+
+    def ours(**tensors):  # as the rule wants it: everything in one dtype
+        error, squared = both_errors(implementation)[0](**tensors)
+        assert squared.dtype == torch.float32
+        return [error, squared.to(error.dtype)]
+
+    for N in (37, 3):  # a program for many columns of a token, and for few
+        assert_close_as_torch(ours, plain, error_inputs(N, 190, 53, 7, dtype))
+
+
+@either
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=["error", "squared", "both"])
+def test_gradients_of_the_error_come_through_each_output(used, implementation):
+    inputs = error_inputs(6, 5, 9, 3)
+    inputs["indices"][0] = 4
+    op, spec = both_errors(implementation)
+    ours, theirs = (
+        values_and_gradients(lambda f=f, **t: [f(**t)[i] for i in used], inputs) for f in (op, spec)
+    )
+    assert_same(ours, theirs)
+
+
+@either
+def test_squares_are_summed_before_the_error_is_rounded(implementation):
+    # 256 + 1 is 256 in bf16.
+    W_dec = torch.tensor([[256.0], [1.0]], dtype=torch.bfloat16)
+    acts, indices = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[0, 1]])
+    op, _ = both_errors(implementation)
+    error, squared = op(acts, indices, W_dec, torch.zeros(1, 1, dtype=torch.bfloat16))
+    assert (error.item(), squared.item()) == (256, 257**2)
+    assert op(acts, indices, W_dec, torch.full((1, 1), 256.0).bfloat16()).error.item() == 1
+
+
+@either
+def test_error_worked_example_keeps_the_leading_shape(implementation):
+    acts = torch.tensor([[[2.0, 3.0]], [[1.0, 0.0]]])
+    W_dec = torch.tensor([[1.0, 0], [0, 10], [100, 100]])
+    indices = torch.tensor([[[2, 1]], [[0, 0]]])
+    target = torch.tensor([[[199.0, 234.0]], [[1.0, 2.0]]])
+    error, squared = both_errors(implementation)[0](acts, indices, W_dec, target)
+    assert error.tolist() == [[[1, -4]], [[0, -2]]]
+    assert squared.tolist() == [[17], [4]]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning"
+)  # interpreter: inf · 0
+@either
+def test_infinite_act_gives_an_infinite_squared_error_where_a_tile_is_not_full(implementation):
+    acts, indices = torch.tensor([[float("inf")]]), torch.tensor([[0]])
+    op, _ = both_errors(implementation)
+    _, squared = op(acts, indices, torch.ones(2, 3), torch.zeros(1, 3))
+    assert squared.item() == float("inf")
+
+
+@either
+def test_error_op_passes_opcheck(implementation):
+    inputs = error_inputs(5, 4, 8, 3)
+    acts, W_dec, target, bias, base = (
+        inputs[name].requires_grad_() for name in ("acts", "W_dec", "target", "bias", "base")
+    )
+    op, indices = torch.ops.resae.reconstruction_error.default, inputs["indices"]
+    for arguments in (
+        ([acts], [indices], [W_dec], target, bias, base),
+        ([acts] * 2, [indices] * 2, [W_dec] * 2, target, None, None),
+    ):
+        torch.library.opcheck(op, arguments, {"implementation": implementation})
+
+
+def test_registered_gradient_of_the_error_is_the_derivative_also_of_itself():
+    inputs = error_inputs(4, 3, 6, 3)
+    names = [name for name, t in inputs.items() if t.is_floating_point()]
+
+    def error(*leaves):
+        named = dict(zip(names, leaves, strict=True))
+        return tuple(reconstruction_error(**named, indices=inputs["indices"]))
+
+    leaves = [inputs[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(error, leaves)
+    assert torch.autograd.gradgradcheck(error, leaves)
+
+
+@either
+def test_error_is_the_same_bits_twice_and_compiled(implementation):
+    inputs = error_inputs(40, 150, 96, 9, torch.float32)
+    op, _ = both_errors(implementation)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    first, second, third = (values_and_gradients(f, inputs) for f in (op, op, compiled))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert_same(third, first, 0, 0)
+
+
+@either
+def test_error_of_non_contiguous_inputs_is_the_same(implementation):
+    inputs = error_inputs(6, 5, 9, 3)
+    strided = {n: t.T.contiguous().T if t.ndim == 2 else t for n, t in inputs.items()}
+    op, _ = both_errors(implementation)
+    ours, theirs = (
+        # Gradients of a transpose and of sums: transposed, and of stride 0.
+        values_and_gradients(lambda **t: [(e := op(**t)).error.T, e.squared.sum()], given_)
+        for given_ in (strided, inputs)
+    )
+    assert_same(ours, theirs)
+
+
+@either
+def test_error_by_the_rule_takes_the_dense_form_where_the_decode_does(implementation, monkeypatch):
+    N = module.DENSE_TOKENS
+    parts = [decoder_inputs(N, 3, M, k) for M, k in ((60, 2), (4, 2))]
+    target = torch.randn(N, 3, dtype=torch.float64)
+    for chosen in (parts, parts[1:]):
+        lists = [[part[name] for part in chosen] for name in ("acts", "indices", "W_dec")]
+        results = []
+
+        def run(lists=lists, results=results):
+            results.append(reconstruction_error(*lists, target, implementation=implementation))
+
+        with monkeypatch.context() as patch:
+            assert dense_sums_used(patch, run) == ["_dense_sum"]
+        for ours, theirs in zip(
+            results[0], reference.reconstruction_error(*lists, target), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_error_under_autocast_has_the_dtype_of_the_dictionary():
+    inputs = error_inputs(6, 4, 8, 3, torch.float32)
+    mixed = inputs | {name: inputs[name].bfloat16() for name in ("acts", "target")}
+    by_hand = mixed | {name: mixed[name].float() for name in ("acts", "target")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = reconstruction_error(**mixed)
+    assert all(map(torch.equal, ours, reconstruction_error(**by_hand)))
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (
+            torch.zeros(3, 5),
+            ValueError,
+            r"reconstruction_error: target has shape \[3, 5\], expected",
+        ),
+        (torch.zeros(3, 4).double(), TypeError, "reconstruction_error: target has dtype"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_bad_target_is_refused(target, error, message):
+    with pytest.raises(error, match=message):
+        reconstruction_error(torch.ones(3, 2), torch.zeros(3, 2).long(), torch.ones(8, 4), target)
 
 
 # -- implementation --------------------------------------------------------------------------------
