@@ -56,7 +56,8 @@ def affine_chain(
     Note:
         Sequential: gradients reach every floating input through each output. Transported: they
         reach the acts and the carried dictionaries and constants, not W_dec, A, c and b_dec. Name
-        the form where gradients of more than the acts are wanted.
+        the form where gradients of more than the acts are wanted. Under autocast the acts are cast
+        to W_dec's dtype and products stay in it. Decodes take the form of `sparse_decode`'s rule.
     """
     codes = [TopK(*code) for code in codes]
     _check(codes, W_dec, A, c, b_dec)

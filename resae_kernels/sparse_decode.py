@@ -35,11 +35,12 @@ DENSE_RATIO = {"cpu": (3, 3), "cuda": (24, 144)}
 CUDA: NOT measured, from a cost model of one large GPU: rows gathered at 5.5 TB/s from its L2 cache
 take 144·k/M of the time of a bf16 product at 790 TFLOP/s, 24·k/M of an fp32 one at 67.
 CPU: measured 2026-11-21 on one core of an AMD EPYC, fp32, N = 256 and 2048, D = 512 and 768,
-M = 2048, gather and dense in turns: sum and both gradients together take 1.0 to 1.4 times as long
-gathered at M/k = 3, 0.6 to 1.0 times at 4. Each alone is even at about 2 (the sum), 3 (the gradient
-of W_dec) and 4 to 6 (of the acts)."""
+M = 2048, gather and dense in turns, fastest of several: sum and both gradients together take 1.7 to
+1.9 times as long gathered at M/k = 2, 1.06 to 1.24 times at 3, 0.79 to 0.92 times at 4. Each alone
+is even at about 2 (the sum), 2.5 to 3.5 (the gradient of W_dec) and 5 to 6 (of the acts)."""
 DENSE_TOKENS = 256
-"""Tokens from which on it is: with fewer, a product is bound by reading all M rows of W_dec."""
+"""Tokens from which on it is: with fewer, a product is bound by reading all M rows of W_dec (the
+same cost model; a CPU was measured from here on)."""
 
 
 def sparse_decode(

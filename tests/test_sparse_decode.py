@@ -14,8 +14,16 @@ from measured import (
     values_and_gradients,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resae_kernels import _launch, reconstruction_error, reference, sparse_decode
+from resae_kernels import (
+    _launch,
+    affine_chain,
+    reconstruction_error,
+    reference,
+    sparse_decode,
+    topk_encode,
+)
 from resae_kernels.sparse_decode import latent_outer, latent_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -583,6 +591,60 @@ def test_rule_takes_the_dense_form_for_many_tokens_of_few_latents(
     inputs = decoder_inputs(module.DENSE_TOKENS + tokens, 3, M, k, dtype)
     used = dense_sums_used(monkeypatch, lambda: values_and_gradients(sparse_decode, inputs))
     assert sorted(used) == (sorted(SUMS) if dense else [])
+
+
+@either
+def test_rule_holds_in_the_gradients_of_the_encoder_and_in_the_chain(implementation, monkeypatch):
+    N, D, M, k = module.DENSE_TOKENS, 3, 4, 2
+    x, weight, bias, A = (torch.randn(shape).double() for shape in ((N, D), (M, D), (M,), (D, D)))
+    inputs = {"x": x, "weight": weight, "bias": bias, "W_dec": torch.randn(M, D).double(), "A": A}
+
+    def stack(x, weight, bias, W_dec, A):
+        code = topk_encode(x, weight, bias, k, implementation=implementation)
+        rest = {"b_dec": [x[0], x[0]], "implementation": implementation}
+        return [code.acts, *affine_chain([code] * 2, [W_dec] * 2, [A], [x[0]], **rest)]
+
+    results = []
+    with monkeypatch.context() as patch:
+        used = dense_sums_used(patch, lambda: results.append(values_and_gradients(stack, inputs)))
+    # Two sums, their gradients, and of the encoder dx by a sum and dweight.
+    assert sorted(used) == sorted([*SUMS, *SUMS, "_dense_sum", "_dense_outer"])
+    monkeypatch.setattr(module, "DENSE_TOKENS", N + 1)
+    assert_same(results[0], values_and_gradients(stack, inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_form_never_waits_for_a_value(dtype, device, monkeypatch):
+    # Fake tensors have none: whatever asks for one raises. So do factors that do not fit.
+    monkeypatch.setattr(module, "_launch_scatter", lambda code, acts, indices: None)  # noqa: ARG005
+    monkeypatch.setattr(_launch, "WORKSPACE_BYTES", {"cpu": 100, "cuda": 100})
+    with FakeTensorMode():
+        acts, rows, W = (
+            torch.empty(shape, dtype=dtype, device=device) for shape in ((9, 3), (9, 5), (8, 5))
+        )
+        indices = torch.empty(9, 3, dtype=torch.int64, device=device)
+        for implementation in ("torch", "triton"):
+            named = {"implementation": implementation, "form": "dense"}
+            sums = [
+                module._decode([acts], [indices], [W], None, rows, **named),
+                module._latent_outer(acts, indices, rows, 8, **named),
+                module._sampled_product(rows, indices, W, **named),
+            ]
+            assert [tuple(t.shape) for t in sums] == [(9, 5), (8, 5), (9, 3)]
+            assert all(t.dtype == dtype and t.device.type == device.type for t in sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_form_in_a_cuda_graph_gives_the_same_bits(dtype):
+    inputs = {name: t.cuda() for name, t in decoder_inputs(300, 64, 96, 40, dtype).items()}
+    eager = sparse_decode(**inputs, form="dense")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sparse_decode(**inputs, form="dense")
+    graph.replay()
+    assert torch.equal(captured, eager)
 
 
 @in_both_forms
