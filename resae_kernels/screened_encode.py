@@ -30,6 +30,7 @@ from torch import Tensor
 
 from resae_kernels import _launch
 from resae_kernels.reference import TopK
+from resae_kernels.sparse_decode import pair_products
 from resae_kernels.topk_encode import (
     _backward,
     _check,
@@ -237,7 +238,11 @@ class ScreenedEncoder:
             copy = self._current_copy()
             assert copy is not None
             found = _Candidates.join([_screen(copy, rows, k) for rows in block.split(ROWS)], ROWS)
-            scores = _pair_product(block, copy.weight, found.rows, found.latents)
+            scores = torch.empty(len(found.rows))
+            order = found.latents.argsort()  # each row of the weight is read once
+            scores[order] = pair_products(
+                block, found.rows[order], copy.weight, found.latents[order]
+            )
             if self.bias is not None:
                 scores += self.bias[found.latents]
             if bool(((scores >= found.low) & (scores <= found.high)).all()):
@@ -337,16 +342,29 @@ class _Copy(NamedTuple):
     """`[D]`, u."""
     weight_dither: Tensor
     """`[D]`, less ½."""
-    bias: Tensor
-    """`[M']`, −inf past the last latent."""
-    bounds: Tensor
-    """`[c, M']`: in a row with factors g, λ_j = Σ_c g_c · bounds[c, j]."""
+    terms: Tensor
+    """`[2 + c, M']`: steps, bias (−inf past the last latent) and bounds, which are added to the
+    product with a factor of each row's own."""
     ratio: float | None
     """The weight's steps over its norms, of the median latent; None: certain margin."""
     largest_bias: float
     columns: dict[int, Tensor]
     """Columns `[M']` of the weight at outlier dimensions met so far: they are the model's, call
     after call, and a column of the weight itself lies scattered over all of it."""
+
+    widths: dict[int, Tensor]
+    """`[c, M' / group]`: the largest bounds of each group, by the size of a group."""
+
+    @property
+    def bounds(self) -> Tensor:
+        """`[c, M']`: in a row with factors g, λ_j = Σ_c g_c · bounds[c, j]."""
+        return self.terms[2:]
+
+    def width(self, group: int) -> Tensor:
+        if group not in self.widths:
+            groups = len(self.steps) // group
+            self.widths[group] = self.bounds.view(-1, group, groups).amax(1)
+        return self.widths[group]
 
     def column(self, dimension: int) -> Tensor:
         column = self.columns.get(dimension)
@@ -402,10 +420,10 @@ def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _C
         shift,
         dither,
         weight_dither,
-        all_bias,
-        bounds,
+        torch.cat([torch.stack([steps, all_bias]), bounds]),
         ratio,
         largest,
+        {},
         {},
     )
 
@@ -502,11 +520,11 @@ def _upper(copy: _Copy, rest: Tensor) -> _Upper:
         factors = factors.unsqueeze(1)
     # Beside the product a few terms of rank 1, in one pass.
     left = [-(centred @ copy.weight_dither), inverse, *factors.T]
-    right = [copy.steps, copy.bias, *copy.bounds]
-    for dimension in outliers.tolist():
-        left.append(rest[:, dimension] * inverse)
-        right.append(copy.column(dimension))
-    scores.addmm_(torch.stack(left, dim=1), torch.stack(right))
+    right = copy.terms
+    if len(outliers):
+        left += [rest[:, dimension] * inverse for dimension in outliers]
+        right = torch.cat([right, torch.stack([copy.column(d) for d in outliers.tolist()])])
+    scores.addmm_(torch.stack(left, dim=1), right)
     return _Upper(scores, factors, step, norm, screened)
 
 
@@ -520,10 +538,11 @@ def _screen(copy: _Copy, rest: Tensor, k: int) -> _Candidates:
     # Groups are strided, so that their maxima are taken along contiguous lanes.
     upper = upper.view(-1, group, groups)
     best = upper.amax(1)
-    width = copy.bounds.view(-1, group, groups).amax(1)
     slack = (ROUNDING * copy.largest_bias) / step
     # k groups, hence k latents, have a score of at least this; and so have the TopK.
-    least = (best - 2.0 * (factors @ width)).topk(k, dim=1).values[:, -1].clamp_min_(0.0) - slack
+    least = (best - 2.0 * (factors @ copy.width(group))).topk(k, dim=1).values[:, -1].clamp_min_(
+        0.0
+    ) - slack
     rows, first = ((best >= least.unsqueeze(1)) & screened.unsqueeze(1)).nonzero(as_tuple=True)
     members = upper[rows, :, first]  # [pairs, group]
     pair, member = (members >= least[rows].unsqueeze(1)).nonzero(as_tuple=True)
@@ -549,16 +568,6 @@ def _outlier_dimensions(rest: Tensor, norm: Tensor) -> Tensor:
     relative = torch.where(norm.isfinite() & (norm > 0), relative.T, 0.0).amax(1)
     largest, dimensions = relative.topk(min(OUTLIER_DIMENSIONS, D))
     return dimensions[largest * math.sqrt(D) > OUTLIER]
-
-
-def _pair_product(left: Tensor, right: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
-    """`[P]`: left[rows] · right[latents], latent by latent: a row of `right` is read once."""
-    order = latents.argsort()
-    products = torch.empty(len(rows))
-    products[order] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left.contiguous(), right, latents[order], latents.new_zeros(1), rows[order], 0
-    )
-    return products
 
 
 def _select_candidates(

@@ -450,6 +450,22 @@ def latent_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") 
     return latent_outer(acts, indices, ones, M, implementation, form="gather").squeeze(1)
 
 
+def pair_products(x: Tensor, tokens: Tensor, W: Tensor, latents: Tensor) -> Tensor:
+    """`[P]`: ⟨x[tokens], W[latents]⟩ of pairs in any order, on a CPU in fp32 or fp64.
+
+    The gradient of `embedding_bag` in its weights is this product, with no row copied. Torch keeps
+    it among its private ops; where it has moved, rows are gathered.
+    """
+    private = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
+    if private is not None:
+        x, W, mode_sum = x.contiguous(), W.contiguous(), 0
+        return private(x, W, latents.contiguous(), tokens.new_zeros(1), tokens, mode_sum)
+    out = x.new_empty(len(tokens))
+    for chunk in _chunks(len(tokens), W.shape[1] * W.itemsize, GATHER_BYTES):
+        out[chunk] = (x[tokens[chunk]] * W[latents[chunk]]).sum(-1)
+    return out
+
+
 def _sampled_product(
     grad: Tensor, indices: Tensor, W: Tensor, *, implementation: str = "", form: str = ""
 ) -> Tensor:
@@ -461,16 +477,9 @@ def _sampled_product(
     (N, k), (M, D) = indices.shape, W.shape
     wide = accumulation_dtype(W.dtype)
     if W.device.type == "cpu" and indices.numel() >= (1 if W.dtype == wide else M):
-        # The gradient of `embedding_bag` in its weights is this product, with no row copied; in 16
-        # bit the dictionary is widened once, not row by row as often as codes name it.
-        out = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad.to(wide).contiguous(),
-            W.to(wide).contiguous(),
-            indices.reshape(-1).contiguous(),
-            torch.arange(0, N * k, k),
-            torch.arange(N).repeat_interleave(k),
-            0,  # mode "sum"
-        )
+        # In 16 bit the dictionary is widened once, not row by row as often as codes name it.
+        tokens = torch.arange(N).repeat_interleave(k)
+        out = pair_products(grad.to(wide), tokens, W.to(wide), indices.reshape(-1))
         return out.view(N, k).to(grad.dtype)
     out = grad.new_empty(N, k)
     for chunk in _chunks(N, k * D * wide.itemsize, GATHER_BYTES):

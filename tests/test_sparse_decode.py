@@ -1129,3 +1129,14 @@ def test_index_outside_the_dictionary_is_refused_in_16_bits_too(index):
     acts, W_dec = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(40, 4, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=str(index)):
         sparse_decode(acts, torch.tensor([[index]]), W_dec, bias=W_dec[0])
+
+
+def test_pair_products_without_the_private_op_are_the_same(monkeypatch):
+    """Where torch has moved the op that copies no row, rows are gathered."""
+    x, W = torch.randn(7, 12), torch.randn(20, 12)
+    tokens, latents = torch.randint(7, (50,)), torch.randint(20, (50,))
+    expected = (x.double()[tokens] * W.double()[latents]).sum(-1).float()
+    torch.testing.assert_close(module.pair_products(x, tokens, W, latents), expected)
+    monkeypatch.setattr(torch.ops, "aten", object())
+    monkeypatch.setattr(module, "GATHER_BYTES", 12 * 4 * 8)
+    torch.testing.assert_close(module.pair_products(x, tokens, W, latents), expected)
