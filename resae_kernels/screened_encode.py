@@ -235,7 +235,7 @@ class ScreenedEncoder:
     def _score(self, block: Tensor, k: int) -> tuple["_Candidates", Tensor]:
         """The candidates of residuals `[n, D]` and their exact scores `[P]`."""
         for _ in range(2):
-            copy = self._current_copy()
+            copy = self._copy or self._current_copy()
             assert copy is not None
             found = _Candidates.join([_screen(copy, rows, k) for rows in block.split(ROWS)], ROWS)
             scores = torch.empty(len(found.rows))
@@ -245,7 +245,7 @@ class ScreenedEncoder:
             )
             if self.bias is not None:
                 scores += self.bias[found.latents]
-            if bool(((scores >= found.low) & (scores <= found.high)).all()):
+            if bool(((scores - found.middle).abs() <= found.width).all()):
                 return found, scores
             self.forget()  # the copy is of another weight, written to without being counted
         raise RuntimeError(
@@ -284,16 +284,18 @@ class ScreenedEncoder:
         finite."""
         tensors = [t for t in (self.weight, self.bias) if t is not None]
         state = tuple((t.data_ptr(), t._version) for t in tensors)
-        sample = torch.cat([_sample(t.detach()) for t in tensors])
-        if state != self._copied or not torch.equal(sample, self._sample):
+        samples = [_sample(t.detach()) for t in tensors]
+        if state != self._copied or not all(map(torch.equal, samples, self._samples)):
             bias = None if self.bias is None else self.bias.detach()
             self._copy = _quantise(self.weight.detach(), bias, self.margin, self._seed)
-            self._copied, self._sample = state, sample
+            self._copied, self._samples = state, [sample.clone() for sample in samples]
         return self._copy
 
     def forget(self) -> None:
         """Drop the copy: the next call makes a new one."""
-        self._copy, self._copied, self._sample = None, (), torch.empty(0)
+        self._copy: _Copy | None = None
+        self._copied: tuple = ()
+        self._samples: list[Tensor] = []
 
 
 def _require_gradient(*tensors: Tensor | None) -> bool:
@@ -301,9 +303,9 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Entries of 1024 rows, or of all."""
-    rows = torch.arange(0, len(tensor), max(1, len(tensor) // 1024))
-    return tensor[rows] if tensor.ndim == 1 else tensor[rows, rows % tensor.shape[1]]
+    """An entry of each of a thousand rows, or of all; a view."""
+    some = tensor[:: max(1, len(tensor) // 1024)]
+    return some if some.ndim == 1 else some[:, some.shape[1] // 2]
 
 
 @dataclass
@@ -459,10 +461,10 @@ class _Candidates(NamedTuple):
     """`[P]`, ascending."""
     latents: Tensor
     """`[P]`, ascending within a row."""
-    low: Tensor
-    """`[P]`: the exact score is at least this,"""
-    high: Tensor
-    """`[P]`: and at most this."""
+    middle: Tensor
+    """`[P]`, ŝ."""
+    width: Tensor
+    """`[P]`: what the exact score, itself a float32 sum, can be away from ŝ."""
     exact_rows: Tensor
     """Rows that have no candidates here and are left to the exact path."""
 
@@ -495,13 +497,15 @@ class _Upper(NamedTuple):
 
 def _upper(copy: _Copy, rest: Tensor) -> _Upper:
     """Bounds of the scores of residuals `[n, D]`, from the 8-bit copy."""
-    norm = rest.norm(dim=1)
-    outliers = _outlier_dimensions(rest, norm)
+    norm, peak = rest.norm(dim=1), rest.abs().amax(1)
     inner, inner_norm = rest, norm
-    if len(outliers):
-        inner = rest.index_fill(1, outliers, 0.0)
-        inner_norm = inner.norm(dim=1)
-    step = inner.abs().amax(1) / STEPS
+    outliers: list[int] = []
+    if not bool((peak * math.sqrt(rest.shape[1]) <= OUTLIER * norm).all()):
+        outliers = _outlier_dimensions(rest, norm)
+        inner = rest.clone()
+        inner[:, outliers] = 0.0
+        inner_norm, peak = inner.norm(dim=1), inner.abs().amax(1)
+    step = peak / STEPS
     screened = norm.isfinite() & (step > 1e-30)
     step = torch.where(screened, step, 1.0)
     inverse = 1.0 / step
@@ -521,9 +525,9 @@ def _upper(copy: _Copy, rest: Tensor) -> _Upper:
     # Beside the product a few terms of rank 1, in one pass.
     left = [-(centred @ copy.weight_dither), inverse, *factors.T]
     right = copy.terms
-    if len(outliers):
+    if outliers:
         left += [rest[:, dimension] * inverse for dimension in outliers]
-        right = torch.cat([right, torch.stack([copy.column(d) for d in outliers.tolist()])])
+        right = torch.cat([right, torch.stack([copy.column(d) for d in outliers])])
     scores.addmm_(torch.stack(left, dim=1), right)
     return _Upper(scores, factors, step, norm, screened)
 
@@ -548,32 +552,34 @@ def _screen(copy: _Copy, rest: Tensor, k: int) -> _Candidates:
     pair, member = (members >= least[rows].unsqueeze(1)).nonzero(as_tuple=True)
     key, order = (rows[pair] * padded + first[pair] + member * groups).sort()
     rows, latents, high = key // padded, key % padded, members[pair, member][order]
-    too_many = torch.bincount(rows, minlength=len(rest)) > CANDIDATES * M
-    if bool(too_many.any()):
-        screened &= ~too_many
+    if len(rows) > CANDIDATES * M:
+        screened &= torch.bincount(rows, minlength=len(rest)) <= CANDIDATES * M
         few = screened[rows]
         rows, latents, high = rows[few], latents[few], high[few]
-    low = high - 2.0 * (factors[rows] * copy.bounds[:, latents].T).sum(1)
-    # What the exact score itself is off by, summed in float32.
-    slack = slack[rows] + 16 * ROUNDING * norm[rows] * copy.bounds[-1, latents]
+    bound = (factors[rows] * copy.bounds[:, latents].T).sum(1)
+    # The exact score is a float32 sum itself.
+    width = bound + slack[rows] + 16 * ROUNDING * norm[rows] * copy.bounds[-1, latents]
     step = step[rows]
     exact_rows = (~screened).nonzero().flatten()
-    return _Candidates(rows, latents, (low - slack) * step, (high + slack) * step, exact_rows)
+    return _Candidates(rows, latents, (high - bound) * step, width * step, exact_rows)
 
 
-def _outlier_dimensions(rest: Tensor, norm: Tensor) -> Tensor:
+def _outlier_dimensions(rest: Tensor, norm: Tensor) -> list[int]:
     """The few dimensions that would stretch the steps of some rows: massive activations."""
     D = rest.shape[1]
     relative = rest.abs() / norm.unsqueeze(1)
     relative = torch.where(norm.isfinite() & (norm > 0), relative.T, 0.0).amax(1)
     largest, dimensions = relative.topk(min(OUTLIER_DIMENSIONS, D))
-    return dimensions[largest * math.sqrt(D) > OUTLIER]
+    return dimensions[largest * math.sqrt(D) > OUTLIER].tolist()
 
 
 def _select_candidates(
     found: _Candidates, scores: Tensor, n: int, k: int, sorted: bool
 ) -> tuple[Tensor, Tensor]:
     """TopK of each row's candidates, laid out in order of latent in a rectangle."""
+    if n == 1 and len(scores) >= k:
+        acts, position = _select(scores.unsqueeze(0), k, sorted)
+        return acts, torch.where(acts > 0, found.latents[position], 0)
     counts = torch.bincount(found.rows, minlength=n)
     width = max(k, int(counts.max()))
     slot = torch.arange(len(scores)) - (counts.cumsum(0) - counts)[found.rows]
