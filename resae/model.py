@@ -45,17 +45,25 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt_neox": Family(
+    "gpt_neox": Family(  # Pythia
         blocks="gpt_neox.layers",
         attn_out="attention",
         mlp_out="mlp",
         parallel="use_parallel_residual",
     ),
-    "gemma2": Family(
-        blocks="model.layers",
-        attn_out="post_attention_layernorm",
-        mlp_out="post_feedforward_layernorm",
-    ),
+    "gpt2": Family(blocks="transformer.h", attn_out="attn", mlp_out="mlp"),
+    **{
+        name: Family(blocks="model.layers", attn_out="self_attn", mlp_out="mlp")
+        for name in ("llama", "qwen2", "qwen3")
+    },
+    **{
+        name: Family(
+            blocks="model.layers",
+            attn_out="post_attention_layernorm",
+            mlp_out="post_feedforward_layernorm",
+        )
+        for name in ("gemma2", "gemma3_text")
+    },
 }
 
 
