@@ -299,7 +299,8 @@ def replacement(
         active = replacement(lm, stack); …            until active.remove()
 
     The model stays an ordinary Hugging Face model: all of `generate` works (sampling, beams, any
-    cache, assisted generation, streamers, left-padded batches), and `torch.compile`.
+    cache, assisted generation, streamers, left-padded batches), and `torch.compile`, in mode
+    `online` in one graph. One pass at a time: two threads running one model would mix their chains.
 
     A model spread over devices (`device_map`) may have its stack on any of them, in mode `online`
     each layer's autoencoder and maps on another: they compute where they are, and activations are

@@ -189,8 +189,10 @@ def test_hidden_states_of_a_spliced_model_are_what_flows_on(lm, asked_before):
 
 
 @pytest.mark.parametrize("when", ["before", "inside"])
-def test_a_compiled_model_is_replaced_in_one_graph(lm, when):
+@pytest.mark.parametrize("family", ["pythia", "gemma2", "gpt2"])
+def test_a_compiled_model_is_replaced_in_one_graph(family, when):
     torch.compiler.reset()
+    lm = tiny.FAMILIES[family]()
     hooks = spliced(lm)
     clean, expected = lm.logits(tiny.ids()), lm.replace(tiny.ids(), hooks)
     lm.model.compile(fullgraph=True, backend="eager")
@@ -198,6 +200,7 @@ def test_a_compiled_model_is_replaced_in_one_graph(lm, when):
         assert torch.equal(lm.logits(tiny.ids()), clean)
     assert torch.equal(lm.replace(tiny.ids(), hooks), expected)
     assert torch.equal(lm.logits(tiny.ids()), clean)
+    assert len(lm.capture(tiny.ids(), lm.hook_points([0, 1]))) == 2  # which no graph can hold
 
 
 def test_layers_compiled_one_by_one_are_replaced():

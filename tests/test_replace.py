@@ -335,6 +335,19 @@ def test_a_replacement_compiles_into_one_graph_and_counts_in_it(either):
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, clean)
 
 
+def test_modes_of_two_passes_run_beside_compiled_graphs_but_not_in_one(neox):
+    torch.compiler.reset()
+    stack, ids = tiny.stack(neox), with_special(neox)
+    expected = logits(neox, stack, ids, mode="teacher_forced")
+    with torch.no_grad(), replacement(neox, stack, mode="teacher_forced"):
+        compiled = torch.compile(neox.model, backend="eager")
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+        torch.compiler.reset()
+        compiled = torch.compile(neox.model, fullgraph=True, backend="eager")
+        with pytest.raises(RuntimeError, match="stops the pass half-way, which no graph can"):
+            compiled(ids, use_cache=False)
+
+
 def test_generate_with_a_static_cache_compiles_the_replaced_model(either):
     """As it does by itself on a GPU."""
     torch.compiler.reset()
