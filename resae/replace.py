@@ -100,6 +100,7 @@ class Replacement:
         if not replace_special:
             self._special = torch.tensor(lm.special_ids, dtype=torch.int64, device=lm.device)
         self._in_force = ExitStack()
+        self._removed = False
 
         self._capturing = False
         self._keep: Tensor | None = None  # [B, T, 1], where the stream is left alone
@@ -165,9 +166,12 @@ class Replacement:
 
     def remove(self) -> None:
         """End it: the model is as it was. Once more does nothing."""
+        self._removed = True
         self._in_force.close()
 
     def __enter__(self) -> "Replacement":
+        if self._removed:
+            raise RuntimeError("this replacement was removed; make a new one")
         self._in_force.enter_context(torch.no_grad())
         return self
 

@@ -197,10 +197,11 @@ def test_cached_generation_is_the_full_forward_token_by_token(lm):
     stack = tiny.stack(lm)
     ids = with_special(lm, rows=1, length=6)
     with replacement(lm, stack):
-        out = greedy(lm, ids, 8)
-        whole = lm.logits(out)
-    assert torch.equal(whole[:, 5:-1].argmax(-1), out[:, 6:])
-    assert not torch.equal(greedy(lm, ids, 8), out)
+        out = greedy(lm, ids, 8, output_logits=True, return_dict_in_generate=True)
+        whole = lm.logits(out.sequences)[:, 5:-1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-4, rtol=1e-4)
+    assert torch.equal(whole.argmax(-1), out.sequences[:, 6:])
+    assert not torch.equal(greedy(lm, ids, 8), out.sequences)
 
 
 @pytest.mark.parametrize(
@@ -378,6 +379,8 @@ def test_a_replacement_stays_in_force_until_it_is_removed(lm, tmp_path):
         replacement(lm, stack, layers=[3])
     active.remove()
     active.remove()
+    with pytest.raises(RuntimeError, match="was removed"), active:
+        pass
     assert torch.equal(lm.logits(ids), clean)
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
     assert torch.equal(type(model).from_pretrained(tmp_path)(ids).logits.detach(), clean)
