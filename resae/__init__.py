@@ -10,6 +10,7 @@ replaced.counts
 
 from resae.affine import AffinePredictor, Moments, fit_predictor
 from resae.data import ActivationBatches, StoredActivations, TokenRows, load_texts
+from resae.decode_loop import DecodeLoop
 from resae.evaluate import Method, evaluate
 from resae.model import FAMILIES, Family, HookedLM, HookPoint
 from resae.replace import generate, replacement
@@ -23,6 +24,7 @@ __all__ = [
     "AffineOnly",
     "AffinePredictor",
     "Calibration",
+    "DecodeLoop",
     "Family",
     "HookPoint",
     "HookedLM",

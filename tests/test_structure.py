@@ -16,7 +16,7 @@ FLOORS = [
     {"cli"},
     {"demo", "report", "tune"},
     {"evaluate"},
-    {"train", "replace"},
+    {"train", "replace", "decode_loop"},
     {"stack"},
     {"data", "affine", "sae"},
     {"model"},
