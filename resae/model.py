@@ -13,7 +13,9 @@ that return a tuple get a tuple back, with everything but its first element unto
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -43,17 +45,25 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt_neox": Family(
+    "gpt_neox": Family(  # Pythia
         blocks="gpt_neox.layers",
         attn_out="attention",
         mlp_out="mlp",
         parallel="use_parallel_residual",
     ),
-    "gemma2": Family(
-        blocks="model.layers",
-        attn_out="post_attention_layernorm",
-        mlp_out="post_feedforward_layernorm",
-    ),
+    "gpt2": Family(blocks="transformer.h", attn_out="attn", mlp_out="mlp"),
+    **{
+        name: Family(blocks="model.layers", attn_out="self_attn", mlp_out="mlp")
+        for name in ("llama", "qwen2", "qwen3")
+    },
+    **{
+        name: Family(
+            blocks="model.layers",
+            attn_out="post_attention_layernorm",
+            mlp_out="post_feedforward_layernorm",
+        )
+        for name in ("gemma2", "gemma3_text")
+    },
 }
 
 
@@ -71,7 +81,7 @@ class HookPoint:
 
 
 class _PassEnded(Exception):
-    """Raised by the last capturing hook: nothing after it is needed."""
+    """Raised by the last capturing function: nothing after it is needed."""
 
 
 class HookedLM:
@@ -204,26 +214,54 @@ class HookedLM:
 
     @contextmanager
     def hooked(
-        self, hooks: Mapping[HookPoint, Callable[[Tensor], Tensor | None]]
+        self,
+        hooks: Mapping[HookPoint, Callable[[Tensor], Tensor | None]],
+        *,
+        begin: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> Iterator[None]:
         """While inside, call `hooks[p](activation [B, T, D])` at each point of every forward pass;
-        a tensor it returns takes the activation's place. All hooks are gone on exit."""
+        a tensor it returns takes the activation's place.
+
+        Functions at one point run in the order in which they came, each on what the one before it
+        left. While inside, stand-ins replace the modules concerned in their parents; on exit, in
+        whatever order and after whatever error, the modules themselves are back. A model works
+        under `torch.compile`, be it compiled before or inside.
+
+        Args:
+            begin: called with the arguments and keyword arguments of each forward pass of the whole
+                model, before any hook.
+        """
         with ExitStack() as stack:
+            if begin is not None:
+                stack.callback(self._splice_in_model(begin))
             for point, function in hooks.items():
-                for handle in self._attach(point, function):
-                    stack.callback(handle.remove)
+                for remove in self._splice_in(point, function):
+                    stack.callback(remove)
             yield
 
-    def _attach(self, point: HookPoint, function: Callable[[Tensor], Tensor | None]) -> list[Any]:
-        """Register the module hooks of one hook point; returns their handles."""
-        block = self.blocks[point.layer]
+    def _splice_in_model(self, begin: Callable[..., None]) -> Callable[[], None]:
+        """Call `begin` before each pass through the model that holds the blocks."""
+
+        def before(args: tuple[Any, ...], kwargs: dict[str, Any]):
+            begin(args, kwargs)
+            return args, kwargs
+
+        path = self.family.blocks.rpartition(".")[0]
+        return _Splice.at(self.model, path).add_before(0, before)
+
+    def _splice_in(
+        self, point: HookPoint, function: Callable[[Tensor], Tensor | None]
+    ) -> list[Callable[[], None]]:
+        """Have `function` called at one hook point; returns what undoes it."""
+        block = str(point.layer)
         if point.site == "resid_pre":
-            return [block.register_forward_pre_hook(_on_input(function), with_kwargs=True)]
-        if point.site == "resid_post":
-            return [block.register_forward_hook(_on_output(function))]
+            splice = _Splice.at(self.blocks, block)
+            return [splice.add_before(point.order, _on_input(function))]
         if point.site != "resid_mid":
-            module = block.get_submodule(getattr(self.family, point.site))
-            return [module.register_forward_hook(_on_output(function))]
+            inside = {"attn_out": self.family.attn_out, "mlp_out": self.family.mlp_out}
+            path = f"{block}.{inside[point.site]}" if point.site in inside else block
+            splice = _Splice.at(self.blocks, path)
+            return [splice.add_after(point.order, _on_output(function))]
         # No module returns resid_mid: it is the block's input plus attn_out, and is changed by
         # changing attn_out, since the block goes on with that same sum.
         stream: list[Tensor] = []
@@ -236,10 +274,10 @@ class HookedLM:
             new = function(resid_pre + attn_out)
             return None if new is None else new - resid_pre
 
-        attention = block.get_submodule(self.family.attn_out)
+        attention = f"{block}.{self.family.attn_out}"
         return [
-            block.register_forward_pre_hook(_on_input(remember), with_kwargs=True),
-            attention.register_forward_hook(_on_output(change)),
+            _Splice.at(self.blocks, block).add_before(point.order, _on_input(remember)),
+            _Splice.at(self.blocks, attention).add_after(point.order, _on_output(change)),
         ]
 
     def logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -289,25 +327,93 @@ def _family_of(config: Any, name: str) -> Family:
     return FAMILIES[config.model_type]
 
 
-def _on_input(function: Callable[[Tensor], Tensor | None]):
-    """A forward pre-hook that applies `function` to a block's input, wherever it is passed."""
+class _Splice:
+    """Functions around the forward of one module of a model.
 
-    def hook(_module, args, kwargs):
+    A stand-in takes the module's place in its parent: a shallow copy, of the same class and with
+    the same parameters, submodules, hooks and names, so that whatever looks at the layer finds the
+    layer; only its forward is ours. `torch.compile` traces through it, and notices it in a model
+    compiled before, where a forward hook breaks the graph or is ignored. Hooks of the module, those
+    of `output_hidden_states` among them, see what the functions leave.
+    """
+
+    @classmethod
+    def at(cls, root: nn.Module, path: str) -> "_Splice":
+        """The splice at the submodule `path` of `root`: the one that is there, or a new one."""
+        parent_path, _, name = path.rpartition(".")
+        parent = root.get_submodule(parent_path)
+        there = getattr(parent.get_submodule(name).forward, "__self__", None)
+        return there if isinstance(there, cls) else cls(parent, name)
+
+    def __init__(self, parent: nn.Module, name: str):
+        self.parent = parent
+        self.name = name
+        self.module = parent.get_submodule(name)
+        self.before: list[tuple[int, Callable[..., Any]]] = []
+        self.after: list[tuple[int, Callable[..., Any]]] = []
+        self.stand_in = copy(self.module)
+        self.inner = self.stand_in.forward
+        self.stand_in.forward = self.forward
+        setattr(parent, name, self.stand_in)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for _, function in self.before:
+            args, kwargs = function(args, kwargs)
+        output = self.inner(*args, **kwargs)
+        for _, function in self.after:
+            output = function(output)
+        return output
+
+    def add_before(self, order: int, function: Callable[..., Any]) -> Callable[[], None]:
+        """Call `function(args, kwargs) -> (args, kwargs)` before the module; returns what undoes
+        it."""
+        return self._add(self.before, order, function)
+
+    def add_after(self, order: int, function: Callable[..., Any]) -> Callable[[], None]:
+        """Call `function(output) -> output` after the module; returns what undoes it."""
+        return self._add(self.after, order, function)
+
+    def _add(self, functions: list, order: int, function: Callable[..., Any]):
+        # By order of the hook points: resid_mid is made of resid_pre and attn_out, and must see
+        # what the functions there left.
+        entry = (order, function)
+        functions.append(entry)
+        functions.sort(key=itemgetter(0))
+
+        def remove() -> None:
+            functions.remove(entry)
+            if not self.before and not self.after:
+                self._restore()
+
+        return remove
+
+    def _restore(self) -> None:
+        # What was set meanwhile, as by model.eval(), was set on the stand-in.
+        meanwhile = {k: v for k, v in vars(self.stand_in).items() if k != "forward"}
+        vars(self.module).update(meanwhile)
+        setattr(self.parent, self.name, self.module)
+
+
+def _on_input(function: Callable[[Tensor], Tensor | None]):
+    """`function` applied to the stream that a block is called with, wherever it is passed."""
+
+    def before(args, kwargs):
         new = function(args[0] if args else kwargs["hidden_states"])
         if new is None:
-            return None
+            return args, kwargs
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    return hook
+    return before
 
 
 def _on_output(function: Callable[[Tensor], Tensor | None]):
-    """A forward hook that applies `function` to a tensor output, or to a tuple's first element."""
+    """`function` applied to a tensor output, or to a tuple's first element."""
 
-    def hook(_module, _args, output):
+    def after(output):
         if not isinstance(output, tuple):
-            return function(output)
+            new = function(output)
+            return output if new is None else new
         new = function(output[0])
-        return None if new is None else (new, *output[1:])
+        return output if new is None else (new, *output[1:])
 
-    return hook
+    return after

@@ -83,10 +83,11 @@ class Replacement:
             if point in self._put_at
         ]
 
-    def begin(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins: forget the last one's chain, see which tokens are special."""
         if self._capturing:
             return
+        input_ids = args[0] if args else kwargs.get("input_ids")
         self._seen, self._x_hats = [], []
         self._keep = self._kept(input_ids, kwargs)
         if self._mode == "online":
@@ -213,23 +214,14 @@ def replacement(
             )
     active = Replacement(lm, stack, mode, loop, put_at, replace_special, clean)
 
-    def begin(_module, args, kwargs):
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        active.begin(ids, kwargs)
-
     last = max(put_at)
     hooks = {
         point: (lambda stream, layer=layer: active.at(layer, stream))
         for layer, point in enumerate(points)
         if point <= last
     }
-    base: Any = lm.model.base_model
-    handle = base.register_forward_pre_hook(begin, with_kwargs=True)
-    try:
-        with lm.hooked(hooks), torch.no_grad():
-            yield active
-    finally:
-        handle.remove()
+    with lm.hooked(hooks, begin=active.begin), torch.no_grad():
+        yield active
 
 
 def _device(stack: ReSAE | AffineOnly) -> torch.device | None:

@@ -106,29 +106,142 @@ def test_capture_stops_after_the_last_point_it_needs():
     assert 3 not in ran
 
 
-def test_hooks_are_gone_after_use_and_after_an_error():
-    lm = tiny.pythia()
+def spliced(lm):
+    """Functions that change something, at every site and at two blocks."""
+    points = [p for p in all_points(lm) if p.layer in (1, 2)]
+    return {p: (lambda x, p=p: x * (1 + 0.1 * (p.order + p.layer))) for p in points}
+
+
+def test_the_very_modules_are_back_after_use_and_after_an_error(lm):
     before = lm.logits(tiny.ids())
+    modules, blocks = list(lm.model.modules()), list(lm.blocks)
 
     def fail(_):
         raise ArithmeticError("planted")
 
-    with pytest.raises(ArithmeticError):
-        lm.replace(tiny.ids(), {lm.hook_point(1): fail})
+    with lm.hooked(spliced(lm)):
+        assert not torch.equal(lm.logits(tiny.ids()), before)
+        assert all(a is not b for a, b in zip(blocks[1:3], lm.blocks[1:3], strict=True))
+    with pytest.raises(ArithmeticError), lm.hooked(spliced(lm), begin=lambda *_: None):
+        lm.replace(tiny.ids(), {lm.hook_point(2): fail})
+    assert all(a is b for a, b in zip(modules, lm.model.modules(), strict=True))
+    assert not any("forward" in vars(m) or m._forward_hooks for m in modules)
     assert torch.equal(lm.logits(tiny.ids()), before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["outer-first", "inner-first"])
+def test_splices_at_one_layer_end_in_any_order(first):
+    lm = tiny.gemma2()
+    clean, block = lm.logits(tiny.ids()), lm.blocks[1]
+    point = lm.hook_point("blocks.1.hook_mlp_out")
+    hooks = [{point: lambda x: x * 2}, {point: lambda x: x + 1, lm.hook_point(1): lambda x: x * 3}]
+    alone = [lm.replace(tiny.ids(), h) for h in hooks]
+    both = [lm.hooked(h) for h in hooks]
+    for splice in both:
+        splice.__enter__()
+    both.pop(first).__exit__(None, None, None)
+    assert torch.equal(lm.logits(tiny.ids()), alone[1 - first])
+    both.pop().__exit__(None, None, None)
+    assert torch.equal(lm.logits(tiny.ids()), clean)
+    assert lm.blocks[1] is block
+
+
+def test_a_stand_in_looks_like_the_layer(lm):
+    """Model code reads attributes of its layers, and checkpoints their names."""
+    block, names = lm.blocks[1], lm.model.state_dict().keys()
+    with lm.hooked(spliced(lm)):
+        assert lm.blocks[1] is not block
+        assert isinstance(lm.blocks[1], type(block))
+        assert lm.model.state_dict().keys() == names
+        lm.model.train()
+    assert all(m.training for m in lm.model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradients_are_the_same_with_gradient_checkpointing(lm):
+    # All sites but resid_mid, which a block that is run again in the backward pass has not.
+    hooks = {p: f for p, f in spliced(lm).items() if p.site != "resid_mid"}
+
+    def gradients():
+        lm.model.zero_grad()
+        with lm.hooked(hooks):
+            lm.model(tiny.ids(), labels=tiny.ids(), use_cache=False).loss.backward()
+        return [p.grad.clone() for p in lm.model.parameters()]
+
+    lm.model.train()
+    plain = gradients()
+    lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for a, b in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_hidden_states_of_a_spliced_model_are_what_flows_on(lm, asked_before):
+    """Transformers records them by hooks that it installs when first asked, maybe while inside."""
+    if asked_before:
+        lm.model(tiny.ids(), output_hidden_states=True)
+    seen = {}
+    record = {p: (lambda x, p=p: seen.update({p: x})) for p in lm.hook_points([0, 1, 2])}
+    with lm.hooked(spliced(lm), begin=lambda *_: None), lm.hooked(record):
+        hidden = lm.model(tiny.ids(), output_hidden_states=True).hidden_states
+    clean = lm.model(tiny.ids(), output_hidden_states=True).hidden_states
+    assert len(hidden) == len(clean) == lm.n_layers + 1
+    for point, activation in seen.items():
+        assert torch.equal(hidden[point.layer + 1], activation)
+        assert torch.equal(hidden[point.layer + 1], clean[point.layer + 1]) == (point.layer == 0)
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_a_compiled_model_is_replaced_in_one_graph(lm, when):
+    torch.compiler.reset()
+    hooks = spliced(lm)
+    clean, expected = lm.logits(tiny.ids()), lm.replace(tiny.ids(), hooks)
+    lm.model.compile(fullgraph=True, backend="eager")
+    if when == "before":
+        assert torch.equal(lm.logits(tiny.ids()), clean)
+    assert torch.equal(lm.replace(tiny.ids(), hooks), expected)
+    assert torch.equal(lm.logits(tiny.ids()), clean)
+
+
+def test_layers_compiled_one_by_one_are_replaced():
+    torch.compiler.reset()
+    lm = tiny.pythia()
+    clean, expected = lm.logits(tiny.ids()), lm.replace(tiny.ids(), spliced(lm))
+    for block in lm.blocks:
+        block.compile(backend="eager")
+    assert torch.equal(lm.logits(tiny.ids()), clean)
+    assert torch.equal(lm.replace(tiny.ids(), spliced(lm)), expected)
+
+
+def test_resid_mid_is_what_functions_at_resid_pre_and_attn_out_leave():
+    lm = tiny.gemma2()
+    pre, attention, mid = (
+        lm.hook_point(f"blocks.1.hook_{s}") for s in ("resid_pre", "attn_out", "resid_mid")
+    )
+    seen = {}
+    hooks = {
+        mid: lambda x: seen.update(x=x),
+        attention: lambda x: torch.full_like(x, 2),
+        pre: lambda x: x + 1,
+    }
+    with lm.hooked(hooks):
+        lm.logits(tiny.ids())
+    torch.testing.assert_close(seen["x"], lm.capture(tiny.ids(), [pre])[pre] + 3)
 
 
 class _StateBlock(nn.Module):
-    """A block that returns a tuple and hands further state on, as LIMe's do."""
+    """A block that reads a mixture of all streams so far and hands them on, as LIMe's do."""
 
-    def __init__(self):
+    def __init__(self, layer):
         super().__init__()
         self.attention = nn.Linear(8, 8)
         self.mlp = nn.Linear(8, 8)
+        self.routing = nn.Parameter(torch.randn(layer + 1))
 
-    def forward(self, stream, state):
-        return stream + self.attention(stream) + self.mlp(stream), [*state, stream]
+    def forward(self, hidden_states, states):
+        states = [*states, hidden_states]
+        read = torch.einsum("s,sbtd->btd", self.routing, torch.stack(states))
+        return hidden_states + self.attention(read) + self.mlp(read), states
 
 
 class _StateModel(nn.Module):
@@ -139,15 +252,15 @@ class _StateModel(nn.Module):
         )
         self.embed = nn.Embedding(16, 8)
         self.gpt_neox = nn.Module()
-        self.gpt_neox.layers = nn.ModuleList(_StateBlock() for _ in range(3))
+        self.gpt_neox.layers = nn.ModuleList(_StateBlock(i) for i in range(3))
 
     def forward(self, input_ids, use_cache):
         del use_cache
-        stream, self.state = self.embed(input_ids), []
+        stream, self.states = self.embed(input_ids), []
         for block in self.gpt_neox.layers:
-            output = block(stream, self.state)
+            output = block(hidden_states=stream, states=self.states)
             assert isinstance(output, tuple)
-            stream, self.state = output
+            stream, self.states = output
         return SimpleNamespace(logits=stream)
 
 
@@ -155,11 +268,18 @@ def test_tuple_output_is_given_back_as_a_tuple_with_its_other_elements():
     lm = HookedLM(_StateModel())
     ids = torch.arange(6).view(2, 3)
     clean = lm.logits(ids)
-    point = lm.hook_point(2)
-    assert torch.equal(lm.capture(ids, [point])[point], clean)
-    replaced = lm.replace(ids, {point: lambda x: x * 2})
-    assert torch.equal(replaced, clean * 2)
-    assert len(lm.model.state) == 3
+    clean_states = lm.model.states
+    last = lm.hook_point(2)
+    assert torch.equal(lm.capture(ids, [last])[last], clean)
+    assert torch.equal(lm.replace(ids, {last: lambda x: x * 2}), clean * 2)
+    assert all(torch.equal(a, b) for a, b in zip(lm.model.states, clean_states, strict=True))
+    for site in ("resid_pre", "resid_post"):  # passed by keyword, returned in a tuple
+        layer = 1 if site == "resid_pre" else 0
+        moved = lm.replace(ids, {lm.hook_point(f"blocks.{layer}.hook_{site}"): lambda x: x + 1})
+        assert not torch.equal(moved, clean)
+        assert torch.equal(lm.model.states[0], clean_states[0])
+        assert torch.equal(lm.model.states[1], clean_states[1] + 1)
+        assert len(lm.model.states) == 3
 
 
 @pytest.mark.parametrize(

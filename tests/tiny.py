@@ -5,8 +5,18 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from resae import AffinePredictor, HookedLM, Moments, ReSAE, fit_predictor
@@ -57,6 +67,73 @@ def gemma2() -> HookedLM:
     return _loud(HookedLM(Gemma2ForCausalLM(config).eval(), None, "tiny-gemma2"))
 
 
+def gemma3() -> HookedLM:
+    torch.manual_seed(3)
+    config = Gemma3TextConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        sliding_window=8,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return _loud(HookedLM(Gemma3ForCausalLM(config).eval(), None, "tiny-gemma3"))
+
+
+def gpt2() -> HookedLM:
+    torch.manual_seed(4)
+    config = GPT2Config(
+        vocab_size=2048,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_inner=64,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _loud(HookedLM(GPT2LMHeadModel(config).eval(), None, "tiny-gpt2"))
+
+
+def _llama_like(config_class, model_class, name: str) -> HookedLM:
+    torch.manual_seed(5)
+    config = config_class(
+        vocab_size=2048,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _loud(HookedLM(model_class(config).eval(), None, name))
+
+
+def llama() -> HookedLM:
+    return _llama_like(LlamaConfig, LlamaForCausalLM, "tiny-llama")
+
+
+def qwen2() -> HookedLM:
+    return _llama_like(Qwen2Config, Qwen2ForCausalLM, "tiny-qwen2")
+
+
+def qwen3() -> HookedLM:
+    return _llama_like(Qwen3Config, Qwen3ForCausalLM, "tiny-qwen3")
+
+
 def _loud(lm: HookedLM) -> HookedLM:
     """Larger weights than at initialisation, so that every layer changes the stream visibly."""
     with torch.no_grad():
@@ -66,7 +143,15 @@ def _loud(lm: HookedLM) -> HookedLM:
     return lm
 
 
-FAMILIES = {"pythia": pythia, "gemma2": gemma2}
+FAMILIES = {
+    "pythia": pythia,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "gpt2": gpt2,
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+}
 
 
 def ids(rows: int = 3, length: int = 12, seed: int = 3) -> torch.Tensor:
