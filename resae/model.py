@@ -285,10 +285,14 @@ class HookedLM:
         with torch.no_grad():
             return self.model(input_ids=input_ids, use_cache=False, **kwargs).logits
 
+    @torch.compiler.disable(reason="capture stops the pass half-way, which no graph can")
     def capture(
         self, input_ids: Tensor, points: Sequence[HookPoint], **kwargs: Any
     ) -> dict[HookPoint, Tensor]:
-        """Activations `[B, T, D]` at `points`, without gradient; the pass stops at the last one."""
+        """Activations `[B, T, D]` at `points`, without gradient; the pass stops at the last one.
+
+        A compiled model runs uncompiled here.
+        """
         captured: dict[HookPoint, Tensor] = {}
         last = max(points)
 
@@ -298,7 +302,8 @@ class HookedLM:
                 raise _PassEnded
 
         hooks = {p: (lambda activation, p=p: save(p, activation)) for p in points}
-        with self.hooked(hooks), torch.no_grad(), suppress(_PassEnded):
+        eager = torch.compiler.set_stance("force_eager")
+        with self.hooked(hooks), torch.no_grad(), eager, suppress(_PassEnded):
             self.model(input_ids=input_ids, use_cache=False, **kwargs)
         return captured
 

@@ -12,16 +12,19 @@ equal the last one alone, exactly. Online and error-added are the forms that see
 Online, the residual is taken against the reconstructions that were put into the stream (closed
 loop); loop "open" takes it against the stream as it was before each replacement. The chain runs
 through all selected layers, one token at a time, within one forward pass; nothing is kept between
-decode steps but the model's own cache. `layers` chooses where its result enters the stream.
+decode steps but the model's own cache, and beams may be reordered between them. `layers` chooses
+where its result enters the stream.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resae.model import HookedLM, HookPoint
 from resae.stack import AffineOnly, Loop, ReSAE
@@ -30,21 +33,46 @@ Mode = Literal["online", "teacher_forced", "error_added"]
 MODES = ("online", "teacher_forced", "error_added")
 
 
-@dataclass
-class LayerCounts:
-    """What happened at one hook point since the replacement began."""
+class PassCounts(NamedTuple):
+    """What happened at one hook point in the passes of one kind."""
 
-    hook_point: str
     calls: int = 0
-    """Forward passes: one for the prompt, then one per generated token."""
+    """Forward passes."""
     replaced: int = 0
     """Tokens whose activation was replaced."""
     left: int = 0
     """Tokens left alone: special tokens and padding."""
 
 
+@dataclass(frozen=True)
+class LayerCounts:
+    """What happened at one hook point since the replacement began."""
+
+    hook_point: str
+    prefill: PassCounts
+    """Passes over more than one token per row: prompts, whole texts, guesses being checked."""
+    decode: PassCounts
+    """Passes over one token per row: the steps of cached generation."""
+
+    @property
+    def calls(self) -> int:
+        """Forward passes: one for the prompt, then one per generated token."""
+        return self.prefill.calls + self.decode.calls
+
+    @property
+    def replaced(self) -> int:
+        """Tokens whose activation was replaced."""
+        return self.prefill.replaced + self.decode.replaced
+
+    @property
+    def left(self) -> int:
+        """Tokens left alone: special tokens and padding."""
+        return self.prefill.left + self.decode.left
+
+
 class Replacement:
-    """A replacement in force; made by `replacement`."""
+    """A replacement in force; made by `replacement`. As a context manager it is removed on exit,
+    and what runs inside runs without gradient."""
 
     def __init__(
         self,
@@ -55,62 +83,135 @@ class Replacement:
         put_at: Sequence[HookPoint],
         replace_special: bool,
         clean: Sequence[Tensor] | None,
+        keep_error: bool,
     ):
         self._lm = lm
         self._stack = stack
         self._mode: Mode = mode
         self._loop: Loop = loop
         self._points = [lm.hook_point(name) for name in stack.hook_points]
-        self._put_at = set(put_at)
-        self._replace_special = replace_special
+        self._puts = [point in put_at for point in self._points]
+        self._last = self._points.index(max(put_at))
         self._clean = clean
+        self._keep_error = keep_error
+        self._homes = [_home(stack, layer) for layer in range(len(self._points))]
+        self._spread = len({home.device for home in self._homes if home is not None}) > 1
+        self._special = None  # [S] ids of special tokens, made once: a copy to a GPU waits for it
+        if not replace_special:
+            self._special = torch.tensor(lm.special_ids, dtype=torch.int64, device=lm.device)
+        self._in_force = ExitStack()
+        self._removed = False
+
         self._capturing = False
         self._keep: Tensor | None = None  # [B, T, 1], where the stream is left alone
         self._seen: list[Tensor] = []  # running stream at the points passed so far
-        self._x_hats: list[Tensor] = []
-        self._calls = [0] * len(self._points)
-        self._left = [torch.zeros((), dtype=torch.int64) for _ in self._points]
-        self._tokens = [0] * len(self._points)
+        self._x_hats: list[Tensor] | None = None  # None outside a pass
+        self._tally: Tensor | None = None  # [3] calls, tokens, left of this pass
+        # [2, 3] per layer, (prefill, decode) by (calls, tokens, left): tensors, so that counting
+        # waits for no GPU, recompiles nothing and goes on in a replayed graph.
+        self._counts = [
+            torch.zeros(2, 3, dtype=torch.int64, device=lm.device) for _ in self._points
+        ]
 
     @property
     def counts(self) -> list[LayerCounts]:
         """Per layer at which something is put in: calls, tokens replaced, tokens left alone."""
-        return [
-            LayerCounts(
-                point.name, self._calls[i], self._tokens[i] - int(self._left[i]), int(self._left[i])
-            )
-            for i, point in enumerate(self._points)
-            if point in self._put_at
-        ]
+        counts = []
+        for point, puts, sums in zip(self._points, self._puts, self._counts, strict=True):
+            if puts:
+                kinds = [
+                    PassCounts(calls, tokens - left, left) for calls, tokens, left in sums.tolist()
+                ]
+                counts.append(LayerCounts(point.name, *kinds))
+        return counts
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def assert_replaced(
+        self, *, decode_steps: int | None = None, layers: Sequence[str | int] | None = None
+    ) -> None:
+        """For tests of what is built on a replacement: it has not silently done nothing.
+
+        Args:
+            decode_steps: how many single-token passes each layer must have seen, with tokens
+                replaced in them; default: any number.
+            layers: which layers to look at; default all at which something is put in.
+
+        Raises:
+            AssertionError: naming the first layer that was never reached, whose tokens were all
+                left alone, or whose decode steps were not all seen and replaced.
+        """
+        counts = {count.hook_point: count for count in self.counts}
+        names = list(counts) if layers is None else [p.name for p in self._lm.hook_points(layers)]
+        for name in names:
+            count = counts.get(name)
+            if count is None:
+                raise AssertionError(f"{name}: nothing is put in there, only at {list(counts)}")
+            if not count.calls:
+                raise AssertionError(f"{name} was never reached by a forward pass")
+            if not count.replaced:
+                raise AssertionError(
+                    f"{name} was reached by {count.calls} passes, but all {count.left} tokens were "
+                    f"left alone as special or padding"
+                )
+            if decode_steps is None:
+                continue
+            if count.decode.calls != decode_steps:
+                raise AssertionError(
+                    f"{name} saw {count.decode.calls} decode steps, expected {decode_steps}"
+                )
+            if decode_steps and not count.decode.replaced:
+                raise AssertionError(
+                    f"{name}: no token of its {decode_steps} decode steps was replaced; all "
+                    f"{count.decode.left} were left alone as special or padding"
+                )
+
+    def remove(self) -> None:
+        """End it: the model is as it was. Once more does nothing."""
+        self._removed = True
+        self._in_force.close()
+
+    def __enter__(self) -> "Replacement":
+        if self._removed:
+            raise RuntimeError("this replacement was removed; make a new one")
+        self._in_force.enter_context(torch.no_grad())
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.remove()
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins: forget the last one's chain, see which tokens are special."""
         if self._capturing:
             return
         input_ids = args[0] if args else kwargs.get("input_ids")
-        self._seen, self._x_hats = [], []
-        self._keep = self._kept(input_ids, kwargs)
+        self._seen, self._x_hats, self._tally = [], [], None
+        self._keep = self._kept(input_ids, kwargs.get("attention_mask"))
         if self._mode == "online":
             return
         xs = self._clean
         if xs is None:
             xs = self._capture(input_ids, kwargs)
         self._seen = list(xs)
-        wide = [x.to(_dtype(self._stack, x)) for x in xs]
-        self._x_hats = self._stack(wide, loop=self._loop).x_hats
+        self._x_hats = self._stack([_to(x, self._homes[0]) for x in xs], loop=self._loop).x_hats
 
-    def _kept(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        if self._replace_special:
+    def _kept(self, input_ids: Tensor | None, mask: Any) -> Tensor | None:
+        """`[B, T, 1]` bool, which tokens are special or padding."""
+        if self._special is None:
             return None
         if input_ids is None:
             raise ValueError(
                 "replacement: the model was called with inputs_embeds, so special tokens cannot be "
                 "told; call it with input_ids, or use replace_special=True"
             )
-        keep = self._lm.is_special(input_ids)
-        mask = kwargs.get("attention_mask")
+        keep = torch.isin(input_ids, self._special)
+        if isinstance(mask, dict):  # one per kind of attention
+            mask = next(iter(mask.values()))
         if isinstance(mask, Tensor) and mask.ndim == 2:
             keep = keep | (mask[:, -input_ids.shape[1] :] == 0)
+        elif isinstance(mask, Tensor) and mask.ndim == 4:
+            # [B, 1, T, past + T], made by `generate` for a static cache: True or 0 where a token
+            # may look. One that may look nowhere, not even at itself, is padding.
+            visible = mask if mask.dtype == torch.bool else mask == 0
+            keep = keep | ~visible[:, 0].any(-1)
         return keep.unsqueeze(-1)
 
     def _capture(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> list[Tensor]:
@@ -132,38 +233,61 @@ class Replacement:
             self._capturing = False
         return [captured[point] for point in self._points]
 
-    def at(self, layer: int, stream: Tensor) -> Tensor | None:
+    def _at(self, layer: int, stream: Tensor) -> Tensor | None:
         """The pass reaches selected layer `layer` with `stream [B, T, D]`; what goes on from
         there."""
         if self._capturing:
             return None
+        x_hats = self._x_hats
+        if x_hats is None or (self._mode == "online" and len(x_hats) != layer):
+            raise RuntimeError(
+                f"replacement: {self._points[layer].name} was reached outside a forward pass "
+                f"of the whole model; call the model, not its blocks"
+            )
         if self._mode == "online":
-            if len(self._x_hats) != layer:
-                raise RuntimeError(
-                    f"replacement: {self._points[layer].name} was reached outside a forward pass "
-                    f"of the whole model; call the model, not its blocks"
-                )
-            x = stream.to(_dtype(self._stack, stream))
-            seen = self._x_hats if self._loop == "closed" else self._seen
-            x_hat, _ = self._stack.step(layer, x, seen, self._x_hats)
-            self._seen.append(x)
-            self._x_hats.append(x_hat)
-        if self._points[layer] not in self._put_at:
-            return None
-        new = self._x_hats[layer].to(stream.dtype)
+            x_hats.append(self._step(layer, stream, x_hats))
+        new = x_hats[layer]
+        if self._keep_error:
+            new = new + (_to(stream, new) - new)
+        new = _to(new, stream)
         if self._mode == "error_added":
-            new = stream + (new - self._seen[layer])
-        self._calls[layer] += 1
-        self._tokens[layer] += stream.shape[0] * stream.shape[1]
+            new = stream + (new - _to(self._seen[layer], stream))
+        if layer == self._last:  # nothing is carried to the next pass
+            self._seen, self._x_hats = [], None
+        if not self._puts[layer]:
+            return None
+        self._count(layer, stream)
         if self._keep is None:
             return new
-        self._left[layer] = self._left[layer].to(self._keep.device) + self._keep.sum()
-        return torch.where(self._keep, stream, new)
+        return torch.where(self._keep.to(stream.device), stream, new)
+
+    def _step(self, layer: int, stream: Tensor, x_hats: list[Tensor]) -> Tensor:
+        """x̂ `[B, T, D]` of selected layer `layer`, where its parameters are."""
+        home = self._homes[layer]
+        x = _to(stream, home)
+        put_in, seen = x_hats, self._seen
+        if self._spread:
+            put_in, seen = ([_to(y, home) for y in ys] for ys in (put_in, seen))
+        x_hat, _ = self._stack.step(layer, x, put_in if self._loop == "closed" else seen, put_in)
+        self._seen.append(x)
+        return x_hat
+
+    def _count(self, layer: int, stream: Tensor) -> None:
+        B, T = stream.shape[:2]
+        counts = self._counts[layer] = self._counts[layer].to(stream.device)
+        if self._tally is None:
+            left = counts.new_zeros(()) if self._keep is None else self._keep.sum()
+            calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
+            self._tally = torch.stack([calls, tokens, left])
+        counts[0 if T > 1 else 1] += self._tally.to(stream.device)
 
 
-@contextmanager
+_REPLACED: WeakKeyDictionary[nn.Module, set[HookPoint]] = WeakKeyDictionary()
+"""Per model, where replacements in force put something in."""
+
+
 def replacement(
-    lm: HookedLM,
+    lm: HookedLM | nn.Module,
     stack: ReSAE | AffineOnly,
     *,
     mode: Mode = "online",
@@ -171,11 +295,23 @@ def replacement(
     layers: Sequence[str | int] | None = None,
     replace_special: bool = False,
     clean: Sequence[Tensor] | None = None,
-) -> Iterator[Replacement]:
-    """While inside, every forward pass of `lm.model`, `generate` included, runs replaced.
+    keep_error: bool = False,
+) -> Replacement:
+    """From here on every forward pass of the model, `generate` included, runs replaced.
+
+        with replacement(lm, stack): …                until the block ends, and without gradient
+        active = replacement(lm, stack); …            until active.remove()
+
+    The model stays an ordinary Hugging Face model: all of `generate` works (sampling, beams, any
+    cache, assisted generation, streamers, left-padded batches), and `torch.compile`, in mode
+    `online` in one graph. One pass at a time: two threads running one model would mix their chains.
+
+    A model spread over devices (`device_map`) may have its stack on any of them, in mode `online`
+    each layer's autoencoder and maps on another: they compute where they are, and activations are
+    moved there and back.
 
     Args:
-        lm: the model that the stack was trained on.
+        lm: the model that the stack was trained on, or the Hugging Face model inside.
         stack: what reconstructs.
         mode: `online`, `teacher_forced` or `error_added` (above); only `online` with a KV cache.
         loop: `closed`: residuals against reconstructions; `open`: against true activations (online:
@@ -184,57 +320,72 @@ def replacement(
             all. The chain itself always runs through every selected layer before the last of these.
         replace_special: also replace at BOS, EOS and padding.
         clean: the clean activations `[B, T, D]` of the one batch that will be run, if at hand;
-        saves
-            the clean pass of the teacher-forced modes.
+            saves the clean pass of the teacher-forced modes.
+        keep_error: online only: x̂ + (h − x̂) goes in, the running stream h itself up to rounding.
+            The codes are made all the same, so that this is the clean model with its codes beside.
 
-    Yields:
+    Returns:
         A `Replacement`, whose `counts` tell what was replaced.
 
     Raises:
         ValueError: another model's stack, or one on another device; unknown mode or loop; layers
-            that the stack has not.
+            that the stack has not, or that are replaced already.
     """
+    lm = lm if isinstance(lm, HookedLM) else HookedLM(lm)
     stack.require_model(lm)
-    where = _device(stack)
-    if where is not None and where != lm.device:
-        raise ValueError(
-            f"replacement: the stack is on {where}, the model on {lm.device}; use "
-            f"stack.to({str(lm.device)!r})"
-        )
     if mode not in MODES:
         raise ValueError(f"replacement: mode={mode!r}, expected one of {', '.join(MODES)}")
     if loop not in ("open", "closed"):
         raise ValueError(f"replacement: loop={loop!r}, expected 'open' or 'closed'")
+    if keep_error and mode != "online":
+        raise ValueError(f"replacement: keep_error=True with mode={mode!r}; use mode='online'")
     points = lm.hook_points(stack.hook_points)
     put_at = points if layers is None else lm.hook_points(layers)
+    replaced = _REPLACED.setdefault(lm.model, set())
     for point in put_at:
         if point not in points:
             raise ValueError(
                 f"replacement: the stack has no {point.name} but {', '.join(stack.hook_points)}"
             )
-    active = Replacement(lm, stack, mode, loop, put_at, replace_special, clean)
-
-    last = max(put_at)
+        if point in replaced:
+            raise ValueError(
+                f"replacement: {point.name} of {lm.name} is being replaced already; remove() that "
+                f"replacement first, or choose other layers"
+            )
+    _require_devices(lm, stack)
+    active = Replacement(lm, stack, mode, loop, put_at, replace_special, clean, keep_error)
     hooks = {
-        point: (lambda stream, layer=layer: active.at(layer, stream))
+        point: partial(active._at, layer)
         for layer, point in enumerate(points)
-        if point <= last
+        if point <= max(put_at)
     }
-    with lm.hooked(hooks, begin=active.begin), torch.no_grad():
-        yield active
+    active._in_force.enter_context(lm.hooked(hooks, begin=active._begin))
+    replaced.update(put_at)
+    active._in_force.callback(replaced.difference_update, put_at)
+    return active
 
 
-def _device(stack: ReSAE | AffineOnly) -> torch.device | None:
+def _require_devices(lm: HookedLM, stack: ReSAE | AffineOnly) -> None:
+    devices = {parameter.device for parameter in lm.model.parameters()}
+    for layer in range(stack.n_layers):
+        home = _home(stack, layer)
+        if home is not None and home.device not in devices:
+            raise ValueError(
+                f"replacement: the stack is on {home.device}, the model on {lm.device}; use "
+                f"stack.to({str(lm.device)!r})"
+            )
+
+
+def _home(stack: ReSAE | AffineOnly, layer: int) -> Tensor | None:
+    """A tensor of the device and dtype that selected layer `layer` of the stack computes in; None
+    where the stack has no parameters."""
     if isinstance(stack, ReSAE):
-        return stack.sae(0).W_dec.device
-    return next((c.device for c in stack.predictor.buffers()), None)
+        return stack.sae(layer).W_dec
+    return next(stack.predictor.buffers(), None)
 
 
-def _dtype(stack: ReSAE | AffineOnly, default: Tensor) -> torch.dtype:
-    """The dtype that the stack computes in."""
-    if isinstance(stack, ReSAE):
-        return stack.sae(0).W_dec.dtype
-    return next((c.dtype for c in stack.predictor.buffers()), default.dtype)
+def _to(x: Tensor, like: Tensor | None) -> Tensor:
+    return x if like is None else x.to(like.device, like.dtype)
 
 
 # -- generation ------------------------------------------------------------------------------------

@@ -1,9 +1,6 @@
-from types import SimpleNamespace
-
 import pytest
 import tiny
 import torch
-from torch import nn
 
 from resae import HookedLM
 from resae.assets import TINY_PYTHIA
@@ -192,8 +189,10 @@ def test_hidden_states_of_a_spliced_model_are_what_flows_on(lm, asked_before):
 
 
 @pytest.mark.parametrize("when", ["before", "inside"])
-def test_a_compiled_model_is_replaced_in_one_graph(lm, when):
+@pytest.mark.parametrize("family", ["pythia", "gemma2", "gpt2"])
+def test_a_compiled_model_is_replaced_in_one_graph(family, when):
     torch.compiler.reset()
+    lm = tiny.FAMILIES[family]()
     hooks = spliced(lm)
     clean, expected = lm.logits(tiny.ids()), lm.replace(tiny.ids(), hooks)
     lm.model.compile(fullgraph=True, backend="eager")
@@ -201,6 +200,7 @@ def test_a_compiled_model_is_replaced_in_one_graph(lm, when):
         assert torch.equal(lm.logits(tiny.ids()), clean)
     assert torch.equal(lm.replace(tiny.ids(), hooks), expected)
     assert torch.equal(lm.logits(tiny.ids()), clean)
+    assert len(lm.capture(tiny.ids(), lm.hook_points([0, 1]))) == 2  # which no graph can hold
 
 
 def test_layers_compiled_one_by_one_are_replaced():
@@ -229,57 +229,23 @@ def test_resid_mid_is_what_functions_at_resid_pre_and_attn_out_leave():
     torch.testing.assert_close(seen["x"], lm.capture(tiny.ids(), [pre])[pre] + 3)
 
 
-class _StateBlock(nn.Module):
-    """A block that reads a mixture of all streams so far and hands them on, as LIMe's do."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.attention = nn.Linear(8, 8)
-        self.mlp = nn.Linear(8, 8)
-        self.routing = nn.Parameter(torch.randn(layer + 1))
-
-    def forward(self, hidden_states, states):
-        states = [*states, hidden_states]
-        read = torch.einsum("s,sbtd->btd", self.routing, torch.stack(states))
-        return hidden_states + self.attention(read) + self.mlp(read), states
-
-
-class _StateModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.config = SimpleNamespace(
-            model_type="gpt_neox", hidden_size=8, vocab_size=16, use_parallel_residual=True
-        )
-        self.embed = nn.Embedding(16, 8)
-        self.gpt_neox = nn.Module()
-        self.gpt_neox.layers = nn.ModuleList(_StateBlock(i) for i in range(3))
-
-    def forward(self, input_ids, use_cache):
-        del use_cache
-        stream, self.states = self.embed(input_ids), []
-        for block in self.gpt_neox.layers:
-            output = block(hidden_states=stream, states=self.states)
-            assert isinstance(output, tuple)
-            stream, self.states = output
-        return SimpleNamespace(logits=stream)
-
-
 def test_tuple_output_is_given_back_as_a_tuple_with_its_other_elements():
-    lm = HookedLM(_StateModel())
-    ids = torch.arange(6).view(2, 3)
-    clean = lm.logits(ids)
-    clean_states = lm.model.states
-    last = lm.hook_point(2)
-    assert torch.equal(lm.capture(ids, [last])[last], clean)
-    assert torch.equal(lm.replace(ids, {last: lambda x: x * 2}), clean * 2)
-    assert all(torch.equal(a, b) for a, b in zip(lm.model.states, clean_states, strict=True))
-    for site in ("resid_pre", "resid_post"):  # passed by keyword, returned in a tuple
-        layer = 1 if site == "resid_pre" else 0
-        moved = lm.replace(ids, {lm.hook_point(f"blocks.{layer}.hook_{site}"): lambda x: x + 1})
-        assert not torch.equal(moved, clean)
-        assert torch.equal(lm.model.states[0], clean_states[0])
-        assert torch.equal(lm.model.states[1], clean_states[1] + 1)
-        assert len(lm.model.states) == 3
+    lm = tiny.lime()
+    clean = lm.logits(tiny.ids())
+    clean_states = lm.model.gpt_neox.states
+    last = lm.hook_point(3)
+    assert torch.equal(lm.capture(tiny.ids(), [last])[last], clean)
+    assert torch.equal(lm.replace(tiny.ids(), {last: lambda x: x * 2}), clean * 2)
+    states = lm.model.gpt_neox.states
+    assert all(torch.equal(a, b) for a, b in zip(states, clean_states, strict=True))
+    for name in ("blocks.1.hook_resid_pre", "blocks.0.hook_resid_post"):  # by keyword, in a tuple
+        assert not torch.equal(
+            lm.replace(tiny.ids(), {lm.hook_point(name): lambda x: x + 1}), clean
+        )
+        states = lm.model.gpt_neox.states
+        assert len(states) == 4
+        assert torch.equal(states[0], clean_states[0])
+        assert torch.equal(states[1], clean_states[1] + 1)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
+from functools import partial
+from threading import Thread
+
 import pytest
 import tiny
 import torch
+from transformers import CompileConfig, TextIteratorStreamer
 
-from resae import AffineOnly, generate, replacement
+from resae import AffineOnly, HookedLM, generate, replacement
 from resae.replace import MODES
 
 
@@ -16,6 +20,18 @@ def neox():
     return tiny.pythia()
 
 
+@pytest.fixture(scope="module", params=["pythia", "gemma2"])
+def either(request):
+    return tiny.FAMILIES[request.param]()
+
+
+class Identity(AffineOnly):
+    """A stack whose reconstruction is what it reads, bit for bit."""
+
+    def step(self, layer, x, seen, put_in):  # noqa: ARG002
+        return x, None
+
+
 def with_special(lm, rows=2, length=10):
     """Ids whose first token, and one in the middle, are special."""
     ids = tiny.ids(rows, length)
@@ -23,17 +39,16 @@ def with_special(lm, rows=2, length=10):
     return ids
 
 
-def greedy(lm, ids, new_tokens):
+def greedy(lm, ids, new_tokens, **options):
     """Plain `model.generate`, cached, not stopped by EOS; nothing in `ids` is padding."""
-    return lm.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    settings = {
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "use_cache": True,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return lm.model.generate(ids, max_new_tokens=new_tokens, **settings | options)
 
 
 def logits(lm, stack, ids, **options):
@@ -182,10 +197,247 @@ def test_cached_generation_is_the_full_forward_token_by_token(lm):
     stack = tiny.stack(lm)
     ids = with_special(lm, rows=1, length=6)
     with replacement(lm, stack):
-        out = greedy(lm, ids, 8)
-        whole = lm.logits(out)
-    assert torch.equal(whole[:, 5:-1].argmax(-1), out[:, 6:])
-    assert not torch.equal(greedy(lm, ids, 8), out)
+        out = greedy(lm, ids, 8, output_logits=True, return_dict_in_generate=True)
+        whole = lm.logits(out.sequences)[:, 5:-1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, atol=1e-4, rtol=1e-4)
+    assert torch.equal(whole.argmax(-1), out.sequences[:, 6:])
+    assert not torch.equal(greedy(lm, ids, 8), out.sequences)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param({"do_sample": True}, id="sampling"),
+        pytest.param({"do_sample": True, "num_return_sequences": 3}, id="return-sequences"),
+        pytest.param({"num_beams": 4}, id="beams"),
+        pytest.param({"num_beams": 4, "num_return_sequences": 3}, id="beams-returned"),
+        pytest.param({"cache_implementation": "static"}, id="static"),
+        pytest.param({"cache_implementation": "static", "num_beams": 3}, id="static-beams"),
+        pytest.param({"prompt_lookup_num_tokens": 3}, id="prompt-lookup"),
+    ],
+)
+def test_generation_with_any_cache_is_generation_without(either, options):
+    """Beyond Gemma 2's sliding window of 8. Without a cache every step is a full forward pass, so
+    that nothing of an earlier step, beam or rejected guess can have leaked in."""
+    rows = 1 if "prompt_lookup_num_tokens" in options else 2
+    ids = with_special(either, rows=rows, length=10)
+    ids[:, 7:] = ids[:, 2:5]  # something to look up
+    plain = {k: v for k, v in options.items() if "cache" not in k and "lookup" not in k}
+    with replacement(either, tiny.stack(either)) as active:
+        torch.manual_seed(1)
+        whole = greedy(either, ids, 9, use_cache=False, **plain)
+        active.assert_replaced(decode_steps=0)
+        torch.manual_seed(1)
+        assert torch.equal(greedy(either, ids, 9, **options), whole)
+        if "prompt_lookup_num_tokens" not in options:
+            active.assert_replaced(decode_steps=8)
+    torch.manual_seed(1)
+    assert not torch.equal(greedy(either, ids, 9, **options), whole)
+
+
+def test_scores_of_beams_are_those_of_a_full_forward(either):
+    ids = with_special(either, rows=2, length=10)
+    with replacement(either, tiny.stack(either)):
+        out = greedy(
+            either,
+            ids,
+            6,
+            num_beams=4,
+            num_return_sequences=4,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        logits = either.logits(out.sequences)[:, 9:-1]
+    chosen = out.sequences[:, 10:].unsqueeze(-1)
+    score = logits.log_softmax(-1).gather(-1, chosen).sum((1, 2)) / chosen.shape[1]
+    torch.testing.assert_close(out.sequences_scores, score)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_left_padded_rows_are_generated_as_they_are_alone(either, cache):
+    """Token by token; the padding is told by the mask alone, its id is an ordinary one."""
+    lengths, new_tokens = (4, 7, 12), 7
+    ids, mask = tiny.ids(3, 12), torch.ones(3, 12, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, : 12 - length], mask[row, : 12 - length] = 9, 0
+    options = {
+        "output_scores": True,
+        "return_dict_in_generate": True,
+        "cache_implementation": cache,
+    }
+    with replacement(either, tiny.stack(either)) as active:
+        batch = greedy(either, ids, new_tokens, attention_mask=mask, **options)
+        for count in active.counts:
+            assert count.prefill == (1, sum(lengths), 3 * 12 - sum(lengths))
+            assert count.decode.calls == new_tokens - 1
+        for row, length in enumerate(lengths):
+            alone = greedy(either, ids[row : row + 1, 12 - length :], new_tokens, **options)
+            assert torch.equal(alone.sequences[0, length:], batch.sequences[row, 12:])
+            for a, b in zip(alone.scores, batch.scores, strict=True):
+                torch.testing.assert_close(a[0], b[row], atol=1e-4, rtol=1e-4)
+
+
+def test_streamed_text_is_the_generated_text(either):
+    tokenizer, ids = tiny.tokenizer(), tiny.ids(1, 6)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    with replacement(either, tiny.stack(either)) as active:
+        expected = tokenizer.decode(greedy(either, ids, 8)[0, 6:])
+        thread = Thread(target=greedy, args=(either, ids, 8), kwargs={"streamer": streamer})
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+    assert text == expected
+    active.assert_replaced(decode_steps=14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replacing_by_the_identity_gives_the_models_bits(lm, dtype):
+    ids = with_special(lm)
+    identity = Identity(tiny.stack(lm))
+    model = HookedLM(type(lm.model)(lm.config).to(dtype).eval(), lm.tokenizer)
+    clean, written = model.logits(ids), greedy(model, ids, 5)
+    for mode in ("online", "teacher_forced"):
+        with replacement(model, identity, mode=mode, replace_special=True) as active:
+            assert torch.equal(model.logits(ids), clean)
+            active.assert_replaced(decode_steps=0)
+    with replacement(model, identity) as active:
+        assert torch.equal(greedy(model, ids, 5), written)
+        active.assert_replaced(decode_steps=4)
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_with_the_error_kept_the_logits_are_the_models_up_to_rounding(lm, loop):
+    ids, stack = with_special(lm), tiny.stack(lm)
+    with replacement(lm, stack, loop=loop, keep_error=True) as active:
+        kept = lm.logits(ids)
+        written = greedy(lm, ids, 6)
+    active.assert_replaced(decode_steps=5)
+    clean = lm.logits(ids)
+    assert float((kept - clean).norm() / clean.norm()) < 1e-5
+    assert torch.equal(written, greedy(lm, ids, 6))
+    assert not torch.allclose(logits(lm, stack, ids, loop=loop), clean, atol=0.1)
+
+
+def test_a_replacement_compiles_into_one_graph_and_counts_in_it(either):
+    """And is not compiled anew at every call, as a Python number that counts would have it."""
+    torch.compiler.reset()
+    stack, ids = tiny.stack(either), with_special(either)
+    expected, clean = logits(either, stack, ids), either.logits(ids)
+    compiled = torch.compile(either.model, fullgraph=True, backend="eager")
+    with torch.no_grad(), replacement(either, stack) as active:
+        for call in range(4):
+            with torch._dynamo.config.patch(error_on_recompile=call > 1):
+                out = compiled(ids, use_cache=False).logits
+            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    left = int(either.is_special(ids).sum())
+    assert [c.prefill for c in active.counts] == [(4, 4 * (ids.numel() - left), 4 * left)] * 3
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, clean)
+
+
+def test_modes_of_two_passes_run_beside_compiled_graphs_but_not_in_one(neox):
+    torch.compiler.reset()
+    stack, ids = tiny.stack(neox), with_special(neox)
+    expected = logits(neox, stack, ids, mode="teacher_forced")
+    with torch.no_grad(), replacement(neox, stack, mode="teacher_forced"):
+        compiled = torch.compile(neox.model, backend="eager")
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+        torch.compiler.reset()
+        compiled = torch.compile(neox.model, fullgraph=True, backend="eager")
+        with pytest.raises(RuntimeError, match="stops the pass half-way, which no graph can"):
+            compiled(ids, use_cache=False)
+
+
+def test_generate_with_a_static_cache_compiles_the_replaced_model(either):
+    """As it does by itself on a GPU."""
+    torch.compiler.reset()
+    ids = with_special(either, rows=2, length=10)
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compile_config}
+    plain = greedy(either, ids, 6, **options)
+    with replacement(either, tiny.stack(either)) as active:
+        out = greedy(either, ids, 6, **options)
+        active.assert_replaced(decode_steps=5)
+        assert torch.equal(out, greedy(either, ids, 6, use_cache=False))
+    assert torch.equal(greedy(either, ids, 6, **options), plain)
+    assert not torch.equal(out, plain)
+
+
+def test_a_replacement_stays_in_force_until_it_is_removed(lm, tmp_path):
+    """And the model is an ordinary Hugging Face model meanwhile: here without `HookedLM` around."""
+    ids, model, stack = with_special(lm), lm.model, tiny.stack(lm)
+    clean, modules = lm.logits(ids), list(model.modules())
+    expected = logits(lm, stack, ids)
+    active = replacement(model, stack)
+    out = model(ids).logits
+    assert out.requires_grad
+    torch.testing.assert_close(out.detach(), expected)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"blocks.3.hook_resid_post .* being replaced already"):
+        replacement(lm, stack, layers=[3])
+    active.remove()
+    active.remove()
+    with pytest.raises(RuntimeError, match="was removed"), active:
+        pass
+    assert torch.equal(lm.logits(ids), clean)
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert torch.equal(type(model).from_pretrained(tmp_path)(ids).logits.detach(), clean)
+    assert torch.equal(logits(lm, stack, ids), expected)
+
+
+def test_replacements_at_different_layers_end_in_any_order(neox):
+    stack, ids = tiny.stack(neox), tiny.ids()
+    clean, third = neox.logits(ids), logits(neox, stack, ids, layers=[3])
+    first, second = (replacement(neox, stack, layers=[layer]) for layer in (0, 3))
+    assert not torch.equal(neox.logits(ids), third)
+    first.remove()
+    assert torch.equal(neox.logits(ids), third)
+    second.remove()
+    assert torch.equal(neox.logits(ids), clean)
+
+
+def test_blocks_that_hand_on_further_state_are_replaced():
+    lm = tiny.lime()
+    stack, ids = tiny.stack(lm), tiny.ids()
+    replaced, clean = logits(lm, stack, ids), lm.logits(ids)
+    assert not torch.allclose(replaced, clean, atol=0.1)
+    torch.testing.assert_close(logits(lm, stack, ids, keep_error=True), clean)
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+@pytest.mark.parametrize("kind", ["previous", "all_previous"])
+def test_the_chain_follows_the_blocks_of_a_model_spread_over_devices(kind, loop):
+    """The last two blocks, and the last layer of the stack, are on a device without values: what
+    met a tensor of another device would raise."""
+    lm = tiny.lime()
+    stack = tiny.stack(lm, kind)
+    lm.blocks[2:].to("meta")
+    stack.sae(2).to("meta")
+    for name in ("A_2", "c_2"):
+        setattr(stack.predictor, name, stack.predictor.get_buffer(name).to("meta"))
+    for keep_error in (False, True):
+        out = logits(lm, stack, tiny.ids(), loop=loop, keep_error=keep_error)
+        assert out.device.type == "meta"
+        assert out.shape == (3, 12, 32)
+
+
+def test_a_layer_whose_forward_was_changed_by_others_is_replaced_all_the_same(neox):
+    """accelerate puts a forward of its own on each module of a model spread over devices."""
+    stack, ids = tiny.stack(neox), tiny.ids()
+    expected = logits(neox, stack, ids)
+    changed = [neox.model.gpt_neox, *neox.blocks]
+    forwards = [module.forward for module in changed]
+    for module, forward in zip(changed, forwards, strict=True):
+        module.forward = partial(lambda inner, *args, **kwargs: inner(*args, **kwargs), forward)
+    own = [module.forward for module in changed]
+    try:
+        assert torch.equal(logits(neox, stack, ids), expected)
+        assert [module.forward for module in changed] == own
+    finally:
+        for module in changed:
+            del module.forward
 
 
 def test_the_model_is_as_before_afterwards_also_after_an_error(lm):
@@ -249,12 +501,45 @@ def test_generate_writes_the_same_text_for_the_same_seed_and_counts(neox):
         pytest.param({"loop": "half"}, "loop='half'", id="loop"),
         pytest.param({"layers": [2]}, r"no blocks\.2.*blocks\.0", id="layer-not-in-stack"),
         pytest.param({"layers": [3, 1]}, "out of order", id="order"),
+        pytest.param(
+            {"keep_error": True, "mode": "error_added"}, "use mode='online'", id="keep-error"
+        ),
         pytest.param({"layers": []}, "no layers selected", id="none"),
     ],
 )
 def test_impossible_replacements_are_refused(neox, options, message):
     with pytest.raises(ValueError, match=message), replacement(neox, tiny.stack(neox), **options):
         pass
+
+
+def test_what_a_replacement_did_not_do_is_named(neox):
+    """For users' tests: the complaint is an intervention that silently does nothing."""
+    ids = with_special(neox, rows=1, length=6)
+    with replacement(neox, tiny.stack(neox), layers=[0, 1]) as active:
+        with pytest.raises(AssertionError, match="blocks.0.hook_resid_post was never reached"):
+            active.assert_replaced()
+        neox.capture(ids, neox.hook_points([0]))
+        with pytest.raises(AssertionError, match="blocks.1.hook_resid_post was never reached"):
+            active.assert_replaced()
+        active.assert_replaced(layers=[0])
+        with pytest.raises(AssertionError, match="blocks.0.* 0 decode steps, expected 3"):
+            active.assert_replaced(decode_steps=3, layers=[0])
+        with pytest.raises(AssertionError, match="blocks.3.*nothing is put in there"):
+            active.assert_replaced(layers=[3])
+    with replacement(neox, tiny.stack(neox)) as active:
+        neox.logits(torch.zeros_like(ids))
+        with pytest.raises(AssertionError, match="all 6 tokens were left alone"):
+            active.assert_replaced()
+        neox.logits(ids)
+        neox.logits(torch.zeros_like(ids[:, :1]))
+        with pytest.raises(AssertionError, match="no token of its 1 decode steps was replaced"):
+            active.assert_replaced(decode_steps=1)
+        neox.logits(ids[:, 1:2])
+        active.assert_replaced(decode_steps=2)
+    count = active.counts[0]
+    assert count.prefill == (2, 4, 8)
+    assert count.decode == (2, 1, 1)
+    assert (count.calls, count.replaced, count.left) == (4, 5, 9)
 
 
 def test_what_cannot_be_done_while_running_is_refused(neox):

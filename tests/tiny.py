@@ -1,6 +1,9 @@
 """Small random models and stacks that the tests share."""
 
+from types import SimpleNamespace
+
 import torch
+from torch import nn
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -132,6 +135,54 @@ def qwen2() -> HookedLM:
 
 def qwen3() -> HookedLM:
     return _llama_like(Qwen3Config, Qwen3ForCausalLM, "tiny-qwen3")
+
+
+class _LimeBlock(nn.Module):
+    """Reads a mixture of all streams so far, on its own device, and hands them on in a tuple."""
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.attention = nn.Linear(32, 32)
+        self.mlp = nn.Linear(32, 32)
+        self.routing = nn.Parameter(torch.randn(layer + 1))
+
+    def forward(self, hidden_states, states):
+        states = [state.to(self.routing.device) for state in (*states, hidden_states)]
+        read = torch.einsum("s,sbtd->btd", self.routing, torch.stack(states))
+        return states[-1] + self.attention(read) + self.mlp(read), states
+
+
+class _LimeBase(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(2048, 32)
+        self.layers = nn.ModuleList(_LimeBlock(layer) for layer in range(4))
+
+    def forward(self, input_ids, **_):
+        stream, self.states = self.embed(input_ids), []
+        for block in self.layers:
+            output = block(hidden_states=stream, states=self.states)
+            assert isinstance(output, tuple)
+            stream, self.states = output
+        return stream
+
+
+class _Lime(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(
+            model_type="gpt_neox", hidden_size=32, vocab_size=2048, use_parallel_residual=True
+        )
+        self.gpt_neox = _LimeBase()
+
+    def forward(self, **kwargs):
+        return SimpleNamespace(logits=self.gpt_neox(**kwargs))
+
+
+def lime() -> HookedLM:
+    """Not of Hugging Face: blocks that return a tuple with further state, as LIMe's do."""
+    torch.manual_seed(6)
+    return HookedLM(_Lime())
 
 
 def _loud(lm: HookedLM) -> HookedLM:
