@@ -11,6 +11,13 @@ replaced.counts
 from resae.affine import AffinePredictor, Moments, fit_predictor
 from resae.data import ActivationBatches, StoredActivations, TokenRows, load_texts
 from resae.evaluate import Method, evaluate
+from resae.intervene import (
+    Change,
+    Edit,
+    Interventions,
+    StrongestLatents,
+    predicted_effects,
+)
 from resae.model import FAMILIES, Family, HookedLM, HookPoint
 from resae.replace import generate, replacement
 from resae.sae import SAEConfig, TopKSAE
@@ -23,14 +30,18 @@ __all__ = [
     "AffineOnly",
     "AffinePredictor",
     "Calibration",
+    "Change",
+    "Edit",
     "Family",
     "HookPoint",
     "HookedLM",
+    "Interventions",
     "Method",
     "Moments",
     "ReSAE",
     "SAEConfig",
     "StoredActivations",
+    "StrongestLatents",
     "TokenRows",
     "TopKSAE",
     "TrainConfig",
@@ -38,6 +49,7 @@ __all__ = [
     "fit_predictor",
     "generate",
     "load_texts",
+    "predicted_effects",
     "replacement",
     "train",
     "train_step",

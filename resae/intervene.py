@@ -258,7 +258,7 @@ class PassTokens:
         """`[B, T, 1]` bool: the tokens at a place of `PLACES`, or at positions `[P]`, but for
         padding and tokens left alone."""
         if isinstance(at, Tensor):
-            here = torch.isin(self.positions, at)
+            here = torch.isin(self.positions, at.to(self.positions.device))
         elif at == "last_prompt":
             real = self.positions if self.attended is None else self.positions * self.attended
             here = (real == real.amax(-1, keepdim=True)) & self.starts
@@ -342,6 +342,14 @@ class ActiveEdits:
         """One per edit, layer by layer."""
         return [count for layer in sorted(self._layers) for count in self._layers[layer].counts()]
 
+    @property
+    def changed(self) -> dict[str, int]:
+        """Per edited hook point: acts changed, and tokens with a vector added."""
+        sums: dict[str, int] = {}
+        for _, name, changed in self.counts:
+            sums[name] = sums.get(name, 0) + sum(changed.values())
+        return sums
+
     def assert_fired(self) -> None:
         """Raise AssertionError, naming them, if edits or latents of them changed nothing yet."""
         idle = []
@@ -405,7 +413,7 @@ class _LayerEdits:
         for edit, which, at, changed in zip(
             self.edits, self.slots, self.at, self.changed, strict=True
         ):
-            here = tokens.chosen(at)
+            here = tokens.chosen(at).to(now.device)
             if edit.vector is not None:
                 added.append(here.to(now.dtype))
                 changed += here.sum()

@@ -4,6 +4,8 @@ import pytest
 import tiny
 import torch
 
+from resae import AffineOnly, replacement
+from resae.evaluate import edit_effects
 from resae.intervene import (
     ActiveEdits,
     Change,
@@ -334,3 +336,200 @@ def test_the_strongest_latents_of_all_passes_are_kept_in_order():
     assert keep.codes == {}
     with pytest.raises(ValueError, match="n=0"):
         StrongestLatents(0)
+
+
+# -- in a running model ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["pythia", "gemma2"])
+def lm(request):
+    return tiny.FAMILIES[request.param]()
+
+
+def strong(effects="carried", keep_error=False, at="all"):
+    """Edits at two layers that are felt: latents by force, so that they fire everywhere."""
+    return {
+        "edits": [
+            {"layer": 0, "action": "clamp", "latents": [3, 8], "value": 6.0, "at": at},
+            {"layer": 1, "action": "add", "latents": 11, "value": -5.0, "at": at},
+            {"layer": 1, "action": "add", "vector": [0.7] * 32, "at": at},
+        ],
+        "keep_error": keep_error,
+        "effects": effects,
+    }
+
+
+def logits(lm, stack, ids, **options):
+    with replacement(lm, stack, **options) as active:
+        out = lm.logits(ids)
+    if active.edits is not None:
+        active.edits.assert_fired()
+    return out
+
+
+def greedy(lm, ids, new_tokens, mask=None):
+    return lm.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def test_no_edits_change_no_bit_and_with_the_error_kept_the_model_is_itself(lm):
+    stack, ids = tiny.stack(lm), tiny.ids()
+    replaced = logits(lm, stack, ids)
+    assert torch.equal(logits(lm, stack, ids, interventions=[]), replaced)
+    nothing = [{"layer": 1, "action": "scale", "latents": list(range(64)), "value": 1.0}]
+    with replacement(lm, stack, interventions=nothing):
+        assert torch.equal(lm.logits(ids), replaced)
+    kept = logits(lm, stack, ids, interventions={"edits": [], "keep_error": True})
+    torch.testing.assert_close(kept, lm.logits(ids), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(logits(lm, stack, ids, interventions=strong()), replaced, atol=0.1)
+
+
+@pytest.mark.parametrize("effects", ["carried", "frozen"])
+@pytest.mark.parametrize("keep_error", [False, True])
+def test_what_goes_in_is_the_formula_by_hand(lm, effects, keep_error):
+    stack, ids = tiny.stack(lm), tiny.ids()
+    chain, codes = [], []
+    shift = {0: torch.zeros(32), 1: 0.7 * torch.ones(32), 2: torch.zeros(32)}
+
+    def at(layer):
+        sae = stack.sae(layer)
+
+        def function(h):
+            base = stack.predictor(layer, chain)
+            code = sae.encode(h, base=base)
+            x_hat, z = sae.decode(*code, base=base), dense(code)
+            new = z.clone()
+            if layer == 0:
+                new[..., [3, 8]] = 6.0
+            if layer == 1:
+                new[..., 11] -= 5.0
+            codes.append(new)
+            delta = (new - z) @ sae.W_dec + shift[layer]
+            chain.append(x_hat + delta if effects == "carried" else x_hat)
+            return (h if keep_error else x_hat) + delta
+
+        return function
+
+    hooks = {p: at(i) for i, p in enumerate(lm.hook_points(tiny.LAYERS))}
+    by_hand = lm.replace(ids, hooks)
+    read = []
+    options = {"interventions": strong(effects, keep_error)}
+    out = logits(lm, stack, ids, on_codes=lambda _, code: read.append(dense(code)), **options)
+    torch.testing.assert_close(out, by_hand, atol=1e-3, rtol=1e-3)
+    for mine, expected in zip(read, codes, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
+    other = "frozen" if effects == "carried" else "carried"
+    different = logits(lm, stack, ids, interventions=strong(other, keep_error))
+    assert torch.allclose(different, by_hand, atol=1e-3) == keep_error
+
+
+@pytest.mark.parametrize("at", ["all", "prompt", "last_prompt", "generated", (2, 7)])
+def test_cached_generation_is_the_full_forward_with_edits_and_read_codes(lm, at):
+    """In a full pass there is no generated token: its places are said by position."""
+    stack, ids = tiny.stack(lm), tiny.ids(2, 6)
+    places = {"prompt": range(6), "last_prompt": [5], "generated": range(6, 13)}
+    keep, keep_full = StrongestLatents(3), StrongestLatents(3)
+    with replacement(lm, stack, interventions=strong(at=at), on_codes=keep) as active:
+        out = greedy(lm, ids, 8)
+    active.edits.assert_fired()
+    options = {"interventions": strong(at=list(places.get(at, ())) or at), "on_codes": keep_full}
+    whole = logits(lm, stack, out.sequences[:, :-1], **options)
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole[:, 5:], atol=1e-3, rtol=1e-3)
+    for name in tiny.NAMES:
+        torch.testing.assert_close(
+            keep.codes[name].acts, keep_full.codes[name].acts, atol=1e-3, rtol=1e-3
+        )
+        assert torch.equal(keep.codes[name].indices, keep_full.codes[name].indices)
+
+
+def test_a_left_padded_row_is_edited_as_it_is_alone(lm):
+    stack, ids = tiny.stack(lm), tiny.ids(2, 6)
+    ids[0, :2], mask = 0, torch.ones_like(ids)
+    mask[0, :2] = 0
+    edits = strong(at=[1, 5])
+    with replacement(lm, stack, interventions=edits) as both:
+        padded = greedy(lm, ids, 4, mask)
+    with replacement(lm, stack, interventions=edits) as alone:
+        first = greedy(lm, ids[:1, 2:], 4)
+        second = greedy(lm, ids[1:], 4)
+    assert torch.equal(padded.sequences[0, 2:], first.sequences[0])
+    assert torch.equal(padded.sequences[1], second.sequences[0])
+    assert both.edits.counts == alone.edits.counts
+    assert both.edits.changed == {tiny.NAMES[0]: 8, tiny.NAMES[1]: 8}
+
+
+def test_edits_of_chosen_positions_touch_no_other_stream_at_that_layer(lm):
+    stack, ids = tiny.stack(lm), tiny.ids()
+    seen = []
+    for edits in ([], strong(at=[4])["edits"][:1]):
+        point = lm.hook_point(0)
+        with (
+            replacement(lm, stack, interventions=edits),
+            lm.hooked({point: lambda h: seen.append(h)}),
+        ):
+            lm.logits(ids)
+    changed = (seen[0] != seen[1]).any(-1)
+    assert torch.equal(changed, (torch.arange(12) == 4).expand(3, 12))
+
+
+def test_special_tokens_left_alone_are_not_edited_even_by_position(lm):
+    stack, ids = tiny.stack(lm), tiny.ids(2, 6)
+    ids[:, 0] = lm.special_ids[-1]
+    edits = [{"layer": 0, "action": "clamp", "latents": 3, "value": 5.0, "at": 0}]
+    with replacement(lm, stack, interventions=edits) as active:
+        lm.logits(ids)
+    with pytest.raises(AssertionError, match="clamp latents 3 value 5 of layer 0, positions 0"):
+        active.edits.assert_fired()
+    with replacement(lm, stack, interventions=edits, replace_special=True) as active:
+        lm.logits(ids)
+    assert active.edits.changed == {tiny.NAMES[0]: 2}
+
+
+def test_interventions_that_this_replacement_cannot_do_are_refused(stack):
+    lm, edits = tiny.pythia(), strong()
+    for options, message in (
+        ({"mode": "teacher_forced"}, "mode='online'"),
+        ({"layers": [0, 3]}, "not a replaced layer; these are blocks.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replacement(lm, stack, interventions=edits, **options)
+    with pytest.raises(ValueError, match="a stack with autoencoders"):
+        replacement(lm, AffineOnly(stack), on_codes=print)
+
+
+def test_a_predicted_effect_is_exact_where_the_model_is_as_linear_as_the_map():
+    """Blocks 2 and 3 made the identity, and the map between blocks 1 and 3 too."""
+    lm = tiny.pythia()
+    for block in lm.blocks[2:]:
+        for linear in (block.attention.dense, block.mlp.dense_4h_to_h):
+            linear.weight.data.zero_()
+            linear.bias.data.zero_()
+    stack = tiny.stack(lm)
+    stack.predictor.get_buffer("A_2").copy_(torch.eye(32))
+    edits = {"edits": strong()["edits"][1:], "keep_error": True}
+    (row,) = edit_effects(lm, stack, tiny.ids(), edits)
+    assert row["hook_point"] == tiny.NAMES[2]
+    assert row["tokens"] == 36
+    assert row["cosine"] == pytest.approx(1, abs=1e-4)
+    assert row["norm_ratio"] == pytest.approx(1, abs=1e-4)
+    assert row["relative_error"] < 1e-3
+
+
+def test_edits_in_a_compiled_model_are_those_of_the_model():
+    lm = tiny.pythia()
+    stack, ids = tiny.stack(lm), tiny.ids()
+    expected = logits(lm, stack, ids, interventions=strong(at=[2, 3]))
+    with replacement(lm, stack, interventions=strong(at=[2, 3])) as active:
+        compiled = torch.compile(lm.model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            out = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert active.edits.changed == {tiny.NAMES[0]: 12, tiny.NAMES[1]: 12}
