@@ -367,7 +367,7 @@ def logits(lm, stack, ids, **options):
     return out
 
 
-def greedy(lm, ids, new_tokens, mask=None):
+def greedy(lm, ids, new_tokens, mask=None, **options):
     return lm.model.generate(
         ids,
         attention_mask=torch.ones_like(ids) if mask is None else mask,
@@ -377,6 +377,7 @@ def greedy(lm, ids, new_tokens, mask=None):
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
+        **options,
     )
 
 
@@ -431,14 +432,15 @@ def test_what_goes_in_is_the_formula_by_hand(lm, effects, keep_error):
     assert torch.allclose(different, by_hand, atol=1e-3) == keep_error
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("at", ["all", "prompt", "last_prompt", "generated", (2, 7)])
-def test_cached_generation_is_the_full_forward_with_edits_and_read_codes(lm, at):
+def test_cached_generation_is_the_full_forward_with_edits_and_read_codes(lm, at, cache):
     """In a full pass there is no generated token: its places are said by position."""
     stack, ids = tiny.stack(lm), tiny.ids(2, 6)
     places = {"prompt": range(6), "last_prompt": [5], "generated": range(6, 13)}
     keep, keep_full = StrongestLatents(3), StrongestLatents(3)
     with replacement(lm, stack, interventions=strong(at=at), on_codes=keep) as active:
-        out = greedy(lm, ids, 8)
+        out = greedy(lm, ids, 8, cache_implementation=cache, disable_compile=True)
     active.edits.assert_fired()
     options = {"interventions": strong(at=list(places.get(at, ())) or at), "on_codes": keep_full}
     whole = logits(lm, stack, out.sequences[:, :-1], **options)
