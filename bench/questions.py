@@ -3,9 +3,10 @@
     python bench/questions.py --out DIR
 
 What does the library's product reach at these shapes, what do a pass over scores, a selection, a
-gather from the L2 cache and a matrix-vector product cost, what an edge of a CUDA graph, what a
-latent that half of all tokens activate, and what a call from Python? Writes `questions.md`. On a
-CPU only the questions that make sense there are answered, at smaller sizes.
+gather from the L2 cache and a matrix-vector product cost, from which M/k on is gathering faster
+than a dense product, what does an edge of a CUDA graph cost, what a latent that half of all tokens
+activate, and what a call from Python? Writes `questions.md`. On a CPU only the questions that make
+sense there are answered, at smaller sizes.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -74,7 +76,8 @@ def gathers(clock: Clock, shrink: int) -> Iterator[Answer]:
         inputs = make_inputs(case, clock.device)
         acts, indices = inputs["codes"][0]
         W = inputs["W_dec"][0]
-        seconds = median(clock, lambda a=acts, i=indices, W=W: sparse_decode(a, i, W))
+        gather = partial(sparse_decode, acts, indices, W, form="gather")
+        seconds = median(clock, gather)
         moved, table = case.N * case.k * case.D * 2, case.M * case.D * 2
         yield (
             f"gather of {case.k} rows a token from a table of {table / 2**20:.3g} MiB",
@@ -82,13 +85,34 @@ def gathers(clock: Clock, shrink: int) -> Iterator[Answer]:
         )
 
 
+def forms(clock: Clock, shrink: int) -> Iterator[Answer]:
+    """What gathering costs beside the dense form: even is where DENSE_RATIO belongs."""
+    M = 16384 // shrink
+    for dtype in ("bfloat16", "float32"):
+        for ratio in (2, 4, 8) if clock.device.type == "cpu" else (16, 32, 64, 128, 256):
+            case = Case("decode", 8192 // shrink, 2048 // shrink, M, M // ratio, dtype)
+            inputs = make_inputs(case, clock.device)
+            acts, indices = inputs["codes"][0]
+            W, x, ops = inputs["W_dec"][0], inputs["x"], torch.ops.resae
+            calls = {
+                "sum": partial(sparse_decode, acts, indices, W),
+                "gradient of W_dec": partial(ops.latent_outer, acts, indices, x, len(W)),
+                "gradient of the acts": partial(ops.sampled_product, x, indices, W),
+            }
+            for name, call in calls.items():
+                gather, dense = (
+                    median(clock, partial(call, form=form), 5) for form in ("gather", "dense")
+                )
+                yield f"{name} gathered / dense, M/k = {ratio}, {dtype}", f"{gather / dense:.2f} ×"
+
+
 def dense_latent(clock: Clock, shrink: int) -> Iterator[Answer]:
     """A training step where half of all tokens activate latent 0, beside an ordinary one."""
     case = Case("train", 8192 // shrink, 2048 // shrink, 16384 // shrink, 32 // shrink, "bfloat16")
     inputs = make_inputs(case, clock.device)
-    ordinary = median(clock, lambda: train_step(inputs, case, topk_encode, sparse_decode), 5)
+    ordinary = median(clock, lambda: train_step(inputs, case, topk_encode), 5)
     inputs["x"][::2] += 50.0 * inputs["weight"][0]
-    dense = median(clock, lambda: train_step(inputs, case, topk_encode, sparse_decode), 5)
+    dense = median(clock, lambda: train_step(inputs, case, topk_encode), 5)
     yield "training step with a latent active on half of all tokens", f"{dense / ordinary:.2f} ×"
 
 
@@ -150,7 +174,7 @@ def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
         yield f"host time of one eager call of {name}", f"{spent * 1e6:.1f} µs"
 
 
-QUESTIONS = (products, kernels_of_encode, gathers, dense_latent, graph_edge, host_cost)
+QUESTIONS = (products, kernels_of_encode, gathers, forms, dense_latent, graph_edge, host_cost)
 
 
 def main() -> int:

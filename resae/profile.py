@@ -32,6 +32,7 @@ from resae_kernels import (
     TopK,
     affine_chain,
     online_step,
+    reconstruction_error,
     reference,
     sparse_decode,
     topk_encode,
@@ -214,14 +215,22 @@ def _dense_step(x, weight, bias, k, W_dec, *, b_dec, base):
     return OnlineStep(_dense_decode(*code, W_dec, bias=b_dec) + base, code)
 
 
-def train_step(inputs: Inputs, case: Case, encode: Callable, decode: Callable) -> Sequence[Tensor]:
-    """Forward and backward of one autoencoder's squared error; the gradients, no optimiser."""
+def train_step(
+    inputs: Inputs, case: Case, encode: Callable, decode: Callable | None = None
+) -> Sequence[Tensor]:
+    """Forward and backward of one autoencoder's squared error; the gradients, no optimiser.
+
+    Without a decode the error comes from `reconstruction_error`.
+    """
     x = inputs["x"]
     leaves = [inputs["weight"], inputs["bias"], inputs["W_dec"][0], inputs["b_dec"][0]]
     weight, bias, W_dec, b_dec = (t.detach().requires_grad_() for t in leaves)
     code = encode(x, weight, bias, case.k, pre_bias=b_dec)
-    x_hat = decode(code[0], code[1], W_dec, bias=b_dec)
-    loss = (x_hat - x).float().square().sum() / x.numel()
+    if decode is None:
+        squared = reconstruction_error(code[0], code[1], W_dec, x, bias=b_dec).squared
+    else:
+        squared = (decode(code[0], code[1], W_dec, bias=b_dec) - x).float().square()
+    loss = squared.sum() / x.numel()
     return torch.autograd.grad(loss, (weight, bias, W_dec, b_dec))
 
 
@@ -310,10 +319,7 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
         }
     elif case.op in TRAINING:
         named = {
-            **{
-                name: partial(train_step, inputs, case, encode, sparse_decode)
-                for name, encode in ours.items()
-            },
+            **{name: partial(train_step, inputs, case, encode) for name, encode in ours.items()},
             "dense PyTorch": partial(train_step, inputs, case, _dense_topk, _dense_decode),
         }
     else:

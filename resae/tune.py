@@ -55,7 +55,8 @@ def _encode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]
 def _decode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
     acts, indices = inputs["codes"][0]
     W_dec, b_dec = inputs["W_dec"][0], inputs["b_dec"][0]
-    return [sparse_decode(acts, indices, W_dec, bias=b_dec, implementation=implementation)]
+    decode = partial(sparse_decode, form="gather", implementation=implementation)
+    return [decode(acts, indices, W_dec, bias=b_dec)]
 
 
 def _sampled_product(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
@@ -65,6 +66,7 @@ def _sampled_product(case: Case, inputs: Inputs, implementation: str) -> Sequenc
             inputs["codes"][0].indices,
             inputs["W_dec"][0],
             implementation=implementation,
+            form="gather",
         )
     ]
 
@@ -73,7 +75,7 @@ def _latent_outer(case: Case, inputs: Inputs, implementation: str) -> Sequence[T
     acts, indices = inputs["codes"][0]
     return [
         torch.ops.resae.latent_outer(
-            acts, indices, inputs["x"], case.M, implementation=implementation
+            acts, indices, inputs["x"], case.M, implementation=implementation, form="gather"
         )
     ]
 

@@ -27,6 +27,10 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only; elsewhere kerne
 
 LIBRARY = torch.library.Library("resae", "DEF")
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+"""Default bound on what an op holds at once of tokens × latents, by device type: about a CPU's
+last-level cache; on a GPU thousands of rows, so that a dictionary is not read again for every few
+of them."""
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
@@ -35,6 +39,11 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resae::{name}", fake, lib=LIBRARY)
+
+
+def workspace_bytes(tensor: Tensor) -> int:
+    """The bound on the tensor's device."""
+    return WORKSPACE_BYTES.get(tensor.device.type, WORKSPACE_BYTES["cuda"])
 
 
 def implementation_for(op: str, tensor: Tensor, implementation: str | None) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resae_kernels import _launch, reference
 from resae_kernels.reference import TopK, Transported, accumulation_dtype
-from resae_kernels.sparse_decode import code_gradients, sparse_decode
+from resae_kernels.sparse_decode import code_gradients, product, sparse_decode
 
 TRANSPORTED_TOKENS = 32
 """Tokens times layers before the last up to which gathering carried rows beats the products, which
@@ -56,7 +56,8 @@ def affine_chain(
     Note:
         Sequential: gradients reach every floating input through each output. Transported: they
         reach the acts and the carried dictionaries and constants, not W_dec, A, c and b_dec. Name
-        the form where gradients of more than the acts are wanted.
+        the form where gradients of more than the acts are wanted. Under autocast the acts are cast
+        to W_dec's dtype and products stay in it. Decodes take the form of `sparse_decode`'s rule.
     """
     codes = [TopK(*code) for code in codes]
     _check(codes, W_dec, A, c, b_dec)
@@ -201,10 +202,7 @@ def _chain(
 def _product(sources: list[Tensor], A: Tensor) -> Tensor:
     """`affine_predict` without its constant: the most recent sources times A, not yet rounded."""
     recent = torch.cat(sources[len(sources) - A.shape[0] // A.shape[1] :], dim=-1)
-    wide = accumulation_dtype(A.dtype)
-    if A.is_cuda and A.dtype != wide:  # 16-bit factors, sums in fp32: what tensor cores compute
-        return torch.mm(recent, A, out_dtype=wide)
-    return recent.to(wide) @ A.to(wide)
+    return product(recent, A)
 
 
 def _chain_fake(acts, indices, W_dec, A, c, b_dec, *, implementation=""):  # noqa: ARG001
@@ -236,7 +234,7 @@ def _backward(ctx, grads):
         recent = torch.cat(x_hats[layer - sources : layer], dim=-1)
         grad_A.insert(0, recent.T @ total[layer])
     grad_acts, grad_W = code_gradients(
-        acts, indices, W_dec, total, [(True, True)] * L, ctx.implementation
+        acts, indices, W_dec, total, [(True, True)] * L, implementation=ctx.implementation
     )
     sums = [g.sum(0) for g in total]
     return grad_acts, [None] * L, grad_W, grad_A, sums[1:], sums

@@ -23,7 +23,6 @@ from resae_kernels.topk_encode import (
     FEW_TOKENS,
     GROUP_SIZES,
     KEYS,
-    WORKSPACE_BYTES,
     _Plan,
     _plan,
     _product_of_few,
@@ -276,8 +275,8 @@ def _step(
         base = to.prediction.copy_(
             decode(acts, indices, dictionaries, constant, None, implementation="torch")
         )
-    k, bound = to.acts.shape[1], WORKSPACE_BYTES["cpu"]
-    code = encode(x, weight, bias, k, b_dec, base, False, bound, "torch")
+    k = to.acts.shape[1]
+    code = encode(x, weight, bias, k, b_dec, base, False, _launch.workspace_bytes(x), "torch")
     x_hat = decode([code[0]], [code[1]], [W_dec], b_dec, base, implementation="torch")
     for result, value in zip((to.acts, to.indices, to.x_hat), (*code, x_hat), strict=True):
         result.copy_(value)
@@ -337,7 +336,7 @@ def _step_triton(
     bias, b_dec, base = (None if t is None else t.contiguous() for t in (bias, b_dec, base))
     with torch.cuda.device_of(x):
         if dictionaries:
-            base = _launch_decode(acts, indices, dictionaries, constant, None, to.prediction)
+            base, _ = _launch_decode(acts, indices, dictionaries, constant, None, to.prediction)
         scores, best = to.scores[:, :M], to.best.view(keys.dtype)
         _product_of_few(x, weight, bias, b_dec, base, scores, plan, best)
         _select_decode_kernel[(N, to.program_acts.shape[1])](

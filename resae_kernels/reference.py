@@ -3,6 +3,7 @@ PyTorch.
 
     code            z = TopK_k(relu((x − base − pre_bias) weightᵀ + bias))
     decode          y = Σ_j acts_j · W_dec[indices_j] + bias + base
+    its error       e = y − target, and Σ_d e_d² of each token
     chain           x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l
     online step     encode and decode against what the layers before it predict, with b_dec in both
 
@@ -29,6 +30,15 @@ class TopK(NamedTuple):
     """`[..., k]`, in the input's dtype; ≥ 0 (or NaN where the score is NaN)."""
     indices: Tensor
     """`[..., k]` int64, the latent of each act. Padding slots hold act 0 and index 0."""
+
+
+class ReconstructionError(NamedTuple):
+    """What a reconstruction misses."""
+
+    error: Tensor
+    """`[..., D]`, x̂ − target."""
+    squared: Tensor
+    """`[...]`, the squares of the error summed over D, in the accumulation dtype."""
 
 
 class Transported(NamedTuple):
@@ -106,6 +116,23 @@ def sparse_decode(
         if offset is not None:
             total = total + offset.to(wide)
     return total.to(acts[0].dtype)  # type: ignore[union-attr]
+
+
+def reconstruction_error(
+    acts: Tensor | Sequence[Tensor],  # [..., k]
+    indices: Tensor | Sequence[Tensor],  # [..., k]
+    W_dec: Tensor | Sequence[Tensor],  # [M, D]
+    target: Tensor,  # [..., D]
+    *,
+    bias: Tensor | None = None,  # [D]
+    base: Tensor | None = None,  # [..., D]
+) -> ReconstructionError:
+    """`sparse_decode(…) − target`, rounded once, and its squares, summed before it is rounded."""
+    lists = [[t] if isinstance(t, Tensor) else list(t) for t in (acts, indices, W_dec)]
+    wide = accumulation_dtype(target.dtype)
+    acts, indices, W_dec = [a.to(wide) for a in lists[0]], lists[1], lists[2]
+    error = sparse_decode(acts, indices, W_dec, bias=bias, base=base) - target.to(wide)
+    return ReconstructionError(error.to(target.dtype), error.square().sum(-1))
 
 
 def affine_predict(sources: Sequence[Tensor], A: Tensor, c: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from resae_kernels import _launch
 from resae_kernels.reference import TopK
+from resae_kernels.sparse_decode import pair_products
 from resae_kernels.topk_encode import (
     _backward,
     _check,
@@ -234,13 +235,17 @@ class ScreenedEncoder:
     def _score(self, block: Tensor, k: int) -> tuple["_Candidates", Tensor]:
         """The candidates of residuals `[n, D]` and their exact scores `[P]`."""
         for _ in range(2):
-            copy = self._current_copy()
+            copy = self._copy or self._current_copy()
             assert copy is not None
             found = _Candidates.join([_screen(copy, rows, k) for rows in block.split(ROWS)], ROWS)
-            scores = _pair_product(block, copy.weight, found.rows, found.latents)
+            scores = torch.empty(len(found.rows))
+            order = found.latents.argsort()  # each row of the weight is read once
+            scores[order] = pair_products(
+                block, found.rows[order], copy.weight, found.latents[order]
+            )
             if self.bias is not None:
                 scores += self.bias[found.latents]
-            if bool(((scores >= found.low) & (scores <= found.high)).all()):
+            if bool(((scores - found.middle).abs() <= found.width).all()):
                 return found, scores
             self.forget()  # the copy is of another weight, written to without being counted
         raise RuntimeError(
@@ -279,16 +284,18 @@ class ScreenedEncoder:
         finite."""
         tensors = [t for t in (self.weight, self.bias) if t is not None]
         state = tuple((t.data_ptr(), t._version) for t in tensors)
-        sample = torch.cat([_sample(t.detach()) for t in tensors])
-        if state != self._copied or not torch.equal(sample, self._sample):
+        samples = [_sample(t.detach()) for t in tensors]
+        if state != self._copied or not all(map(torch.equal, samples, self._samples)):
             bias = None if self.bias is None else self.bias.detach()
             self._copy = _quantise(self.weight.detach(), bias, self.margin, self._seed)
-            self._copied, self._sample = state, sample
+            self._copied, self._samples = state, [sample.clone() for sample in samples]
         return self._copy
 
     def forget(self) -> None:
         """Drop the copy: the next call makes a new one."""
-        self._copy, self._copied, self._sample = None, (), torch.empty(0)
+        self._copy: _Copy | None = None
+        self._copied: tuple = ()
+        self._samples: list[Tensor] = []
 
 
 def _require_gradient(*tensors: Tensor | None) -> bool:
@@ -296,9 +303,9 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Entries of 1024 rows, or of all."""
-    rows = torch.arange(0, len(tensor), max(1, len(tensor) // 1024))
-    return tensor[rows] if tensor.ndim == 1 else tensor[rows, rows % tensor.shape[1]]
+    """An entry of each of a thousand rows, or of all; a view."""
+    some = tensor[:: max(1, len(tensor) // 1024)]
+    return some if some.ndim == 1 else some[:, some.shape[1] // 2]
 
 
 @dataclass
@@ -337,16 +344,29 @@ class _Copy(NamedTuple):
     """`[D]`, u."""
     weight_dither: Tensor
     """`[D]`, less ½."""
-    bias: Tensor
-    """`[M']`, −inf past the last latent."""
-    bounds: Tensor
-    """`[c, M']`: in a row with factors g, λ_j = Σ_c g_c · bounds[c, j]."""
+    terms: Tensor
+    """`[2 + c, M']`: steps, bias (−inf past the last latent) and bounds, which are added to the
+    product with a factor of each row's own."""
     ratio: float | None
     """The weight's steps over its norms, of the median latent; None: certain margin."""
     largest_bias: float
     columns: dict[int, Tensor]
     """Columns `[M']` of the weight at outlier dimensions met so far: they are the model's, call
     after call, and a column of the weight itself lies scattered over all of it."""
+
+    widths: dict[int, Tensor]
+    """`[c, M' / group]`: the largest bounds of each group, by the size of a group."""
+
+    @property
+    def bounds(self) -> Tensor:
+        """`[c, M']`: in a row with factors g, λ_j = Σ_c g_c · bounds[c, j]."""
+        return self.terms[2:]
+
+    def width(self, group: int) -> Tensor:
+        if group not in self.widths:
+            groups = len(self.steps) // group
+            self.widths[group] = self.bounds.view(-1, group, groups).amax(1)
+        return self.widths[group]
 
     def column(self, dimension: int) -> Tensor:
         column = self.columns.get(dimension)
@@ -402,10 +422,10 @@ def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _C
         shift,
         dither,
         weight_dither,
-        all_bias,
-        bounds,
+        torch.cat([torch.stack([steps, all_bias]), bounds]),
         ratio,
         largest,
+        {},
         {},
     )
 
@@ -441,10 +461,10 @@ class _Candidates(NamedTuple):
     """`[P]`, ascending."""
     latents: Tensor
     """`[P]`, ascending within a row."""
-    low: Tensor
-    """`[P]`: the exact score is at least this,"""
-    high: Tensor
-    """`[P]`: and at most this."""
+    middle: Tensor
+    """`[P]`, ŝ."""
+    width: Tensor
+    """`[P]`: what the exact score, itself a float32 sum, can be away from ŝ."""
     exact_rows: Tensor
     """Rows that have no candidates here and are left to the exact path."""
 
@@ -477,13 +497,15 @@ class _Upper(NamedTuple):
 
 def _upper(copy: _Copy, rest: Tensor) -> _Upper:
     """Bounds of the scores of residuals `[n, D]`, from the 8-bit copy."""
-    norm = rest.norm(dim=1)
-    outliers = _outlier_dimensions(rest, norm)
+    norm, peak = rest.norm(dim=1), rest.abs().amax(1)
     inner, inner_norm = rest, norm
-    if len(outliers):
-        inner = rest.index_fill(1, outliers, 0.0)
-        inner_norm = inner.norm(dim=1)
-    step = inner.abs().amax(1) / STEPS
+    outliers: list[int] = []
+    if not bool((peak * math.sqrt(rest.shape[1]) <= OUTLIER * norm).all()):
+        outliers = _outlier_dimensions(rest, norm)
+        inner = rest.clone()
+        inner[:, outliers] = 0.0
+        inner_norm, peak = inner.norm(dim=1), inner.abs().amax(1)
+    step = peak / STEPS
     screened = norm.isfinite() & (step > 1e-30)
     step = torch.where(screened, step, 1.0)
     inverse = 1.0 / step
@@ -502,11 +524,11 @@ def _upper(copy: _Copy, rest: Tensor) -> _Upper:
         factors = factors.unsqueeze(1)
     # Beside the product a few terms of rank 1, in one pass.
     left = [-(centred @ copy.weight_dither), inverse, *factors.T]
-    right = [copy.steps, copy.bias, *copy.bounds]
-    for dimension in outliers.tolist():
-        left.append(rest[:, dimension] * inverse)
-        right.append(copy.column(dimension))
-    scores.addmm_(torch.stack(left, dim=1), torch.stack(right))
+    right = copy.terms
+    if outliers:
+        left += [rest[:, dimension] * inverse for dimension in outliers]
+        right = torch.cat([right, torch.stack([copy.column(d) for d in outliers])])
+    scores.addmm_(torch.stack(left, dim=1), right)
     return _Upper(scores, factors, step, norm, screened)
 
 
@@ -520,51 +542,44 @@ def _screen(copy: _Copy, rest: Tensor, k: int) -> _Candidates:
     # Groups are strided, so that their maxima are taken along contiguous lanes.
     upper = upper.view(-1, group, groups)
     best = upper.amax(1)
-    width = copy.bounds.view(-1, group, groups).amax(1)
     slack = (ROUNDING * copy.largest_bias) / step
     # k groups, hence k latents, have a score of at least this; and so have the TopK.
-    least = (best - 2.0 * (factors @ width)).topk(k, dim=1).values[:, -1].clamp_min_(0.0) - slack
+    least = (best - 2.0 * (factors @ copy.width(group))).topk(k, dim=1).values[:, -1].clamp_min_(
+        0.0
+    ) - slack
     rows, first = ((best >= least.unsqueeze(1)) & screened.unsqueeze(1)).nonzero(as_tuple=True)
     members = upper[rows, :, first]  # [pairs, group]
     pair, member = (members >= least[rows].unsqueeze(1)).nonzero(as_tuple=True)
     key, order = (rows[pair] * padded + first[pair] + member * groups).sort()
     rows, latents, high = key // padded, key % padded, members[pair, member][order]
-    too_many = torch.bincount(rows, minlength=len(rest)) > CANDIDATES * M
-    if bool(too_many.any()):
-        screened &= ~too_many
+    if len(rows) > CANDIDATES * M:
+        screened &= torch.bincount(rows, minlength=len(rest)) <= CANDIDATES * M
         few = screened[rows]
         rows, latents, high = rows[few], latents[few], high[few]
-    low = high - 2.0 * (factors[rows] * copy.bounds[:, latents].T).sum(1)
-    # What the exact score itself is off by, summed in float32.
-    slack = slack[rows] + 16 * ROUNDING * norm[rows] * copy.bounds[-1, latents]
+    bound = (factors[rows] * copy.bounds[:, latents].T).sum(1)
+    # The exact score is a float32 sum itself.
+    width = bound + slack[rows] + 16 * ROUNDING * norm[rows] * copy.bounds[-1, latents]
     step = step[rows]
     exact_rows = (~screened).nonzero().flatten()
-    return _Candidates(rows, latents, (low - slack) * step, (high + slack) * step, exact_rows)
+    return _Candidates(rows, latents, (high - bound) * step, width * step, exact_rows)
 
 
-def _outlier_dimensions(rest: Tensor, norm: Tensor) -> Tensor:
+def _outlier_dimensions(rest: Tensor, norm: Tensor) -> list[int]:
     """The few dimensions that would stretch the steps of some rows: massive activations."""
     D = rest.shape[1]
     relative = rest.abs() / norm.unsqueeze(1)
     relative = torch.where(norm.isfinite() & (norm > 0), relative.T, 0.0).amax(1)
     largest, dimensions = relative.topk(min(OUTLIER_DIMENSIONS, D))
-    return dimensions[largest * math.sqrt(D) > OUTLIER]
-
-
-def _pair_product(left: Tensor, right: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
-    """`[P]`: left[rows] · right[latents], latent by latent: a row of `right` is read once."""
-    order = latents.argsort()
-    products = torch.empty(len(rows))
-    products[order] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left.contiguous(), right, latents[order], latents.new_zeros(1), rows[order], 0
-    )
-    return products
+    return dimensions[largest * math.sqrt(D) > OUTLIER].tolist()
 
 
 def _select_candidates(
     found: _Candidates, scores: Tensor, n: int, k: int, sorted: bool
 ) -> tuple[Tensor, Tensor]:
     """TopK of each row's candidates, laid out in order of latent in a rectangle."""
+    if n == 1 and len(scores) >= k:
+        acts, position = _select(scores.unsqueeze(0), k, sorted)
+        return acts, torch.where(acts > 0, found.latents[position], 0)
     counts = torch.bincount(found.rows, minlength=n)
     width = max(k, int(counts.max()))
     slot = torch.arange(len(scores)) - (counts.cumsum(0) - counts)[found.rows]

@@ -27,10 +27,6 @@ from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import TopK, accumulation_dtype
 from resae_kernels.sparse_decode import latent_outer, latent_sum
 
-WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""Default bound on the scores held at once, by device type: about a CPU's last-level cache; on a
-GPU thousands of rows, so that `weight` is not read again for every few of them."""
-
 FEW_TOKENS = 16
 """Up to here the product is bound by reading `weight`: one Triton kernel instead of a GEMM."""
 
@@ -131,7 +127,7 @@ def topk_encode(
     _check(x, weight, bias, k, pre_bias, base, workspace_bytes)
     D = weight.shape[1]
     if workspace_bytes is None:
-        workspace_bytes = WORKSPACE_BYTES.get(x.device.type, WORKSPACE_BYTES["cuda"])
+        workspace_bytes = _launch.workspace_bytes(x)
     acts, indices = torch.ops.resae.topk_encode(
         x.reshape(-1, D),
         weight,

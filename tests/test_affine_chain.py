@@ -210,7 +210,9 @@ def test_registered_gradient_is_the_derivative(sources):
     def x_hats(*leaves):
         return tuple(chain(affine_chain, **dict(zip(names, leaves, strict=True)), **integers))
 
-    assert torch.autograd.gradcheck(x_hats, [inputs[name].requires_grad_() for name in names])
+    leaves = [inputs[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(x_hats, leaves)
+    assert torch.autograd.gradgradcheck(x_hats, leaves)
 
 
 @either
@@ -629,6 +631,14 @@ def test_autocast_returns_the_dictionary_dtype_and_gradients_in_the_input_dtype(
     for name, leaf in leaves.items():
         if leaf.requires_grad:
             assert leaf.grad.dtype == leaf.dtype, name
+
+
+def test_autocast_leaves_the_products_of_the_chain_in_the_dictionary_dtype():
+    # Autocast reaches into an op: products in it were taken in bf16, results two digits coarser.
+    inputs = chain_inputs((1, 2), (6,), 8, torch.float32)
+    expected = chain(affine_chain, **inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, chain(affine_chain, **inputs), expected))
 
 
 # -- the public door -------------------------------------------------------------------------------

@@ -12,11 +12,15 @@ from resae_kernels import TopK, affine_chain, sparse_decode, topk_encode
 
 DOCUMENTED = {
     "OnlineStep",
+    "ReconstructionError",
+    "ScreenedEncoder",
+    "Screening",
     "StepWorkspace",
     "TopK",
     "Transported",
     "affine_chain",
     "online_step",
+    "reconstruction_error",
     "reference",
     "sparse_decode",
     "topk_encode",
@@ -46,7 +50,7 @@ def test_star_import_brings_the_documented_names_alone():
 
 
 def test_ops_are_registered_in_the_namespace_resae():
-    public = ("topk_encode", "sparse_decode", "affine_chain", "online_step")
+    public = ("topk_encode", "sparse_decode", "affine_chain", "online_step", "reconstruction_error")
     for name in (*public, "latent_outer", "sampled_product"):
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.resae, name).default.tags
 

@@ -14,8 +14,16 @@ from measured import (
     values_and_gradients,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resae_kernels import reference, sparse_decode
+from resae_kernels import (
+    _launch,
+    affine_chain,
+    reconstruction_error,
+    reference,
+    sparse_decode,
+    topk_encode,
+)
 from resae_kernels.sparse_decode import latent_outer, latent_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -26,6 +34,7 @@ DTYPES = [
     pytest.param(torch.float16, id="fp16"),
 ]
 either = pytest.mark.parametrize("implementation", ["torch", "triton"])
+in_both_forms = pytest.mark.parametrize("form", ["gather", "dense"])
 # (N, D, M, k)
 SHAPES = [
     pytest.param(5, 4, 8, 3, id="small"),
@@ -59,9 +68,10 @@ def decode_two(op, acts, indices, W_dec, more_acts, more_indices, more_W_dec, bi
     return op([acts, more_acts], [indices, more_indices], [W_dec, more_W_dec], bias=bias, base=base)
 
 
-def both(implementation):
-    """The op as `implementation` computes it, and its reference."""
-    return partial(sparse_decode, implementation=implementation), reference.sparse_decode
+def both(implementation, form=None):
+    """The op as `implementation` computes it in that form, and its reference."""
+    op = partial(sparse_decode, implementation=implementation, form=form)
+    return op, reference.sparse_decode
 
 
 def two_decoders(dtype=torch.float64) -> dict[str, Tensor]:
@@ -74,39 +84,47 @@ def two_decoders(dtype=torch.float64) -> dict[str, Tensor]:
 
 
 @either
+@in_both_forms
 @pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
-def test_sum_and_gradients_equal_the_reference(N, D, M, k, implementation):
+def test_sum_and_gradients_equal_the_reference(N, D, M, k, implementation, form):
     inputs = decoder_inputs(N, D, M, k)
     ours, theirs = (
-        values_and_gradients(lambda op=op, **t: op(**t), inputs) for op in both(implementation)
+        values_and_gradients(lambda op=op, **t: op(**t), inputs)
+        for op in both(implementation, form)
     )
     assert ours["output 0"].shape == (N, D)
     assert_same(ours, theirs)
 
 
 @either
+@in_both_forms
 @pytest.mark.parametrize("absent", [("bias",), ("base",), ("bias", "base")], ids="-".join)
-def test_sum_and_gradients_equal_the_reference_without_an_optional_input(absent, implementation):
+def test_sum_and_gradients_equal_the_reference_without_an_optional_input(
+    absent, implementation, form
+):
     inputs = {name: t for name, t in decoder_inputs(7, 5, 11, 4).items() if name not in absent}
     ours, theirs = (
-        values_and_gradients(lambda op=op, **t: op(**t), inputs) for op in both(implementation)
+        values_and_gradients(lambda op=op, **t: op(**t), inputs)
+        for op in both(implementation, form)
     )
     assert_same(ours, theirs)
 
 
 @either
-def test_lists_sum_over_dictionaries_of_different_sizes(implementation):
+@in_both_forms
+def test_lists_sum_over_dictionaries_of_different_sizes(implementation, form):
     inputs = two_decoders()
     ours, theirs = (
         values_and_gradients(lambda op=op, **t: decode_two(op, **t), inputs)
-        for op in both(implementation)
+        for op in both(implementation, form)
     )
     assert_same(ours, theirs)
 
 
 @either
+@in_both_forms
 @pytest.mark.parametrize("N", [3, 18], ids=["few-tokens", "tokens"])
-def test_four_dictionaries_sum_one_of_them_without_a_latent(N, implementation):
+def test_four_dictionaries_sum_one_of_them_without_a_latent(N, implementation, form):
     parts = [decoder_inputs(N, 70, M, k) for M, k in ((11, 9), (5, 0), (83, 66), (3, 1))]
     names = ("acts", "indices", "W_dec")
     inputs = {f"{name}.{i}": part[name] for i, part in enumerate(parts) for name in names}
@@ -114,7 +132,9 @@ def test_four_dictionaries_sum_one_of_them_without_a_latent(N, implementation):
     def total(op, **named):
         return op(*([named[f"{name}.{i}"] for i in range(4)] for name in names))
 
-    ours, theirs = (values_and_gradients(partial(total, op), inputs) for op in both(implementation))
+    ours, theirs = (
+        values_and_gradients(partial(total, op), inputs) for op in both(implementation, form)
+    )
     assert_same(ours, theirs)
 
 
@@ -127,18 +147,20 @@ def test_one_list_entry_is_the_plain_call(implementation):
 
 
 @either
+@in_both_forms
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sum_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implementation):
+def test_sum_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implementation, form):
     def plain(acts, indices, W_dec, bias, base):
         return scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias + base
 
-    op, _ = both(implementation)
+    op, _ = both(implementation, form)
     assert_close_as_torch(op, plain, decoder_inputs(37, 19, 53, 7, dtype))
 
 
 @either
+@in_both_forms
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype, implementation):
+def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype, implementation, form):
     def plain(acts, indices, W_dec, more_acts, more_indices, more_W_dec, bias, base):
         first = scatter(acts, indices, W_dec.shape[0]) @ W_dec
         return (
@@ -147,7 +169,7 @@ def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype, impleme
             + (bias + base)
         )
 
-    op, _ = both(implementation)
+    op, _ = both(implementation, form)
     assert_close_as_torch(lambda **t: decode_two(op, **t), plain, two_decoders(dtype))
 
 
@@ -165,7 +187,8 @@ def test_leading_shape_is_kept(leading):
 
 
 @either
-def test_op_passes_opcheck(implementation):
+@in_both_forms
+def test_op_passes_opcheck(implementation, form):
     inputs = decoder_inputs(5, 4, 8, 3)
     acts, W_dec, bias, base = (
         inputs[name].requires_grad_() for name in ("acts", "W_dec", "bias", "base")
@@ -175,7 +198,7 @@ def test_op_passes_opcheck(implementation):
         ([acts], [inputs["indices"]], [W_dec], bias, base),
         ([acts] * 2, [inputs["indices"]] * 2, [W_dec] * 2, None, None),
     ):
-        torch.library.opcheck(op, arguments, {"implementation": implementation})
+        torch.library.opcheck(op, arguments, {"implementation": implementation, "form": form})
 
 
 def test_op_without_an_implementation_named_passes_opcheck():
@@ -186,12 +209,30 @@ def test_op_without_an_implementation_named_passes_opcheck():
 
 
 @either
-def test_ops_of_the_backward_pass_opcheck(implementation):
+@in_both_forms
+def test_ops_of_the_backward_pass_opcheck(implementation, form):
     acts, indices = random_code(5, 3, 8)
     rows, W_dec = torch.randn(5, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
-    ops, named = torch.ops.resae, {"implementation": implementation}
+    for tensor in (acts, rows, W_dec):
+        tensor.requires_grad_()
+    ops, named = torch.ops.resae, {"implementation": implementation, "form": form}
     torch.library.opcheck(ops.latent_outer.default, (acts, indices, rows, 8), named)
     torch.library.opcheck(ops.sampled_product.default, (rows, indices, W_dec), named)
+
+
+@in_both_forms
+def test_gradients_can_be_differentiated_again(form):
+    # Without a derivative of their own the sums of the backward would end the graph: a gradient
+    # penalty would train as if they were constants.
+    inputs = decoder_inputs(4, 3, 6, 3)
+    inputs["indices"][0] = 5  # a latent named three times
+    names = [name for name, t in inputs.items() if t.is_floating_point()]
+
+    def decode(*leaves):
+        named = dict(zip(names, leaves, strict=True))
+        return sparse_decode(**named, indices=inputs["indices"], form=form)
+
+    assert torch.autograd.gradgradcheck(decode, [inputs[name].requires_grad_() for name in names])
 
 
 def test_registered_gradient_is_the_derivative():
@@ -218,18 +259,20 @@ def test_one_gradient_alone_is_the_one_of_all_together(wanted):
 
 
 @either
-def test_same_bits_twice(implementation):
+@in_both_forms
+def test_same_bits_twice(implementation, form):
     inputs = decoder_inputs(64, 24, 96, 9, torch.float32)
-    op, _ = both(implementation)
+    op, _ = both(implementation, form)
     first, second = (values_and_gradients(op, inputs) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
 @either
-def test_compiled_equals_eager(implementation):
+@in_both_forms
+def test_compiled_equals_eager(implementation, form):
     inputs = two_decoders(torch.float32)
-    op, _ = both(implementation)
+    op, _ = both(implementation, form)
 
     def total(**tensors):
         return decode_two(op, **tensors)
@@ -239,14 +282,15 @@ def test_compiled_equals_eager(implementation):
 
 
 @either
-def test_non_contiguous_inputs_and_gradients_change_nothing(implementation):
+@in_both_forms
+def test_non_contiguous_inputs_and_gradients_change_nothing(implementation, form):
     inputs = decoder_inputs(6, 5, 9, 3)
     strided = {
         name: t.T.contiguous().T if t.ndim == 2 else torch.stack([t, t], dim=1)[:, 0]
         for name, t in inputs.items()
     }
     assert not any(t.is_contiguous() for t in strided.values())
-    op, _ = both(implementation)
+    op, _ = both(implementation, form)
     ours, theirs = (
         # A transposed result sends a transposed, an expanded sum a stride-0 gradient back.
         values_and_gradients(lambda **t: [y := op(**t).T, y.sum()], given_)
@@ -266,8 +310,9 @@ def test_meta_tensors_give_shapes():
 
 
 @either
+@in_both_forms
 @given(data=st.data())
-def test_any_code_equals_the_reference_repeated_latents_included(implementation, data):
+def test_any_code_equals_the_reference_repeated_latents_included(implementation, form, data):
     N, M, k = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (1, 6), (1, 6)))
     D = data.draw(st.integers(1, 5))
     latent = st.lists(st.integers(0, M - 1), min_size=N * k, max_size=N * k)
@@ -278,7 +323,8 @@ def test_any_code_equals_the_reference_repeated_latents_included(implementation,
         "W_dec": torch.randint(-3, 4, (M, D)).double(),
     }
     ours, theirs = (
-        values_and_gradients(lambda op=op, **t: op(**t), inputs) for op in both(implementation)
+        values_and_gradients(lambda op=op, **t: op(**t), inputs)
+        for op in both(implementation, form)
     )
     assert_same(ours, theirs)
 
@@ -300,9 +346,10 @@ def test_worked_example():
     assert base.grad.tolist() == [[1, 7]]
 
 
+@in_both_forms
 @pytest.mark.parametrize("latents", [2, 50], ids=["few-latents", "many-latents"])
 @pytest.mark.parametrize("offset", ["bias", "base", "another dictionary"])
-def test_terms_are_added_before_the_one_rounding(offset, latents):
+def test_terms_are_added_before_the_one_rounding(offset, latents, form):
     # 256 + 1 − 256: bf16 holds no 257, so that a sum rounded on the way gives 0.
     acts, indices = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[0, 1]])
     W_dec = torch.zeros(latents, 1, dtype=torch.bfloat16)
@@ -310,26 +357,29 @@ def test_terms_are_added_before_the_one_rounding(offset, latents):
     rest = torch.tensor([[-256]], dtype=torch.bfloat16)
     if offset == "another dictionary":
         lists = [acts, acts[:, :1]], [indices, indices[:, :1]], [W_dec, rest]
-        y = sparse_decode(*lists)
+        y = sparse_decode(*lists, form=form)
     else:
-        y = sparse_decode(acts, indices, W_dec, **{offset: rest[0] if offset == "bias" else rest})
+        offsets = {offset: rest[0] if offset == "bias" else rest}
+        y = sparse_decode(acts, indices, W_dec, form=form, **offsets)
     assert y.item() == 1
 
 
-def test_gradient_of_the_acts_is_summed_before_the_one_rounding():
+@in_both_forms
+def test_gradient_of_the_acts_is_summed_before_the_one_rounding(form):
     # (1 + 2⁻⁷)² − (1 + 2⁻⁶) = 2⁻¹⁴: a product rounded to bf16 before the sum gives 0.
     acts = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     W_dec = torch.tensor([[1 + 2**-7, 1]], dtype=torch.bfloat16)
     gradient = torch.tensor([[1 + 2**-7, -1 - 2**-6]], dtype=torch.bfloat16)
-    sparse_decode(acts, torch.tensor([[0]]), W_dec).backward(gradient)
+    sparse_decode(acts, torch.tensor([[0]]), W_dec, form=form).backward(gradient)
     assert acts.grad.item() == 2**-14
 
 
-def test_padding_slots_add_nothing_to_the_sum_or_to_the_gradient_of_latent_0():
+@in_both_forms
+def test_padding_slots_add_nothing_to_the_sum_or_to_the_gradient_of_latent_0(form):
     acts = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     indices = torch.tensor([[1, 0, 0], [0, 0, 0]])
     W_dec = torch.tensor([[9.0, 9.0], [1.0, 2.0]], requires_grad=True)
-    y = sparse_decode(acts, indices, W_dec)
+    y = sparse_decode(acts, indices, W_dec, form=form)
     assert y.tolist() == [[2, 4], [0, 0]]
     y.backward(torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
     assert W_dec.grad.tolist() == [[0, 0], [2, 6]]
@@ -423,6 +473,421 @@ def test_rows_that_no_latent_asks_for_do_not_matter(implementation):
     assert latent_outer(acts, indices, rows, M, implementation).isfinite().all()
 
 
+# -- the dense form --------------------------------------------------------------------------------
+
+
+def repeating_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Codes that name latents again and again, padding among them."""
+    acts = torch.rand(9, 70, dtype=torch.float64)
+    indices = torch.randint(0, 7, (9, 70))
+    acts[::2, 30:], indices[::2, 30:] = 0, 0
+    return {
+        "acts": acts.to(dtype),
+        "indices": indices,
+        "W_dec": torch.randn(7, 5).to(dtype),
+        "bias": torch.randn(5).to(dtype),
+    }
+
+
+@either
+@in_both_forms
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latents_named_repeatedly_are_as_close_to_fp64_as_plain_torch(dtype, implementation, form):
+    def plain(acts, indices, W_dec, bias):
+        return scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias
+
+    op, _ = both(implementation, form)
+    inputs = repeating_inputs(dtype)
+    assert_close_as_torch(op, plain, inputs)
+    first, second = (values_and_gradients(op, inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@either
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 7], ids="{}-rows".format)
+def test_chunks_of_the_scattered_code_are_bounded_and_change_nothing(
+    rows, dtype, implementation, monkeypatch
+):
+    N, D, M, k = 64, 3, 256, 8
+    inputs = decoder_inputs(N, D, M, k, dtype)
+    op, _ = both(implementation, "dense")
+    whole = values_and_gradients(op, inputs)
+    row_bytes = 4 * M  # of fp32, in which a CPU takes the product
+    monkeypatch.setattr(
+        _launch, "WORKSPACE_BYTES", dict.fromkeys(("cpu", "cuda"), rows * row_bytes)
+    )
+    ulps = 4 * torch.finfo(dtype).eps
+    assert_same(values_and_gradients(op, inputs), whole, rtol=ulps, atol=ulps)
+    if implementation == "torch":  # the interpreter takes memory of its own
+        largest = largest_allocation(lambda: values_and_gradients(op, inputs))
+        others = max(N * k * 8, M * D * 8)  # the code itself, W_dec, in the test's own fp64
+        assert largest <= max(rows * row_bytes, others) < N * M
+
+
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning"
+)  # interpreter: inf · 0
+@either
+def test_acts_that_are_not_finite_reach_their_own_token_alone(implementation):
+    inputs = decoder_inputs(4, 3, 8, 2, torch.float32)
+    acts = inputs.pop("acts")
+    results = {}
+    for form in ("gather", "dense"):
+        op = partial(sparse_decode, implementation=implementation, form=form)
+        clean = op(acts, **inputs)
+        broken = acts.clone()
+        broken[1, 0], broken[2, 0] = float("nan"), float("inf")
+        results[form] = op(broken, **inputs)
+        assert torch.equal(results[form][[0, 3]], clean[[0, 3]])
+        assert not results[form][1:3].isfinite().any()
+    torch.testing.assert_close(results["gather"], results["dense"], equal_nan=True)
+
+
+@either
+def test_dense_form_passes_what_is_not_finite_in_the_dictionary_to_every_token(implementation):
+    # The docstring says so: 0 · inf. By the rule this is the only difference between the forms.
+    W_dec = torch.randn(8, 3)
+    W_dec[7, 1] = float("inf")
+    acts, indices = torch.ones(2, 1), torch.tensor([[0], [1]])
+    gather, dense = (
+        sparse_decode(acts, indices, W_dec, form=form, implementation=implementation)
+        for form in ("gather", "dense")
+    )
+    assert gather.isfinite().all()
+    assert dense[:, 1].isnan().all()
+    assert torch.equal(dense[:, [0, 2]], gather[:, [0, 2]])
+
+
+SUMS = ("_dense_sum", "_dense_outer", "_dense_sampled_product")
+
+
+def dense_sums_used(monkeypatch, run) -> list[str]:
+    """Which of the three products `run` takes, in order."""
+    used = []
+    for name in SUMS:
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, name=name, f=function: used.append(name) or f(*a)
+        )
+    run()
+    return used
+
+
+@pytest.mark.parametrize(
+    ("tokens", "latents", "dense"),
+    [
+        pytest.param(0, 0, True, id="on-the-boundary"),
+        pytest.param(-1, 0, False, id="too-few-tokens"),
+        pytest.param(0, 1, False, id="too-many-latents"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_rule_takes_the_dense_form_for_many_tokens_of_few_latents(
+    tokens, latents, dense, dtype, monkeypatch
+):
+    k = 2
+    M = int(module.DENSE_RATIO["cpu"][dtype == torch.bfloat16] * k) + latents
+    inputs = decoder_inputs(module.DENSE_TOKENS + tokens, 3, M, k, dtype)
+    used = dense_sums_used(monkeypatch, lambda: values_and_gradients(sparse_decode, inputs))
+    assert sorted(used) == (sorted(SUMS) if dense else [])
+
+
+@either
+def test_rule_holds_in_the_gradients_of_the_encoder_and_in_the_chain(implementation, monkeypatch):
+    N, D, M, k = module.DENSE_TOKENS, 3, 4, 2
+    x, weight, bias, A = (torch.randn(shape).double() for shape in ((N, D), (M, D), (M,), (D, D)))
+    inputs = {"x": x, "weight": weight, "bias": bias, "W_dec": torch.randn(M, D).double(), "A": A}
+
+    def stack(x, weight, bias, W_dec, A):
+        code = topk_encode(x, weight, bias, k, implementation=implementation)
+        rest = {"b_dec": [x[0], x[0]], "implementation": implementation}
+        return [code.acts, *affine_chain([code] * 2, [W_dec] * 2, [A], [x[0]], **rest)]
+
+    results = []
+    with monkeypatch.context() as patch:
+        used = dense_sums_used(patch, lambda: results.append(values_and_gradients(stack, inputs)))
+    # Two sums, their gradients, and of the encoder dx by a sum and dweight.
+    assert sorted(used) == sorted([*SUMS, *SUMS, "_dense_sum", "_dense_outer"])
+    monkeypatch.setattr(module, "DENSE_TOKENS", N + 1)
+    assert_same(results[0], values_and_gradients(stack, inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_form_never_waits_for_a_value(dtype, device, monkeypatch):
+    # Fake tensors have none: whatever asks for one raises. So do factors that do not fit.
+    monkeypatch.setattr(module, "_launch_scatter", lambda code, acts, indices: None)  # noqa: ARG005
+    monkeypatch.setattr(_launch, "WORKSPACE_BYTES", {"cpu": 100, "cuda": 100})
+    with FakeTensorMode():
+        acts, rows, W = (
+            torch.empty(shape, dtype=dtype, device=device) for shape in ((9, 3), (9, 5), (8, 5))
+        )
+        indices = torch.empty(9, 3, dtype=torch.int64, device=device)
+        for implementation in ("torch", "triton"):
+            named = {"implementation": implementation, "form": "dense"}
+            sums = [
+                module._decode([acts], [indices], [W], None, rows, **named),
+                module._latent_outer(acts, indices, rows, 8, **named),
+                module._sampled_product(rows, indices, W, **named),
+            ]
+            assert [tuple(t.shape) for t in sums] == [(9, 5), (8, 5), (9, 3)]
+            assert all(t.dtype == dtype and t.device.type == device.type for t in sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_form_in_a_cuda_graph_gives_the_same_bits(dtype):
+    inputs = {name: t.cuda() for name, t in decoder_inputs(300, 64, 96, 40, dtype).items()}
+    eager = sparse_decode(**inputs, form="dense")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sparse_decode(**inputs, form="dense")
+    graph.replay()
+    assert torch.equal(captured, eager)
+
+
+@in_both_forms
+def test_form_asked_for_overrules_the_rule(form, monkeypatch):
+    big, small = decoder_inputs(module.DENSE_TOKENS, 3, 2, 2), decoder_inputs(3, 4, 8, 1)
+    for inputs in (big, small):
+        with monkeypatch.context() as patch:
+            used = dense_sums_used(
+                patch, lambda given=inputs: values_and_gradients(both(None, form)[0], given)
+            )
+        assert sorted(used) == (sorted(SUMS) if form == "dense" else [])
+
+
+@either
+def test_dictionaries_of_one_sum_take_the_form_that_suits_each(implementation, monkeypatch):
+    N = module.DENSE_TOKENS
+    parts = [decoder_inputs(N, 3, M, k) for M, k in ((60, 2), (4, 2), (50, 1))]
+    lists = [[part[name] for part in parts] for name in ("acts", "indices", "W_dec")]
+    offsets = {name: parts[0][name] for name in ("bias", "base")}
+    kept = offsets["base"].clone()
+    results = []
+
+    def run():
+        results.append(sparse_decode(*lists, **offsets, implementation=implementation))
+
+    assert dense_sums_used(monkeypatch, run) == ["_dense_sum"]
+    torch.testing.assert_close(results[0], reference.sparse_decode(*lists, **offsets))
+    assert torch.equal(offsets["base"], kept)
+
+
+@either
+def test_dense_form_is_the_same_under_autocast(implementation):
+    inputs = decoder_inputs(6, 4, 8, 3, torch.float32)
+    op, _ = both(implementation, "dense")
+    plain = values_and_gradients(op, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(values_and_gradients(op, inputs), plain, 0, 0)
+
+
+# -- reconstruction error --------------------------------------------------------------------------
+
+
+def error_inputs(N, D, M, k, dtype=torch.float64) -> dict[str, Tensor]:
+    return decoder_inputs(N, D, M, k, dtype) | {"target": torch.randn(N, D).to(dtype)}
+
+
+def both_errors(implementation):
+    return partial(reconstruction_error, implementation=implementation), (
+        reference.reconstruction_error
+    )
+
+
+@either
+@pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
+def test_error_and_gradients_equal_the_reference(N, D, M, k, implementation):
+    inputs = error_inputs(N, D, M, k)
+    ours, theirs = (values_and_gradients(op, inputs) for op in both_errors(implementation))
+    assert (ours["output 0"].shape, ours["output 1"].shape) == ((N, D), (N,))
+    assert_same(ours, theirs)
+
+
+@either
+@pytest.mark.parametrize("absent", [("bias",), ("base",), ("bias", "base")], ids="-".join)
+def test_error_and_gradients_equal_the_reference_without_an_optional_input(absent, implementation):
+    inputs = {name: t for name, t in error_inputs(7, 5, 11, 4).items() if name not in absent}
+    ours, theirs = (values_and_gradients(op, inputs) for op in both_errors(implementation))
+    assert_same(ours, theirs)
+
+
+@either
+def test_error_of_several_dictionaries_equals_the_reference(implementation):
+    inputs = two_decoders() | {"target": torch.randn(7, 5, dtype=torch.float64)}
+
+    def error(op, target, **named):
+        return decode_two(partial(op, target=target), **named)
+
+    ours, theirs = (
+        values_and_gradients(partial(error, op), inputs) for op in both_errors(implementation)
+    )
+    assert_same(ours, theirs)
+
+
+@either
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implementation, device):
+    if (dtype, implementation, device.type) == (torch.bfloat16, "triton", "cpu"):
+        pytest.skip("the interpreter cuts fp32 off to bf16 instead of rounding it")
+
+    def plain(acts, indices, W_dec, bias, base, target):
+        error = scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias + base - target
+        return [error, error.square().sum(-1)]
+
+    def ours(**tensors):  # as the rule wants it: everything in one dtype
+        error, squared = both_errors(implementation)[0](**tensors)
+        assert squared.dtype == torch.float32
+        return [error, squared.to(error.dtype)]
+
+    for N in (37, 3):  # a program for many columns of a token, and for few
+        assert_close_as_torch(ours, plain, error_inputs(N, 190, 53, 7, dtype))
+
+
+@either
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=["error", "squared", "both"])
+def test_gradients_of_the_error_come_through_each_output(used, implementation):
+    inputs = error_inputs(6, 5, 9, 3)
+    inputs["indices"][0] = 4
+    op, spec = both_errors(implementation)
+    ours, theirs = (
+        values_and_gradients(lambda f=f, **t: [f(**t)[i] for i in used], inputs) for f in (op, spec)
+    )
+    assert_same(ours, theirs)
+
+
+@either
+def test_squares_are_summed_before_the_error_is_rounded(implementation):
+    # 256 + 1 is 256 in bf16.
+    W_dec = torch.tensor([[256.0], [1.0]], dtype=torch.bfloat16)
+    acts, indices = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[0, 1]])
+    op, _ = both_errors(implementation)
+    error, squared = op(acts, indices, W_dec, torch.zeros(1, 1, dtype=torch.bfloat16))
+    assert (error.item(), squared.item()) == (256, 257**2)
+    assert op(acts, indices, W_dec, torch.full((1, 1), 256.0).bfloat16()).error.item() == 1
+
+
+@either
+def test_error_worked_example_keeps_the_leading_shape(implementation):
+    acts = torch.tensor([[[2.0, 3.0]], [[1.0, 0.0]]])
+    W_dec = torch.tensor([[1.0, 0], [0, 10], [100, 100]])
+    indices = torch.tensor([[[2, 1]], [[0, 0]]])
+    target = torch.tensor([[[199.0, 234.0]], [[1.0, 2.0]]])
+    error, squared = both_errors(implementation)[0](acts, indices, W_dec, target)
+    assert error.tolist() == [[[1, -4]], [[0, -2]]]
+    assert squared.tolist() == [[17], [4]]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning"
+)  # interpreter: inf · 0
+@either
+def test_infinite_act_gives_an_infinite_squared_error_where_a_tile_is_not_full(implementation):
+    acts, indices = torch.tensor([[float("inf")]]), torch.tensor([[0]])
+    op, _ = both_errors(implementation)
+    _, squared = op(acts, indices, torch.ones(2, 3), torch.zeros(1, 3))
+    assert squared.item() == float("inf")
+
+
+@either
+def test_error_op_passes_opcheck(implementation):
+    inputs = error_inputs(5, 4, 8, 3)
+    acts, W_dec, target, bias, base = (
+        inputs[name].requires_grad_() for name in ("acts", "W_dec", "target", "bias", "base")
+    )
+    op, indices = torch.ops.resae.reconstruction_error.default, inputs["indices"]
+    for arguments in (
+        ([acts], [indices], [W_dec], target, bias, base),
+        ([acts] * 2, [indices] * 2, [W_dec] * 2, target, None, None),
+    ):
+        torch.library.opcheck(op, arguments, {"implementation": implementation})
+
+
+def test_registered_gradient_of_the_error_is_the_derivative_also_of_itself():
+    inputs = error_inputs(4, 3, 6, 3)
+    names = [name for name, t in inputs.items() if t.is_floating_point()]
+
+    def error(*leaves):
+        named = dict(zip(names, leaves, strict=True))
+        return tuple(reconstruction_error(**named, indices=inputs["indices"]))
+
+    leaves = [inputs[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(error, leaves)
+    assert torch.autograd.gradgradcheck(error, leaves)
+
+
+@either
+def test_error_is_the_same_bits_twice_and_compiled(implementation):
+    inputs = error_inputs(40, 150, 96, 9, torch.float32)
+    op, _ = both_errors(implementation)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    first, second, third = (values_and_gradients(f, inputs) for f in (op, op, compiled))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert_same(third, first, 0, 0)
+
+
+@either
+def test_error_of_non_contiguous_inputs_is_the_same(implementation):
+    inputs = error_inputs(6, 5, 9, 3)
+    strided = {n: t.T.contiguous().T if t.ndim == 2 else t for n, t in inputs.items()}
+    op, _ = both_errors(implementation)
+    ours, theirs = (
+        # Gradients of a transpose and of sums: transposed, and of stride 0.
+        values_and_gradients(lambda **t: [(e := op(**t)).error.T, e.squared.sum()], given_)
+        for given_ in (strided, inputs)
+    )
+    assert_same(ours, theirs)
+
+
+@either
+def test_error_by_the_rule_takes_the_dense_form_where_the_decode_does(implementation, monkeypatch):
+    N = module.DENSE_TOKENS
+    parts = [decoder_inputs(N, 3, M, k) for M, k in ((60, 2), (4, 2))]
+    target = torch.randn(N, 3, dtype=torch.float64)
+    for chosen in (parts, parts[1:]):
+        lists = [[part[name] for part in chosen] for name in ("acts", "indices", "W_dec")]
+        results = []
+
+        def run(lists=lists, results=results):
+            results.append(reconstruction_error(*lists, target, implementation=implementation))
+
+        with monkeypatch.context() as patch:
+            assert dense_sums_used(patch, run) == ["_dense_sum"]
+        for ours, theirs in zip(
+            results[0], reference.reconstruction_error(*lists, target), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_error_under_autocast_has_the_dtype_of_the_dictionary():
+    inputs = error_inputs(6, 4, 8, 3, torch.float32)
+    mixed = inputs | {name: inputs[name].bfloat16() for name in ("acts", "target")}
+    by_hand = mixed | {name: mixed[name].float() for name in ("acts", "target")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = reconstruction_error(**mixed)
+    assert all(map(torch.equal, ours, reconstruction_error(**by_hand)))
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (
+            torch.zeros(3, 5),
+            ValueError,
+            r"reconstruction_error: target has shape \[3, 5\], expected",
+        ),
+        (torch.zeros(3, 4).double(), TypeError, "reconstruction_error: target has dtype"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_bad_target_is_refused(target, error, message):
+    with pytest.raises(error, match=message):
+        reconstruction_error(torch.ones(3, 2), torch.zeros(3, 2).long(), torch.ones(8, 4), target)
+
+
 # -- implementation --------------------------------------------------------------------------------
 
 
@@ -469,7 +934,7 @@ def test_no_tensor_of_tokens_by_latents_is_ever_made():
 
 
 def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
-    N, D, M, k = 64, 32, 40, 8
+    N, D, M, k = 64, 32, 600, 8  # fewer codes than latents: W_dec is not widened as a whole
     rows, W_dec = torch.randn(N, D).bfloat16(), torch.randn(M, D).bfloat16()
     indices = torch.randint(0, M, (N, k))
 
@@ -481,6 +946,17 @@ def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr(module, "GATHER_BYTES", gathered // 13)
     torch.testing.assert_close(product(), whole)
     assert largest_allocation(product) <= gathered // 13
+
+
+def test_dictionary_is_widened_once_for_the_product_in_16_bit():
+    # Its rows one by one, as often as codes name them, took 25 times as long.
+    N, D, M, k = 64, 32, 40, 8
+    rows, W_dec = torch.randn(N, D).bfloat16(), torch.randn(M, D).bfloat16()
+    indices = torch.randint(0, M, (N, k))
+    product = torch.ops.resae.sampled_product
+    assert largest_allocation(lambda: product(rows, indices, W_dec)) < N * k * D * 4 / 4
+    expected = (W_dec.double()[indices] @ rows.double().unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(product(rows, indices, W_dec), expected.bfloat16())
 
 
 def test_no_row_is_copied_for_the_product_in_fp32():
@@ -627,6 +1103,12 @@ ACTS, INDICES, W_DEC = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), 
             id="different-widths",
         ),
         pytest.param(
+            {"form": "sparse"},
+            ValueError,
+            "sparse_decode: form='sparse', expected 'gather', 'dense' or None",
+            id="form",
+        ),
+        pytest.param(
             {"implementation": "cuda"},
             ValueError,
             "sparse_decode: implementation='cuda', expected 'torch', 'triton' or None",
@@ -647,3 +1129,14 @@ def test_index_outside_the_dictionary_is_refused_in_16_bits_too(index):
     acts, W_dec = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(40, 4, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=str(index)):
         sparse_decode(acts, torch.tensor([[index]]), W_dec, bias=W_dec[0])
+
+
+def test_pair_products_without_the_private_op_are_the_same(monkeypatch):
+    """Where torch has moved the op that copies no row, rows are gathered."""
+    x, W = torch.randn(7, 12), torch.randn(20, 12)
+    tokens, latents = torch.randint(7, (50,)), torch.randint(20, (50,))
+    expected = (x.double()[tokens] * W.double()[latents]).sum(-1).float()
+    torch.testing.assert_close(module.pair_products(x, tokens, W, latents), expected)
+    monkeypatch.setattr(torch.ops, "aten", object())
+    monkeypatch.setattr(module, "GATHER_BYTES", 12 * 4 * 8)
+    torch.testing.assert_close(module.pair_products(x, tokens, W, latents), expected)

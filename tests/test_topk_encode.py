@@ -151,6 +151,7 @@ def test_registered_gradient_is_the_derivative(k):
         return encode(topk_encode, k, **dict(zip(names, tensors, strict=True))).acts
 
     assert torch.autograd.gradcheck(acts, leaves)
+    assert torch.autograd.gradgradcheck(acts, leaves)
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", *OPTIONAL])
