@@ -12,6 +12,13 @@ from resae.affine import AffinePredictor, Moments, fit_predictor
 from resae.data import ActivationBatches, StoredActivations, TokenRows, load_texts
 from resae.decode_loop import DecodeLoop
 from resae.evaluate import Method, evaluate
+from resae.intervene import (
+    Change,
+    Edit,
+    Interventions,
+    StrongestLatents,
+    predicted_effects,
+)
 from resae.model import FAMILIES, Family, HookedLM, HookPoint
 from resae.replace import generate, replacement
 from resae.sae import SAEConfig, TopKSAE
@@ -24,15 +31,19 @@ __all__ = [
     "AffineOnly",
     "AffinePredictor",
     "Calibration",
+    "Change",
     "DecodeLoop",
+    "Edit",
     "Family",
     "HookPoint",
     "HookedLM",
+    "Interventions",
     "Method",
     "Moments",
     "ReSAE",
     "SAEConfig",
     "StoredActivations",
+    "StrongestLatents",
     "TokenRows",
     "TopKSAE",
     "TrainConfig",
@@ -40,6 +51,7 @@ __all__ = [
     "fit_predictor",
     "generate",
     "load_texts",
+    "predicted_effects",
     "replacement",
     "train",
     "train_step",

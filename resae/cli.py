@@ -22,12 +22,19 @@ from resae.affine import KINDS, r2_per_layer
 from resae.data import ActivationBatches, TokenRows, capture_tokens, train_and_held_out
 from resae.demo import DemoConfig, run_demo
 from resae.environment import environment
-from resae.evaluate import METHOD_OF_PREDICTOR, Method, evaluate, forward_passes
+from resae.evaluate import (
+    METHOD_OF_PREDICTOR,
+    Method,
+    edit_effects,
+    evaluate,
+    forward_passes,
+)
+from resae.intervene import Interventions, StrongestLatents
 from resae.model import HookedLM, HookPoint
 from resae.profile import OPS, Case, Clock, measure_roofs, profile, table, trace
-from resae.replace import generate
+from resae.replace import Generated, generate
 from resae.report import LABELS, whole_selection, write_report
-from resae.stack import AffineOnly, ModelIdentity, ReSAE
+from resae.stack import AffineOnly, Loop, ModelIdentity, ReSAE
 from resae.storage import load_json, save_json
 from resae.train import Calibration, Progress, TrainConfig, calibrate, sum_moments, train
 from resae.tune import tiles_in_force, tune
@@ -505,15 +512,67 @@ def _generate(options: argparse.Namespace) -> int:
     plain = generate(lm, options.prompt, **settings)
     display.say("— nothing replaced —")
     display.say(options.prompt + plain.text)
-    replaced = generate(lm, options.prompt, stack, loop=options.loop, **settings)
+    settings["loop"] = options.loop
+    keep = StrongestLatents(options.show_latents) if options.show_latents else None
+    asked = None if options.intervene is None else Interventions.parse(options.intervene)
+    replaced = generate(
+        lm, options.prompt, stack, on_codes=keep if asked is None else None, **settings
+    )
     display.say(f"— {stack.n_layers} layers replaced online, {options.loop} loop —")
     display.say(options.prompt + replaced.text)
+    if asked is not None:
+        replaced = generate(
+            lm, options.prompt, stack, interventions=asked, on_codes=keep, **settings
+        )
+        error = "error kept" if asked.keep_error else "error left out"
+        display.say(f"— and latents edited, {error}, effects {asked.effects} —")
+        display.say(options.prompt + replaced.text)
     for count in replaced.counts:
         display.say(
             f"{count.hook_point}: {count.calls} forward passes, {count.replaced} tokens replaced, "
             f"{count.left} special tokens left alone"
         )
+    for edit, name, changed in replaced.edits:
+        display.say(f"{name}: {edit}: {sum(changed.values())} changes")
+    if asked is not None:
+        _print_effects(display, lm, stack, replaced, asked, options.loop)
+    if keep is not None:
+        _print_latents(display, lm, replaced, keep)
     return 0
+
+
+def _print_effects(
+    display: Display,
+    lm: HookedLM,
+    stack: ReSAE,
+    written: Generated,
+    asked: Interventions,
+    loop: Loop,
+) -> None:
+    """What the edits did to later layers in the text just written, beside what was predicted."""
+    ids = torch.tensor([written.ids])
+    prompt = len(written.ids) - written.tokens
+    for row in edit_effects(lm, stack, ids, asked, prompt_tokens=prompt, loop=loop):
+        display.say(
+            f"{row['hook_point']}: what arrives there moved as the maps predict with cosine "
+            f"{row['cosine']:.3f}; predicted / real size {row['norm_ratio']:.3f} "
+            f"({row['tokens']} tokens)"
+        )
+
+
+def _print_latents(
+    display: Display, lm: HookedLM, written: Generated, keep: StrongestLatents
+) -> None:
+    """A line per new token: its strongest latents, layer by layer."""
+    first, codes = len(written.ids) - written.tokens, keep.codes
+    display.say("latent:act of each new token (the last was written but not read)")
+    for position, token in enumerate(written.ids[first:-1], start=first):
+        layers = []
+        for name, (acts, indices) in codes.items():
+            pairs = zip(indices[0, position].tolist(), acts[0, position].tolist(), strict=True)
+            block = name.removeprefix("blocks.").partition(".")[0]
+            layers.append(f"{block}| " + " ".join(f"{j}:{act:.2f}" for j, act in pairs if act))
+        display.say(f"{lm.tokenizer.decode([token])!r:<16}{'  '.join(layers)}")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -670,6 +729,15 @@ def _parser() -> argparse.ArgumentParser:
     writing.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token")
     writing.add_argument("--seed", type=int, default=0, help="of the sampling")
     writing.add_argument("--loop", choices=("closed", "open"), default="closed", help="see train")
+    writing.add_argument(
+        "--intervene",
+        metavar="FILE|JSON",
+        help='edit latents meanwhile: [{"layer": 3, "action": "ablate", "latents": [17, 40]}, …], '
+        "actions ablate, clamp, scale, add; see resae.Interventions",
+    )
+    writing.add_argument(
+        "--show-latents", type=int, metavar="N", help="print the N strongest of each new token"
+    )
     writing.add_argument("--model", help="another path of the same model")
     _add_machine(writing)
 

@@ -13,10 +13,10 @@ Online, the residual is taken against the reconstructions that were put into the
 loop); loop "open" takes it against the stream as it was before each replacement. The chain runs
 through all selected layers, one token at a time, within one forward pass; nothing is kept between
 decode steps but the model's own cache, and beams may be reordered between them. `layers` chooses
-where its result enters the stream.
+where its result enters the stream. Codes can be read and edited on the way (`resae.intervene`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +26,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from resae.intervene import ActiveEdits, EditCount, Interventions, PassTokens
 from resae.model import HookedLM, HookPoint
 from resae.stack import AffineOnly, Loop, ReSAE
+from resae_kernels import TopK
 
 Mode = Literal["online", "teacher_forced", "error_added"]
 MODES = ("online", "teacher_forced", "error_added")
+OnCodes = Callable[[str, TopK], object]
 
 
 class PassCounts(NamedTuple):
@@ -84,6 +87,8 @@ class Replacement:
         replace_special: bool,
         clean: Sequence[Tensor] | None,
         keep_error: bool,
+        edits: ActiveEdits | None,
+        on_codes: OnCodes | None,
     ):
         self._lm = lm
         self._stack = stack
@@ -94,6 +99,9 @@ class Replacement:
         self._last = self._points.index(max(put_at))
         self._clean = clean
         self._keep_error = keep_error
+        self.edits = edits
+        """The interventions in force, with counts of what they changed; None without any."""
+        self._on_codes = on_codes
         self._homes = [_home(stack, layer) for layer in range(len(self._points))]
         self._spread = len({home.device for home in self._homes if home is not None}) > 1
         self._special = None  # [S] ids of special tokens, made once: a copy to a GPU waits for it
@@ -104,6 +112,7 @@ class Replacement:
 
         self._capturing = False
         self._keep: Tensor | None = None  # [B, T, 1], where the stream is left alone
+        self._tokens: PassTokens | None = None  # where edits look for their places
         self._seen: list[Tensor] = []  # running stream at the points passed so far
         self._x_hats: list[Tensor] | None = None  # None outside a pass
         self._tally: Tensor | None = None  # [3] calls, tokens, left of this pass
@@ -185,6 +194,10 @@ class Replacement:
         input_ids = args[0] if args else kwargs.get("input_ids")
         self._seen, self._x_hats, self._tally = [], [], None
         self._keep = self._kept(input_ids, kwargs.get("attention_mask"))
+        if self.edits is not None:
+            given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            left_alone = None if self._keep is None else self._keep.squeeze(-1)
+            self._tokens = PassTokens.of_pass(given, kwargs, left_alone)
         if self._mode == "online":
             return
         xs = self._clean
@@ -244,11 +257,18 @@ class Replacement:
                 f"replacement: {self._points[layer].name} was reached outside a forward pass "
                 f"of the whole model; call the model, not its blocks"
             )
+        delta = None
         if self._mode == "online":
-            x_hats.append(self._step(layer, stream, x_hats))
+            x_hat, code = self._step(layer, stream, x_hats)
+            x_hats.append(x_hat)
+            delta = None if code is None else self._edit(layer, code)
         new = x_hats[layer]
         if self._keep_error:
             new = new + (_to(stream, new) - new)
+        if delta is not None:
+            new = new + delta
+            if self.edits is not None and self.edits.effects == "carried":
+                x_hats[layer] = x_hats[layer] + delta
         new = _to(new, stream)
         if self._mode == "error_added":
             new = stream + (new - _to(self._seen[layer], stream))
@@ -261,16 +281,26 @@ class Replacement:
             return new
         return torch.where(self._keep.to(stream.device), stream, new)
 
-    def _step(self, layer: int, stream: Tensor, x_hats: list[Tensor]) -> Tensor:
-        """x̂ `[B, T, D]` of selected layer `layer`, where its parameters are."""
+    def _step(self, layer: int, stream: Tensor, x_hats: list[Tensor]) -> tuple[Tensor, TopK | None]:
+        """x̂ `[B, T, D]` and code of selected layer `layer`, where its parameters are."""
         home = self._homes[layer]
         x = _to(stream, home)
         put_in, seen = x_hats, self._seen
         if self._spread:
             put_in, seen = ([_to(y, home) for y in ys] for ys in (put_in, seen))
-        x_hat, _ = self._stack.step(layer, x, put_in if self._loop == "closed" else seen, put_in)
+        step = self._stack.step(layer, x, put_in if self._loop == "closed" else seen, put_in)
         self._seen.append(x)
-        return x_hat
+        return step
+
+    def _edit(self, layer: int, code: TopK) -> Tensor | None:
+        """Edit the code of selected layer `layer`, and show it to who reads; what the edits add to
+        the stream, `[B, T, D]`."""
+        delta = None
+        if self.edits is not None and self._tokens is not None:
+            code, delta = self.edits.at(layer, code, self._tokens)
+        if self._on_codes is not None:
+            self._on_codes(self._points[layer].name, code)
+        return delta
 
     def _count(self, layer: int, stream: Tensor) -> None:
         B, T = stream.shape[:2]
@@ -296,6 +326,8 @@ def replacement(
     replace_special: bool = False,
     clean: Sequence[Tensor] | None = None,
     keep_error: bool = False,
+    interventions: Any = None,
+    on_codes: OnCodes | None = None,
 ) -> Replacement:
     """From here on every forward pass of the model, `generate` included, runs replaced.
 
@@ -323,13 +355,19 @@ def replacement(
             saves the clean pass of the teacher-forced modes.
         keep_error: online only: x̂ + (h − x̂) goes in, the running stream h itself up to rounding.
             The codes are made all the same, so that this is the clean model with its codes beside.
+            Interventions that keep the error need not say so here again.
+        interventions: online only: edits of the codes, as `resae.Interventions.parse` reads them.
+        on_codes: online only: called at every selected layer of every pass with the name of its
+            hook point and its code `[B, T, k]`, edited, on the device; `resae.StrongestLatents` is
+            one such function.
 
     Returns:
-        A `Replacement`, whose `counts` tell what was replaced.
+        A `Replacement`, whose `counts` tell what was replaced, and `edits` what was edited.
 
     Raises:
         ValueError: another model's stack, or one on another device; unknown mode or loop; layers
-            that the stack has not, or that are replaced already.
+            that the stack has not, or that are replaced already; interventions that are no such
+            description, or ask for what the stack has not.
     """
     lm = lm if isinstance(lm, HookedLM) else HookedLM(lm)
     stack.require_model(lm)
@@ -337,6 +375,14 @@ def replacement(
         raise ValueError(f"replacement: mode={mode!r}, expected one of {', '.join(MODES)}")
     if loop not in ("open", "closed"):
         raise ValueError(f"replacement: loop={loop!r}, expected 'open' or 'closed'")
+    asked = Interventions() if interventions is None else Interventions.parse(interventions)
+    keep_error = keep_error or asked.keep_error
+    wants_codes = asked.edits or on_codes is not None
+    if wants_codes and (mode != "online" or not isinstance(stack, ReSAE)):
+        raise ValueError(
+            "replacement: interventions and on_codes need the codes of the running stream; use "
+            "mode='online' and a stack with autoencoders"
+        )
     if keep_error and mode != "online":
         raise ValueError(f"replacement: keep_error=True with mode={mode!r}; use mode='online'")
     points = lm.hook_points(stack.hook_points)
@@ -353,7 +399,13 @@ def replacement(
                 f"replacement first, or choose other layers"
             )
     _require_devices(lm, stack)
-    active = Replacement(lm, stack, mode, loop, put_at, replace_special, clean, keep_error)
+    edits = None
+    if asked.edits:
+        assert isinstance(stack, ReSAE)
+        edits = ActiveEdits(asked, stack, [point.name for point in put_at])
+    active = Replacement(
+        lm, stack, mode, loop, put_at, replace_special, clean, keep_error, edits, on_codes
+    )
     hooks = {
         point: partial(active._at, layer)
         for layer, point in enumerate(points)
@@ -400,6 +452,10 @@ class Generated(NamedTuple):
     """New tokens."""
     counts: list[LayerCounts]
     """Empty for plain generation."""
+    ids: list[int]
+    """All tokens, of BOS and prompt too."""
+    edits: list[EditCount]
+    """What interventions changed."""
 
 
 def generate(
@@ -411,6 +467,7 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
     loop: Loop = "closed",
+    **options: Any,
 ) -> Generated:
     """Continue `prompt`, with every selected layer of `stack` replaced online (or none), KV cache
     on.
@@ -418,6 +475,7 @@ def generate(
     Args:
         temperature: 0 picks the most likely token.
         seed: of the sampling; the global generator is left as it was.
+        options: further ones of `replacement`: interventions, on_codes, keep_error, …
 
     Raises:
         ValueError: the model has no tokenizer, or the text would outgrow its context.
@@ -452,10 +510,11 @@ def generate(
             )
 
         if stack is None:
-            out, counts = run(), []
+            out, counts, edits = run(), [], []
         else:
-            with replacement(lm, stack, loop=loop) as active:
+            with replacement(lm, stack, loop=loop, **options) as active:
                 out = run()
             counts = active.counts
+            edits = [] if active.edits is None else active.edits.counts
     new = out[0, ids.shape[1] :]
-    return Generated(lm.tokenizer.decode(new), len(new), counts)
+    return Generated(lm.tokenizer.decode(new), len(new), counts, out[0].tolist(), edits)

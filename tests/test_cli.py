@@ -88,6 +88,30 @@ def test_generate_prints_both_texts_and_the_counts(run, capsys):
         assert f"{prompt + 5 - 1} tokens replaced, 1 special" in line
 
 
+def test_generate_edits_latents_and_shows_them(run, tmp_path, capsys):
+    edits = [
+        {"layer": 1, "action": "clamp", "latents": [5], "value": 30.0, "at": "generated"},
+        {"layer": 3, "action": "ablate", "latents": [5], "at": "last_prompt"},
+    ]
+    (tmp_path / "edits.json").write_text(json.dumps(edits))
+    arguments = ["generate", str(run), "--prompt", "The cat", "--max-new-tokens", "6"]
+    printed = []
+    for source in (str(tmp_path / "edits.json"), json.dumps(edits)):
+        assert main([*arguments, "--intervene", source, "--show-latents", "2"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    lines = printed[0].splitlines()
+    assert "— and latents edited, error left out, effects carried —" in lines
+    name = tiny.NAMES[1]
+    assert f"{name}: clamp latents 5 value 30 of layer 1, generated: 5 changes" in lines
+    assert any(x.startswith(f"{tiny.NAMES[2]}: what arrives there moved") for x in lines)
+    latents = lines[lines.index(next(x for x in lines if x.startswith("latent:act"))) + 1 :]
+    assert len(latents) == 5
+    assert all("1| 5:30.00 " in line for line in latents)
+    assert main([*arguments, "--intervene", '[{"layer": 2}]']) == 2
+    assert "interventions: edit 1: no 'action'" in capsys.readouterr().err
+
+
 def test_fit_writes_maps_and_their_r2(material, tmp_path, capsys):
     out = tmp_path / "fit"
     code = main(

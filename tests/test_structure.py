@@ -17,6 +17,7 @@ FLOORS = [
     {"demo", "report", "tune"},
     {"evaluate"},
     {"train", "replace", "decode_loop"},
+    {"intervene"},
     {"stack"},
     {"data", "affine", "sae"},
     {"model"},
