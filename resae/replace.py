@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from resae.intervene import ActiveEdits, EditCount, Interventions, PassTokens
 from resae.model import HookedLM, HookPoint
 from resae.stack import AffineOnly, Loop, ReSAE
-from resae_kernels import TopK
+from resae_kernels import TopK, Transported
 
 Mode = Literal["online", "teacher_forced", "error_added"]
 MODES = ("online", "teacher_forced", "error_added")
@@ -89,6 +89,7 @@ class Replacement:
         keep_error: bool,
         edits: ActiveEdits | None,
         on_codes: OnCodes | None,
+        carried: Transported | None,
     ):
         self._lm = lm
         self._stack = stack
@@ -102,6 +103,8 @@ class Replacement:
         self.edits = edits
         """The interventions in force, with counts of what they changed; None without any."""
         self._on_codes = on_codes
+        self._carried = carried
+        self._codes: list[TopK] = []  # of the layers passed so far, where dictionaries are carried
         self._homes = [_home(stack, layer) for layer in range(len(self._points))]
         self._spread = len({home.device for home in self._homes if home is not None}) > 1
         self._special = None  # [S] ids of special tokens, made once: a copy to a GPU waits for it
@@ -192,7 +195,7 @@ class Replacement:
         if self._capturing:
             return
         input_ids = args[0] if args else kwargs.get("input_ids")
-        self._seen, self._x_hats, self._tally = [], [], None
+        self._seen, self._x_hats, self._codes, self._tally = [], [], [], None
         self._keep = self._kept(input_ids, kwargs.get("attention_mask"))
         if self.edits is not None:
             given = kwargs["inputs_embeds"] if input_ids is None else input_ids
@@ -288,7 +291,15 @@ class Replacement:
         put_in, seen = x_hats, self._seen
         if self._spread:
             put_in, seen = ([_to(y, home) for y in ys] for ys in (put_in, seen))
-        step = self._stack.step(layer, x, put_in if self._loop == "closed" else seen, put_in)
+        if self._loop == "closed":
+            seen = put_in
+        if self._carried is None or not isinstance(self._stack, ReSAE):
+            step = self._stack.step(layer, x, seen, put_in)
+        else:
+            step = self._stack.step(
+                layer, x, seen, put_in, codes=self._codes, carried=self._carried
+            )
+            self._codes.append(step[1])
         self._seen.append(x)
         return step
 
@@ -328,6 +339,7 @@ def replacement(
     keep_error: bool = False,
     interventions: Any = None,
     on_codes: OnCodes | None = None,
+    transport_bytes: int = 0,
 ) -> Replacement:
     """From here on every forward pass of the model, `generate` included, runs replaced.
 
@@ -360,6 +372,10 @@ def replacement(
         on_codes: online only: called at every selected layer of every pass with the name of its
             hook point and its code `[B, T, k]`, edited, on the device; `resae.StrongestLatents` is
             one such function.
+        transport_bytes: online, closed loop, without interventions: where the L(L−1)/2 dictionaries
+            carried to later layers take no more than this, they are made now, and passes of up to
+            16 tokens predict by gathering their rows instead of multiplying by the maps. They do
+            not follow later changes of the stack.
 
     Returns:
         A `Replacement`, whose `counts` tell what was replaced, and `edits` what was edited.
@@ -403,8 +419,16 @@ def replacement(
     if asked.edits:
         assert isinstance(stack, ReSAE)
         edits = ActiveEdits(asked, stack, [point.name for point in put_at])
+    carried = None
+    if transport_bytes and isinstance(stack, ReSAE):
+        if mode != "online" or loop != "closed" or edits is not None:
+            raise ValueError(
+                "replacement: transport_bytes needs mode='online', loop='closed' and no "
+                "interventions: carried dictionaries know nothing but the codes"
+            )
+        carried = stack.transported(transport_bytes)
     active = Replacement(
-        lm, stack, mode, loop, put_at, replace_special, clean, keep_error, edits, on_codes
+        lm, stack, mode, loop, put_at, replace_special, clean, keep_error, edits, on_codes, carried
     )
     hooks = {
         point: partial(active._at, layer)

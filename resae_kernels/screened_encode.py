@@ -340,8 +340,12 @@ class _Copy(NamedTuple):
     """`[M']`, s: the step of each row."""
     shift: Tensor
     """`[M']`, −s · q·(u − ½) with u the dither of the residual."""
+    zero_points: Tensor
+    """`[M']`, of the weight: 0."""
     dither: Tensor
     """`[D]`, u."""
+    centre: Tensor
+    """`[D]`, u − ½."""
     weight_dither: Tensor
     """`[D]`, less ½."""
     terms: Tensor
@@ -420,7 +424,9 @@ def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _C
         packed,
         steps,
         shift,
+        torch.zeros(padded, dtype=torch.int64),
         dither,
+        dither - 0.5,
         weight_dither,
         torch.cat([torch.stack([steps, all_bias]), bounds]),
         ratio,
@@ -433,14 +439,13 @@ def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _C
 def _product(copy: _Copy, levels: Tensor) -> Tensor:
     """`[n, M']` float32: `steps · (levels @ weight's q) + shift`."""
     unsigned = (levels + 128.0).to(torch.uint8)
-    zero = torch.zeros(len(copy.steps), dtype=torch.int64)
     return torch.ops.onednn.qlinear_pointwise(
         unsigned,
         1.0,
         128,
         copy.packed,
         copy.steps,
-        zero,
+        copy.zero_points,
         copy.shift,
         1.0,
         0,
@@ -513,7 +518,7 @@ def _upper(copy: _Copy, rest: Tensor) -> _Upper:
     levels = (scaled + copy.dither).floor_()
     scores = _product(copy, levels)
 
-    centred = levels - (copy.dither - 0.5)  # r̂
+    centred = levels - copy.centre  # r̂
     norm, inner_norm = norm * inverse, inner_norm * inverse
     rounding = ROUNDING * norm
     if copy.ratio is None:

@@ -6,6 +6,7 @@ import tiny
 import torch
 from transformers import CompileConfig, TextIteratorStreamer
 
+import resae.stack as stack_module
 from resae import AffineOnly, HookedLM, generate, replacement
 from resae.replace import MODES
 
@@ -564,3 +565,41 @@ def test_what_cannot_be_done_while_running_is_refused(neox):
         neox.model.generate(tiny.ids(1), max_new_tokens=3, use_cache=True, pad_token_id=0)
     with pytest.raises(ValueError, match="exceed the context of 64"):
         generate(neox, "word " * 60, stack)
+
+
+@pytest.mark.parametrize("kind", ["previous", "all_previous", "identity"])
+def test_carried_dictionaries_predict_what_the_maps_do(lm, kind, monkeypatch):
+    """Through the fused step, for single tokens and, above its 16, through the maps."""
+    stack, ids = tiny.stack(lm, kind), tiny.ids(1, 6)
+    steps = []
+    fused = stack_module.online_step
+    monkeypatch.setattr(
+        stack_module, "online_step", lambda x, *a, **k: steps.append(x.shape) or fused(x, *a, **k)
+    )
+    by_maps = logits(lm, stack, ids)
+    assert not steps
+    with replacement(lm, stack, transport_bytes=1 << 20) as active:
+        torch.testing.assert_close(lm.logits(ids), by_maps, atol=2e-4, rtol=2e-4)
+        assert len(steps) == 3
+        out = greedy(lm, ids, 8)
+        assert len(steps) == 6 + 3 * 7
+        active.assert_replaced(decode_steps=7)
+        many = lm.logits(tiny.ids(3, 12))
+        assert len(steps) == 6 + 3 * 7
+    torch.testing.assert_close(many, logits(lm, stack, tiny.ids(3, 12)))
+    with replacement(lm, stack):
+        assert torch.equal(greedy(lm, ids, 8), out)
+
+
+def test_carried_dictionaries_that_exceed_the_bound_are_not_made(neox):
+    stack = tiny.stack(neox)
+    size = 3 * 64 * 32 * 4
+    assert stack.transported(size) is not None
+    assert stack.transported(size - 1) is None
+    assert tiny.stack(neox, "none").transported(1 << 30) is None
+    ids = tiny.ids()
+    with replacement(neox, stack, transport_bytes=size - 1):
+        replaced = neox.logits(ids)
+    assert torch.equal(replaced, logits(neox, stack, ids))
+    with pytest.raises(ValueError, match="transport_bytes needs mode='online', loop='closed'"):
+        replacement(neox, stack, loop="open", transport_bytes=size)
