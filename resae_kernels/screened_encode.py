@@ -215,21 +215,21 @@ class ScreenedEncoder:
         self, x, weight, bias, k, pre_bias, base, sorted, counts: "_Counts"
     ) -> tuple[Tensor, Tensor]:
         rest = _residual(x, pre_bias, base)
-        N = len(rest)
-        acts = x.new_empty(N, k)
-        indices = torch.empty(N, k, dtype=torch.int64)
-        exact_rows = [indices.new_empty(0)]
-        for start in range(0, N, BLOCK):
+        codes, left = [], []
+        for start in range(0, len(rest), BLOCK):
             block = rest[start : start + BLOCK]
             found, scores = self._score(block, k)
-            code = _select_candidates(found, scores, len(block), k, sorted)
-            acts[start : start + BLOCK], indices[start : start + BLOCK] = code
+            codes.append(_select_candidates(found, scores, len(block), k, sorted))
             counts.candidates += len(scores)
-            exact_rows.append(found.exact_rows + start)
-        exact = torch.cat(exact_rows)
-        counts.rows_exact = len(exact)
-        if len(exact):
-            acts[exact], indices[exact] = topk_encode(rest[exact], weight, bias, k, sorted=sorted)
+            if len(found.exact_rows):
+                left.append(found.exact_rows + start)
+        acts, indices = codes[0]
+        if len(codes) > 1:
+            acts, indices = (torch.cat(parts) for parts in zip(*codes, strict=True))
+        if left:
+            rows = torch.cat(left)
+            counts.rows_exact = len(rows)
+            acts[rows], indices[rows] = topk_encode(rest[rows], weight, bias, k, sorted=sorted)
         return acts, indices
 
     def _score(self, block: Tensor, k: int) -> tuple["_Candidates", Tensor]:
@@ -265,6 +265,8 @@ class ScreenedEncoder:
         if M * D < SMALLEST or D < NARROWEST or _group(M, k) is None:
             return f"screening does not pay at M={M}, D={D}, k={k}"
         N = x.shape[:-1].numel()
+        if N == 0:
+            return "there are no rows"
         if trained and N < TRAINING_ROWS:
             return (
                 f"the weight requires its gradient, and {N} rows do not pay for a copy that serves "
@@ -303,8 +305,9 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """An entry of each of a thousand rows, or of all; a view."""
-    some = tensor[:: max(1, len(tensor) // 1024)]
+    """An entry of each of a hundred rows, or of all; a view. More would cost a token what it saves:
+    each lies in memory by itself."""
+    some = tensor[:: max(1, len(tensor) // 128)]
     return some if some.ndim == 1 else some[:, some.shape[1] // 2]
 
 
@@ -496,8 +499,9 @@ class _Upper(NamedTuple):
     """`[n]`, t."""
     norm: Tensor
     """`[n]`, ‖r‖ / t."""
-    screened: Tensor
-    """`[n]` bool: the others are not finite, or all zero; what is said of them means nothing."""
+    screened: Tensor | None
+    """`[n]` bool: the others are not finite, or all zero; what is said of them means nothing. None:
+    all are."""
 
 
 def _upper(copy: _Copy, rest: Tensor) -> _Upper:
@@ -511,10 +515,14 @@ def _upper(copy: _Copy, rest: Tensor) -> _Upper:
         inner[:, outliers] = 0.0
         inner_norm, peak = inner.norm(dim=1), inner.abs().amax(1)
     step = peak / STEPS
-    screened = norm.isfinite() & (step > 1e-30)
-    step = torch.where(screened, step, 1.0)
+    screened = (step > 1e-30) & norm.isfinite()
+    if bool(screened.all()):
+        screened = None
+    else:
+        step = torch.where(screened, step, 1.0)
+        inner = torch.where(screened.unsqueeze(1), inner, 0.0)
     inverse = 1.0 / step
-    scaled = torch.where(screened.unsqueeze(1), inner, 0.0) * inverse.unsqueeze(1)
+    scaled = inner * inverse.unsqueeze(1)
     levels = (scaled + copy.dither).floor_()
     scores = _product(copy, levels)
 
@@ -552,20 +560,24 @@ def _screen(copy: _Copy, rest: Tensor, k: int) -> _Candidates:
     least = (best - 2.0 * (factors @ copy.width(group))).topk(k, dim=1).values[:, -1].clamp_min_(
         0.0
     ) - slack
-    rows, first = ((best >= least.unsqueeze(1)) & screened.unsqueeze(1)).nonzero(as_tuple=True)
+    promising = best >= least.unsqueeze(1)
+    if screened is not None:
+        promising &= screened.unsqueeze(1)
+    rows, first = promising.nonzero(as_tuple=True)
     members = upper[rows, :, first]  # [pairs, group]
     pair, member = (members >= least[rows].unsqueeze(1)).nonzero(as_tuple=True)
     key, order = (rows[pair] * padded + first[pair] + member * groups).sort()
     rows, latents, high = key // padded, key % padded, members[pair, member][order]
     if len(rows) > CANDIDATES * M:
-        screened &= torch.bincount(rows, minlength=len(rest)) <= CANDIDATES * M
+        bounded = torch.bincount(rows, minlength=len(rest)) <= CANDIDATES * M
+        screened = bounded if screened is None else screened & bounded
         few = screened[rows]
         rows, latents, high = rows[few], latents[few], high[few]
     bound = (factors[rows] * copy.bounds[:, latents].T).sum(1)
     # The exact score is a float32 sum itself.
     width = bound + slack[rows] + 16 * ROUNDING * norm[rows] * copy.bounds[-1, latents]
     step = step[rows]
-    exact_rows = (~screened).nonzero().flatten()
+    exact_rows = rows[:0] if screened is None else (~screened).nonzero().flatten()
     return _Candidates(rows, latents, (high - bound) * step, width * step, exact_rows)
 
 
