@@ -2,7 +2,7 @@
 between two tokens but for the loop itself.
 
     with replacement(lm, stack):
-        write = DecodeLoop(lm, max_length=256)
+        write = DecodeLoop(lm, max_length=128)
         tokens = write(input_ids, max_new_tokens=100)
 
 On a GPU the step runs as a CUDA graph (`torch.compile`, mode "reduce-overhead"). The model is run

@@ -55,7 +55,7 @@ BLOCK = 2048
 SMALLEST = 1 << 22
 NARROWEST = 256
 """Entries of the weight, and width, below which the exact product is as fast (measured on one core
-of an AMD EPYC 9005, November 2026: at 1, 16, 64 and 256 rows, M·D from 2¹⁹ to 2²⁵)."""
+of an AMD EPYC with AVX-512 VNNI, November 2026: at 1, 16, 64 and 256 rows, M·D from 2¹⁹ to 2²⁵)."""
 TRAINING_ROWS = 512
 """Rows from which on a copy pays that is used once: in training the weight changes every step."""
 CERTAIN_ROWS = 16

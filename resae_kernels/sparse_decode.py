@@ -94,10 +94,27 @@ def sparse_decode(
         )
     offsets = {"bias": bias, "base": base}
     *codes, leading = _check(op, acts, indices, W_dec, offsets)
-    out = torch.ops.resae.sparse_decode(
-        *codes, **offsets, implementation=implementation or "", form=form or ""
-    )
+    # One token on a CPU: to pass through the dispatcher would take longer than to gather its rows.
+    alone = leading.numel() == 1 and _without_dispatch(*codes[0], *codes[2], *offsets.values())
+    decode: Any = _decode if alone else torch.ops.resae.sparse_decode
+    out = decode(*codes, **offsets, implementation=implementation or "", form=form or "")
     return out.reshape(*leading, out.shape[-1])
+
+
+def _without_dispatch(*tensors: Tensor | None) -> bool:
+    """May the op's implementation be called itself? Plain CPU tensors, no gradient, no tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    wants_gradient = torch.is_grad_enabled()
+    return all(
+        t is None
+        or (
+            type(t) in (Tensor, torch.nn.Parameter)
+            and t.device.type == "cpu"
+            and not (wants_gradient and t.requires_grad)
+        )
+        for t in tensors
+    )
 
 
 def reconstruction_error(

@@ -1140,3 +1140,24 @@ def test_pair_products_without_the_private_op_are_the_same(monkeypatch):
     monkeypatch.setattr(torch.ops, "aten", object())
     monkeypatch.setattr(module, "GATHER_BYTES", 12 * 4 * 8)
     torch.testing.assert_close(module.pair_products(x, tokens, W, latents), expected)
+
+
+def test_one_token_on_a_cpu_is_decoded_as_any_other():
+    """Called past the dispatcher where nothing is lost by it: values, several dictionaries,
+    gradients."""
+    acts, indices = torch.rand(3, 4), torch.randint(20, (3, 4))
+    W, bias, base = torch.randn(20, 6), torch.randn(6), torch.randn(3, 6)
+    whole = sparse_decode(acts, indices, W, bias=bias, base=base)
+    for n in range(3):
+        one = (acts[n], indices[n], W)
+        torch.testing.assert_close(sparse_decode(*one, bias=bias, base=base[n]), whole[n])
+        lists = ([t, t] for t in one)
+        twice = reference.sparse_decode(*([t, t] for t in one))
+        torch.testing.assert_close(sparse_decode(*lists), twice)
+    weight = W.clone().requires_grad_()
+    sparse_decode(acts[:1], indices[:1], weight).sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        assert not sparse_decode(acts[:1], indices[:1], weight).requires_grad
+    meta = (t[:1].to("meta") for t in (acts, indices))
+    assert sparse_decode(*meta, W.to("meta")).shape == (1, 6)
