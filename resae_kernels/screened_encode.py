@@ -121,8 +121,8 @@ class ScreenedEncoder:
         weight: `[M, D]`, one latent per row, float32 on CPU to be screened; kept, not copied.
         bias: `[M]` or None.
         margin: "statistical": a row misses a latent with probability below 1e-12, by the proof
-            above, over the dither drawn here; "certain": never, at several times the candidates,
-            which pays up to a few dozen tokens (beyond them the exact path runs).
+            above, over the dither drawn here; "certain": never, at many times the candidates, which
+            pays up to 16 rows (beyond them the exact path runs).
         seed: of the dither. Equal seeds give equal codes, bit for bit.
 
     Raises:
