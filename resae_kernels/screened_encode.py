@@ -238,7 +238,7 @@ class ScreenedEncoder:
             copy = self._copy or self._current_copy()
             assert copy is not None
             found = _Candidates.join([_screen(copy, rows, k) for rows in block.split(ROWS)], ROWS)
-            scores = torch.empty(len(found.rows))
+            scores = block.new_empty(len(found.rows))
             order = found.latents.argsort()  # each row of the weight is read once
             scores[order] = pair_products(
                 block, found.rows[order], copy.weight, found.latents[order]
@@ -378,7 +378,7 @@ class _Copy(NamedTuple):
     def column(self, dimension: int) -> Tensor:
         column = self.columns.get(dimension)
         if column is None:
-            column = torch.zeros(len(self.steps))
+            column = torch.zeros_like(self.steps)
             column[: len(self.weight)] = self.weight[:, dimension]
             if len(self.columns) < 4 * OUTLIER_DIMENSIONS:
                 self.columns[dimension] = column
@@ -388,11 +388,12 @@ class _Copy(NamedTuple):
 def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _Copy | None:
     M, D = weight.shape
     padded = -(-M // LANES) * LANES
-    generator = torch.Generator().manual_seed(seed)
-    dither, weight_dither = torch.rand(2, D, generator=generator)
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    drawn = {"generator": generator, "dtype": weight.dtype, "device": weight.device}
+    dither, weight_dither = torch.rand(2, D, **drawn)
     weight_dither -= 0.5
-    q = torch.zeros(padded, D, dtype=torch.int8)
-    steps, shift, error, norm, size = torch.zeros(5, padded)
+    q = weight.new_zeros(padded, D, dtype=torch.int8)
+    steps, shift, error, norm, size = weight.new_zeros(5, padded)
     rows_at_once = max(1, (512 << 10) // (4 * D))  # in the cache from one pass to the next
     for start in range(0, M, rows_at_once):
         chunk = slice(start, min(start + rows_at_once, M))
@@ -407,16 +408,19 @@ def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _C
             rebuilt = (levels - weight_dither).mul_(step)
             error[chunk] = (rows - rebuilt).norm(dim=1)
             norm[chunk] = rebuilt.norm(dim=1)
+    # The bounds are widened by what float32 sums of D terms, here and of a row's levels with the
+    # dither, are off by at worst.
     ratio = None
     if margin == "certain":
-        bounds = torch.stack([error, norm]) * 1.0001  # norms of float32 sums
+        bounds = torch.stack([error, norm]) * (1 + D * 2.0**-22)
     else:
         # λ² = c² (s² ‖r‖² + t² ‖ŵ‖²) ≤ c² h² (ratio² ‖r‖² + t²), with ‖ŵ‖ bounded whatever the
         # weight's dither was.
         ratio = float((steps / size.clamp_min(1e-30))[:M].median())
         h = torch.maximum(size + steps * (math.sqrt(D) / 2), steps / ratio)
-        bounds = h.unsqueeze(0) * (1.01 * math.sqrt(math.log(2 * M / FAILURE) / 6))
-    all_bias = torch.full((padded,), -math.inf)
+        widened = 1.01 + D**1.5 * 2.0**-25
+        bounds = h.unsqueeze(0) * (widened * math.sqrt(math.log(2 * M / FAILURE) / 6))
+    all_bias = weight.new_full((padded,), -math.inf)
     all_bias[:M] = 0.0 if bias is None else bias
     packed = torch.ops.onednn.qlinear_prepack(q, [ROWS, D])
     largest = 0.0 if bias is None else float(bias.abs().max())
@@ -427,7 +431,7 @@ def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _C
         packed,
         steps,
         shift,
-        torch.zeros(padded, dtype=torch.int64),
+        steps.new_zeros(padded, dtype=torch.int64),
         dither,
         dither - 0.5,
         weight_dither,
@@ -599,9 +603,9 @@ def _select_candidates(
         return acts, torch.where(acts > 0, found.latents[position], 0)
     counts = torch.bincount(found.rows, minlength=n)
     width = max(k, int(counts.max()))
-    slot = torch.arange(len(scores)) - (counts.cumsum(0) - counts)[found.rows]
+    slot = torch.arange(len(scores), device=scores.device) - (counts.cumsum(0) - counts)[found.rows]
     table = scores.new_zeros(n, width)
-    latents = torch.zeros(n, width, dtype=torch.int64)
+    latents = found.latents.new_zeros(n, width)
     table[found.rows, slot] = scores
     latents[found.rows, slot] = found.latents
     acts, position = _select(table, k, sorted)

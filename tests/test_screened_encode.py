@@ -468,3 +468,18 @@ def test_a_copied_encoder_makes_its_own_copy():
     encoder.weight.zero_()
     assert torch.equal(twin.encode(x, 8).indices, before.indices)
     assert twin.weight is not encoder.weight
+
+
+@screens
+def test_the_default_dtype_of_torch_does_not_matter():
+    x, weight, bias = inputs()
+    expected = ScreenedEncoder(weight, bias).encode(x, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        code = ScreenedEncoder(weight, bias).encode(x, 8)
+        one = ScreenedEncoder(weight, bias).encode(x[:1], 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert code.acts.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(code, expected, strict=True))
+    assert torch.equal(one.indices, expected.indices[:1])
