@@ -190,6 +190,45 @@ class LayerMetrics(NamedTuple):
     auxk: float
 
 
+class StackLoss(NamedTuple):
+    """What one batch says of all layers; scalars are still on the device."""
+
+    loss: Tensor
+    measured: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    """Per layer `(fvu, l0, dead fraction, auxk)`, detached."""
+    fired: list[Tensor]
+    """Per layer the latents that fired, in any order, repeated as often as they did."""
+
+
+def stack_loss(
+    stack: ReSAE, config: TrainConfig, xs: Sequence[Tensor], dead: Sequence[Tensor]
+) -> StackLoss:
+    """The loss of L activations `[N, D]`, already divided by their RMS.
+
+    Args:
+        dead: per layer which latents AuxK shall revive, `[M]` bool.
+    """
+    loss = xs[0].new_zeros(())
+    x_hats: list[Tensor] = []
+    measured, fired = [], []
+    for layer, x in enumerate(xs):
+        sae = stack.sae(layer)
+        base = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
+        x_hat, code = sae(x, base=base)
+        x_hats.append(x_hat.detach())
+        target = x if base is None else x - base
+        variance = (target - target.mean(0)).square().sum()
+        fvu = (x - x_hat).square().sum() / variance
+        k_aux = max(1, x.shape[1] // 2)
+        aux = auxk_loss(sae, x, x - x_hat, dead[layer], k_aux, base=base)
+        loss = loss + fvu + config.auxk_coefficient * aux
+        active = code.acts > 0
+        fired.append(code.indices[active])
+        l0 = active.sum(-1).double().mean()
+        measured.append((fvu.detach(), l0, dead[layer].double().mean(), aux.detach()))
+    return StackLoss(loss, measured, fired)
+
+
 def train_step(
     state: TrainState, config: TrainConfig, xs: Sequence[Tensor]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
@@ -199,24 +238,11 @@ def train_step(
         The loss, and per layer `(fvu, l0, dead fraction, auxk)` as scalars still on the device.
     """
     stack = state.stack
-    loss = xs[0].new_zeros(())
-    x_hats: list[Tensor] = []
-    measured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for layer, x in enumerate(xs):
-        sae = stack.sae(layer)
-        base = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
-        x_hat, code = sae(x, base=base)
-        x_hats.append(x_hat.detach())
-        target = x if base is None else x - base
-        variance = (target - target.mean(0)).square().sum()
-        fvu = (x - x_hat).square().sum() / variance
-        dead = state.tokens_since_fired[layer] >= config.dead_tokens
-        aux = auxk_loss(sae, x, x - x_hat, dead, max(1, x.shape[1] // 2), base=base)
-        loss = loss + fvu + config.auxk_coefficient * aux
-        state.tokens_since_fired[layer] += len(x)
-        state.tokens_since_fired[layer][code.indices[code.acts > 0]] = 0
-        l0 = (code.acts > 0).sum(-1).double().mean()
-        measured.append((fvu.detach(), l0, dead.double().mean(), aux.detach()))
+    dead = [since >= config.dead_tokens for since in state.tokens_since_fired]
+    loss, measured, fired = stack_loss(stack, config, xs, dead)
+    for since, latents in zip(state.tokens_since_fired, fired, strict=True):
+        since += len(xs[0])
+        since[latents] = 0
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     for layer in range(stack.n_layers):
