@@ -215,6 +215,11 @@ class ScreenedEncoder:
         self, x, weight, bias, k, pre_bias, base, sorted, counts: "_Counts"
     ) -> tuple[Tensor, Tensor]:
         rest = _residual(x, pre_bias, base)
+        if len(rest) == 1:
+            found = self._encode_row(rest, k, sorted)
+            if found is not None:
+                code, counts.candidates = found
+                return code
         codes, left = [], []
         for start in range(0, len(rest), BLOCK):
             block = rest[start : start + BLOCK]
@@ -231,6 +236,53 @@ class ScreenedEncoder:
             counts.rows_exact = len(rows)
             acts[rows], indices[rows] = topk_encode(rest[rows], weight, bias, k, sorted=sorted)
         return acts, indices
+
+    def _encode_row(
+        self, rest: Tensor, k: int, sorted: bool
+    ) -> tuple[tuple[Tensor, Tensor], int] | None:
+        """The code of a single residual `[1, D]` that needs nothing special, and how many latents
+        were scored exactly; None if it does: then `_score` sees to it.
+
+        The same bounds as there. While a model writes its caches are cold, so that what counts,
+        beside the product, is the number of calls: what is one number per row is a Python float
+        here, and all latents are compared without groups.
+        """
+        copy = self._copy or self._current_copy()
+        assert copy is not None
+        row = rest[0]
+        upper = _upper_row(copy, row)
+        if upper is None:
+            return None
+        scores, factor, step, norm = upper
+        group = _group(len(copy.weight), k)
+        assert group is not None
+        best = scores.view(group, -1).amax(0)
+        lower = best.sub_(copy.width(group)[0], alpha=2.0 * factor)
+        slack = ROUNDING * copy.largest_bias / step
+        least = float(lower.topk(k).values[-1]) - slack
+        candidates = (scores >= max(least, -slack)).nonzero().squeeze(1)
+        n = len(candidates)
+        if not k <= n <= CANDIDATES * len(copy.weight):
+            return None
+        exact = pair_products(rest, torch.zeros_like(candidates), copy.weight, candidates)
+        if self.bias is not None:
+            exact += self.bias.index_select(0, candidates)
+        # ŝ + λ − s, of which every entry lies between 0 and 2 λ
+        lowest, highest = torch.aminmax(
+            scores.index_select(0, candidates).sub_(exact, alpha=1.0 / step)
+        )
+        tolerance = slack + 16 * ROUNDING * norm * copy.largest_bound
+        widest = 2.0 * factor * copy.largest_bound + tolerance
+        if not (float(lowest) >= -tolerance and float(highest) <= widest):
+            return None
+        acts, order = exact.sort(descending=True, stable=True)
+        acts, order = acts[:k], order[:k]
+        if not float(acts[-1]) > 0.0:
+            return None
+        if not sorted:
+            order, by_index = order.sort()
+            acts = acts[by_index]
+        return (acts.unsqueeze(0), candidates.index_select(0, order).unsqueeze(0)), n
 
     def _score(self, block: Tensor, k: int) -> tuple["_Candidates", Tensor]:
         """The candidates of residuals `[n, D]` and their exact scores `[P]`."""
@@ -274,7 +326,7 @@ class ScreenedEncoder:
             )
         if self.margin == "certain" and N > CERTAIN_ROWS:
             return f"the certain margin does not pay at {N} rows"
-        cannot = unavailable()
+        cannot = unavailable() if self._copy is None else None
         if cannot is not None:
             _say_once(cannot)
         elif self._current_copy() is None:
@@ -357,6 +409,8 @@ class _Copy(NamedTuple):
     ratio: float | None
     """The weight's steps over its norms, of the median latent; None: certain margin."""
     largest_bias: float
+    largest_bound: float
+    """Over all latents, of the last of the bounds."""
     columns: dict[int, Tensor]
     """Columns `[M']` of the weight at outlier dimensions met so far: they are the model's, call
     after call, and a column of the weight itself lies scattered over all of it."""
@@ -438,6 +492,7 @@ def _quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> _C
         torch.cat([torch.stack([steps, all_bias]), bounds]),
         ratio,
         largest,
+        float(bounds[-1].max()),
         {},
         {},
     )
@@ -547,6 +602,23 @@ def _upper(copy: _Copy, rest: Tensor) -> _Upper:
         right = torch.cat([right, torch.stack([copy.column(d) for d in outliers])])
     scores.addmm_(torch.stack(left, dim=1), right)
     return _Upper(scores, factors, step, norm, screened)
+
+
+def _upper_row(copy: _Copy, row: Tensor) -> tuple[Tensor, float, float, float] | None:
+    """`_upper` of one residual `[D]`, `(scores [M'], factor, step, norm)`; None if it is not an
+    ordinary one, or the margin is not statistical."""
+    norm, peak = float(torch.linalg.vector_norm(row)), float(row.abs().max())
+    step = peak / STEPS
+    ordinary = step > 1e-30 and peak * math.sqrt(len(row)) <= OUTLIER * norm < math.inf
+    if not ordinary or copy.ratio is None:
+        return None
+    levels = torch.add(copy.dither, row, alpha=1.0 / step).floor_()
+    scores = _product(copy, levels.unsqueeze(0))
+    along = float(levels.sub_(copy.centre).dot(copy.weight_dither))
+    norm /= step
+    factor = math.sqrt((copy.ratio * norm) ** 2 + 1.0) + ROUNDING * norm
+    scores.addmm_(row.new_tensor([[-along, 1.0 / step, factor]]), copy.terms)
+    return scores[0], factor, step, norm
 
 
 def _screen(copy: _Copy, rest: Tensor, k: int) -> _Candidates:

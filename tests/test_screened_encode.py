@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from measured import assert_error_as_torch
 from torch import Tensor
 
-from resae_kernels import ScreenedEncoder, reference, screened_encode, topk_encode
+from resae_kernels import ScreenedEncoder, TopK, reference, screened_encode, topk_encode
 from resae_kernels.screened_encode import FAILURE, MARGINS
 
 screens = pytest.mark.usefixtures("screened_at_any_size")
@@ -52,6 +52,19 @@ def assert_same_code(screened, x: Tensor, weight: Tensor, bias, k: int, **offset
     assert (acts[:, 1:] <= acts[:, :-1]).all(), "not sorted"
 
 
+def one_by_one(encoder: ScreenedEncoder, x: Tensor, k: int, **offsets) -> TopK:
+    """The codes of rows encoded alone: there the margin "statistical" takes its own path."""
+    rows = [
+        encoder.encode(
+            x[i : i + 1],
+            k,
+            **{n: t[i : i + 1] if n == "base" and t is not None else t for n, t in offsets.items()},
+        )
+        for i in range(len(x))
+    ]
+    return TopK(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+
+
 @screens
 @pytest.mark.parametrize("margin", MARGINS)
 @pytest.mark.parametrize("k", [1, 7, 10])
@@ -70,6 +83,9 @@ def test_the_code_of_the_exact_path(margin, k, offsets):
     assert_same_code(found.code, x, weight, bias, k, **given)
     exact = topk_encode(x, weight, bias, k, **given)
     assert torch.equal(found.code.indices, exact.indices)
+    alone = one_by_one(encoder, x, k, **given)
+    assert torch.equal(alone.indices, exact.indices)
+    assert torch.equal(alone.acts, found.code.acts), "a row's code depends on the rows beside it"
     wide = {name: None if t is None else t.double() for name, t in given.items()}
     truth = reference.topk_encode(x.double(), weight.double(), bias.double(), k, **wide)
     assert_error_as_torch("acts", found.code.acts, exact.acts, truth.acts)
@@ -87,6 +103,8 @@ def test_order_of_index(margin):
     assert (exact.acts > 0).any()
     assert torch.equal(found.indices, exact.indices)
     torch.testing.assert_close(found.acts, exact.acts)
+    alone = one_by_one(encoder, x, 8, sorted=False)
+    assert torch.equal(alone.indices, exact.indices)
 
 
 @screens
@@ -182,6 +200,7 @@ def test_adversarial_inputs(margin, case):
     found = encoder.explain(x, 6)
     assert found.rows_screened + found.rows_exact == 60
     assert_same_code(found.code, x, weight, bias, 6)
+    assert_same_code(one_by_one(encoder, x, 6), x, weight, bias, 6)
 
 
 @screens
@@ -193,6 +212,51 @@ def test_equal_scores_go_to_the_lower_latent():
     best = (x @ weight[:40].T).argmax(1)
     expected = best[:, None] + 40 * torch.arange(4)
     assert torch.equal(found.code.indices.sort().values, expected)
+    alone = one_by_one(ScreenedEncoder(weight), x, 4)
+    assert torch.equal(alone.indices.sort().values, expected)
+
+
+@screens
+def test_a_row_alone_has_the_bounds_of_a_row_among_others():
+    x, weight, bias = inputs(N=20, D=257, M=1001)
+    copied = ScreenedEncoder(weight, bias)._current_copy()
+    assert copied is not None
+    together = screened_encode._upper(copied, x)
+    for i in range(len(x)):
+        alone = screened_encode._upper_row(copied, x[i])
+        assert alone is not None
+        scores, factor, step, norm = alone
+        torch.testing.assert_close(scores, together.scores[i])
+        others = (together.factors[i, 0], together.step[i], together.norm[i])
+        for one, other in zip((factor, step, norm), others, strict=True):
+            assert one == pytest.approx(float(other), rel=1e-5)
+
+
+@screens
+@pytest.mark.parametrize("case", ["zero", "infinite", "nan", "outlier", "few positive"])
+def test_a_row_alone_that_needs_more_is_left_to_the_general_path(case):
+    x, weight, bias = inputs(N=1, D=257)
+    encoder = ScreenedEncoder(weight, bias)
+    assert encoder._encode_row(x, 6, True) is not None
+    if case == "zero":
+        x.zero_()
+    elif case == "outlier":
+        x[0, 3] = 1e4
+    elif case == "few positive":
+        encoder = ScreenedEncoder(weight, bias - 3.0)
+    else:
+        x[0, 3] = float(case[:3])
+    assert encoder._encode_row(x, 6, True) is None
+
+
+@screens
+def test_a_row_alone_sees_that_the_weight_was_written_to_behind_its_back():
+    x, weight, bias = inputs(N=1)
+    encoder = ScreenedEncoder(weight, bias)
+    best = int(encoder.encode(x, 6).indices[0, 0])
+    weight.data[best] *= -1.0
+    assert encoder._encode_row(x, 6, True) is None
+    assert_same_code(encoder.encode(x, 6), x, weight, bias, 6)
 
 
 @screens
