@@ -701,6 +701,15 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--dead-after-tokens", type=int, help="dead: unfired so long (default: train-tokens / 8)"
     )
+    training.add_argument(
+        "--clip-norm", type=float, help="scale the gradient of all layers down to this norm"
+    )
+    training.add_argument(
+        "--accumulation-steps", type=int, default=1, help="pieces that a batch is cut into"
+    )
+    training.add_argument(
+        "--autocast", action="store_true", help="products in bfloat16, weights in float32"
+    )
     training.add_argument("--checkpoint-steps", type=int, default=1_000, help="between checkpoints")
     training.add_argument("--log-steps", type=int, default=50, help="between lines of the log")
     _add_fit(training)

@@ -6,6 +6,7 @@ so that the code is of the residual. Stored as `encoder.weight [M, D]`, `encoder
 [M, D]`, `b_dec [D]`: sparsify's keys, in its files `cfg.json` and `sae.safetensors`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -184,8 +185,24 @@ class TopKSAE(nn.Module):
         return sae.to(tensors["W_dec"].dtype).eval()
 
 
+Total = Callable[[Tensor], Tensor]
+"""Makes of a sum over a piece of a batch the sum over the whole batch."""
+
+
+def in_one_piece(sum_of_piece: Tensor) -> Tensor:
+    """The `Total` of a batch that is one piece."""
+    return sum_of_piece
+
+
 def auxk_loss(
-    sae: TopKSAE, x: Tensor, error: Tensor, dead: Tensor, k_aux: int, *, base: Tensor | None = None
+    sae: TopKSAE,
+    x: Tensor,
+    error: Tensor,
+    dead: Tensor,
+    k_aux: int,
+    *,
+    base: Tensor | None = None,
+    total: Total = in_one_piece,
 ) -> Tensor:
     """How badly the k_aux strongest dead latents explain what the live ones leave; 0 if none is
     dead.
@@ -197,6 +214,7 @@ def auxk_loss(
 
     Args:
         x: `[N, D]`. error: `[N, D]`, x − x̂. dead: `[M]` bool. base: as in `encode`.
+        total: of a batch in pieces; the losses of the pieces add up to that of the batch.
     """
     rows = dead.nonzero().squeeze(1)
     if not rows.numel():
@@ -211,4 +229,4 @@ def auxk_loss(
         base=base,
     )
     rebuilt = sparse_decode(code.acts, code.indices, sae.W_dec[rows])
-    return (error - rebuilt).square().sum() / error.square().sum().clamp_min(1e-12)
+    return (error - rebuilt).square().sum() / total(error.square().sum()).clamp_min(1e-12)

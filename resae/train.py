@@ -17,19 +17,20 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from resae.affine import KINDS, AffinePredictor, Moments, fit_predictor
 from resae.data import ActivationSource, Position
-from resae.sae import auxk_loss
+from resae.sae import Total, auxk_loss, in_one_piece
 from resae.stack import ModelIdentity, ReSAE, new_stack
 from resae.storage import load_tensors, save_tensors, write_atomically
 
@@ -75,6 +76,13 @@ class TrainConfig:
     """Of the affine fit, relative to the mean eigenvalue of the sources' covariance."""
     seed: int = 0
     """Fixes initial directions and the order of the data."""
+    clip_norm: float | None = None
+    """The gradient of all layers together is scaled down to this norm; None: never."""
+    accumulation_steps: int = 1
+    """Pieces that a batch is cut into, one after the other: less memory, the same weights. More
+    than one costs a second encode, for the sums over the whole batch that the loss divides by."""
+    autocast: bool = False
+    """Products in bfloat16; weights, their optimiser and the sums of the loss stay float32."""
 
     def __post_init__(self) -> None:
         if len(self.k) != len(self.layers):
@@ -97,6 +105,13 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: buffer_tokens={self.buffer_tokens} is below "
                 f"batch_tokens={self.batch_tokens}; raise it"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"TrainConfig: clip_norm={self.clip_norm}, expected above 0 or None")
+        if not 1 <= self.accumulation_steps <= self.batch_tokens:
+            raise ValueError(
+                f"TrainConfig: accumulation_steps={self.accumulation_steps}, expected 1 to "
+                f"batch_tokens={self.batch_tokens}"
             )
 
     @property
@@ -190,23 +205,35 @@ class LayerMetrics(NamedTuple):
     auxk: float
 
 
+Measured = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class StackLoss(NamedTuple):
     """What one batch says of all layers; scalars are still on the device."""
 
     loss: Tensor
-    measured: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    measured: list[Measured]
     """Per layer `(fvu, l0, dead fraction, auxk)`, detached."""
     fired: list[Tensor]
     """Per layer the latents that fired, in any order, repeated as often as they did."""
 
 
 def stack_loss(
-    stack: ReSAE, config: TrainConfig, xs: Sequence[Tensor], dead: Sequence[Tensor]
+    stack: ReSAE,
+    config: TrainConfig,
+    xs: Sequence[Tensor],
+    dead: Sequence[Tensor],
+    *,
+    total: Total = in_one_piece,
 ) -> StackLoss:
     """The loss of L activations `[N, D]`, already divided by their RMS.
 
     Args:
         dead: per layer which latents AuxK shall revive, `[M]` bool.
+        total: makes a sum over these tokens the sum over the batch that they are a piece of; the
+            losses of all pieces then add up to the loss of the batch. Whatever a loss divides by
+            goes through it, always in the same order, and no argument depends on what an earlier
+            call returned.
     """
     loss = xs[0].new_zeros(())
     x_hats: list[Tensor] = []
@@ -217,10 +244,10 @@ def stack_loss(
         x_hat, code = sae(x, base=base)
         x_hats.append(x_hat.detach())
         target = x if base is None else x - base
-        variance = (target - target.mean(0)).square().sum()
+        variance = centred_energy(target, total).to(x.dtype)
         fvu = (x - x_hat).square().sum() / variance
         k_aux = max(1, x.shape[1] // 2)
-        aux = auxk_loss(sae, x, x - x_hat, dead[layer], k_aux, base=base)
+        aux = auxk_loss(sae, x, x - x_hat, dead[layer], k_aux, base=base, total=total)
         loss = loss + fvu + config.auxk_coefficient * aux
         active = code.acts > 0
         fired.append(code.indices[active])
@@ -229,31 +256,100 @@ def stack_loss(
     return StackLoss(loss, measured, fired)
 
 
+def centred_energy(x: Tensor, total: Total = in_one_piece) -> Tensor:
+    """Σ‖x − mean‖² over the batch that `x [N, D]` is a piece of, from sums in float64; `[]`."""
+    x = x.detach()
+    energy = torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    tokens = energy.new_tensor(float(len(x)))
+    sums = total(torch.cat([x.sum(0, dtype=torch.float64), torch.stack([energy, tokens])]))
+    return sums[-2] - sums[:-2].square().sum() / sums[-1]
+
+
 def train_step(
     state: TrainState, config: TrainConfig, xs: Sequence[Tensor]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+) -> tuple[Tensor, list[Measured]]:
     """One optimiser step on a batch of L activations `[N, D]`, already divided by their RMS.
 
     Returns:
         The loss, and per layer `(fvu, l0, dead fraction, auxk)` as scalars still on the device.
     """
-    stack = state.stack
+    stack, tokens = state.stack, len(xs[0])
     dead = [since >= config.dead_tokens for since in state.tokens_since_fired]
-    loss, measured, fired = stack_loss(stack, config, xs, dead)
-    for since, latents in zip(state.tokens_since_fired, fired, strict=True):
-        since += len(xs[0])
-        since[latents] = 0
+    pieces = list(zip(*(x.tensor_split(config.accumulation_steps) for x in xs), strict=True))
+    autocast = torch.autocast(xs[0].device.type, torch.bfloat16, enabled=config.autocast)
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    for since in state.tokens_since_fired:
+        since += tokens
+    totals = _batch_totals(state, config, pieces, dead, autocast)
+    parts = []
+    for piece in pieces:
+        with autocast:
+            part = stack_loss(stack, config, piece, dead, total=next(totals))
+        for since, latents in zip(state.tokens_since_fired, part.fired, strict=True):
+            since[latents] = 0
+        part.loss.backward()
+        parts.append((len(piece[0]) / tokens, part._replace(loss=part.loss.detach())))
     for layer in range(stack.n_layers):
         stack.sae(layer).remove_parallel_gradient()
+    if config.clip_norm is not None:
+        clip_gradients(list(stack.parameters()), config.clip_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = config.lr_at(state.step)
     state.optimizer.step()
     for layer in range(stack.n_layers):
         stack.sae(layer).normalize_decoder()
     state.step += 1
-    return loss.detach(), measured
+    return _sum_of_parts(parts)
+
+
+def _batch_totals(
+    state: TrainState,
+    config: TrainConfig,
+    pieces: Sequence[Sequence[Tensor]],
+    dead: Sequence[Tensor],
+    autocast: torch.autocast,
+) -> Iterator[Total]:
+    """Per piece what makes its sums those of the batch: of several pieces, from a first pass."""
+    if len(pieces) == 1:
+        return iter([in_one_piece])
+    sums: list[Tensor] = []
+    for piece in pieces:
+        place = count()
+
+        def add(part: Tensor, place: Iterator[int] = place) -> Tensor:
+            i = next(place)
+            sums[i : i + 1] = [sums[i] + part if i < len(sums) else part]
+            return part
+
+        with torch.no_grad(), autocast:
+            stack_loss(state.stack, config, piece, dead, total=add)
+    return (_in_turn(sums) for _ in pieces)
+
+
+def _in_turn(sums: Sequence[Tensor]) -> Total:
+    known = iter(sums)
+    return lambda _: next(known)
+
+
+def _sum_of_parts(parts: Sequence[tuple[float, StackLoss]]) -> tuple[Tensor, list[Measured]]:
+    """Loss and measures of a batch from those of its pieces, each with its share of the tokens."""
+    if len(parts) == 1:
+        return parts[0][1].loss, parts[0][1].measured
+    shares = torch.tensor([share for share, _ in parts], device=parts[0][1].loss.device)
+    measured = []
+    for of_layer in zip(*(part.measured for _, part in parts), strict=True):
+        fvu, l0, dead, auxk = (torch.stack(values) for values in zip(*of_layer, strict=True))
+        measured.append((fvu.sum(), (shares * l0).sum(), dead[0], auxk.sum()))
+    return torch.stack([part.loss for _, part in parts]).sum(), measured
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: float) -> None:
+    """Scale the gradients of `parameters` together down to `norm`, where it is larger."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    squares = torch.stack([torch.linalg.vector_norm(g).square() for g in gradients]).sum()
+    factor = (norm / squares.sqrt().clamp_min(1e-30)).clamp_max(1.0)
+    for gradient in gradients:
+        gradient *= factor
 
 
 def initial_state(

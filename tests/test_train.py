@@ -250,8 +250,62 @@ def test_calibration_comes_back(xs, tmp_path):
         pytest.param({"loop": "round"}, "loop='round'", id="loop"),
         pytest.param({"train_tokens": 0}, "train_tokens=0", id="tokens"),
         pytest.param({"buffer_tokens": 32}, "below batch_tokens=64", id="buffer"),
+        pytest.param({"clip_norm": 0.0}, "clip_norm=0.0", id="clip"),
+        pytest.param({"accumulation_steps": 65}, "accumulation_steps=65", id="accumulation"),
     ],
 )
 def test_impossible_settings_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         config_of(**changes)
+
+
+def one_step(xs, config, kind="previous", batch=None):
+    """The state after a step from the start, with eight dead latents in the first layer."""
+    calibration = calibration_of(xs, kind)
+    state = initial_state(config, calibration, None, "cpu")
+    state.tokens_since_fired[0][:8] = config.dead_tokens
+    batch = batch or [x[:64] for x in xs]
+    scaled = [x / s for x, s in zip(batch, calibration.scale, strict=True)]
+    return state, *train_step(state, config, scaled)
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_a_batch_in_pieces_gives_the_weights_of_the_whole_batch(xs, loop):
+    results = []
+    for pieces in (1, 3):
+        config = config_of(loop=loop, accumulation_steps=pieces, lr=1e-3)
+        results.append(one_step(xs, config))
+    (whole, loss, measured), (cut, cut_loss, cut_measured) = results
+    torch.testing.assert_close(cut_loss, loss)
+    torch.testing.assert_close(cut_measured, measured)
+    for (name, a), b in zip(whole.stack.named_parameters(), cut.stack.parameters(), strict=True):
+        # Adam's first step is lr · sign(gradient): where it is 0 up to rounding, that may differ.
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-7, msg=name)
+        assert float((b - a).abs().gt(1e-6).float().mean()) < 0.01
+    assert torch.equal(whole.tokens_since_fired[0], cut.tokens_since_fired[0])
+    assert float(measured[0][3]) > 0
+
+
+def test_gradients_of_all_layers_together_are_clipped(xs):
+    def norm(clip):
+        gradients = [p.grad for p in one_step(xs, config_of(clip_norm=clip))[0].stack.parameters()]
+        return float(torch.cat([g.flatten() for g in gradients]).norm())
+
+    free = norm(None)
+    assert norm(free / 3) == pytest.approx(free / 3)
+    assert norm(3 * free) == pytest.approx(free)
+
+
+def test_autocast_multiplies_in_bfloat16_and_keeps_float32_weights(xs, tmp_path):
+    seen = []
+    config = config_of(autocast=True, train_tokens=64 * 80)
+    stack = run(xs, tmp_path, config, log_steps=5, on_progress=seen.append)
+    assert all(seen[-1].layers[i].fvu < 0.9 * seen[0].layers[i].fvu for i in range(3))
+    assert {p.dtype for p in stack.parameters()} == {torch.float32}
+    (half, _, measured), (_, _, exact) = (
+        one_step(xs, config_of(autocast=autocast)) for autocast in (True, False)
+    )
+    assert {t.dtype for s in half.optimizer.state.values() for t in s.values()} == {torch.float32}
+    fvu = [float(rows[0][0]) for rows in (measured, exact)]
+    assert fvu[0] != fvu[1]
+    assert fvu[0] == pytest.approx(fvu[1], rel=0.01)
