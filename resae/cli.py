@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
-from resae.affine import KINDS, r2_per_layer
+from resae.affine import FORMS, KINDS, r2_per_layer, routing_shares
 from resae.data import ActivationBatches, TokenRows, capture_tokens, train_and_held_out
 from resae.demo import DemoConfig, run_demo
 from resae.environment import environment
 from resae.evaluate import (
-    METHOD_OF_PREDICTOR,
     Method,
     edit_effects,
     evaluate,
     forward_passes,
+    method_name,
+    predictor_name,
 )
 from resae.intervene import Interventions, StrongestLatents
 from resae.model import HookedLM, HookPoint
@@ -156,7 +157,8 @@ def _calibrate(
     config: TrainConfig,
     display: Display,
 ) -> tuple[Calibration, list[dict[str, Any]]]:
-    """The calibration, and R² per hop on held-out tokens, beside the identity's."""
+    """The calibration, and R² per hop on held-out tokens, beside the identity's; of a hop that
+    several layers are sources of, also their shares."""
 
     def progress(done: int) -> None:
         share = min(1.0, done / config.calibration_tokens)
@@ -175,18 +177,30 @@ def _calibrate(
             f"affine maps: the data has {moments.count:,} tokens, fewer than the "
             f"{config.calibration_tokens:,} asked for"
         )
-    calibration = calibrate(config.predictor, moments, ridge=config.ridge)
+    form = {"form": config.form, "rank": config.rank}
+    calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
     table: list[dict[str, Any]] = []
     unseen = [
         [x.cpu() for x in capture_tokens(lm, ids, points)] for ids in held_out.batches(FIT_ROWS)
     ]
-    for kind in dict.fromkeys(("identity", config.predictor)):
-        maps = calibrate(kind, moments, ridge=config.ridge).predictor
+    compared = [calibrate("identity", moments, ridge=config.ridge).predictor]
+    if config.predictor != "identity":
+        compared.append(calibration.predictor)
+    for maps in compared:
+        shares = routing_shares(maps, moments)
         for i, r2 in enumerate(r2_per_layer(maps, unseen)):
             hop = f"{points[i].name} → {points[i + 1].name}"
-            table.append({"method": METHOD_OF_PREDICTOR[kind], "hop": hop, "r2": r2})
+            row = {"method": predictor_name(maps.kind, maps.form), "hop": hop, "r2": r2}
+            if len(shares[i]) > 1:
+                row["shares"] = {
+                    point.name: share
+                    for point, share in zip(points[: i + 1], shares[i], strict=True)
+                }
+            table.append(row)
     for row in table:
         display.say(f"R² {row['hop']}  {LABELS[row['method']]}: {row['r2']:.4f}")
+        for source, share in row.get("shares", {}).items():
+            display.say(f"   {share:6.1%} from {source}")
     return calibration, table
 
 
@@ -264,6 +278,8 @@ def _fit(options: argparse.Namespace) -> int:
         k=(1,) * len(points),
         d_sae=1,
         predictor=options.predictor,
+        form=options.form,
+        rank=options.rank,
         calibration_tokens=options.calibration_tokens,
         ridge=options.ridge,
         seed=options.seed,
@@ -350,9 +366,10 @@ def _require_same_run(
         "dtype",
     )
     began = {name: record[name] for name in names}
-    began |= {name: record["train"][name] for name in ("layers", "predictor")}
+    fitted = ("layers", "predictor", "form", "rank")
+    began |= {name: record["train"].get(name) for name in fitted}
     now = {name: here[name] for name in names}
-    now |= {"layers": list(config.layers), "predictor": config.predictor}
+    now |= {name: getattr(config, name) for name in fitted} | {"layers": list(config.layers)}
     changed = [name for name in began if began[name] != now[name]]
     if changed:
         raise ValueError(
@@ -429,11 +446,11 @@ def _eval(options: argparse.Namespace) -> int:
     _, held_out = _data(options, lm)
     methods: list[Method] = []
     for folder, _, stack in runs:
-        name = METHOD_OF_PREDICTOR[stack.predictor.kind]
-        k = stack.sae(0).config.k
-        if any((m.name, m.k) == (name, k) for m in methods):
-            name = f"{name} ({folder.name})"
-        methods.append(Method(name, stack, k))
+        for k in options.k or (stack.sae(0).config.k,):
+            name = method_name(stack)
+            if any((m.name, m.k) == (name, k) for m in methods):
+                name = f"{name} ({folder.name})"
+            methods.append(Method(name, stack.at_k(k) if options.k else stack, k))
     chained = next((stack for _, _, stack in runs if stack.chained), None)
     if chained is not None:
         methods.append(Method("affine_only", AffineOnly(chained), None))
@@ -460,7 +477,7 @@ def _eval(options: argparse.Namespace) -> int:
     }
     training = [
         {"method": m.name, "k": m.k, "log": _log(folder)}
-        for m, (folder, _, _) in zip(methods, runs, strict=False)
+        for m, (folder, _, _) in zip(methods[:: len(options.k or (0,))], runs, strict=False)
         if (folder / "log.jsonl").exists()
     ]
     save_json(
@@ -689,6 +706,15 @@ def _parser() -> argparse.ArgumentParser:
         default="open",
         help="residuals against predictions from true activations, or from reconstructions",
     )
+    training.add_argument(
+        "--shared", action="store_true", help="one dictionary for all layers (MLSAE)"
+    )
+    training.add_argument(
+        "--prefixes",
+        type=_numbers,
+        help="good at each of these numbers of active latents, up to k (HierarchicalTopK), for "
+        "example 1,2,4,8 (default: at k alone)",
+    )
     training.add_argument("--train-tokens", type=int, default=1_000_000, help="tokens to train on")
     training.add_argument("--batch-tokens", type=int, default=1_024, help="tokens per step")
     training.add_argument(
@@ -708,6 +734,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = add("eval", _eval, "replace layers on held-out text and measure what it costs")
     evaluation.add_argument(
         "run_directories", nargs="+", metavar="RUN", help="run directories of the same layers"
+    )
+    evaluation.add_argument(
+        "--k", type=_numbers, help="run with so many active latents (default: all of the training)"
     )
     evaluation.add_argument("--out", help="where report.json goes (default: the first run)")
     evaluation.add_argument("--model", help="another path of the same model")
@@ -801,6 +830,10 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--predictor", choices=KINDS, default="previous", help="what predicts a layer from others"
     )
+    command.add_argument(
+        "--form", choices=tuple(FORMS), default="full", help="of the maps of (all_)previous"
+    )
+    command.add_argument("--rank", type=int, help="of the form low_rank")
     command.add_argument(
         "--calibration-tokens", type=int, default=100_000, help="tokens to fit the maps on"
     )

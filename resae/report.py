@@ -19,6 +19,12 @@ LABELS = {
     "identity": "identity residual",
     "resae": "ReSAE",
     "all_previous": "all previous layers",
+    **{
+        f"{kind}_{form}": f"{label}, {form.replace('_', ' ')}"
+        for kind, label in (("resae", "ReSAE"), ("all_previous", "all previous layers"))
+        for form in ("scalar", "diagonal", "low_rank")
+    },
+    "mlsae": "MLSAE, one dictionary",
     "affine_only": "affine maps alone",
 }
 COLORS = {  # Okabe and Ito: told apart by colour-blind readers too

@@ -6,7 +6,9 @@ so that the code is of the residual. Stored as `encoder.weight [M, D]`, `encoder
 [M, D]`, `b_dec [D]`: sparsify's keys, in its files `cfg.json` and `sae.safetensors`.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,9 +115,37 @@ class TopKSAE(nn.Module):
         """`acts, indices [..., k]` → x̂ `[..., D]`, plus `base` (`resae_kernels.sparse_decode`)."""
         return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, base=base)
 
+    def decode_prefixes(
+        self, code: TopK, prefixes: Sequence[int], *, base: Tensor | None = None
+    ) -> list[Tensor]:
+        """x̂ `[..., D]` of the j strongest latents for each j of `prefixes`, rising, of a sorted
+        code: each adds its rows to the one before, so that all together gather k rows.
+        HierarchicalTopK (arXiv 2505.24473), section 3."""
+        x_hats: list[Tensor] = []
+        first = 0
+        for last in prefixes:
+            acts, indices = (part[..., first:last] for part in code)
+            bias = None if x_hats else self.b_dec
+            base = sparse_decode(acts, indices, self.W_dec, bias=bias, base=base)
+            x_hats.append(base)
+            first = last
+        return x_hats
+
     def forward(self, x: Tensor, *, base: Tensor | None = None) -> SAEOutput:
         code = self.encode(x, base=base)
         return SAEOutput(self.decode(*code, base=base), code)
+
+    def at_k(self, k: int) -> "TopKSAE":
+        """An autoencoder of the same parameters with fewer active latents, 1 ≤ k ≤ config.k."""
+        if not 1 <= k <= self.config.k:
+            raise ValueError(
+                f"at_k: k={k}, expected 1 to {self.config.k}, with which the autoencoder was "
+                f"trained"
+            )
+        shared = {id(part): part for part in (*self.parameters(), self._screened)}
+        twin = copy.deepcopy(self, shared)
+        twin.config = replace(self.config, k=k)
+        return twin
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -133,9 +163,9 @@ class TopKSAE(nn.Module):
     def rescale_(self, factor: float) -> None:
         """Become the autoencoder of `factor · x`: its code is `factor` times this one's, of the
         same latents. Exact for TopK, which a positive factor does not change; W_dec keeps its
-        norm."""
-        self.encoder.bias.mul_(factor)
-        self.b_dec.mul_(factor)
+        norm. The biases become new parameters: an autoencoder that shared them keeps its own."""
+        self.encoder.bias = nn.Parameter(self.encoder.bias * factor)
+        self.b_dec = nn.Parameter(self.b_dec * factor)
 
     def save(self, folder: Path, **metadata: str | int | None) -> None:
         """Write `sae.safetensors` and then `cfg.json` (sparsify's keys, and `metadata`)."""

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from resae.affine import KINDS, AffinePredictor, Moments, fit_predictor
+from resae.affine import KINDS, AffinePredictor, Moments, check_form, fit_predictor
 from resae.data import ActivationSource, Position
 from resae.sae import auxk_loss
 from resae.stack import ModelIdentity, ReSAE, new_stack
@@ -54,9 +54,20 @@ class TrainConfig:
     """M, latents per layer."""
     predictor: str = "previous"
     """`none`, `identity`, `previous` or `all_previous`."""
+    form: str = "full"
+    """Of the maps of the last two: `full`, `scalar`, `diagonal` or `low_rank`."""
+    rank: int | None = None
+    """Of the form `low_rank`."""
     loop: str = "open"
     """Residuals against predictions from true activations (`open`) or reconstructions
     (`closed`)."""
+    shared: bool = False
+    """One dictionary for all layers (MLSAE, arXiv 2409.04185); predictor `none` and equal k. A
+    latent that fires on a token in any layer is alive."""
+    prefixes: tuple[int, ...] | None = None
+    """The error is the mean over the reconstructions of the j strongest latents for these j, rising
+    and ending with k (HierarchicalTopK, arXiv 2505.24473); None: that of all k. Each adds a
+    gradient `[M, D]`: powers of two cost less than every j."""
     train_tokens: int = 1_000_000
     """Tokens to train on; the data starts over if it is shorter."""
     calibration_tokens: int = 100_000
@@ -88,8 +99,22 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: unknown predictor {self.predictor!r}; choose {', '.join(KINDS)}"
             )
+        check_form(self.predictor, self.form, self.rank, "TrainConfig")
         if self.loop not in ("open", "closed"):
             raise ValueError(f"TrainConfig: loop={self.loop!r}, expected 'open' or 'closed'")
+        equal_k = len(set(self.k)) == 1
+        if self.shared and (self.predictor != "none" or not equal_k):
+            raise ValueError(
+                f"TrainConfig: shared with predictor={self.predictor!r}, k={self.k}; a dictionary "
+                f"of all layers needs predictor 'none' and one k"
+            )
+        js = self.prefixes
+        rising = js is None or (js == tuple(sorted(set(js))) and js[:1] > (0,) and equal_k)
+        if not rising or (js is not None and js[-1] != self.k[0]):
+            raise ValueError(
+                f"TrainConfig: prefixes={js}, k={self.k}; expected one k, and rising numbers from "
+                f"1 on that end with it, for example 1,2,4,8 for k = 8"
+            )
         for name in ("train_tokens", "calibration_tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name}={getattr(self, name)}, expected at least 1")
@@ -143,10 +168,12 @@ class Calibration(NamedTuple):
         )
 
 
-def calibrate(kind: str, moments: Moments, *, ridge: float) -> Calibration:
+def calibrate(
+    kind: str, moments: Moments, *, ridge: float, form: str = "full", rank: int | None = None
+) -> Calibration:
     """Maps, scales and means from the moments of the calibration tokens."""
     return Calibration(
-        fit_predictor(kind, moments, ridge=ridge),
+        fit_predictor(kind, moments, ridge=ridge, form=form, rank=rank),
         moments.scale(),
         [moments.mean(layer).float() for layer in range(len(moments.sums))],
     )
@@ -176,7 +203,7 @@ class TrainState:
     """In units of each layer's RMS."""
     optimizer: torch.optim.Optimizer
     tokens_since_fired: list[Tensor]
-    """L × `[M]` int64."""
+    """`[M]` int64 of each of `stack.saes`: in tokens, each of which is seen at all layers."""
     step: int = 0
     position: Position = field(default_factory=Position)
 
@@ -197,7 +224,8 @@ class StackLoss(NamedTuple):
     measured: list[tuple[Tensor, Tensor, Tensor, Tensor]]
     """Per layer `(fvu, l0, dead fraction, auxk)`, detached."""
     fired: list[Tensor]
-    """Per layer the latents that fired, in any order, repeated as often as they did."""
+    """Of each of `stack.saes` the latents that fired, in any order, repeated as often as they
+    did."""
 
 
 def stack_loss(
@@ -206,27 +234,32 @@ def stack_loss(
     """The loss of L activations `[N, D]`, already divided by their RMS.
 
     Args:
-        dead: per layer which latents AuxK shall revive, `[M]` bool.
+        dead: for each of `stack.saes` which latents AuxK shall revive, `[M]` bool.
     """
     loss = xs[0].new_zeros(())
     x_hats: list[Tensor] = []
-    measured, fired = [], []
+    measured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    fired: list[list[Tensor]] = [[] for _ in stack.saes]
     for layer, x in enumerate(xs):
         sae = stack.sae(layer)
         base = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
-        x_hat, code = sae(x, base=base)
+        its_dead = dead[stack.position(layer)]
+        code = sae.encode(x, base=base)
+        prefixes = config.prefixes or (sae.config.k,)
+        *partial, x_hat = sae.decode_prefixes(code, prefixes, base=base)
         x_hats.append(x_hat.detach())
         target = x if base is None else x - base
         variance = (target - target.mean(0)).square().sum()
         fvu = (x - x_hat).square().sum() / variance
+        error = sum(((x - y).square().sum() / variance for y in partial), fvu) / len(prefixes)
         k_aux = max(1, x.shape[1] // 2)
-        aux = auxk_loss(sae, x, x - x_hat, dead[layer], k_aux, base=base)
-        loss = loss + fvu + config.auxk_coefficient * aux
+        aux = auxk_loss(sae, x, x - x_hat, its_dead, k_aux, base=base)
+        loss = loss + error + config.auxk_coefficient * aux
         active = code.acts > 0
-        fired.append(code.indices[active])
+        fired[stack.position(layer)].append(code.indices[active])
         l0 = active.sum(-1).double().mean()
-        measured.append((fvu.detach(), l0, dead[layer].double().mean(), aux.detach()))
-    return StackLoss(loss, measured, fired)
+        measured.append((fvu.detach(), l0, its_dead.double().mean(), aux.detach()))
+    return StackLoss(loss, measured, [torch.cat(latents) for latents in fired])
 
 
 def train_step(
@@ -245,13 +278,13 @@ def train_step(
         since[latents] = 0
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    for layer in range(stack.n_layers):
-        stack.sae(layer).remove_parallel_gradient()
+    for sae in stack.distinct():
+        sae.remove_parallel_gradient()
     for group in state.optimizer.param_groups:
         group["lr"] = config.lr_at(state.step)
     state.optimizer.step()
-    for layer in range(stack.n_layers):
-        stack.sae(layer).normalize_decoder()
+    for sae in stack.distinct():
+        sae.normalize_decoder()
     state.step += 1
     return loss.detach(), measured
 
@@ -268,13 +301,17 @@ def initial_state(
         d_sae=config.d_sae,
         k=config.k,
         seed=config.seed,
+        shared=config.shared,
         model=identity,
     )
-    for layer, mean in enumerate(calibration.mean):
+    means = [mean * factor for mean, factor in zip(calibration.mean, inverse, strict=True)]
+    if config.shared:
+        means = [torch.stack(means).mean(0)] * len(means)
+    for layer, mean in enumerate(means):
         if layer == 0 or not stack.chained:  # elsewhere the residual's mean is zero by construction
-            stack.sae(layer).b_dec.data.copy_(mean * inverse[layer])
+            stack.sae(layer).b_dec.data.copy_(mean)
     stack.to(device)
-    since = [torch.zeros(config.d_sae, dtype=torch.int64, device=device) for _ in config.layers]
+    since = [torch.zeros(config.d_sae, dtype=torch.int64, device=device) for _ in stack.saes]
     optimizer = torch.optim.Adam(stack.saes.parameters(), lr=config.peak_lr, fused=True)
     return TrainState(stack, optimizer, since)
 

@@ -178,3 +178,24 @@ def test_unreadable_autoencoders_are_named(tmp_path):
 def test_impossible_sizes_are_errors(sizes, message):
     with pytest.raises(ValueError, match=message):
         SAEConfig(*sizes)
+
+
+def test_prefixes_are_the_reconstructions_of_fewer_latents():
+    sae = small(k=5).double()
+    sae.b_dec.data.normal_()
+    x, base = torch.randn(2, 7, 8, dtype=torch.float64)
+    code = sae.encode(x, base=base)
+    found = sae.decode_prefixes(code, (1, 2, 5), base=base)
+    for j, x_hat in zip((1, 2, 5), found, strict=True):
+        torch.testing.assert_close(x_hat, sae.at_k(j)(x, base=base).x_hat)
+
+
+def test_fewer_latents_share_the_parameters():
+    sae = small(k=5)
+    fewer = sae.at_k(2)
+    assert (fewer.config.k, sae.config.k) == (2, 5)
+    for a, b in zip(fewer.parameters(), sae.parameters(), strict=True):
+        assert a is b
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"at_k: k={k}, expected 1 to 5"):
+            sae.at_k(k)
