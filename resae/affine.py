@@ -131,6 +131,11 @@ class AffinePredictor(nn.Module):
     def c(self) -> list[Tensor]:
         return [self.get_buffer(f"c_{layer}") for layer in range(1, self.n_maps + 1)]
 
+    @property
+    def rank(self) -> int | None:
+        """r of the form "low_rank"."""
+        return self._parts(1)[1].shape[0] if self.form == "low_rank" else None
+
     def _parts(self, layer: int) -> tuple[Tensor, ...]:
         return tuple(self.get_buffer(f"{name}_{layer}") for name in FORMS[self.form])
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from resae.affine import FORMS, KINDS, r2_per_layer, routing_shares
+from resae.affine import FORMS, KINDS, Moments, r2_per_layer, routing_shares
 from resae.data import ActivationBatches, TokenRows, capture_tokens, train_and_held_out
 from resae.demo import DemoConfig, run_demo
 from resae.environment import environment
@@ -37,7 +37,15 @@ from resae.replace import Generated, generate
 from resae.report import LABELS, whole_selection, write_report
 from resae.stack import AffineOnly, Loop, ModelIdentity, ReSAE
 from resae.storage import load_json, save_json
-from resae.train import Calibration, Progress, TrainConfig, calibrate, sum_moments, train
+from resae.train import (
+    Calibration,
+    Progress,
+    TrainConfig,
+    boost_calibration,
+    calibrate,
+    sum_moments,
+    train,
+)
 from resae.tune import tiles_in_force, tune
 from resae_kernels import _launch
 
@@ -149,17 +157,13 @@ def _captured(
         yield xs
 
 
-def _calibrate(
+def _moments(
     lm: HookedLM,
     points: Sequence[HookPoint],
     rows: TokenRows,
-    held_out: TokenRows,
     config: TrainConfig,
     display: Display,
-) -> tuple[Calibration, list[dict[str, Any]]]:
-    """The calibration, and R² per hop on held-out tokens, beside the identity's; of a hop that
-    several layers are sources of, also their shares."""
-
+) -> Moments:
     def progress(done: int) -> None:
         share = min(1.0, done / config.calibration_tokens)
         display.show(f"affine maps: {share:4.0%} of {config.calibration_tokens:,} tokens")
@@ -177,7 +181,21 @@ def _calibrate(
             f"affine maps: the data has {moments.count:,} tokens, fewer than the "
             f"{config.calibration_tokens:,} asked for"
         )
-    form = {"form": config.form, "rank": config.rank}
+    return moments
+
+
+def _calibrate(
+    lm: HookedLM,
+    points: Sequence[HookPoint],
+    rows: TokenRows,
+    held_out: TokenRows,
+    config: TrainConfig,
+    display: Display,
+) -> tuple[Calibration, list[dict[str, Any]]]:
+    """The calibration, and R² per hop on held-out tokens, beside the identity's; of a hop that
+    several layers are sources of, also their shares."""
+    moments = _moments(lm, points, rows, config, display)
+    form: dict[str, Any] = {"form": config.form, "rank": config.rank}
     calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
     table: list[dict[str, Any]] = []
     unseen = [
@@ -205,7 +223,7 @@ def _calibrate(
 
 
 def _train_config(
-    options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint]
+    options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint], base: ReSAE | None
 ) -> TrainConfig:
     k = options.k
     chosen = {
@@ -216,6 +234,9 @@ def _train_config(
     chosen["layers"] = tuple(point.name for point in points)
     chosen["k"] = k * len(points) if len(k) == 1 else k
     chosen["d_sae"] = options.d_sae or options.expansion * lm.d_model
+    if base is not None:
+        maps = base.predictor
+        chosen |= {"predictor": maps.kind, "form": maps.form, "rank": maps.rank}
     return TrainConfig(**chosen)
 
 
@@ -302,15 +323,31 @@ def _train(options: argparse.Namespace) -> int:
             f"{out} exists and is not empty; go on with --resume, or choose another --out"
         )
     lm = _load_model(options, options.model)
+    base = None if options.boost is None else _open_run(Path(options.boost), "cpu")[1]
+    if base is not None:
+        base.require_model(lm)
+        options.layers = options.layers or base.hook_points
+    if not options.layers:
+        raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
     points = lm.hook_points(options.layers)
-    config = _train_config(options, lm, points)
+    if base is not None and [point.name for point in points] != base.hook_points:
+        raise ValueError(
+            f"--boost: {options.boost} has layers {', '.join(base.hook_points)}; leave --layers out"
+        )
+    config = _train_config(options, lm, points, base)
     rows, held_out = _data(options, lm)
     calibrated = out / "calibration.safetensors"
     if options.resume and calibrated.exists():
         _require_same_run(load_json(out / "run.json", "run"), options, config, out)
         calibration = Calibration.load(calibrated, config.predictor)
     else:
-        calibration, affine = _calibrate(lm, points, rows, held_out, config, display)
+        if base is None:
+            calibration, affine = _calibrate(lm, points, rows, held_out, config, display)
+        else:
+            calibration, affine = (
+                boost_calibration(base, _moments(lm, points, rows, config, display)),
+                [],
+            )
         save_json(out / "run.json", _run_record(options, config, affine))
         calibration.save(calibrated)
     display.say(
@@ -690,7 +727,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fit(fit)
 
     training = add("train", _train, "fit the affine maps and train one autoencoder per layer")
-    _add_model_and_data(training)
+    _add_model_and_data(training, layers_required=False)
     training.add_argument(
         "--k", type=_numbers, required=True, help="active latents: one, or per layer"
     )
@@ -705,6 +742,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=("open", "closed"),
         default="open",
         help="residuals against predictions from true activations, or from reconstructions",
+    )
+    training.add_argument(
+        "--boost",
+        metavar="RUN",
+        help="leave the stack of this run as it is and train, on this data, a second autoencoder "
+        "beside each of its own (SAE Boost); layers and maps are the run's",
+    )
+    training.add_argument(
+        "--boost-keep",
+        type=float,
+        default=0.1,
+        help="share of the second ones' acts in training that their threshold lets through",
     )
     training.add_argument(
         "--shared", action="store_true", help="one dictionary for all layers (MLSAE)"
@@ -806,7 +855,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_and_data(command: argparse.ArgumentParser) -> None:
+def _add_model_and_data(command: argparse.ArgumentParser, *, layers_required: bool = True) -> None:
     command.add_argument("model", metavar="MODEL", help="hub name, local folder, or `embedded`")
     command.add_argument(
         "data",
@@ -814,7 +863,10 @@ def _add_model_and_data(command: argparse.ArgumentParser) -> None:
         help="hub dataset (name or name:configuration), local folder or file, or `embedded`",
     )
     command.add_argument(
-        "--layers", type=_names, required=True, help="blocks or hook points, for example 1,3,5"
+        "--layers",
+        type=_names,
+        required=layers_required,
+        help="blocks or hook points, for example 1,3,5",
     )
     command.add_argument("--text-column", default="text", help="column that holds the text")
     command.add_argument(

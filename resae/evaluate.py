@@ -37,6 +37,8 @@ METHOD_OF_PREDICTOR = {
 
 def method_name(stack: ReSAE) -> str:
     """What rows call a stack that says nothing else of itself."""
+    if stack.boosted:
+        return "boost"
     if stack.shared:
         return "mlsae"
     return predictor_name(stack.predictor.kind, stack.predictor.form)

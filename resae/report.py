@@ -25,6 +25,7 @@ LABELS = {
         for form in ("scalar", "diagonal", "low_rank")
     },
     "mlsae": "MLSAE, one dictionary",
+    "boost": "SAE Boost",
     "affine_only": "affine maps alone",
 }
 COLORS = {  # Okabe and Ito: told apart by colour-blind readers too

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from resae.affine import KINDS, AffinePredictor
 from resae.model import HookedLM
-from resae.sae import SAEConfig, TopKSAE
+from resae.sae import BoostedSAE, SAEConfig, TopKSAE
 from resae.storage import load_json, save_json
 from resae_kernels import TopK, Transported, affine_chain, online_step, transport
 from resae_kernels.online_step import FEW_TOKENS
@@ -79,7 +79,7 @@ class ReSAE(
         self,
         hook_points: Sequence[str],
         predictor: AffinePredictor,
-        saes: Sequence[TopKSAE],
+        saes: Sequence[TopKSAE | BoostedSAE],
         model: ModelIdentity | None = None,
     ):
         super().__init__()
@@ -100,7 +100,7 @@ class ReSAE(
         self._hold(saes)
         self.model_identity = model
 
-    def _hold(self, saes: Sequence[TopKSAE]) -> None:
+    def _hold(self, saes: Sequence[TopKSAE | BoostedSAE]) -> None:
         distinct = list(dict.fromkeys(saes))
         self.saes = nn.ModuleList(distinct)
         self._of_layer = [distinct.index(sae) for sae in saes]
@@ -114,13 +114,13 @@ class ReSAE(
     def d_in(self) -> int:
         return self.sae(0).config.d_in
 
-    def sae(self, layer: int) -> TopKSAE:
+    def sae(self, layer: int) -> TopKSAE | BoostedSAE:
         """The autoencoder of selected layer `layer` (its position in `hook_points`)."""
         module = self.saes[self._of_layer[layer]]
-        assert isinstance(module, TopKSAE)
+        assert isinstance(module, TopKSAE | BoostedSAE)
         return module
 
-    def distinct(self) -> list[TopKSAE]:
+    def distinct(self) -> list[TopKSAE | BoostedSAE]:
         """The autoencoders, each once, where `saes` of several layers are one."""
         return [self.sae(self._of_layer.index(i)) for i in range(len(self.saes))]
 
@@ -145,6 +145,11 @@ class ReSAE(
         layers = range(layer + 1) if self.chained else (layer,)
         return sum(self.sae(i).config.k for i in layers)
 
+    @property
+    def boosted(self) -> bool:
+        """Whether autoencoders have a second one beside them (SAE Boost)."""
+        return any(isinstance(sae, BoostedSAE) for sae in self.saes)
+
     def at_k(self, k: int) -> "ReSAE":
         """The same stack, of the same parameters, run with k active latents in every layer; k at
         most what each was trained with. Trained with `TrainConfig.prefixes` it is good at each of
@@ -161,7 +166,8 @@ class ReSAE(
         """L codes → L reconstructions `[..., D]`, back through the chain of maps."""
         if not self.chained:
             return [self.sae(i).decode(*code) for i, code in enumerate(codes)]
-        if self.predictor.form != "full":  # dense products are what the form saves
+        # Dense products are what a cheap form saves, one dictionary what a boosted SAE has not.
+        if self.predictor.form != "full" or self.boosted:
             x_hats: list[Tensor] = []
             for i, code in enumerate(codes):
                 x_hats.append(self.sae(i).decode(*code, base=self.predictor(i, x_hats)))
@@ -213,7 +219,8 @@ class ReSAE(
         """
         sae = self.sae(layer)
         few = x.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
-        if few and seen is put_in and (carried is not None or x.is_cuda):
+        fused = few and seen is put_in and (carried is not None or x.is_cuda)
+        if fused and isinstance(sae, TopKSAE):  # a boosted one is two encodes
             weights = (sae.encoder.weight, sae.encoder.bias, sae.config.k, sae.W_dec)
             if carried is not None:
                 return online_step(x, *weights, codes=codes, transported=carried)
@@ -227,11 +234,11 @@ class ReSAE(
 
     def transported(self, max_bytes: int) -> Transported | None:
         """Every dictionary carried through the maps to every later layer
-        (`resae_kernels.transport`), detached; None if the new tables would exceed `max_bytes`, or
-        there are no maps."""
+        (`resae_kernels.transport`), detached; None if the new tables would exceed `max_bytes`,
+        there are no maps, or autoencoders are boosted."""
         saes = [self.sae(i) for i in range(self.n_layers)]
         tables = sum((len(saes) - 1 - i) * sae.W_dec.nbytes for i, sae in enumerate(saes))
-        if not self.chained or tables > max_bytes:
+        if not self.chained or self.boosted or tables > max_bytes:
             return None
         W_dec, b_dec = [sae.W_dec for sae in saes], [sae.b_dec for sae in saes]
         return transport(W_dec, self.predictor.A, self.predictor.c, b_dec=b_dec)
@@ -287,6 +294,7 @@ class ReSAE(
                 "predictor": self.predictor.kind,
                 "form": self.predictor.form,
                 "shared": self.shared,
+                "boosted": self.boosted,
                 "d_in": self.d_in,
                 "d_sae": [self.sae(i).config.d_sae for i in range(self.n_layers)],
                 "k": [self.sae(i).config.k for i in range(self.n_layers)],
@@ -357,9 +365,14 @@ class ReSAE(
             )
         if description["predictor"] not in KINDS:
             raise ValueError(f"stack {folder}: unknown predictor {description['predictor']!r}")
-        saes = [TopKSAE.load(folder / name) for name in description["hook_points"]]
-        if description.get("shared", False):
-            _share(saes, folder)
+        folders = [folder / name for name in description["hook_points"]]
+        saes: Sequence[TopKSAE | BoostedSAE]
+        if description.get("boosted", False):
+            saes = [BoostedSAE.load(path) for path in folders]
+        else:
+            saes = plain = [TopKSAE.load(path) for path in folders]
+            if description.get("shared", False):
+                _share(plain, folder)
         stack = cls(
             description["hook_points"],
             AffinePredictor.load(folder / "affine.safetensors", description["predictor"]),

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from resae.affine import KINDS, AffinePredictor, Moments, check_form, fit_predictor
 from resae.data import ActivationSource, Position
-from resae.sae import auxk_loss
+from resae.sae import BoostedSAE, SAEConfig, TopKSAE, auxk_loss
 from resae.stack import ModelIdentity, ReSAE, new_stack
 from resae.storage import load_tensors, save_tensors, write_atomically
 
@@ -68,6 +68,12 @@ class TrainConfig:
     """The error is the mean over the reconstructions of the j strongest latents for these j, rising
     and ending with k (HierarchicalTopK, arXiv 2505.24473); None: that of all k. Each adds a
     gradient `[M, D]`: powers of two cost less than every j."""
+    boost: str | None = None
+    """Folder of a trained stack, which stays as it is, its maps too: beside each of its
+    autoencoders a second one is trained on what it leaves of this data (SAE Boost, arXiv
+    2507.12990); k and d_sae are of the second ones."""
+    boost_keep: float = 0.1
+    """Share of the second ones' acts in training that their threshold in use lets through."""
     train_tokens: int = 1_000_000
     """Tokens to train on; the data starts over if it is shorter."""
     calibration_tokens: int = 100_000
@@ -114,6 +120,12 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: prefixes={js}, k={self.k}; expected one k, and rising numbers from "
                 f"1 on that end with it, for example 1,2,4,8 for k = 8"
+            )
+        if self.boost is not None and (self.shared or js is not None):
+            raise ValueError("TrainConfig: boost with shared or prefixes; train the base with them")
+        if not 0 < self.boost_keep <= 1:
+            raise ValueError(
+                f"TrainConfig: boost_keep={self.boost_keep}, expected above 0, up to 1"
             )
         for name in ("train_tokens", "calibration_tokens", "batch_tokens"):
             if getattr(self, name) < 1:
@@ -175,6 +187,16 @@ def calibrate(
     return Calibration(
         fit_predictor(kind, moments, ridge=ridge, form=form, rank=rank),
         moments.scale(),
+        [moments.mean(layer).float() for layer in range(len(moments.sums))],
+    )
+
+
+def boost_calibration(base: ReSAE, moments: Moments) -> Calibration:
+    """What boosting a stack needs: its own maps, and scales rounded to powers of two, which bring
+    its weights into units of training and back without changing a bit."""
+    return Calibration(
+        base.predictor,
+        [2.0 ** round(math.log2(s)) for s in moments.scale()],
         [moments.mean(layer).float() for layer in range(len(moments.sums))],
     )
 
@@ -245,18 +267,23 @@ def stack_loss(
         base = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
         its_dead = dead[stack.position(layer)]
         code = sae.encode(x, base=base)
-        prefixes = config.prefixes or (sae.config.k,)
-        *partial, x_hat = sae.decode_prefixes(code, prefixes, base=base)
+        partial: list[Tensor] = []
+        if config.prefixes is None:
+            x_hat = sae.decode(*code, base=base)
+        else:
+            *partial, x_hat = sae.trained.decode_prefixes(code, config.prefixes, base=base)
         x_hats.append(x_hat.detach())
         target = x if base is None else x - base
         variance = (target - target.mean(0)).square().sum()
         fvu = (x - x_hat).square().sum() / variance
-        error = sum(((x - y).square().sum() / variance for y in partial), fvu) / len(prefixes)
+        errors = [(x - y).square().sum() / variance for y in partial]
+        error = sum(errors, fvu) / (1 + len(errors))
         k_aux = max(1, x.shape[1] // 2)
-        aux = auxk_loss(sae, x, x - x_hat, its_dead, k_aux, base=base)
+        aux = auxk_loss(sae.trained, x, x - x_hat, its_dead, k_aux, base=base)
         loss = loss + error + config.auxk_coefficient * aux
-        active = code.acts > 0
-        fired[stack.position(layer)].append(code.indices[active])
+        acts, indices = sae.trained_code(code)
+        active = acts > 0
+        fired[stack.position(layer)].append(indices[active])
         l0 = active.sum(-1).double().mean()
         measured.append((fvu.detach(), l0, its_dead.double().mean(), aux.detach()))
     return StackLoss(loss, measured, [torch.cat(latents) for latents in fired])
@@ -292,7 +319,23 @@ def train_step(
 def initial_state(
     config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None, device: str
 ) -> TrainState:
-    """Step 0: random directions, `b_dec` the mean of what each autoencoder reads."""
+    """Step 0: random directions, `b_dec` the mean of what each autoencoder reads.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no stack to boost, or not one of this configuration.
+    """
+    stack = (
+        _boosted(config, calibration) if config.boost else _random(config, calibration, identity)
+    )
+    stack.to(device)
+    M = config.d_sae
+    since = [torch.zeros(M, dtype=torch.int64, device=device) for _ in stack.saes]
+    learned = [parameter for parameter in stack.saes.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=config.peak_lr, fused=True)
+    return TrainState(stack, optimizer, since)
+
+
+def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None) -> ReSAE:
     inverse = [1.0 / s for s in calibration.scale]
     stack = new_stack(
         config.layers,
@@ -310,10 +353,33 @@ def initial_state(
     for layer, mean in enumerate(means):
         if layer == 0 or not stack.chained:  # elsewhere the residual's mean is zero by construction
             stack.sae(layer).b_dec.data.copy_(mean)
-    stack.to(device)
-    since = [torch.zeros(config.d_sae, dtype=torch.int64, device=device) for _ in stack.saes]
-    optimizer = torch.optim.Adam(stack.saes.parameters(), lr=config.peak_lr, fused=True)
-    return TrainState(stack, optimizer, since)
+    return stack
+
+
+def _boosted(config: TrainConfig, calibration: Calibration) -> ReSAE:
+    base = ReSAE.load(str(config.boost))
+    has = (tuple(base.hook_points), base.predictor.kind, base.predictor.form)
+    asked = (config.layers, config.predictor, config.form)
+    if has != asked or base.boosted:
+        boosted = ", boosted already" if base.boosted else ""
+        raise ValueError(
+            f"boost: {config.boost} has layers, predictor and form {has}{boosted}; expected {asked}"
+        )
+    if any(math.frexp(s)[0] != 0.5 for s in calibration.scale):
+        raise ValueError(
+            f"boost: scales {calibration.scale} are no powers of two, so that the base would not "
+            f"keep its bits; take them from boost_calibration"
+        )
+    base.rescale_([1.0 / s for s in calibration.scale])
+    saes = []
+    for layer, k in enumerate(config.k):
+        sae = base.sae(layer)
+        assert isinstance(sae, TopKSAE)
+        # Other directions than the base began with.
+        seed = config.seed * 1_000 + 500 + layer
+        boost = TopKSAE(SAEConfig(base.d_in, config.d_sae, k), seed=seed)
+        saes.append(BoostedSAE(sae, boost, keep=config.boost_keep))
+    return ReSAE(base.hook_points, base.predictor, saes, base.model_identity)
 
 
 # -- the loop --------------------------------------------------------------------------------------

@@ -84,6 +84,19 @@ def test_a_run_is_measured_at_lower_k(run, tmp_path):
     assert l0[1] <= 1 < l0[4] <= 4
 
 
+def test_a_run_is_boosted_on_other_text_and_compared(run, material, tmp_path):
+    model, out = str(material / "model"), tmp_path / "boosted"
+    (tmp_path / "other.txt").write_text("if (x == NULL) { return -1; }\n" * 900)
+    arguments = ["train", model, str(tmp_path / "other.txt"), "--boost", str(run), "--k", "2"]
+    arguments += [*TRAIN[4:], *SMALL, "--out", str(out)]
+    assert main(arguments) == 0
+    assert ReSAE.load(out).hook_points == tiny.NAMES
+    assert main([*arguments, "--resume"]) == 0
+    assert main(["eval", str(run), str(out), "--out", str(tmp_path / "both")]) == 0
+    report = json.loads((tmp_path / "both" / "report.json").read_text())
+    assert {r["method"] for r in report["replacement"]} == {"resae", "boost", "affine_only"}
+
+
 def test_generate_prints_both_texts_and_the_counts(run, capsys):
     assert main(["generate", str(run), "--prompt", "The cat", "--max-new-tokens", "6"]) == 0
     printed = capsys.readouterr().out
@@ -181,6 +194,15 @@ def bad(material, tmp_path):
         "layers-out-of-order": ([*train, "--layers", "3,1", *out], "out of order"),
         "layer-out-of-range": ([*train, "--layers", "1,9", *out], "out of range"),
         "k-above-the-trained": (["eval", str(material / "run"), "--k", "5"], "expected 1 to 4"),
+        "no-layers": (["train", model, text, "--k", "4", *out], "--layers is missing"),
+        "boost-nothing": (
+            ["train", model, text, "--k", "4", "--boost", str(tmp_path), *out],
+            "not a run directory",
+        ),
+        "boost-other-layers": (
+            [*train, "--layers", "0,1", "--boost", str(material / "run"), *out],
+            "leave --layers out",
+        ),
         "run-exists": ([*train, "--out", str(material / "run")], "--resume"),
         "not-a-run": (["eval", str(tmp_path)], "not a run directory"),
         "generate-not-a-run": (["generate", str(tmp_path), "--prompt", "x"], "not a run"),

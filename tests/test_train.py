@@ -9,7 +9,13 @@ from resae import ReSAE, StoredActivations, TrainConfig, train, train_step
 from resae.affine import Moments
 from resae.data import ActivationBatches, TokenRows, capture_tokens
 from resae.stack import ModelIdentity
-from resae.train import Calibration, calibrate, initial_state, stack_loss
+from resae.train import (
+    Calibration,
+    boost_calibration,
+    calibrate,
+    initial_state,
+    stack_loss,
+)
 
 TEXT = ["The cat sat on the mat, and the dog sat by the door. " * 40]
 
@@ -336,3 +342,56 @@ def test_trained_over_prefixes_a_truncated_code_reconstructs_better(xs, tmp_path
     assert error(nested, 1) < 0.95 * error(plain, 1)
     assert error(nested, 2) < 0.98 * error(plain, 2)
     assert error(nested, 8) < 1.2 * error(plain, 8)
+
+
+def boost(xs, base, out, config=None, **options):
+    """Boost the stack in folder `base` on `xs`, as `resae train --boost` does."""
+    loaded = ReSAE.load(base)
+    config = config or config_of(
+        boost=str(base), k=(2, 2, 2), d_sae=32, predictor=loaded.predictor.kind
+    )
+    moments = Moments(3, 32, "none")
+    moments.add(xs)
+    source = StoredActivations(xs, batch_tokens=64)
+    return train(config, source, boost_calibration(loaded, moments), out, **options)
+
+
+@pytest.mark.parametrize("kind", ["none", "previous"])
+def test_boosting_leaves_the_base_its_bits_and_helps_on_the_new_data(xs, tmp_path, kind):
+    run([x[:1024] for x in xs], tmp_path / "base", config_of(predictor=kind))
+    base = ReSAE.load(tmp_path / "base")
+    new = [1.5 * x[1024:] + 2 * x[1024:].roll(1, dims=1) for x in xs]
+    boost(new, tmp_path / "base", tmp_path / "boost")
+    loaded = ReSAE.load(tmp_path / "boost")
+    assert loaded.boosted
+    before = base.state_dict()
+    after = {name.replace(".base.", "."): t for name, t in loaded.state_dict().items()}
+    assert all(torch.equal(t, after[name]) for name, t in before.items())
+    for layer in range(3):
+        assert float(loaded.sae(layer).threshold) > 0
+        loaded.sae(layer).threshold.zero_()
+    with torch.no_grad():
+        for x, y, z in zip(new, base(new).x_hats, loaded(new).x_hats, strict=True):
+            assert float((x - z).square().sum()) < 0.95 * float((x - y).square().sum())
+
+
+def test_a_resumed_boost_ends_in_the_bits_of_an_uninterrupted_one(xs, tmp_path):
+    run(xs, tmp_path / "base")
+    whole = boost(xs, tmp_path / "base", tmp_path / "whole").state_dict()
+    assert boost(xs, tmp_path / "base", tmp_path / "cut", should_stop=stop_after(9)) is None
+    resumed = boost(xs, tmp_path / "base", tmp_path / "cut", resume=True).state_dict()
+    assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
+
+
+def test_what_cannot_be_boosted_is_named(xs, tmp_path):
+    run(xs, tmp_path / "base")
+    other = config_of(boost=str(tmp_path / "base"), predictor="none")
+    with pytest.raises(ValueError, match="'previous', 'full'.*expected.*'none'"):
+        boost(xs, tmp_path / "base", tmp_path / "out", other)
+    config = config_of(boost=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match="no powers of two"):
+        initial_state(config, calibration_of(xs), None, "cpu")
+    with pytest.raises(ValueError, match="boost with shared or prefixes"):
+        replace(config, prefixes=(1, 4))
+    with pytest.raises(ValueError, match="boost_keep=0"):
+        replace(config, boost_keep=0.0)
