@@ -5,7 +5,8 @@
     previous      x_l ≈ x_{l-1} A_l + c_l                              ReSAE, arXiv 2605.27819
     all_previous  x_l ≈ Σ_{j<l} x_j A_lj + c_l                         after LIMe, arXiv 2502.09245
 
-The maps of the last two have a form: `full`, `scalar` α_lj·I, `diagonal`, or `low_rank` U V.
+The maps of the last two have a form: `full`, `scalar` α_lj·I, `diagonal`, or `low_rank`
+skip_lj·I + U V: a stream keeps most of what it was, which no low rank alone could say.
 
 One pass over calibration activations sums first and second moments in float64, block by block
 `[D, D]`, only the blocks that the predictor needs: 2·N·D² FLOPs each. The ridge is relative to the
@@ -24,7 +25,12 @@ from resae.storage import load_tensors, save_tensors
 from resae_kernels.reference import accumulation_dtype, affine_predict
 
 KINDS = ("none", "identity", "previous", "all_previous")
-FORMS = {"full": ("A",), "scalar": ("alpha",), "diagonal": ("diagonal",), "low_rank": ("U", "V")}
+FORMS = {
+    "full": ("A",),
+    "scalar": ("alpha",),
+    "diagonal": ("diagonal",),
+    "low_rank": ("U", "V", "skip"),
+}
 """Form of the maps → what is stored of each."""
 
 
@@ -100,7 +106,7 @@ class AffinePredictor(nn.Module):
 
     Args:
         A: per map what its form holds (`FORMS`): `A [s·D, D]`, `alpha [s]`, `diagonal [s, D]`, or
-            the pair `U [s·D, r]`, `V [r, D]`.
+            `U [s·D, r]`, `V [r, D]`, `skip [s]`.
     """
 
     def __init__(
@@ -140,13 +146,12 @@ class AffinePredictor(nn.Module):
         return tuple(self.get_buffer(f"{name}_{layer}") for name in FORMS[self.form])
 
     def _dense(self, layer: int) -> Tensor:
-        first, *rest = self._parts(layer)
+        parts = self._parts(layer)
         if self.form == "full":
-            return first
-        if self.form == "low_rank":
-            return first @ rest[0]
-        rows = first if first.ndim == 2 else first[:, None].expand(-1, len(self.c[layer - 1]))
-        return torch.cat([torch.diag(row) for row in rows])
+            return parts[0]
+        rows = parts[-1].reshape(len(parts[-1]), -1).expand(-1, len(self.c[layer - 1]))
+        dense = torch.cat([torch.diag(row) for row in rows])
+        return dense + parts[0] @ parts[1] if self.form == "low_rank" else dense
 
     def forward(self, layer: int, previous: Sequence[Tensor]) -> Tensor | None:
         """The prediction of selected layer `layer` from the layers before it, each `[..., D]`.
@@ -166,10 +171,8 @@ class AffinePredictor(nn.Module):
         """The same maps for activations multiplied by `factors`, one per layer."""
         A, c = [], []
         for layer in range(1, self.n_maps + 1):
-            first, *rest = self._parts(layer)
-            sources = sources_of(self.kind, layer)
-            per_source = [factors[layer] / factors[j] for j in sources]
-            A.append((_times_per_source(first, per_source), *rest))
+            per_source = [factors[layer] / factors[j] for j in sources_of(self.kind, layer)]
+            A.append(_times_per_source(self.form, self._parts(layer), per_source))
             c.append(self.get_buffer(f"c_{layer}") * factors[layer])
         return AffinePredictor(self.kind, A, c, form=self.form)
 
@@ -194,18 +197,30 @@ class AffinePredictor(nn.Module):
 
 def _moved(parts: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
     """`Σ_j x_j A_j` of sources `[..., D]` for a form that is not full."""
-    first, *rest = (part.to(accumulation_dtype(part.dtype)) for part in parts)
-    if rest:
-        return torch.cat(list(sources), dim=-1).to(first.dtype) @ first @ rest[0]
-    products = [x.to(first.dtype) * factor for x, factor in zip(sources, first, strict=True)]
-    return torch.stack(products).sum(0) if len(products) > 1 else products[0]
+    *low_rank, factors = (part.to(accumulation_dtype(part.dtype)) for part in parts)
+    wide = [x.to(factors.dtype) for x in sources]
+    moved = wide[0] * factors[0]  # factors: [s] or [s, D]
+    for x, factor in zip(wide[1:], factors[1:], strict=True):
+        moved = moved + x * factor
+    if low_rank:
+        U, V = low_rank
+        moved = moved + torch.cat(wide, dim=-1) @ U @ V
+    return moved
 
 
-def _times_per_source(part: Tensor, factors: Sequence[float]) -> Tensor:
-    """A map's first part, whose rows belong to one source after the other, times one factor
-    each."""
-    rows = torch.tensor(factors, dtype=torch.float64).repeat_interleave(len(part) // len(factors))
-    return part * rows.to(part).reshape(-1, *[1] * (part.ndim - 1))
+def _times_per_source(
+    form: str, parts: Sequence[Tensor], factors: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """A map times one factor per source. The rows of every part but V belong to one source after
+    the other."""
+    scaled = []
+    for name, part in zip(FORMS[form], parts, strict=True):
+        if name != "V":
+            rows = torch.tensor(factors, dtype=torch.float64)
+            rows = rows.repeat_interleave(len(part) // len(factors)).to(part)
+            part = part * rows.reshape(-1, *[1] * (part.ndim - 1))
+        scaled.append(part)
+    return tuple(scaled)
 
 
 def check_form(kind: str, form: str, rank: int | None, what: str = "affine fit") -> None:
@@ -264,9 +279,9 @@ def fit_predictor(
         if kind == "identity":
             parts: tuple[Tensor, ...] = (torch.eye(D, dtype=torch.float64),)
         else:
-            first, *rest = _solve(moments, sources, target, scale, ridge, form, rank)
-            raw = [scale[target] / scale[j] for j in sources]
-            parts = (_times_per_source(first, raw), *rest)
+            units = [scale[target] / scale[j] for j in sources]
+            fitted = _solve(moments, sources, target, scale, ridge, form, rank)
+            parts = _times_per_source(form, fitted, units)
         moved = torch.cat(means) @ parts[0] if form == "full" else _moved(parts, means)
         maps.append(tuple(part.to(dtype) for part in parts))
         offsets.append((moments.mean(target) - moved).to(dtype))
@@ -285,8 +300,9 @@ def _solve(
     """The parts of one map, in units of each layer's RMS.
 
     With `G = Σ_ss + λI` and `X = Σ_st`, of blocks `[D, D]` per source: scalar `α = (tr G_ij)⁻¹
-    (tr X_i)`; diagonal the same dimension by dimension; low rank `B V Vᵀ` of the full map B and the
-    r first eigenvectors V of `Xᵀ B` (reduced-rank regression, Izenman 1975).
+    (tr X_i)`; diagonal the same dimension by dimension; low rank first the scalar, then `B V Vᵀ`
+    of what it lacks to the full map, B, with the r first eigenvectors V of `Bᵀ G B` (reduced-rank
+    regression, Izenman 1975).
     """
     s, D = len(sources), len(moments.sums[0])
     gram = torch.cat(
@@ -297,29 +313,32 @@ def _solve(
     )
     cross = torch.cat([moments.covariance(i, target) / (scale[i] * scale[target]) for i in sources])
     gram.diagonal().add_(ridge * gram.diagonal().mean())
-    if form in ("scalar", "diagonal"):
-        # [s, s, D] and [s, D], the diagonals of the blocks
-        grams = gram.view(s, D, s, D).diagonal(dim1=1, dim2=3)
-        crosses = cross.view(s, D, D).diagonal(dim1=1, dim2=2)
-        if form == "scalar":
-            grams, crosses = grams.sum(-1, keepdim=True), crosses.sum(-1, keepdim=True)
-        gram, cross = grams.permute(2, 0, 1), crosses.T.unsqueeze(-1)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool(failed.any()):
-        raise ValueError(
-            f"affine fit: the covariance of the sources of selected layer {target} is singular "
-            f"({moments.count} tokens, ridge {ridge}); use more calibration tokens or a ridge > 0"
-        )
-    A = torch.cholesky_solve(cross, factor)
-    if form == "scalar":
-        return (A.view(s),)
+
+    def solve(gram: Tensor, cross: Tensor) -> Tensor:
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if bool(failed.any()):
+            raise ValueError(
+                f"affine fit: the covariance of the sources of selected layer {target} is singular "
+                f"({moments.count} tokens, ridge {ridge}); use more calibration tokens or a ridge "
+                f"> 0"
+            )
+        return torch.cholesky_solve(cross, factor)
+
+    if form == "full":
+        return (solve(gram, cross),)
+    # The diagonals of the blocks: [D, s, s] and [D, s, 1].
+    grams = gram.view(s, D, s, D).diagonal(dim1=1, dim2=3).permute(2, 0, 1)
+    crosses = cross.view(s, D, D).diagonal(dim1=1, dim2=2).T.unsqueeze(-1)
     if form == "diagonal":
-        return (A.squeeze(-1).T.contiguous(),)
-    if rank is None:
-        return (A,)
-    explained = cross.T @ A
-    V = torch.linalg.eigh((explained + explained.T) / 2).eigenvectors[:, D - rank :]
-    return A @ V, V.T.contiguous()
+        return (solve(grams, crosses).squeeze(-1).T.contiguous(),)
+    alpha = solve(grams.sum(0), crosses.sum(0)).view(s)
+    if form == "scalar":
+        return (alpha,)
+    assert rank is not None  # check_form
+    B = solve(gram, cross)
+    B.view(s, D, D).diagonal(dim1=1, dim2=2).sub_(alpha.unsqueeze(1))
+    V = torch.linalg.eigh(B.T @ gram @ B).eigenvectors[:, D - rank :]
+    return B @ V, V.T.contiguous(), alpha
 
 
 def routing_shares(predictor: AffinePredictor, moments: Moments) -> list[list[float]]:

@@ -190,7 +190,8 @@ def in_rms_units(predictor, xs, layer):
 
 def brute_force(form, rank, xs, layer, ridge):
     """The same minimum from the tokens themselves: lstsq over the form's own parameters, with the
-    penalty as further rows; low rank: the SVD of the fitted values (Eckart–Young)."""
+    penalty as further rows; low rank: the SVD (Eckart–Young) of what the scalar form leaves of the
+    fitted values."""
     units = [x / x.square().mean().sqrt() for x in xs]
     centred = [x - x.mean(0) for x in units]
     N, D = centred[0].shape
@@ -200,9 +201,10 @@ def brute_force(form, rank, xs, layer, ridge):
     padded = torch.cat([wide, rows])
     target = torch.cat([centred[layer], torch.zeros(layer * D, D, dtype=torch.float64)])
     if form == "low_rank":
-        full = torch.linalg.lstsq(padded, target).solution
-        _, _, Vh = torch.linalg.svd(padded @ full, full_matrices=False)
-        return full @ Vh[:rank].T @ Vh[:rank]
+        scalar = brute_force("scalar", None, xs, layer, ridge)
+        lacks = torch.linalg.lstsq(padded, target).solution - scalar
+        _, _, Vh = torch.linalg.svd(padded @ lacks, full_matrices=False)
+        return scalar + lacks @ Vh[:rank].T @ Vh[:rank]
     eye = torch.eye(D, dtype=torch.float64)
     patterns = []  # one dense map per parameter
     for j in range(layer):
@@ -238,7 +240,10 @@ def test_no_perturbation_of_a_form_is_better(form, rank):
         moved = AffinePredictor(
             "all_previous",
             [
-                tuple(part + 0.01 * torch.randn_like(part) for part in fitted._parts(layer))
+                tuple(  # the skip is the scalar form's: fixed before the low rank is fitted
+                    part + (0.01 * torch.randn_like(part) if name != "skip" else 0)
+                    for name, part in zip(FORMS[form], fitted._parts(layer), strict=True)
+                )
                 for layer in (1, 2)
             ],
             fitted.c,
@@ -275,7 +280,7 @@ def test_cheap_maps_are_applied_rescaled_and_stored_as_their_dense_ones(tmp_path
     assert all(torch.equal(t, loaded.tensors()[name]) for name, t in fitted.tensors().items())
     stored = sum(t.numel() for t in loaded.tensors().values()) - 2 * 6  # without c
     n_sources = 3 if kind == "all_previous" else 2
-    expected = {"scalar": n_sources, "diagonal": 6 * n_sources, "low_rank": 12 * n_sources + 24}
+    expected = {"scalar": n_sources, "diagonal": 6 * n_sources, "low_rank": 13 * n_sources + 24}
     assert stored == expected[form]
 
 
@@ -291,7 +296,7 @@ def test_every_form_leaves_no_mean_and_a_richer_one_explains_more():
         assert float(rest.mean(0).abs().max()) < 1e-8
         r2[form, rank] = r2_per_layer(fitted, [xs])[1]
     assert r2["scalar", None] < r2["diagonal", None] < r2["full", None]
-    assert r2["low_rank", 2] < r2["low_rank", 5] < r2["full", None]
+    assert r2["scalar", None] < r2["low_rank", 2] < r2["low_rank", 5] < r2["full", None]
 
 
 def test_routing_shares_are_the_energies_of_what_each_source_contributes():
