@@ -20,7 +20,7 @@ import torch
 
 from resae.affine import FORMS, KINDS, Moments, r2_per_layer, routing_shares
 from resae.data import ActivationBatches, TokenRows, capture_tokens, train_and_held_out
-from resae.demo import DemoConfig, run_demo
+from resae.demo import EXTRA_METHODS, DemoConfig, run_demo
 from resae.environment import environment
 from resae.evaluate import (
     Method,
@@ -269,8 +269,13 @@ def _demo(options: argparse.Namespace) -> int:
     # another process is using its core.
     torch.set_num_threads(options.threads)
     display = Display()
+    methods = EXTRA_METHODS if options.methods == ("all",) else options.methods
     config = DemoConfig(
-        layers=options.layers, k=options.k, seed=options.seed, **_demo_sizes(options)
+        layers=options.layers,
+        k=options.k,
+        seed=options.seed,
+        methods=methods,
+        **_demo_sizes(options),
     )
     report = run_demo(out, config, say=display.say, show=display.show)
     page = write_report(out)
@@ -716,6 +721,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--k", type=_numbers, default=(4, 8, 32), help="active latents, compared")
     demo.add_argument("--layers", type=_names, default=("1", "3", "5"), help="blocks to replace")
+    demo.add_argument(
+        "--methods",
+        type=_names,
+        default=(),
+        help=f"further methods, beside raw SAEs, identity residuals and ReSAE: all, or of "
+        f"{', '.join(EXTRA_METHODS)}",
+    )
     demo.add_argument("--train-tokens", type=int, help="fewer for a quick look (default: 200000)")
     demo.add_argument("--held-out-rows", type=int, help="rows to evaluate on (default: 64)")
 
