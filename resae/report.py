@@ -40,7 +40,7 @@ COLORS = {  # Okabe and Ito: told apart by colour-blind readers too
     "all_previous": "#cc79a7",
     "affine_only": "#666666",
     "mlsae": "#56b4e9",
-    "hierarchical": "#b79f00",
+    "hierarchical": "#000000",
     "resae_closed": "#7b3294",
 }
 TABLES_ONLY = {"raw_truncated", "boost_base", "boost"} | {

@@ -636,3 +636,14 @@ def test_a_boosted_stack_is_replaced_read_and_edited_like_any_other():
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-3, rtol=1e-3)
         assert int(codes[tiny.NAMES[1]].indices.max()) >= 64
     assert (codes[tiny.NAMES[1]].acts == 9.0).any(-1).all()
+    # Tables made for ordinary autoencoders know nothing of the boost: not made, and not used.
+    assert stack.transported(1 << 30) is None
+    with torch.no_grad():
+        few = [x[0, :4] for x in expected]
+        codes = stack.encode(few)
+        carried = tiny.stack(lm).transported(1 << 30)
+        past = few[:1]
+        x_hat, code = stack.step(1, few[1], past, past, codes=codes[:1], carried=carried)
+        plain = stack.sae(1)(few[1], base=stack.predictor(1, past))
+    assert torch.equal(code.indices, plain.code.indices)
+    assert torch.equal(x_hat, plain.x_hat)
