@@ -156,8 +156,10 @@ class AffinePredictor(nn.Module):
     def forward(self, layer: int, previous: Sequence[Tensor]) -> Tensor | None:
         """The prediction of selected layer `layer` from the layers before it, each `[..., D]`.
 
-        Without dense products where the form is cheaper: `s`, `s·D` or `(s + 1)·r·D` products per
-        token. None where nothing is predicted: the first layer, and every layer of kind "none".
+        Without dense products where the form is cheaper: s·D multiplications per token and, of low
+        rank, (s + 1)·r·D more, against s·D².
+
+        None where nothing is predicted: the first layer, and every layer of kind "none".
         """
         if layer == 0 or self.kind == "none":
             return None
@@ -165,7 +167,7 @@ class AffinePredictor(nn.Module):
         if self.form == "full":
             return affine_predict(previous[:layer], parts[0], c)
         sources = [previous[j] for j in sources_of(self.kind, layer)]
-        return _moved(parts, sources) + c.to(accumulation_dtype(c.dtype))
+        return (_moved(parts, sources) + c.to(accumulation_dtype(c.dtype))).to(c.dtype)
 
     def rescaled(self, factors: Sequence[float]) -> "AffinePredictor":
         """The same maps for activations multiplied by `factors`, one per layer."""

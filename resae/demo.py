@@ -692,12 +692,20 @@ def extra_findings(report: dict[str, Any]) -> list[str]:
     closed, opened = (deltas(m, "teacher_forced", "closed") for m in ("resae_closed", "resae"))
     if closed:
         online, online_open = (deltas(m, "online", "closed") for m in ("resae_closed", "resae"))
+        last = report["reconstruction"][-1]["layer"]
+        fvu = {
+            (r["method"], r["k"]): r["fvu_stream"]
+            for r in report["reconstruction"]
+            if (r["layer"], r["loop"]) == (last, "closed")
+        }
+        errors = [listed([fvu[m, k] for k in closed]) for m in ("resae_closed", "resae")]
         better = sum(closed[k] < opened[k] for k in closed)
         worse = sum(online[k] > online_open[k] for k in closed)
         sentences.append(
             f"Trained in closed loop, ReSAE loses {listed(list(closed.values()))} with clean codes "
             f"encoded in closed loop, trained in open loop {listed([opened[k] for k in closed])} "
-            f"(k = {', '.join(map(str, closed))}): better at {better} of {len(closed)} k. Online "
+            f"(k = {', '.join(map(str, closed))}): better at {better} of {len(closed)} k; FVU "
+            f"there at the last layer {errors[0]} against {errors[1]}. Online "
             f"{listed(list(online.values()))} against {listed([online_open[k] for k in closed])}: "
             f"{'worse at ' + str(worse) if worse else 'worse at none'} of {len(closed)} k."
         )

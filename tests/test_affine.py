@@ -274,6 +274,11 @@ def test_cheap_maps_are_applied_rescaled_and_stored_as_their_dense_ones(tmp_path
         torch.testing.assert_close(fitted(layer, xs), dense(layer, xs))
         scaled = fitted.rescaled(factors)(layer, moved)
         torch.testing.assert_close(scaled, factors[layer] * dense(layer, xs))
+    half = fitted.to(torch.bfloat16)(2, [x.bfloat16() for x in xs])
+    assert half.dtype == torch.bfloat16  # what an encode of such a stack needs
+    error = float((half.double() - dense(2, xs)).norm() / dense(2, xs).norm())
+    assert error < 0.02
+    fitted = fit_predictor(kind, moments, form=form, rank=rank, dtype=torch.float64)
     fitted.save(tmp_path / "affine.safetensors")
     loaded = AffinePredictor.load(tmp_path / "affine.safetensors", kind)
     assert loaded.form == form

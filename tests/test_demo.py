@@ -220,6 +220,10 @@ def further_rows(ratio):
     return {
         "replacement": rows,
         "affine": [{"method": m, "hop": "a", "r2": 0.9} for m in ("resae", "all_previous")],
+        "reconstruction": [
+            {"method": m, "loop": "closed", "k": 8, "layer": "a", "fvu_stream": value}
+            for m, value in (("resae", 0.2), ("resae_closed", 0.2 * ratio))
+        ],
         "mlsae": table,
         "hierarchical": [{**table[0], "truncated": 1.01}],
         "boost": [
@@ -235,6 +239,7 @@ def test_findings_on_further_methods_say_when_a_bound_does_not_hold():
     assert len(good) == len(bad) == 5
     assert "better at 1 of 1 k" in good[0]
     assert "worse at none of 1 k" in good[0]
+    assert "last layer 0.180 against 0.200" in good[0]
     assert "better at 0 of 1 k" in bad[0]
     assert "worse at 1 of 1 k" in bad[0]
     assert "-10.0% at k = 8" in good[3]
