@@ -21,7 +21,7 @@ from resae.intervene import (
 )
 from resae.model import FAMILIES, Family, HookedLM, HookPoint
 from resae.replace import generate, replacement
-from resae.sae import SAEConfig, TopKSAE
+from resae.sae import BoostedSAE, SAEConfig, TopKSAE
 from resae.stack import AffineOnly, ReSAE
 from resae.train import Calibration, TrainConfig, train, train_step
 
@@ -30,6 +30,7 @@ __all__ = [
     "ActivationBatches",
     "AffineOnly",
     "AffinePredictor",
+    "BoostedSAE",
     "Calibration",
     "Change",
     "DecodeLoop",

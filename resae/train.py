@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from resae.affine import KINDS, AffinePredictor, Moments, fit_predictor
+from resae.affine import KINDS, AffinePredictor, Moments, check_form, fit_predictor
 from resae.data import ActivationSource, Position
-from resae.sae import Total, auxk_loss, in_one_piece
+from resae.sae import BoostedSAE, SAEConfig, TopKSAE, Total, auxk_loss, in_one_piece
 from resae.stack import ModelIdentity, ReSAE, new_stack
 from resae.storage import load_tensors, save_tensors, write_atomically
 
@@ -55,9 +55,26 @@ class TrainConfig:
     """M, latents per layer."""
     predictor: str = "previous"
     """`none`, `identity`, `previous` or `all_previous`."""
+    form: str = "full"
+    """Of the maps of the last two: `full`, `scalar`, `diagonal` or `low_rank`."""
+    rank: int | None = None
+    """Of the form `low_rank`."""
     loop: str = "open"
     """Residuals against predictions from true activations (`open`) or reconstructions
     (`closed`)."""
+    shared: bool = False
+    """One dictionary for all layers (MLSAE, arXiv 2409.04185); predictor `none` and equal k. A
+    latent that fires on a token in any layer is alive."""
+    prefixes: tuple[int, ...] | None = None
+    """The error is the mean over the reconstructions of the j strongest latents for these j, rising
+    and ending with k (HierarchicalTopK, arXiv 2505.24473); None: that of all k. Each adds a
+    gradient `[M, D]`: powers of two cost less than every j."""
+    boost: str | None = None
+    """Folder of a trained stack, which stays as it is, its maps too: beside each of its
+    autoencoders a second one is trained on what it leaves of this data (SAE Boost, arXiv
+    2507.12990); k and d_sae are of the second ones."""
+    boost_keep: float = 0.1
+    """Share of the second ones' acts in training that their threshold in use lets through."""
     train_tokens: int = 1_000_000
     """Tokens to train on; the data starts over if it is shorter."""
     calibration_tokens: int = 100_000
@@ -96,8 +113,32 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: unknown predictor {self.predictor!r}; choose {', '.join(KINDS)}"
             )
+        check_form(self.predictor, self.form, self.rank, "TrainConfig")
         if self.loop not in ("open", "closed"):
             raise ValueError(f"TrainConfig: loop={self.loop!r}, expected 'open' or 'closed'")
+        equal_k = len(set(self.k)) == 1
+        if self.shared and (self.predictor != "none" or not equal_k):
+            raise ValueError(
+                f"TrainConfig: shared with predictor={self.predictor!r}, k={self.k}; a dictionary "
+                f"of all layers needs predictor 'none' and one k"
+            )
+        js = self.prefixes
+        rising = js is None or (js == tuple(sorted(set(js))) and js[:1] > (0,) and equal_k)
+        if not rising or (js is not None and js[-1] != self.k[0]):
+            raise ValueError(
+                f"TrainConfig: prefixes={js}, k={self.k}; expected one k, and rising numbers from "
+                f"1 on that end with it, for example 1,2,4,8 for k = 8"
+            )
+        if self.boost is not None and (self.shared or js is not None):
+            raise ValueError("TrainConfig: boost with shared or prefixes; train the base with them")
+        if self.boost is not None and self.accumulation_steps > 1:
+            raise ValueError(
+                "TrainConfig: boost with accumulation_steps; its threshold is of whole batches"
+            )
+        if not 0 < self.boost_keep <= 1:
+            raise ValueError(
+                f"TrainConfig: boost_keep={self.boost_keep}, expected above 0, up to 1"
+            )
         for name in ("train_tokens", "calibration_tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name}={getattr(self, name)}, expected at least 1")
@@ -158,11 +199,23 @@ class Calibration(NamedTuple):
         )
 
 
-def calibrate(kind: str, moments: Moments, *, ridge: float) -> Calibration:
+def calibrate(
+    kind: str, moments: Moments, *, ridge: float, form: str = "full", rank: int | None = None
+) -> Calibration:
     """Maps, scales and means from the moments of the calibration tokens."""
     return Calibration(
-        fit_predictor(kind, moments, ridge=ridge),
+        fit_predictor(kind, moments, ridge=ridge, form=form, rank=rank),
         moments.scale(),
+        [moments.mean(layer).float() for layer in range(len(moments.sums))],
+    )
+
+
+def boost_calibration(base: ReSAE, moments: Moments) -> Calibration:
+    """What boosting a stack needs: its own maps, and scales rounded to powers of two, which bring
+    its weights into units of training and back without changing a bit."""
+    return Calibration(
+        base.predictor,
+        [2.0 ** round(math.log2(s)) for s in moments.scale()],
         [moments.mean(layer).float() for layer in range(len(moments.sums))],
     )
 
@@ -191,7 +244,7 @@ class TrainState:
     """In units of each layer's RMS."""
     optimizer: torch.optim.Optimizer
     tokens_since_fired: list[Tensor]
-    """L × `[M]` int64."""
+    """`[M]` int64 of each of `stack.saes`: in tokens, each of which is seen at all layers."""
     step: int = 0
     position: Position = field(default_factory=Position)
 
@@ -215,7 +268,8 @@ class StackLoss(NamedTuple):
     measured: list[Measured]
     """Per layer `(fvu, l0, dead fraction, auxk)`, detached."""
     fired: list[Tensor]
-    """Per layer the latents that fired, in any order, repeated as often as they did."""
+    """Of each of `stack.saes` the latents that fired, in any order, repeated as often as they
+    did."""
 
 
 def stack_loss(
@@ -229,7 +283,7 @@ def stack_loss(
     """The loss of L activations `[N, D]`, already divided by their RMS.
 
     Args:
-        dead: per layer which latents AuxK shall revive, `[M]` bool.
+        dead: for each of `stack.saes` which latents AuxK shall revive, `[M]` bool.
         total: makes a sum over these tokens the sum over the batch that they are a piece of; the
             losses of all pieces then add up to the loss of the batch. Whatever a loss divides by
             goes through it, always in the same order, and no argument depends on what an earlier
@@ -237,23 +291,33 @@ def stack_loss(
     """
     loss = xs[0].new_zeros(())
     x_hats: list[Tensor] = []
-    measured, fired = [], []
+    measured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    fired: list[list[Tensor]] = [[] for _ in stack.saes]
     for layer, x in enumerate(xs):
         sae = stack.sae(layer)
         base = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
-        x_hat, code = sae(x, base=base)
+        its_dead = dead[stack.position(layer)]
+        code = sae.encode(x, base=base)
+        partial: list[Tensor] = []
+        if config.prefixes is None:
+            x_hat = sae.decode(*code, base=base)
+        else:
+            *partial, x_hat = sae.trained.decode_prefixes(code, config.prefixes, base=base)
         x_hats.append(x_hat.detach())
         target = x if base is None else x - base
         variance = centred_energy(target, total).to(x.dtype)
         fvu = (x - x_hat).square().sum() / variance
+        errors = [(x - y).square().sum() / variance for y in partial]
+        error = sum(errors, fvu) / (1 + len(errors))
         k_aux = max(1, x.shape[1] // 2)
-        aux = auxk_loss(sae, x, x - x_hat, dead[layer], k_aux, base=base, total=total)
-        loss = loss + fvu + config.auxk_coefficient * aux
-        active = code.acts > 0
-        fired.append(code.indices[active])
+        aux = auxk_loss(sae.trained, x, x - x_hat, its_dead, k_aux, base=base, total=total)
+        loss = loss + error + config.auxk_coefficient * aux
+        acts, indices = sae.trained_code(code)
+        active = acts > 0
+        fired[stack.position(layer)].append(indices[active])
         l0 = active.sum(-1).double().mean()
-        measured.append((fvu.detach(), l0, dead[layer].double().mean(), aux.detach()))
-    return StackLoss(loss, measured, fired)
+        measured.append((fvu.detach(), l0, its_dead.double().mean(), aux.detach()))
+    return StackLoss(loss, measured, [torch.cat(latents) for latents in fired])
 
 
 def centred_energy(x: Tensor, total: Total = in_one_piece) -> Tensor:
@@ -289,15 +353,15 @@ def train_step(
             since[latents] = 0
         part.loss.backward()
         parts.append((len(piece[0]) / tokens, part._replace(loss=part.loss.detach())))
-    for layer in range(stack.n_layers):
-        stack.sae(layer).remove_parallel_gradient()
+    for sae in stack.distinct():
+        sae.remove_parallel_gradient()
     if config.clip_norm is not None:
         clip_gradients(list(stack.parameters()), config.clip_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = config.lr_at(state.step)
     state.optimizer.step()
-    for layer in range(stack.n_layers):
-        stack.sae(layer).normalize_decoder()
+    for sae in stack.distinct():
+        sae.normalize_decoder()
     state.step += 1
     return _sum_of_parts(parts)
 
@@ -355,7 +419,23 @@ def clip_gradients(parameters: Sequence[nn.Parameter], norm: float) -> None:
 def initial_state(
     config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None, device: str
 ) -> TrainState:
-    """Step 0: random directions, `b_dec` the mean of what each autoencoder reads."""
+    """Step 0: random directions, `b_dec` the mean of what each autoencoder reads.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no stack to boost, or not one of this configuration.
+    """
+    stack = (
+        _boosted(config, calibration) if config.boost else _random(config, calibration, identity)
+    )
+    stack.to(device)
+    M = config.d_sae
+    since = [torch.zeros(M, dtype=torch.int64, device=device) for _ in stack.saes]
+    learned = [parameter for parameter in stack.saes.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=config.peak_lr, fused=True)
+    return TrainState(stack, optimizer, since)
+
+
+def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None) -> ReSAE:
     inverse = [1.0 / s for s in calibration.scale]
     stack = new_stack(
         config.layers,
@@ -364,15 +444,42 @@ def initial_state(
         d_sae=config.d_sae,
         k=config.k,
         seed=config.seed,
+        shared=config.shared,
         model=identity,
     )
-    for layer, mean in enumerate(calibration.mean):
+    means = [mean * factor for mean, factor in zip(calibration.mean, inverse, strict=True)]
+    if config.shared:
+        means = [torch.stack(means).mean(0)] * len(means)
+    for layer, mean in enumerate(means):
         if layer == 0 or not stack.chained:  # elsewhere the residual's mean is zero by construction
-            stack.sae(layer).b_dec.data.copy_(mean * inverse[layer])
-    stack.to(device)
-    since = [torch.zeros(config.d_sae, dtype=torch.int64, device=device) for _ in config.layers]
-    optimizer = torch.optim.Adam(stack.saes.parameters(), lr=config.peak_lr, fused=True)
-    return TrainState(stack, optimizer, since)
+            stack.sae(layer).b_dec.data.copy_(mean)
+    return stack
+
+
+def _boosted(config: TrainConfig, calibration: Calibration) -> ReSAE:
+    base = ReSAE.load(str(config.boost))
+    has = (tuple(base.hook_points), base.predictor.kind, base.predictor.form)
+    asked = (config.layers, config.predictor, config.form)
+    if has != asked or base.boosted:
+        boosted = ", boosted already" if base.boosted else ""
+        raise ValueError(
+            f"boost: {config.boost} has layers, predictor and form {has}{boosted}; expected {asked}"
+        )
+    if any(math.frexp(s)[0] != 0.5 for s in calibration.scale):
+        raise ValueError(
+            f"boost: scales {calibration.scale} are no powers of two, so that the base would not "
+            f"keep its bits; take them from boost_calibration"
+        )
+    base.rescale_([1.0 / s for s in calibration.scale])
+    saes = []
+    for layer, k in enumerate(config.k):
+        sae = base.sae(layer)
+        assert isinstance(sae, TopKSAE)
+        # Other directions than the base began with.
+        seed = config.seed * 1_000 + 500 + layer
+        boost = TopKSAE(SAEConfig(base.d_in, config.d_sae, k), seed=seed)
+        saes.append(BoostedSAE(sae, boost, keep=config.boost_keep))
+    return ReSAE(base.hook_points, base.predictor, saes, base.model_identity)
 
 
 # -- the loop --------------------------------------------------------------------------------------

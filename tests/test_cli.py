@@ -76,6 +76,27 @@ def test_runs_are_compared_in_one_table(run, material, tmp_path):
     assert {r["method"] for r in report["replacement"]} == {"resae", "raw", "affine_only"}
 
 
+def test_a_run_is_measured_at_lower_k(run, tmp_path):
+    assert main(["eval", str(run), "--k", "1,4", "--out", str(tmp_path / "ks")]) == 0
+    report = json.loads((tmp_path / "ks" / "report.json").read_text())
+    assert {r["k"] for r in report["replacement"]} == {1, 4, None}
+    l0 = {r["k"]: r["l0"] for r in report["reconstruction"] if r["method"] == "resae"}
+    assert l0[1] <= 1 < l0[4] <= 4
+
+
+def test_a_run_is_boosted_on_other_text_and_compared(run, material, tmp_path):
+    model, out = str(material / "model"), tmp_path / "boosted"
+    (tmp_path / "other.txt").write_text("if (x == NULL) { return -1; }\n" * 900)
+    arguments = ["train", model, str(tmp_path / "other.txt"), "--boost", str(run), "--k", "2"]
+    arguments += [*TRAIN[4:], *SMALL, "--out", str(out)]
+    assert main(arguments) == 0
+    assert ReSAE.load(out).hook_points == tiny.NAMES
+    assert main([*arguments, "--resume"]) == 0
+    assert main(["eval", str(run), str(out), "--out", str(tmp_path / "both")]) == 0
+    report = json.loads((tmp_path / "both" / "report.json").read_text())
+    assert {r["method"] for r in report["replacement"]} == {"resae", "boost", "affine_only"}
+
+
 def test_generate_prints_both_texts_and_the_counts(run, capsys):
     assert main(["generate", str(run), "--prompt", "The cat", "--max-new-tokens", "6"]) == 0
     printed = capsys.readouterr().out
@@ -124,6 +145,20 @@ def test_fit_writes_maps_and_their_r2(material, tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == ["calibration.safetensors", "fit.json"]
 
 
+def test_fit_says_where_the_prediction_comes_from(material, tmp_path, capsys):
+    arguments = ["fit", str(material / "model"), str(material / "text.txt"), "--layers", "0,1,3"]
+    arguments += ["--context-tokens", "24", "--held-out-rows", "8", "--calibration-tokens", "2048"]
+    arguments += ["--predictor", "all_previous", "--form", "diagonal"]
+    assert main([*arguments, "--out", str(tmp_path / "fit")]) == 0
+    assert "all previous layers, diagonal: " in capsys.readouterr().out
+    rows = json.loads((tmp_path / "fit" / "fit.json").read_text())["affine"]
+    (shares,) = [row["shares"] for row in rows if "shares" in row]
+    assert list(shares) == tiny.NAMES[:2]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert main([*arguments, "--rank", "3", "--out", str(tmp_path / "new")]) == 2
+    assert "rank=3" in capsys.readouterr().err
+
+
 def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material):
     """The whole way: another process, SIGTERM in the middle, --resume."""
     out = material / "cut"
@@ -158,6 +193,16 @@ def bad(material, tmp_path):
         "layer-twice": ([*train, "--layers", "1,1", *out], "selected twice"),
         "layers-out-of-order": ([*train, "--layers", "3,1", *out], "out of order"),
         "layer-out-of-range": ([*train, "--layers", "1,9", *out], "out of range"),
+        "k-above-the-trained": (["eval", str(material / "run"), "--k", "5"], "expected 1 to 4"),
+        "no-layers": (["train", model, text, "--k", "4", *out], "--layers is missing"),
+        "boost-nothing": (
+            ["train", model, text, "--k", "4", "--boost", str(tmp_path), *out],
+            "not a run directory",
+        ),
+        "boost-other-layers": (
+            [*train, "--layers", "0,1", "--boost", str(material / "run"), *out],
+            "leave --layers out",
+        ),
         "run-exists": ([*train, "--out", str(material / "run")], "--resume"),
         "not-a-run": (["eval", str(tmp_path)], "not a run directory"),
         "generate-not-a-run": (["generate", str(tmp_path), "--prompt", "x"], "not a run"),

@@ -9,7 +9,13 @@ from resae import ReSAE, StoredActivations, TrainConfig, train, train_step
 from resae.affine import Moments
 from resae.data import ActivationBatches, TokenRows, capture_tokens
 from resae.stack import ModelIdentity
-from resae.train import Calibration, calibrate, initial_state
+from resae.train import (
+    Calibration,
+    boost_calibration,
+    calibrate,
+    initial_state,
+    stack_loss,
+)
 
 TEXT = ["The cat sat on the mat, and the dog sat by the door. " * 40]
 
@@ -248,6 +254,13 @@ def test_calibration_comes_back(xs, tmp_path):
         pytest.param({"k": (0, 4, 4)}, "1 ≤ k", id="k-zero"),
         pytest.param({"predictor": "magic"}, "unknown predictor 'magic'", id="predictor"),
         pytest.param({"loop": "round"}, "loop='round'", id="loop"),
+        pytest.param({"shared": True}, "predictor 'none' and one k", id="shared-predicted"),
+        pytest.param({"shared": True, "predictor": "none", "k": (4, 4, 5)}, "one k", id="shared-k"),
+        pytest.param({"prefixes": (1, 2)}, r"prefixes=\(1, 2\).*end with it", id="prefixes-end"),
+        pytest.param({"prefixes": (2, 1, 4)}, "rising", id="prefixes-order"),
+        pytest.param({"prefixes": (0, 4)}, "from 1 on", id="prefixes-zero"),
+        pytest.param({"prefixes": ()}, "prefixes=", id="prefixes-none"),
+        pytest.param({"prefixes": (1, 4), "k": (4, 8, 4)}, "one k", id="prefixes-k"),
         pytest.param({"train_tokens": 0}, "train_tokens=0", id="tokens"),
         pytest.param({"buffer_tokens": 32}, "below batch_tokens=64", id="buffer"),
         pytest.param({"clip_norm": 0.0}, "clip_norm=0.0", id="clip"),
@@ -257,6 +270,133 @@ def test_calibration_comes_back(xs, tmp_path):
 def test_impossible_settings_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         config_of(**changes)
+
+
+def test_a_shared_dictionary_is_trained_resumed_and_saved_as_one(xs, tmp_path):
+    config = config_of(predictor="none", shared=True, dead_after_tokens=128)
+    whole = run(xs, tmp_path / "whole", config)
+    assert whole.shared
+    assert run(xs, tmp_path / "cut", config, should_stop=stop_after(7)) is None
+    resumed = run(xs, tmp_path / "cut", config, resume=True).state_dict()
+    assert all(torch.equal(t, resumed[name]) for name, t in whole.state_dict().items())
+    loaded = ReSAE.load(tmp_path / "whole")
+    assert loaded.shared
+    norms = whole.sae(0).W_dec.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(64))
+    out = [stack([x[:50] for x in xs]).x_hats for stack in (whole, loaded)]
+    assert all(torch.equal(a, b) for a, b in zip(*out, strict=True))
+    ratio = (whole.sae(2).b_dec.norm() / whole.sae(0).b_dec.norm()).detach()
+    scale = calibration_of(xs).scale
+    assert float(ratio) == pytest.approx(scale[2] / scale[0], rel=1e-5)
+    assert abs(float(ratio) - 1) > 1e-3  # each layer has its own scale folded in
+
+
+def test_a_latent_of_a_shared_dictionary_lives_by_any_layer(xs):
+    config = config_of(predictor="none", shared=True)
+    calibration = calibration_of(xs, "none")
+    state = initial_state(config, calibration, None, "cpu")
+    (since,) = state.tokens_since_fired
+    batch = [x[:3] / s for x, s in zip(xs, calibration.scale, strict=True)]
+    codes = [state.stack.sae(i).encode(x) for i, x in enumerate(batch)]
+    fired = [set(code.indices[code.acts > 0].tolist()) for code in codes]
+    assert len({frozenset(f) for f in fired}) > 1
+    train_step(state, config, batch)
+    assert set((since == 0).nonzero().flatten().tolist()) == set.union(*fired)
+    assert int(since.max()) == 3  # tokens, not tokens times layers
+
+
+@pytest.mark.parametrize("kind", ["none", "previous"])
+def test_the_loss_over_prefixes_is_the_mean_of_the_errors_at_each(xs, kind):
+    config = config_of(predictor=kind, prefixes=(1, 3, 4), auxk_coefficient=0.0)
+    calibration = calibration_of(xs, kind)
+    stack = initial_state(config, calibration, None, "cpu").stack
+    batch = [x[:64] / s for x, s in zip(xs, calibration.scale, strict=True)]
+    dead = [torch.zeros(64, dtype=torch.bool)] * 3
+    found = stack_loss(stack, config, batch, dead)
+    expected = 0.0
+    for layer, x in enumerate(batch):
+        base = stack.predictor(layer, batch)
+        target = x if base is None else x - base
+        for j in (1, 3, 4):
+            sae = stack.sae(layer).at_k(j)
+            error = (x - sae(x, base=base).x_hat).square().sum()
+            expected = expected + error / (target - target.mean(0)).square().sum() / 3
+    torch.testing.assert_close(found.loss, expected)
+    parameters = list(stack.saes.parameters())
+    for a, b in zip(
+        torch.autograd.grad(found.loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_trained_over_prefixes_a_truncated_code_reconstructs_better(xs, tmp_path):
+    settings = {"predictor": "none", "k": (8, 8, 8), "train_tokens": 64 * 120}
+    plain = run(xs, tmp_path / "plain", config_of(**settings))
+    nested = run(xs, tmp_path / "nested", config_of(**settings, prefixes=(1, 2, 4, 8)))
+
+    @torch.no_grad()
+    def error(stack, k):
+        x_hats = stack.at_k(k)(xs).x_hats
+        return sum(float((x - y).square().mean()) for x, y in zip(xs, x_hats, strict=True))
+
+    assert error(nested, 1) < 0.95 * error(plain, 1)
+    assert error(nested, 2) < 0.98 * error(plain, 2)
+    assert error(nested, 8) < 1.2 * error(plain, 8)
+
+
+def boost(xs, base, out, config=None, **options):
+    """Boost the stack in folder `base` on `xs`, as `resae train --boost` does."""
+    loaded = ReSAE.load(base)
+    config = config or config_of(
+        boost=str(base), k=(2, 2, 2), d_sae=32, predictor=loaded.predictor.kind
+    )
+    moments = Moments(3, 32, "none")
+    moments.add(xs)
+    source = StoredActivations(xs, batch_tokens=64)
+    return train(config, source, boost_calibration(loaded, moments), out, **options)
+
+
+@pytest.mark.parametrize("kind", ["none", "previous"])
+def test_boosting_leaves_the_base_its_bits_and_helps_on_the_new_data(xs, tmp_path, kind):
+    run([x[:1024] for x in xs], tmp_path / "base", config_of(predictor=kind))
+    base = ReSAE.load(tmp_path / "base")
+    new = [1.5 * x[1024:] + 2 * x[1024:].roll(1, dims=1) for x in xs]
+    boost(new, tmp_path / "base", tmp_path / "boost")
+    loaded = ReSAE.load(tmp_path / "boost")
+    assert loaded.boosted
+    before = base.state_dict()
+    after = {name.replace(".base.", "."): t for name, t in loaded.state_dict().items()}
+    assert all(torch.equal(t, after[name]) for name, t in before.items())
+    for layer in range(3):
+        assert float(loaded.sae(layer).threshold) > 0
+        loaded.sae(layer).threshold.zero_()
+    with torch.no_grad():
+        for x, y, z in zip(new, base(new).x_hats, loaded(new).x_hats, strict=True):
+            assert float((x - z).square().sum()) < 0.95 * float((x - y).square().sum())
+
+
+def test_a_resumed_boost_ends_in_the_bits_of_an_uninterrupted_one(xs, tmp_path):
+    run(xs, tmp_path / "base")
+    whole = boost(xs, tmp_path / "base", tmp_path / "whole").state_dict()
+    assert boost(xs, tmp_path / "base", tmp_path / "cut", should_stop=stop_after(9)) is None
+    resumed = boost(xs, tmp_path / "base", tmp_path / "cut", resume=True).state_dict()
+    assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
+
+
+def test_what_cannot_be_boosted_is_named(xs, tmp_path):
+    run(xs, tmp_path / "base")
+    other = config_of(boost=str(tmp_path / "base"), predictor="none")
+    with pytest.raises(ValueError, match="'previous', 'full'.*expected.*'none'"):
+        boost(xs, tmp_path / "base", tmp_path / "out", other)
+    config = config_of(boost=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match="no powers of two"):
+        initial_state(config, calibration_of(xs), None, "cpu")
+    with pytest.raises(ValueError, match="boost with shared or prefixes"):
+        replace(config, prefixes=(1, 4))
+    with pytest.raises(ValueError, match="boost_keep=0"):
+        replace(config, boost_keep=0.0)
 
 
 def one_step(xs, config, kind="previous", batch=None):
@@ -269,12 +409,20 @@ def one_step(xs, config, kind="previous", batch=None):
     return state, *train_step(state, config, scaled)
 
 
-@pytest.mark.parametrize("loop", ["open", "closed"])
-def test_a_batch_in_pieces_gives_the_weights_of_the_whole_batch(xs, loop):
+WAYS = {
+    "open": {"loop": "open"},
+    "closed": {"loop": "closed"},
+    "shared": {"predictor": "none", "shared": True},
+    "prefixes": {"prefixes": (1, 2, 4)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_in_pieces_gives_the_weights_of_the_whole_batch(xs, way):
     results = []
     for pieces in (1, 3):
-        config = config_of(loop=loop, accumulation_steps=pieces, lr=1e-3)
-        results.append(one_step(xs, config))
+        config = config_of(**WAYS[way], accumulation_steps=pieces, lr=1e-3)
+        results.append(one_step(xs, config, config.predictor))
     (whole, loss, measured), (cut, cut_loss, cut_measured) = results
     torch.testing.assert_close(cut_loss, loss)
     torch.testing.assert_close(cut_measured, measured)
