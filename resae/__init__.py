@@ -47,6 +47,7 @@ __all__ = [
     "HookedLM",
     "Interventions",
     "Method",
+    "ModelActivations",
     "Moments",
     "ReSAE",
     "SAEConfig",
