@@ -15,6 +15,7 @@ which one process gets from W sources of the same ranks. Every rank is at the sa
 the same step; how many rows a fill took differs by a few, so that each rank keeps its own position.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -425,17 +426,25 @@ class ActivationBatches:
     def in_order(self) -> Iterator[list[Tensor]]:
         """L activations `[n, D]` of the first epoch in the order of the rows, for calibration.
 
-        The first buffer comes first, and is kept: `batches` begins with it, and the model has run
-        on it only once.
+        The first buffer comes first. What is read here, up to a buffer beyond the first, is kept
+        for `batches`: the model runs on it only once.
         """
-        if self._first is None:
-            self._first = self._fill(self.activations.reader(0), Position())
-        tokens, xs, epoch, row, _ = self._first
+        first = self._first or self._fill(self.activations.reader(0), Position())
+        tokens, xs, epoch, row, read = first
+        ahead: deque[tuple[list[int], list[Tensor]]] = deque()
+        self._first = first._replace(read=_reading_again(ahead, read))
         step = self.model_rows * self.context_tokens
         for start in range(0, tokens, step):
             yield [x[start : min(start + step, tokens)].float() for x in xs]
-        if epoch == 0:
-            yield from in_order(self.activations, row)
+        held = 0
+        while epoch == 0 and (taken := read(self.model_rows))[0]:
+            held += sum(taken[0])
+            if held <= tokens:
+                ahead.append(taken)
+            elif ahead:  # too much to hold: from there on it is read anew
+                ahead.clear()
+                self._first = first._replace(read=self.activations.reader(row))
+            yield [x.float() for x in taken[1]]
 
     def _fill(self, read: Read, at: Position) -> "_Fill":
         """The next buffer: as many tokens as its batches have, and a part of a row at most."""
@@ -462,6 +471,21 @@ class ActivationBatches:
             held += sum(counts)
         joined = [torch.cat(layer)[:wanted] for layer in zip(*pieces, strict=True)]
         return _Fill(first_epoch, joined, epoch, row, read)
+
+
+def _reading_again(ahead: deque[tuple[list[int], list[Tensor]]], read: Read) -> Read:
+    """What was read ahead, and then what `read` goes on with."""
+
+    def again(n: int) -> tuple[list[int], list[Tensor]]:
+        if not ahead:
+            return read(n)
+        counts, xs = ahead.popleft()
+        tokens = sum(counts[:n])
+        if n < len(counts):
+            ahead.appendleft((counts[n:], [x[tokens:] for x in xs]))
+        return counts[:n], [x[:tokens] for x in xs]
+
+    return again
 
 
 class _Fill(NamedTuple):

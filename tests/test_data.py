@@ -1,3 +1,5 @@
+from itertools import islice
+
 import pytest
 import tiny
 import torch
@@ -324,6 +326,27 @@ def test_the_first_buffer_serves_calibration_and_training_alike(lm, monkeypatch)
         assert at == same
         assert all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
     assert torch.equal(first[0][:3], capture_rows(lm, list(rows_of(lm))[:2], 0)[:3])
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2, 4, 40], ids=str)
+def test_what_calibration_reads_beyond_it_is_not_read_again(lm, monkeypatch, passes):
+    """`passes` beyond the first buffer; beyond a second buffer nothing more is held."""
+    sizes = {"batch_tokens": 8, "buffer_tokens": 64, "model_rows": 1}
+    points = lm.hook_points([0, 2])
+    expected = take(ActivationBatches(lm, rows_of(lm), points, **sizes).batches(), 24)
+    source = ActivationBatches(lm, rows_of(lm), points, **sizes)
+    calibration = source.in_order()
+    seen = counted(lm, monkeypatch)
+    take(calibration, 4)  # the first buffer, sixteen tokens at a time
+    before = len(seen)
+    beyond = len(list(islice(calibration, passes)))
+    assert len(seen) == before + beyond
+    got = take(source.batches(), 24)
+    for (xs, at), (ys, same) in zip(expected, got, strict=True):
+        assert at == same
+        assert all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+    rows_taken = before * 3
+    assert len(seen) == pytest.approx(rows_taken + (0 if beyond <= 4 else beyond), abs=2)
 
 
 def test_calibration_goes_over_the_text_once(lm):
