@@ -130,6 +130,14 @@ def test_a_damaged_file_is_named_and_written_again(lm, tmp_path, caplog, damage)
     assert len(shard.read_bytes()) == len(content)
 
 
+def test_files_missing_here_and_there_are_written_from_their_own_rows(lm, tmp_path):
+    whole = joined(cache_of(lm, tmp_path))
+    for number in (0, 2):
+        (tmp_path / "cache" / f"shard_{number:05d}.safetensors").unlink()
+    for x, y in zip(joined(cache_of(lm, tmp_path)), whole, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
