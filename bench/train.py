@@ -854,7 +854,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             tokens, found = zip(*((t / 1e3, values[0]) for t, values in curve), strict=True)
             name, package = row["package"], PACKAGES[row["package"]]
             left.plot(tokens, found, color=package.color, marker=".", label=name)
-    left.set(xlabel="thousand tokens", ylabel="FVU on held-out text", yscale="log")
+    left.set(xlabel="thousand tokens", ylabel="FVU on held-out text")
     left.set_title("the same activations, block 3", fontsize=10)
     left.legend(fontsize=7, frameon=False)
     bars = [r for r in rows if r["part"] == "loop"]
