@@ -8,8 +8,15 @@ with replacement(lm, stack) as replaced:
 replaced.counts
 """
 
+from resae.activation_cache import ActivationCache
 from resae.affine import AffinePredictor, Moments, fit_predictor
-from resae.data import ActivationBatches, StoredActivations, TokenRows, load_texts
+from resae.data import (
+    ActivationBatches,
+    ModelActivations,
+    StoredActivations,
+    TokenRows,
+    load_texts,
+)
 from resae.decode_loop import DecodeLoop
 from resae.evaluate import Method, evaluate
 from resae.intervene import (
@@ -28,6 +35,7 @@ from resae.train import Calibration, TrainConfig, train, train_step
 __all__ = [
     "FAMILIES",
     "ActivationBatches",
+    "ActivationCache",
     "AffineOnly",
     "AffinePredictor",
     "BoostedSAE",
@@ -40,6 +48,7 @@ __all__ = [
     "HookedLM",
     "Interventions",
     "Method",
+    "ModelActivations",
     "Moments",
     "ReSAE",
     "SAEConfig",

@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from itertools import chain
@@ -18,8 +18,16 @@ from typing import Any
 
 import torch
 
+from resae.activation_cache import ActivationCache
 from resae.affine import FORMS, KINDS, Moments, r2_per_layer, routing_shares
-from resae.data import ActivationBatches, TokenRows, capture_tokens, train_and_held_out
+from resae.data import (
+    ActivationBatches,
+    ModelActivations,
+    TokenRows,
+    capture_tokens,
+    in_order,
+    train_and_held_out,
+)
 from resae.demo import EXTRA_METHODS, DemoConfig, run_demo
 from resae.environment import environment
 from resae.evaluate import (
@@ -120,7 +128,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _load_model(options: argparse.Namespace, name: str) -> HookedLM:
     _quiet_libraries()
-    return HookedLM.from_pretrained(name, dtype=DTYPES[options.dtype], device=options.device)
+    device = getattr(options, "model_device", None) or options.device
+    return HookedLM.from_pretrained(name, dtype=DTYPES[options.dtype], device=device)
 
 
 def _quiet_libraries() -> None:
@@ -147,31 +156,30 @@ def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRo
 
 
 def _captured(
-    lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint], say: Callable[[int], None]
+    lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]
 ) -> Iterator[list[torch.Tensor]]:
-    done = 0
-    for ids in rows.batches(FIT_ROWS):
-        xs = capture_tokens(lm, ids, points)
-        done += len(xs[0])
-        say(done)
-        yield xs
+    return (capture_tokens(lm, ids, points) for ids in rows.batches(FIT_ROWS))
 
 
 def _moments(
     lm: HookedLM,
     points: Sequence[HookPoint],
-    rows: TokenRows,
+    batches: Iterable[Sequence[torch.Tensor]],
     config: TrainConfig,
     display: Display,
 ) -> Moments:
-    def progress(done: int) -> None:
-        share = min(1.0, done / config.calibration_tokens)
-        display.show(f"affine maps: {share:4.0%} of {config.calibration_tokens:,} tokens")
+    def shown() -> Iterator[Sequence[torch.Tensor]]:
+        done = 0
+        for xs in batches:
+            done += len(xs[0])
+            share = min(1.0, done / config.calibration_tokens)
+            display.show(f"affine maps: {share:4.0%} of {config.calibration_tokens:,} tokens")
+            yield xs
 
     # The identity needs no products of activations, so its moments are in everyone's.
     moments = sum_moments(
         config.predictor,
-        _captured(lm, rows, points, progress),
+        shown(),
         tokens=config.calibration_tokens,
         d_in=lm.d_model,
         n_layers=len(points),
@@ -187,20 +195,18 @@ def _moments(
 def _calibrate(
     lm: HookedLM,
     points: Sequence[HookPoint],
-    rows: TokenRows,
-    held_out: TokenRows,
+    batches: Iterable[Sequence[torch.Tensor]],
+    unseen: Iterable[Sequence[torch.Tensor]],
     config: TrainConfig,
     display: Display,
 ) -> tuple[Calibration, list[dict[str, Any]]]:
-    """The calibration, and R² per hop on held-out tokens, beside the identity's; of a hop that
-    several layers are sources of, also their shares."""
-    moments = _moments(lm, points, rows, config, display)
+    """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
+    beside the identity's; of a hop that several layers are sources of, also their shares."""
+    moments = _moments(lm, points, batches, config, display)
     form: dict[str, Any] = {"form": config.form, "rank": config.rank}
     calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
     table: list[dict[str, Any]] = []
-    unseen = [
-        [x.cpu() for x in capture_tokens(lm, ids, points)] for ids in held_out.batches(FIT_ROWS)
-    ]
+    unseen = [[x.cpu() for x in xs] for xs in unseen]
     compared = [calibrate("identity", moments, ridge=config.ridge).predictor]
     if config.predictor != "identity":
         compared.append(calibration.predictor)
@@ -220,6 +226,35 @@ def _calibrate(
         for source, share in row.get("shares", {}).items():
             display.say(f"   {share:6.1%} from {source}")
     return calibration, table
+
+
+def _stored(
+    options: argparse.Namespace,
+    lm: HookedLM,
+    points: Sequence[HookPoint],
+    rows: TokenRows,
+    part: str,
+    display: Display,
+    tokens: int = 0,
+) -> ActivationCache | None:
+    """The activation cache of one part of the text, if --cache asks for one."""
+    if options.cache is None:
+        return None
+    names = ("data", "text_column", "streaming", "seed")
+    cache = ActivationCache(
+        Path(options.cache) / part,
+        ModelActivations(lm, rows, points),
+        data={name: getattr(options, name) for name in names},
+        dtype=options.cache_dtype,
+    )
+    if tokens:
+        cache.require_disk(tokens)
+        display.say(
+            f"activations: {cache.bytes_for(tokens) / 1e9:.2f} GB for {tokens:,} tokens in "
+            f"{options.cache} (less where the text is shorter); {cache.stored_tokens:,} tokens "
+            f"are there"
+        )
+    return cache
 
 
 def _train_config(
@@ -311,7 +346,8 @@ def _fit(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     rows, held_out = _data(options, lm)
-    calibration, affine = _calibrate(lm, points, rows, held_out, config, display)
+    batches, unseen = _captured(lm, rows, points), _captured(lm, held_out, points)
+    calibration, affine = _calibrate(lm, points, batches, unseen, config, display)
     calibration.save(out / "calibration.safetensors")
     record = _run_record(options, config, affine)
     del record["train"]
@@ -341,32 +377,37 @@ def _train(options: argparse.Namespace) -> int:
         )
     config = _train_config(options, lm, points, base)
     rows, held_out = _data(options, lm)
-    calibrated = out / "calibration.safetensors"
-    if options.resume and calibrated.exists():
-        _require_same_run(load_json(out / "run.json", "run"), options, config, out)
-        calibration = Calibration.load(calibrated, config.predictor)
-    else:
-        if base is None:
-            calibration, affine = _calibrate(lm, points, rows, held_out, config, display)
-        else:
-            calibration, affine = (
-                boost_calibration(base, _moments(lm, points, rows, config, display)),
-                [],
-            )
-        save_json(out / "run.json", _run_record(options, config, affine))
-        calibration.save(calibrated)
-    display.say(
-        f"{len(points)} autoencoders of {config.d_sae} latents on {lm.name}: {config.steps:,} "
-        f"steps of {config.batch_tokens:,} tokens; checkpoints every "
-        f"{options.checkpoint_steps:,} steps"
-    )
+    stored = _stored(options, lm, points, rows, "train", display, config.train_tokens)
     source = ActivationBatches(
         lm,
         rows,
         points,
         batch_tokens=config.batch_tokens,
         buffer_tokens=config.buffer_tokens,
+        total_tokens=config.train_tokens,
         seed=config.seed,
+        device=options.device,
+        stored=stored,
+    )
+    calibrated = out / "calibration.safetensors"
+    if options.resume and calibrated.exists():
+        _require_same_run(load_json(out / "run.json", "run"), options, config, out)
+        calibration = Calibration.load(calibrated, config.predictor)
+    else:
+        batches = source.in_order()
+        if base is None:
+            kept = _stored(options, lm, points, held_out, "held_out", display)
+            unseen = in_order(kept or ModelActivations(lm, held_out, points))
+            calibration, affine = _calibrate(lm, points, batches, unseen, config, display)
+        else:
+            moments = _moments(lm, points, batches, config, display)
+            calibration, affine = boost_calibration(base, moments), []
+        save_json(out / "run.json", _run_record(options, config, affine))
+        calibration.save(calibrated)
+    display.say(
+        f"{len(points)} autoencoders of {config.d_sae} latents on {lm.name}: {config.steps:,} "
+        f"steps of {config.batch_tokens:,} tokens; checkpoints every "
+        f"{options.checkpoint_steps:,} steps"
     )
 
     def progress(p: Progress) -> None:
@@ -796,6 +837,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--autocast", action="store_true", help="products in bfloat16, weights in float32"
+    )
+    training.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep the activations of the language model there, and read them where they are "
+        "there already",
+    )
+    training.add_argument(
+        "--cache-dtype",
+        choices=tuple(DTYPES),
+        help="of the activations kept (default: as the model computes them); bfloat16 halves the "
+        "disk of a float32 model and rounds every number to 8 bits, a relative error of 1/512",
+    )
+    training.add_argument(
+        "--model-device",
+        help="where the language model runs, if not with the autoencoders: cpu, cuda:1",
     )
     training.add_argument("--checkpoint-steps", type=int, default=1_000, help="between checkpoints")
     training.add_argument("--log-steps", type=int, default=50, help="between lines of the log")

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import pytest
 import tiny
 import torch
 
-from resae import ReSAE
+from resae import HookedLM, ReSAE
 from resae.cli import main
+from resae.storage import load_json
 
 TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
 SMALL = ["--train-tokens", "4096", "--batch-tokens", "128", "--buffer-tokens", "1024"]
@@ -287,3 +289,26 @@ def test_python_m_resae_is_the_command():
     )
     for command in ("demo", "fit", "train", "eval", "generate", "report"):
         assert command in done.stdout
+
+
+def test_a_second_run_with_a_cache_does_not_run_the_model(material, tmp_path, capsys, monkeypatch):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    cached = [*arguments, "--cache", str(tmp_path / "cache")]
+    assert main([*cached, "--out", str(tmp_path / "first")]) == 0
+    assert re.search(r"activations: \d\.\d\d GB for [\d,]+ tokens in", capsys.readouterr().out)
+    monkeypatch.setattr(HookedLM, "capture", None)
+    assert main([*cached, "--out", str(tmp_path / "second")]) == 0
+    stacks = [ReSAE.load(tmp_path / name).state_dict() for name in ("first", "second")]
+    assert all(torch.equal(stacks[0][name], stacks[1][name]) for name in stacks[0])
+    capsys.readouterr()
+    assert main([*cached, "--context-tokens", "12", "--out", str(tmp_path / "third")]) == 2
+    assert "is of other activations (context_tokens: " in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_train_takes_the_model_in_bfloat16_and_on_a_device_of_its_own(material, tmp_path):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--dtype", "bfloat16", "--model-device", "cpu", "--cache", str(tmp_path / "c")]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert load_json(tmp_path / "c" / "train" / "cache.json", "cache")["dtype"] == "bfloat16"
+    assert ReSAE.load(tmp_path / "run").sae(0).W_dec.dtype == torch.float32
