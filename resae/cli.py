@@ -423,6 +423,7 @@ def _train(options: argparse.Namespace) -> int:
             device=options.device,
             resume=options.resume,
             checkpoint_steps=options.checkpoint_steps,
+            keep_checkpoints=options.keep_checkpoints,
             log_steps=options.log_steps,
             on_progress=progress,
             should_stop=interrupt.asked,
@@ -855,6 +856,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where the language model runs, if not with the autoencoders: cpu, cuda:1",
     )
     training.add_argument("--checkpoint-steps", type=int, default=1_000, help="between checkpoints")
+    training.add_argument("--keep-checkpoints", type=int, default=2, help="so many, the newest")
     training.add_argument("--log-steps", type=int, default=50, help="between lines of the log")
     _add_fit(training)
 

@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from resae.affine import KINDS, AffinePredictor, Moments, check_form, fit_predic
 from resae.data import ActivationSource, Position
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE, Total, auxk_loss, in_one_piece
 from resae.stack import ModelIdentity, ReSAE, new_stack
-from resae.storage import load_tensors, save_tensors, write_atomically
+from resae.storage import load_tensors, remove_partial, save_tensors, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ WARMUP = 0.05
 """Share of the steps over which the learning rate rises from 0."""
 DECAY = 0.2
 """Share of the steps, at the end, over which it falls back to 0."""
-KEEP_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -321,8 +320,10 @@ def stack_loss(
 
 
 def centred_energy(x: Tensor, total: Total = in_one_piece) -> Tensor:
-    """Σ‖x − mean‖² over the batch that `x [N, D]` is a piece of, from sums in float64; `[]`."""
+    """Σ‖x − mean‖² over the batch that `x [N, D]` is a piece of; of pieces from sums in float64."""
     x = x.detach()
+    if total is in_one_piece:
+        return (x - x.mean(0)).square().sum()
     energy = torch.linalg.vector_norm(x, dtype=torch.float64).square()
     tokens = energy.new_tensor(float(len(x)))
     sums = total(torch.cat([x.sum(0, dtype=torch.float64), torch.stack([energy, tokens])]))
@@ -517,6 +518,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     checkpoint_steps: int = 1_000,
+    keep_checkpoints: int = 2,
     log_steps: int = 50,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -528,68 +530,117 @@ def train(
         identity: the model, as recorded with the stack.
         resume: go on from the newest readable checkpoint of `out` (from step 0 if there is none).
         checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
+        keep_checkpoints: so many, the newest, stay; one more is on the disk while it is written.
         should_stop: asked after every step; if true, a checkpoint is written and None returned.
 
     Raises:
-        ValueError: NaN loss (nothing is overwritten), or a checkpoint of another configuration.
+        ValueError: the loss or the weights stopped being finite (no such state is saved; the batch
+            is, in `nan_batch.safetensors`), or a checkpoint of another configuration.
+        OSError: the disk is full; the checkpoints there are intact.
     """
+    if keep_checkpoints < 1:
+        raise ValueError(f"train: keep_checkpoints={keep_checkpoints}, expected at least 1")
     state = initial_state(config, calibration, identity, device)
     checkpoints = out / "checkpoints"
     logged = out / "log.jsonl"
-    logged.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     if resume:
+        remove_partial(out)
         _load_newest(checkpoints, state, config)
         _truncate_log(logged, state.step)
-    elif logged.exists():
-        logged.unlink()
+    else:
+        logged.unlink(missing_ok=True)
     inverse = [1.0 / s for s in calibration.scale]
     batches = source.batches(state.position)
-    started, first_step = time.perf_counter(), state.step
-    with logged.open("a") as file:
-        while state.step < config.steps:
-            raw, state.position = next(batches)
-            xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
-            loss, measured = train_step(state, config, xs)
-            last = state.step == config.steps
-            stop = not last and should_stop()
-            due = stop or last or state.step % checkpoint_steps == 0
-            if due and not bool(loss.isfinite()):
-                raise ValueError(_diverged(float(loss), state.step, config))
-            if last or state.step % log_steps == 0:
-                rate = (state.step - first_step) * config.batch_tokens
-                rate /= max(1e-9, time.perf_counter() - started)
-                progress = Progress(
-                    step=state.step,
-                    steps=config.steps,
-                    tokens=state.step * config.batch_tokens,
-                    tokens_per_second=rate,
-                    seconds_left=(config.steps - state.step) * config.batch_tokens / rate,
-                    loss=float(loss),
-                    layers=[LayerMetrics(*(float(v) for v in row)) for row in measured],
-                )
-                if not math.isfinite(progress.loss):
-                    raise ValueError(_diverged(progress.loss, state.step, config))
-                record = progress._asdict()
-                record["layers"] = [m._asdict() for m in progress.layers]
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                if on_progress is not None:
-                    on_progress(progress)
-            if due:
-                _save_checkpoint(checkpoints, state, config)
-            if stop:
-                return None
+    pace = _Pace(config, state.step)
+    unchecked: _Batch | None = None
+    while state.step < config.steps:
+        raw, state.position = next(batches)
+        xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
+        loss, measured = train_step(state, config, xs)
+        last = state.step == config.steps
+        stop = not last and should_stop()
+        save = stop or last or state.step % checkpoint_steps == 0
+        report = last or state.step % log_steps == 0
+        # Asking for a loss waits for the device: while it works on this step, the host asks for the
+        # one before.
+        batch = _Batch(state.step, loss, raw)
+        for earlier in (unchecked, batch if save or report else None):
+            if earlier is not None and not bool(earlier.loss.isfinite()):
+                raise ValueError(_diverged(earlier, out, config))
+        unchecked = batch
+        if save and not all(bool(p.isfinite().all()) for p in state.stack.parameters()):
+            raise ValueError(_diverged(batch, out, config))
+        if report:
+            progress = pace.progress(state.step, loss, measured)
+            _append(logged, progress)
+            if on_progress is not None:
+                on_progress(progress)
+        if save:
+            _save_checkpoint(checkpoints, state, config, keep_checkpoints)
+        if stop:
+            return None
     stack = state.stack.to("cpu")
     stack.rescale_(calibration.scale)
     stack.save_pretrained(out)
     return stack.eval()
 
 
-def _diverged(loss: float, step: int, config: TrainConfig) -> str:
+class _Pace:
+    """How fast it goes since this process began."""
+
+    def __init__(self, config: TrainConfig, first_step: int):
+        self.config = config
+        self.first_step = first_step
+        self.started = time.perf_counter()
+
+    def progress(self, step: int, loss: Tensor, measured: Sequence[Measured]) -> Progress:
+        tokens = self.config.batch_tokens
+        seconds = max(1e-9, time.perf_counter() - self.started)
+        rate = (step - self.first_step) * tokens / seconds
+        return Progress(
+            step=step,
+            steps=self.config.steps,
+            tokens=step * tokens,
+            tokens_per_second=rate,
+            seconds_left=(self.config.steps - step) * tokens / rate,
+            loss=float(loss),
+            layers=[LayerMetrics(*(float(v) for v in row)) for row in measured],
+        )
+
+
+class _Batch(NamedTuple):
+    """What was trained on, until it is known that the loss is finite."""
+
+    step: int
+    loss: Tensor
+    raw: list[Tensor]
+
+
+def _diverged(batch: _Batch, out: Path, config: TrainConfig) -> str:
+    """Save the batch that it happened on, and say so."""
+    path = out / "nan_batch.safetensors"
+    tensors = dict(zip(config.layers, batch.raw, strict=True))
+    save_tensors(path, {**tensors, "step": torch.tensor(batch.step)})
+    if not all(bool(x.isfinite().all()) for x in batch.raw):
+        remedy = "hold NaN or inf; look there, or load the model in float32 or bfloat16"
+    else:
+        remedy = f"are finite: train with a lower lr (now {config.peak_lr:g}) or clip_norm"
     return (
-        f"training: loss is {loss} at step {step}; no such state is saved; look for NaN in the "
-        f"activations, or train with a lower lr (now {config.peak_lr:g}) into another --out"
+        f"training: loss is {float(batch.loss)} at step {batch.step}, or the weights after it are "
+        f"not finite; no such state is saved. The step's raw activations, in {path}, {remedy}, "
+        f"into another --out"
     )
+
+
+def _append(path: Path, progress: Progress) -> None:
+    record = progress._asdict()
+    record["layers"] = [m._asdict() for m in progress.layers]
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error}); checkpoints are intact") from error
 
 
 def _truncate_log(path: Path, step: int) -> None:
@@ -610,10 +661,11 @@ def _step_of(line: str) -> float:
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-def _save_checkpoint(folder: Path, state: TrainState, config: TrainConfig) -> None:
-    tensors = {f"stack.{name}": t for name, t in state.stack.state_dict().items()}
-    for i, moments in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+def _save_checkpoint(folder: Path, state: TrainState, config: TrainConfig, keep: int) -> None:
+    tensors = {f"stack.{name}": t for name, t in _changing(state.stack).items()}
+    for name, parameter in state.stack.named_parameters():
+        for entry, t in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{entry}"] = t
     for layer, since in enumerate(state.tokens_since_fired):
         tensors[f"tokens_since_fired.{layer}"] = since
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -623,9 +675,21 @@ def _save_checkpoint(folder: Path, state: TrainState, config: TrainConfig) -> No
         "config": json.dumps(asdict(config)),
     }
     path = folder / f"step_{state.step:08d}.safetensors"
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-    for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    except OSError as error:
+        kept = [path.name for path in _checkpoints(folder)]
+        intact = f"{kept[-1]} is intact, go on from it with --resume" if kept else "there is none"
+        raise OSError(f"{error}; of the earlier checkpoints {intact}") from error
+    for old in _checkpoints(folder)[:-keep]:
         old.unlink()
+
+
+def _changing(stack: ReSAE) -> dict[str, Tensor]:
+    """What training may change, by name, each once: all but the maps, which are the
+    calibration's."""
+    named = chain(stack.named_parameters(), stack.named_buffers())
+    return {name: tensor for name, tensor in named if not name.startswith("predictor.")}
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -661,17 +725,18 @@ def _load_newest(folder: Path, state: TrainState, config: TrainConfig) -> None:
     log.warning("no checkpoint in %s: training starts from step 0", folder)
 
 
+@torch.no_grad()
 def _restore(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    weights = {
-        name.removeprefix("stack."): t for name, t in tensors.items() if name.startswith("stack.")
-    }
-    state.stack.load_state_dict(weights)
-    saved = state.optimizer.state_dict()
-    saved["state"] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, entry = name.split(".")
-            saved["state"].setdefault(int(i), {})[entry] = tensor
-    state.optimizer.load_state_dict(saved)
+    for name, tensor in _changing(state.stack).items():
+        tensor.copy_(tensors[f"stack.{name}"])
+    for name, parameter in state.stack.named_parameters():
+        prefix = f"optimizer.{name}."
+        entries = {
+            key.removeprefix(prefix): tensor.to(parameter.device)
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
+        if entries:
+            state.optimizer.state[parameter] = entries
     for layer, since in enumerate(state.tokens_since_fired):
         since.copy_(tensors[f"tokens_since_fired.{layer}"])

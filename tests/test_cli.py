@@ -1,8 +1,10 @@
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import tiny
 import torch
 
 from resae import HookedLM, ReSAE
-from resae.cli import main
+from resae.cli import Display, main
 from resae.storage import load_json
 
 TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
@@ -180,6 +182,49 @@ def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material
     assert main([*arguments, "--resume"]) == 0
     whole, resumed = (ReSAE.load(folder).state_dict() for folder in (run, out))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def train_until(arguments, written):
+    """`resae train` in this process, which is killed when it has written the temporary file of this
+    name, before it gets its own."""
+    torch.set_num_threads(1)
+    fsync = os.fsync
+
+    def killed(descriptor):
+        if written is not None and written in os.readlink(f"/proc/self/fd/{descriptor}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = killed
+    Display.say = lambda *_: time.sleep(0.02)  # so that who kills us between writes is in time
+    sys.exit(main(arguments))
+
+
+def test_killed_at_any_moment_and_resumed_ends_in_the_same_bits(run, material, processes):
+    out = material / "killed"
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--out", str(out), "--log-steps", "1", "--checkpoint-steps", "4", "--resume"]
+    moments = ["calibration", 6, "step_00000012", 17, "resae.json"]
+    for moment in moments:
+        written = moment if isinstance(moment, str) else None
+        process = processes.Process(target=train_until, args=(arguments, written))
+        process.start()
+        log = out / "log.jsonl"
+        while process.is_alive() and written is None:
+            if log.exists() and len(log.read_text().splitlines()) >= moment:
+                process.kill()
+            time.sleep(0.003)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, moment
+        assert not (out / "resae.json").exists()
+        left_over = [p.name for p in out.rglob(".*.partial")]
+        assert written is None or any(written in name for name in left_over)
+    assert main(arguments) == 0
+    assert not list(out.rglob(".*.partial"))
+    whole, resumed = (ReSAE.load(folder).state_dict() for folder in (run, out))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 33))
 
 
 def bad(material, tmp_path):

@@ -1,14 +1,20 @@
+import errno
+import itertools
 import json
+import math
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 
 from resae import ReSAE, StoredActivations, TrainConfig, train, train_step
 from resae.affine import Moments
-from resae.data import ActivationBatches, TokenRows, capture_tokens
+from resae.data import ActivationBatches, Position, TokenRows, capture_tokens
 from resae.stack import ModelIdentity
+from resae.storage import load_tensors
 from resae.train import (
     Calibration,
     boost_calibration,
@@ -17,6 +23,7 @@ from resae.train import (
     stack_loss,
 )
 
+TRAINING = import_module("resae.train")  # resae.train is also the function
 TEXT = ["The cat sat on the mat, and the dog sat by the door. " * 40]
 
 
@@ -185,12 +192,13 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(lm, tmp_path, in
     assert steps[0] == steps[1]
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(xs, tmp_path, caplog):
+@pytest.mark.parametrize("length", [0, 500, -1])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(xs, tmp_path, caplog, length):
     whole = run(xs, tmp_path / "whole").state_dict()
     run(xs, tmp_path / "cut", checkpoint_steps=5, should_stop=stop_after(13))
     newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
     assert newest.name == "step_00000013.safetensors"
-    newest.write_bytes(newest.read_bytes()[:500])
+    newest.write_bytes(newest.read_bytes()[:length])
     resumed = run(xs, tmp_path / "cut", resume=True).state_dict()
     assert "step_00000013" in caplog.text
     assert "damaged" in caplog.text
@@ -198,9 +206,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(xs, tmp_path, ca
 
 
 def test_only_the_last_checkpoints_are_kept(xs, tmp_path):
-    run(xs, tmp_path, checkpoint_steps=4)
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step_00000020.safetensors", "step_00000024.safetensors"]
+    for keep in (1, 2, 3):
+        run(xs, tmp_path / str(keep), checkpoint_steps=4, keep_checkpoints=keep)
+        names = sorted(p.name for p in (tmp_path / str(keep) / "checkpoints").iterdir())
+        assert names == [f"step_000000{n}.safetensors" for n in (16, 20, 24)[-keep:]]
+    with pytest.raises(ValueError, match="keep_checkpoints=0"):
+        run(xs, tmp_path, keep_checkpoints=0)
 
 
 def test_resuming_a_finished_run_changes_nothing(xs, tmp_path):
@@ -220,19 +231,82 @@ def test_resuming_with_other_settings_is_refused(xs, tmp_path):
         run(xs, tmp_path, replace(config_of(), seed=1), resume=True)
 
 
-def test_nan_stops_the_run_and_writes_no_stack(xs, tmp_path):
-    class Poisoned(StoredActivations):
-        def batches(self, start=None):
-            for i, (batch, position) in enumerate(super().batches(start)):
-                yield ([x * float("nan") for x in batch] if i == 9 else batch), position
+class Poisoned(StoredActivations):
+    """Everything of one batch is multiplied by `factor`."""
 
-    config = config_of()
-    source = Poisoned(xs, batch_tokens=64)
-    with pytest.raises(ValueError, match="loss is nan at step 10.*lower lr"):
-        train(config, source, calibration_of(xs), tmp_path, log_steps=7, checkpoint_steps=5)
+    def __init__(self, xs, step, factor):
+        super().__init__(xs, batch_tokens=64)
+        self.step, self.factor = step, factor
+
+    def batches(self, start=None):
+        for i, (batch, position) in enumerate(super().batches(start or Position()), start=1):
+            yield [x * self.factor for x in batch] if i == self.step else batch, position
+
+
+@pytest.mark.parametrize(
+    ("step", "factor", "says"),
+    [
+        pytest.param(10, math.nan, "loss is nan at step 10.* hold NaN", id="due-for-a-checkpoint"),
+        pytest.param(8, math.nan, "loss is nan at step 8.* hold NaN", id="between"),
+        pytest.param(
+            8, 1e30, "loss is .* at step .* are finite: train with a lower lr", id="large"
+        ),
+    ],
+)
+def test_nan_stops_the_run_with_its_batch_saved_and_no_stack(xs, tmp_path, step, factor, says):
+    source = Poisoned(xs, step, factor)
+    with pytest.raises(ValueError, match=says):
+        train(config_of(), source, calibration_of(xs), tmp_path, log_steps=7, checkpoint_steps=5)
     assert not (tmp_path / "resae.json").exists()
     names = [p.name for p in (tmp_path / "checkpoints").iterdir()]
     assert names == ["step_00000005.safetensors"]  # not one of the poisoned step
+    saved = load_tensors(tmp_path / "nan_batch.safetensors", "batch")
+    assert saved["step"] == step
+    batch = next(itertools.islice(source.batches(), step - 1, None))[0]
+    for name, x in zip(tiny.NAMES, batch, strict=True):
+        torch.testing.assert_close(saved[name], x, rtol=0, atol=0, equal_nan=True)
+
+
+def test_weights_that_are_not_finite_are_not_saved_though_the_loss_is(xs, tmp_path, monkeypatch):
+    def step(state, *rest):
+        state.stack.sae(1).b_dec.data[3] = math.inf if state.step == 4 else 0
+        return train_step(state, *rest)
+
+    monkeypatch.setattr(TRAINING, "train_step", step)
+    with pytest.raises(ValueError, match="at step 5, or the weights after it are not finite"):
+        run(xs, tmp_path, checkpoint_steps=5)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_is_named_and_the_checkpoint_before_is_gone_on_from(
+    xs, tmp_path, monkeypatch, error
+):
+    whole = run(xs, tmp_path / "whole").state_dict()
+    save_file = TRAINING.save_file
+
+    def until_full(tensors, path, metadata):
+        if metadata["step"] == "10":
+            path.write_bytes(b"half of it")
+            raise error
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(TRAINING, "save_file", until_full)
+    said = r"cannot write .*step_00000010.*No space left.*step_00000005\.safetensors is intact"
+    with pytest.raises(OSError, match=said):
+        run(xs, tmp_path / "cut", checkpoint_steps=5)
+    names = [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()]
+    assert names == ["step_00000005.safetensors"]
+    monkeypatch.undo()
+    resumed = run(xs, tmp_path / "cut", resume=True).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_calibration_comes_back(xs, tmp_path):
