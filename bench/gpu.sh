@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: the tests of the ops on it, the single numbers behind
-# the kernel designs, then the table of ops.
-#   bench/gpu.sh OUT            (OUT/tests.log, questions.md, ops.csv, ops.md, ops.svg)
+# the kernel designs, the training step at scale (two minutes), then the table of ops.
+#   bench/gpu.sh OUT            (OUT/tests.log, questions.md, train.md, ops.csv, ops.md, ops.svg)
 #   bench/gpu.sh OUT --dry      tiny shapes on whatever device there is: does it run?
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,4 +15,5 @@ python=${PYTHON:-python3}
   tests/test_tune.py 2>&1 \
   | tee "$out/tests.log"
 "$python" bench/questions.py --out "$out" "${@:2}"
+"$python" bench/train.py --out "$out" --rounds 1 "${@:2}"
 "$python" bench/ops.py --out "$out" --compile "${@:2}"

@@ -8,8 +8,15 @@ with replacement(lm, stack) as replaced:
 replaced.counts
 """
 
+from resae.activation_cache import ActivationCache
 from resae.affine import AffinePredictor, Moments, fit_predictor
-from resae.data import ActivationBatches, StoredActivations, TokenRows, load_texts
+from resae.data import (
+    ActivationBatches,
+    ModelActivations,
+    StoredActivations,
+    TokenRows,
+    load_texts,
+)
 from resae.decode_loop import DecodeLoop
 from resae.evaluate import Method, evaluate
 from resae.intervene import (
@@ -21,15 +28,17 @@ from resae.intervene import (
 )
 from resae.model import FAMILIES, Family, HookedLM, HookPoint
 from resae.replace import generate, replacement
-from resae.sae import SAEConfig, TopKSAE
+from resae.sae import BoostedSAE, SAEConfig, TopKSAE
 from resae.stack import AffineOnly, ReSAE
 from resae.train import Calibration, TrainConfig, train, train_step
 
 __all__ = [
     "FAMILIES",
     "ActivationBatches",
+    "ActivationCache",
     "AffineOnly",
     "AffinePredictor",
+    "BoostedSAE",
     "Calibration",
     "Change",
     "DecodeLoop",
@@ -39,6 +48,7 @@ __all__ = [
     "HookedLM",
     "Interventions",
     "Method",
+    "ModelActivations",
     "Moments",
     "ReSAE",
     "SAEConfig",

@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from itertools import chain
@@ -18,16 +18,25 @@ from typing import Any
 
 import torch
 
-from resae.affine import KINDS, r2_per_layer
-from resae.data import ActivationBatches, TokenRows, capture_tokens, train_and_held_out
-from resae.demo import DemoConfig, run_demo
+from resae.activation_cache import ActivationCache
+from resae.affine import FORMS, KINDS, Moments, r2_per_layer, routing_shares
+from resae.data import (
+    ActivationBatches,
+    ModelActivations,
+    TokenRows,
+    capture_tokens,
+    in_order,
+    train_and_held_out,
+)
+from resae.demo import EXTRA_METHODS, DemoConfig, run_demo
 from resae.environment import environment
 from resae.evaluate import (
-    METHOD_OF_PREDICTOR,
     Method,
     edit_effects,
     evaluate,
     forward_passes,
+    method_name,
+    predictor_name,
 )
 from resae.intervene import Interventions, StrongestLatents
 from resae.model import HookedLM, HookPoint
@@ -36,7 +45,15 @@ from resae.replace import Generated, generate
 from resae.report import LABELS, whole_selection, write_report
 from resae.stack import AffineOnly, Loop, ModelIdentity, ReSAE
 from resae.storage import load_json, save_json
-from resae.train import Calibration, Progress, TrainConfig, calibrate, sum_moments, train
+from resae.train import (
+    Calibration,
+    Progress,
+    TrainConfig,
+    boost_calibration,
+    calibrate,
+    sum_moments,
+    train,
+)
 from resae.tune import tiles_in_force, tune
 from resae_kernels import _launch
 
@@ -111,7 +128,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _load_model(options: argparse.Namespace, name: str) -> HookedLM:
     _quiet_libraries()
-    return HookedLM.from_pretrained(name, dtype=DTYPES[options.dtype], device=options.device)
+    device = getattr(options, "model_device", None) or options.device
+    return HookedLM.from_pretrained(name, dtype=DTYPES[options.dtype], device=device)
 
 
 def _quiet_libraries() -> None:
@@ -138,34 +156,30 @@ def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRo
 
 
 def _captured(
-    lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint], say: Callable[[int], None]
+    lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]
 ) -> Iterator[list[torch.Tensor]]:
-    done = 0
-    for ids in rows.batches(FIT_ROWS):
-        xs = capture_tokens(lm, ids, points)
-        done += len(xs[0])
-        say(done)
-        yield xs
+    return (capture_tokens(lm, ids, points) for ids in rows.batches(FIT_ROWS))
 
 
-def _calibrate(
+def _moments(
     lm: HookedLM,
     points: Sequence[HookPoint],
-    rows: TokenRows,
-    held_out: TokenRows,
+    batches: Iterable[Sequence[torch.Tensor]],
     config: TrainConfig,
     display: Display,
-) -> tuple[Calibration, list[dict[str, Any]]]:
-    """The calibration, and R² per hop on held-out tokens, beside the identity's."""
-
-    def progress(done: int) -> None:
-        share = min(1.0, done / config.calibration_tokens)
-        display.show(f"affine maps: {share:4.0%} of {config.calibration_tokens:,} tokens")
+) -> Moments:
+    def shown() -> Iterator[Sequence[torch.Tensor]]:
+        done = 0
+        for xs in batches:
+            done += len(xs[0])
+            share = min(1.0, done / config.calibration_tokens)
+            display.show(f"affine maps: {share:4.0%} of {config.calibration_tokens:,} tokens")
+            yield xs
 
     # The identity needs no products of activations, so its moments are in everyone's.
     moments = sum_moments(
         config.predictor,
-        _captured(lm, rows, points, progress),
+        shown(),
         tokens=config.calibration_tokens,
         d_in=lm.d_model,
         n_layers=len(points),
@@ -175,23 +189,76 @@ def _calibrate(
             f"affine maps: the data has {moments.count:,} tokens, fewer than the "
             f"{config.calibration_tokens:,} asked for"
         )
-    calibration = calibrate(config.predictor, moments, ridge=config.ridge)
+    return moments
+
+
+def _calibrate(
+    lm: HookedLM,
+    points: Sequence[HookPoint],
+    batches: Iterable[Sequence[torch.Tensor]],
+    unseen: Iterable[Sequence[torch.Tensor]],
+    config: TrainConfig,
+    display: Display,
+) -> tuple[Calibration, list[dict[str, Any]]]:
+    """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
+    beside the identity's; of a hop that several layers are sources of, also their shares."""
+    moments = _moments(lm, points, batches, config, display)
+    form: dict[str, Any] = {"form": config.form, "rank": config.rank}
+    calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
     table: list[dict[str, Any]] = []
-    unseen = [
-        [x.cpu() for x in capture_tokens(lm, ids, points)] for ids in held_out.batches(FIT_ROWS)
-    ]
-    for kind in dict.fromkeys(("identity", config.predictor)):
-        maps = calibrate(kind, moments, ridge=config.ridge).predictor
+    unseen = [[x.cpu() for x in xs] for xs in unseen]
+    compared = [calibrate("identity", moments, ridge=config.ridge).predictor]
+    if config.predictor != "identity":
+        compared.append(calibration.predictor)
+    for maps in compared:
+        shares = routing_shares(maps, moments)
         for i, r2 in enumerate(r2_per_layer(maps, unseen)):
             hop = f"{points[i].name} → {points[i + 1].name}"
-            table.append({"method": METHOD_OF_PREDICTOR[kind], "hop": hop, "r2": r2})
+            row = {"method": predictor_name(maps.kind, maps.form), "hop": hop, "r2": r2}
+            if len(shares[i]) > 1:
+                row["shares"] = {
+                    point.name: share
+                    for point, share in zip(points[: i + 1], shares[i], strict=True)
+                }
+            table.append(row)
     for row in table:
         display.say(f"R² {row['hop']}  {LABELS[row['method']]}: {row['r2']:.4f}")
+        for source, share in row.get("shares", {}).items():
+            display.say(f"   {share:6.1%} from {source}")
     return calibration, table
 
 
+def _stored(
+    options: argparse.Namespace,
+    lm: HookedLM,
+    points: Sequence[HookPoint],
+    rows: TokenRows,
+    part: str,
+    display: Display,
+    tokens: int = 0,
+) -> ActivationCache | None:
+    """The activation cache of one part of the text, if --cache asks for one."""
+    if options.cache is None:
+        return None
+    names = ("data", "text_column", "streaming", "seed")
+    cache = ActivationCache(
+        Path(options.cache) / part,
+        ModelActivations(lm, rows, points),
+        data={name: getattr(options, name) for name in names},
+        dtype=options.cache_dtype,
+    )
+    if tokens:
+        cache.require_disk(tokens)
+        display.say(
+            f"activations: {cache.bytes_for(tokens) / 1e9:.2f} GB for {tokens:,} tokens in "
+            f"{options.cache} (less where the text is shorter); {cache.stored_tokens:,} tokens "
+            f"are there"
+        )
+    return cache
+
+
 def _train_config(
-    options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint]
+    options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint], base: ReSAE | None
 ) -> TrainConfig:
     k = options.k
     chosen = {
@@ -202,6 +269,9 @@ def _train_config(
     chosen["layers"] = tuple(point.name for point in points)
     chosen["k"] = k * len(points) if len(k) == 1 else k
     chosen["d_sae"] = options.d_sae or options.expansion * lm.d_model
+    if base is not None:
+        maps = base.predictor
+        chosen |= {"predictor": maps.kind, "form": maps.form, "rank": maps.rank}
     return TrainConfig(**chosen)
 
 
@@ -234,8 +304,13 @@ def _demo(options: argparse.Namespace) -> int:
     # another process is using its core.
     torch.set_num_threads(options.threads)
     display = Display()
+    methods = EXTRA_METHODS if options.methods == ("all",) else options.methods
     config = DemoConfig(
-        layers=options.layers, k=options.k, seed=options.seed, **_demo_sizes(options)
+        layers=options.layers,
+        k=options.k,
+        seed=options.seed,
+        methods=methods,
+        **_demo_sizes(options),
     )
     report = run_demo(out, config, say=display.say, show=display.show)
     page = write_report(out)
@@ -264,12 +339,15 @@ def _fit(options: argparse.Namespace) -> int:
         k=(1,) * len(points),
         d_sae=1,
         predictor=options.predictor,
+        form=options.form,
+        rank=options.rank,
         calibration_tokens=options.calibration_tokens,
         ridge=options.ridge,
         seed=options.seed,
     )
     rows, held_out = _data(options, lm)
-    calibration, affine = _calibrate(lm, points, rows, held_out, config, display)
+    batches, unseen = _captured(lm, rows, points), _captured(lm, held_out, points)
+    calibration, affine = _calibrate(lm, points, batches, unseen, config, display)
     calibration.save(out / "calibration.safetensors")
     record = _run_record(options, config, affine)
     del record["train"]
@@ -286,29 +364,50 @@ def _train(options: argparse.Namespace) -> int:
             f"{out} exists and is not empty; go on with --resume, or choose another --out"
         )
     lm = _load_model(options, options.model)
+    base = None if options.boost is None else _open_run(Path(options.boost), "cpu")[1]
+    if base is not None:
+        base.require_model(lm)
+        options.layers = options.layers or base.hook_points
+    if not options.layers:
+        raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
     points = lm.hook_points(options.layers)
-    config = _train_config(options, lm, points)
+    if base is not None and [point.name for point in points] != base.hook_points:
+        raise ValueError(
+            f"--boost: {options.boost} has layers {', '.join(base.hook_points)}; leave --layers out"
+        )
+    config = _train_config(options, lm, points, base)
     rows, held_out = _data(options, lm)
-    calibrated = out / "calibration.safetensors"
-    if options.resume and calibrated.exists():
-        _require_same_run(load_json(out / "run.json", "run"), options, config, out)
-        calibration = Calibration.load(calibrated, config.predictor)
-    else:
-        calibration, affine = _calibrate(lm, points, rows, held_out, config, display)
-        save_json(out / "run.json", _run_record(options, config, affine))
-        calibration.save(calibrated)
-    display.say(
-        f"{len(points)} autoencoders of {config.d_sae} latents on {lm.name}: {config.steps:,} "
-        f"steps of {config.batch_tokens:,} tokens; checkpoints every "
-        f"{options.checkpoint_steps:,} steps"
-    )
+    stored = _stored(options, lm, points, rows, "train", display, config.train_tokens)
     source = ActivationBatches(
         lm,
         rows,
         points,
         batch_tokens=config.batch_tokens,
         buffer_tokens=config.buffer_tokens,
+        total_tokens=config.train_tokens,
         seed=config.seed,
+        device=options.device,
+        stored=stored,
+    )
+    calibrated = out / "calibration.safetensors"
+    if options.resume and calibrated.exists():
+        _require_same_run(load_json(out / "run.json", "run"), options, config, out)
+        calibration = Calibration.load(calibrated, config.predictor)
+    else:
+        batches = source.in_order()
+        if base is None:
+            kept = _stored(options, lm, points, held_out, "held_out", display)
+            unseen = in_order(kept or ModelActivations(lm, held_out, points))
+            calibration, affine = _calibrate(lm, points, batches, unseen, config, display)
+        else:
+            moments = _moments(lm, points, batches, config, display)
+            calibration, affine = boost_calibration(base, moments), []
+        save_json(out / "run.json", _run_record(options, config, affine))
+        calibration.save(calibrated)
+    display.say(
+        f"{len(points)} autoencoders of {config.d_sae} latents on {lm.name}: {config.steps:,} "
+        f"steps of {config.batch_tokens:,} tokens; checkpoints every "
+        f"{options.checkpoint_steps:,} steps"
     )
 
     def progress(p: Progress) -> None:
@@ -324,6 +423,7 @@ def _train(options: argparse.Namespace) -> int:
             device=options.device,
             resume=options.resume,
             checkpoint_steps=options.checkpoint_steps,
+            keep_checkpoints=options.keep_checkpoints,
             log_steps=options.log_steps,
             on_progress=progress,
             should_stop=interrupt.asked,
@@ -350,9 +450,10 @@ def _require_same_run(
         "dtype",
     )
     began = {name: record[name] for name in names}
-    began |= {name: record["train"][name] for name in ("layers", "predictor")}
+    fitted = ("layers", "predictor", "form", "rank")
+    began |= {name: record["train"].get(name) for name in fitted}
     now = {name: here[name] for name in names}
-    now |= {"layers": list(config.layers), "predictor": config.predictor}
+    now |= {name: getattr(config, name) for name in fitted} | {"layers": list(config.layers)}
     changed = [name for name in began if began[name] != now[name]]
     if changed:
         raise ValueError(
@@ -429,11 +530,11 @@ def _eval(options: argparse.Namespace) -> int:
     _, held_out = _data(options, lm)
     methods: list[Method] = []
     for folder, _, stack in runs:
-        name = METHOD_OF_PREDICTOR[stack.predictor.kind]
-        k = stack.sae(0).config.k
-        if any((m.name, m.k) == (name, k) for m in methods):
-            name = f"{name} ({folder.name})"
-        methods.append(Method(name, stack, k))
+        for k in options.k or (stack.sae(0).config.k,):
+            name = method_name(stack)
+            if any((m.name, m.k) == (name, k) for m in methods):
+                name = f"{name} ({folder.name})"
+            methods.append(Method(name, stack.at_k(k) if options.k else stack, k))
     chained = next((stack for _, _, stack in runs if stack.chained), None)
     if chained is not None:
         methods.append(Method("affine_only", AffineOnly(chained), None))
@@ -460,7 +561,7 @@ def _eval(options: argparse.Namespace) -> int:
     }
     training = [
         {"method": m.name, "k": m.k, "log": _log(folder)}
-        for m, (folder, _, _) in zip(methods, runs, strict=False)
+        for m, (folder, _, _) in zip(methods[:: len(options.k or (0,))], runs, strict=False)
         if (folder / "log.jsonl").exists()
     ]
     save_json(
@@ -662,6 +763,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--k", type=_numbers, default=(4, 8, 32), help="active latents, compared")
     demo.add_argument("--layers", type=_names, default=("1", "3", "5"), help="blocks to replace")
+    demo.add_argument(
+        "--methods",
+        type=_names,
+        default=(),
+        help=f"further methods, beside raw SAEs, identity residuals and ReSAE: all, or of "
+        f"{', '.join(EXTRA_METHODS)}",
+    )
     demo.add_argument("--train-tokens", type=int, help="fewer for a quick look (default: 200000)")
     demo.add_argument("--held-out-rows", type=int, help="rows to evaluate on (default: 64)")
 
@@ -673,7 +781,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fit(fit)
 
     training = add("train", _train, "fit the affine maps and train one autoencoder per layer")
-    _add_model_and_data(training)
+    _add_model_and_data(training, layers_required=False)
     training.add_argument(
         "--k", type=_numbers, required=True, help="active latents: one, or per layer"
     )
@@ -689,6 +797,27 @@ def _parser() -> argparse.ArgumentParser:
         default="open",
         help="residuals against predictions from true activations, or from reconstructions",
     )
+    training.add_argument(
+        "--boost",
+        metavar="RUN",
+        help="leave the stack of this run as it is and train, on this data, a second autoencoder "
+        "beside each of its own (SAE Boost); layers and maps are the run's",
+    )
+    training.add_argument(
+        "--boost-keep",
+        type=float,
+        default=0.1,
+        help="share of the second ones' acts in training that their threshold lets through",
+    )
+    training.add_argument(
+        "--shared", action="store_true", help="one dictionary for all layers (MLSAE)"
+    )
+    training.add_argument(
+        "--prefixes",
+        type=_numbers,
+        help="good at each of these numbers of active latents, up to k (HierarchicalTopK), for "
+        "example 1,2,4,8 (default: at k alone)",
+    )
     training.add_argument("--train-tokens", type=int, default=1_000_000, help="tokens to train on")
     training.add_argument("--batch-tokens", type=int, default=1_024, help="tokens per step")
     training.add_argument(
@@ -701,13 +830,42 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--dead-after-tokens", type=int, help="dead: unfired so long (default: train-tokens / 8)"
     )
+    training.add_argument(
+        "--clip-norm", type=float, help="scale the gradient of all layers down to this norm"
+    )
+    training.add_argument(
+        "--accumulation-steps", type=int, default=1, help="pieces that a batch is cut into"
+    )
+    training.add_argument(
+        "--autocast", action="store_true", help="products in bfloat16, weights in float32"
+    )
+    training.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep the activations of the language model there, and read them where they are "
+        "there already",
+    )
+    training.add_argument(
+        "--cache-dtype",
+        choices=tuple(DTYPES),
+        help="of the activations kept (default: as the model computes them); bfloat16 halves the "
+        "disk of a float32 model and rounds every number to 8 bits, a relative error of 1/512",
+    )
+    training.add_argument(
+        "--model-device",
+        help="where the language model runs, if not with the autoencoders: cpu, cuda:1",
+    )
     training.add_argument("--checkpoint-steps", type=int, default=1_000, help="between checkpoints")
+    training.add_argument("--keep-checkpoints", type=int, default=2, help="so many, the newest")
     training.add_argument("--log-steps", type=int, default=50, help="between lines of the log")
     _add_fit(training)
 
     evaluation = add("eval", _eval, "replace layers on held-out text and measure what it costs")
     evaluation.add_argument(
         "run_directories", nargs="+", metavar="RUN", help="run directories of the same layers"
+    )
+    evaluation.add_argument(
+        "--k", type=_numbers, help="run with so many active latents (default: all of the training)"
     )
     evaluation.add_argument("--out", help="where report.json goes (default: the first run)")
     evaluation.add_argument("--model", help="another path of the same model")
@@ -777,7 +935,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_and_data(command: argparse.ArgumentParser) -> None:
+def _add_model_and_data(command: argparse.ArgumentParser, *, layers_required: bool = True) -> None:
     command.add_argument("model", metavar="MODEL", help="hub name, local folder, or `embedded`")
     command.add_argument(
         "data",
@@ -785,7 +943,10 @@ def _add_model_and_data(command: argparse.ArgumentParser) -> None:
         help="hub dataset (name or name:configuration), local folder or file, or `embedded`",
     )
     command.add_argument(
-        "--layers", type=_names, required=True, help="blocks or hook points, for example 1,3,5"
+        "--layers",
+        type=_names,
+        required=layers_required,
+        help="blocks or hook points, for example 1,3,5",
     )
     command.add_argument("--text-column", default="text", help="column that holds the text")
     command.add_argument(
@@ -801,6 +962,10 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--predictor", choices=KINDS, default="previous", help="what predicts a layer from others"
     )
+    command.add_argument(
+        "--form", choices=tuple(FORMS), default="full", help="of the maps of (all_)previous"
+    )
+    command.add_argument("--rank", type=int, help="of the form low_rank")
     command.add_argument(
         "--calibration-tokens", type=int, default=100_000, help="tokens to fit the maps on"
     )

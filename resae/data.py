@@ -2,14 +2,21 @@
 
     load_texts        hub name, local folder or file, or `embedded` → texts
     TokenRows         texts → rows `[T]`: BOS, then T−1 tokens of the documents joined by EOS
-    ActivationBatches rows → batches of L activations `[N, D]`, shuffled in a bounded buffer
+    ModelActivations  rows → L activations of each row, by running the model
+    ActivationBatches those → batches of L activations `[N, D]`, shuffled in a bounded buffer
 
 Everything is an iteration that can be started again at a recorded position and then goes on with
 the same bits: a position names the epoch, the first row of the buffer in use, and the batch within
 it.
+
+W processes share the work by `rank`: process r reads rows r, r+W, r+2W, … (`TokenRows.shard`) and
+makes batches of N/W tokens. Batch s of the whole is the batches s of all ranks one after another,
+which one process gets from W sources of the same ranks. Every rank is at the same fill and batch at
+the same step; how many rows a fill took differs by a few, so that each rank keeps its own position.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +27,8 @@ from torch import Tensor
 from resae.assets import CORPUS
 from resae.model import EMBEDDED, HookedLM, HookPoint
 
+MODEL_ROWS = 16
+"""Rows per forward pass: more is no faster on a CPU, and holds more at once."""
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -86,8 +95,9 @@ def load_texts(
             f"dataset {data!r} has no column {text_column!r} but {', '.join(columns)}; name the "
             f"one that holds the text (--text-column)"
         )
-    loaded = loaded.shuffle(seed=seed, buffer_size=10_000) if streaming else loaded.shuffle(seed)
-    return _Column(loaded, text_column)
+    if streaming:
+        return _StreamedColumn(loaded.shuffle(seed=seed, buffer_size=10_000), text_column)
+    return _Column(loaded.shuffle(seed), text_column)
 
 
 class _Column:
@@ -99,6 +109,17 @@ class _Column:
 
     def __iter__(self) -> Iterator[str]:
         return (row[self._column] for row in self._dataset)
+
+
+class _StreamedColumn(_Column):
+    """One column of a dataset that is read while it downloads."""
+
+    def shard(self, rank: int, world: int) -> "_StreamedColumn":
+        """Every document in the share of one rank: whole files where they can be dealt out evenly,
+        so that no rank downloads what another reads."""
+        from datasets.distributed import split_dataset_by_node
+
+        return _StreamedColumn(split_dataset_by_node(self._dataset, rank, world), self._column)
 
 
 def _not_found(data: str, reason: str) -> str:
@@ -126,6 +147,7 @@ class TokenRows:
         tokenizer: an HF tokenizer.
         context_tokens: T, the length of a row.
         skip, take: leave out the first rows; stop after so many.
+        rank, world: of what is left, rows rank, rank + world, … (see `shard`).
     """
 
     def __init__(
@@ -136,20 +158,51 @@ class TokenRows:
         *,
         skip: int = 0,
         take: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ):
         if context_tokens < 2:
             raise ValueError(f"context_tokens={context_tokens}, expected at least 2")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank} of world={world}, expected 0 ≤ rank < world")
         self.texts = texts
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
         self.skip = skip
         self.take = take
+        self.rank = rank
+        self.world = world
+
+    def shard(self, rank: int, world: int) -> "TokenRows":
+        """The share of one of `world` processes: disjoint, and every row is in one of them.
+
+        Rows are dealt out one by one, and every rank tokenizes all text. Only a streamed dataset
+        with nothing skipped or cut is dealt out by documents, which each rank packs by itself: no
+        document is downloaded or tokenized twice, and rows are other rows than those of one
+        process.
+        """
+        if world == 1 and rank == 0:
+            return self
+        if self.world != 1:
+            raise ValueError(f"rows of rank {self.rank} of {self.world} are a share already")
+        deal = getattr(self.texts, "shard", None)
+        if deal is not None and self.skip == 0 and self.take is None:
+            return TokenRows(deal(rank, world), self.tokenizer, self.context_tokens)
+        limits = {"skip": self.skip, "take": self.take}
+        return TokenRows(
+            self.texts, self.tokenizer, self.context_tokens, **limits, rank=rank, world=world
+        )
 
     def __iter__(self) -> Iterator[Tensor]:
-        stop = None if self.take is None else self.skip + self.take
-        return islice(self._pack(), self.skip, stop)
+        return self.from_row(0)
 
-    def _pack(self) -> Iterator[Tensor]:
+    def from_row(self, row: int) -> Iterator[Tensor]:
+        """The rows from this one on."""
+        first = self.skip + self.rank + row * self.world
+        stop = None if self.take is None else self.skip + self.take
+        return map(torch.tensor, islice(self._pack(), first, stop, self.world))
+
+    def _pack(self) -> Iterator[list[int]]:
         eos = self.tokenizer.eos_token_id
         bos = self.tokenizer.bos_token_id
         bos = eos if bos is None else bos
@@ -166,7 +219,7 @@ class TokenRows:
                 pending += ids + separator
             cut = 0
             while len(pending) - cut >= body:
-                yield torch.tensor(head + pending[cut : cut + body])
+                yield head + pending[cut : cut + body]
                 cut += body
             pending = pending[cut:]
 
@@ -226,10 +279,52 @@ def train_and_held_out(
 
 def capture_tokens(lm: HookedLM, input_ids: Tensor, points: Sequence[HookPoint]) -> list[Tensor]:
     """Activations `[N, D]` in fp32 at each point, of the tokens that are not special."""
+    return [x.float() for x in _captured(lm, input_ids, points)[1]]
+
+
+def _captured(
+    lm: HookedLM, input_ids: Tensor, points: Sequence[HookPoint]
+) -> tuple[list[int], list[Tensor]]:
+    """How many tokens of each row are not special, and their activations in the model's dtype."""
     input_ids = input_ids.to(lm.device)
     keep = ~lm.is_special(input_ids)
     captured = lm.capture(input_ids, points)
-    return [captured[point][keep].float() for point in points]
+    return keep.sum(1).tolist(), [captured[point][keep] for point in points]
+
+
+Read = Callable[[int], tuple[list[int], list[Tensor]]]
+"""Called with n: the number of tokens of each of the next n rows (fewer at the end of the data) and
+L activations `[tokens, D]` of them, the tokens of a row one after another."""
+
+
+class RowActivations(Protocol):
+    """Activations of rows in their order: from a model, or from disk."""
+
+    def reader(self, row: int) -> Read:
+        """What reads from this row on, for one epoch."""
+        ...
+
+
+class ModelActivations:
+    """Activations of rows by running the model, special tokens left out.
+
+    Args:
+        lm, rows, points: what to run on what, and where to look.
+    """
+
+    def __init__(self, lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]):
+        self.lm = lm
+        self.rows = rows
+        self.points = list(points)
+
+    def reader(self, row: int) -> Read:
+        rows = self.rows.from_row(row)
+
+        def read(n: int) -> tuple[list[int], list[Tensor]]:
+            ids = list(islice(rows, n))
+            return _captured(self.lm, torch.stack(ids), self.points) if ids else ([], [])
+
+        return read
 
 
 class Position(NamedTuple):
@@ -252,15 +347,29 @@ class ActivationSource(Protocol):
         ...
 
 
+def in_order(activations: RowActivations, row: int = 0) -> Iterator[list[Tensor]]:
+    """L activations `[n, D]` in fp32 of the rows from this one on, pass by pass, for one epoch."""
+    read = activations.reader(row)
+    while (taken := read(MODEL_ROWS))[0]:
+        yield [x.float() for x in taken[1]]
+
+
 class ActivationBatches:
     """Shuffled activations of several hook points from one pass over the rows; special tokens left
     out; the rows start over when they end.
 
     Args:
-        lm, rows, points: what to run on what, and where to look.
-        batch_tokens: N, tokens per batch.
-        buffer_tokens: tokens whose activations are held and shuffled together; L·D·4 bytes each.
+        lm, rows, points: what to run on what, and where to look. With `world` > 1 the rows of all
+            ranks: each takes its share.
+        batch_tokens: N, tokens per batch, of all ranks together.
+        buffer_tokens: tokens whose activations are held and shuffled together, in the dtype of the
+            model, of all ranks together.
+        total_tokens: how many will be taken in all; the last buffer is then no larger than needed.
         model_rows: rows per forward pass.
+        device: where the buffer is, and batches come from; None: on the model's.
+        rank, world: of several processes that share the work.
+        stored: reads the activations of the rows in place of running the model, such as an
+            `ActivationCache`.
     """
 
     def __init__(
@@ -271,48 +380,123 @@ class ActivationBatches:
         *,
         batch_tokens: int,
         buffer_tokens: int,
-        model_rows: int = 16,
+        total_tokens: int | None = None,
+        model_rows: int = MODEL_ROWS,
         seed: int = 0,
+        device: str | torch.device | None = None,
+        rank: int = 0,
+        world: int = 1,
+        stored: RowActivations | None = None,
     ):
         if buffer_tokens < batch_tokens:
             raise ValueError(
                 f"buffer_tokens={buffer_tokens} is below batch_tokens={batch_tokens}; raise it"
             )
-        self.lm = lm
-        self.rows = rows
-        self.points = list(points)
-        self.batch_tokens = batch_tokens
-        self.buffer_tokens = buffer_tokens
+        if batch_tokens % world:
+            raise ValueError(
+                f"batch_tokens={batch_tokens} cannot be dealt out to {world} ranks evenly; make it "
+                f"a multiple"
+            )
+        rows = rows.shard(rank, world)
+        self.activations = stored or ModelActivations(lm, rows, points)
+        self.batch_tokens = batch_tokens // world
+        self.batches_per_fill = buffer_tokens // batch_tokens
+        self.batches_in_all = None if total_tokens is None else -(-total_tokens // batch_tokens)
+        self.context_tokens = rows.context_tokens
         self.model_rows = model_rows
         self.seed = seed
+        self.device = device
+        self._first: _Fill | None = None
 
     def batches(self, start: Position = Position()) -> Iterator[tuple[list[Tensor], Position]]:  # noqa: B008
-        position = start
-        rows = islice(self.rows, start.row, None)
+        position, read = start, None
         while True:
-            xs, epoch, row, rows = self._fill(rows, position.epoch, position.row)
+            if position.fill == 0 and self._first is not None:
+                fill, self._first = self._first, None
+            else:
+                read = read or self.activations.reader(position.row)
+                fill = self._fill(read, position)
+            _, xs, epoch, row, read = fill
+            del fill  # the batches are all that holds on to the buffer
             for batch, picked in _shuffled(xs, self.batch_tokens, self.seed, position.fill):
                 if batch >= position.batch:
-                    yield picked, position._replace(batch=batch + 1)
+                    yield [x.float() for x in picked], position._replace(batch=batch + 1)
             position = Position(epoch, row, position.fill + 1)
 
-    def _fill(
-        self, rows: Iterator[Tensor], epoch: int, row: int
-    ) -> tuple[list[Tensor], int, int, Iterator[Tensor]]:
-        """Activations of the next `buffer_tokens` tokens, and where the rows then stand."""
-        pieces: list[list[Tensor]] = []
+    def in_order(self) -> Iterator[list[Tensor]]:
+        """L activations `[n, D]` of the first epoch in the order of the rows, for calibration.
+
+        The first buffer comes first. What is read here, up to a buffer beyond the first, is kept
+        for `batches`: the model runs on it only once.
+        """
+        first = self._first or self._fill(self.activations.reader(0), Position())
+        tokens, xs, epoch, row, read = first
+        ahead: deque[tuple[list[int], list[Tensor]]] = deque()
+        self._first = first._replace(read=_reading_again(ahead, read))
+        step = self.model_rows * self.context_tokens
+        for start in range(0, tokens, step):
+            yield [x[start : min(start + step, tokens)].float() for x in xs]
         held = 0
-        while held < self.buffer_tokens:
-            ids = list(islice(rows, self.model_rows))
-            if not ids:
+        while epoch == 0 and (taken := read(self.model_rows))[0]:
+            held += sum(taken[0])
+            if held <= tokens:
+                ahead.append(taken)
+            elif ahead:  # too much to hold: from there on it is read anew
+                ahead.clear()
+                self._first = first._replace(read=self.activations.reader(row))
+            yield [x.float() for x in taken[1]]
+
+    def _fill(self, read: Read, at: Position) -> "_Fill":
+        """The next buffer: as many tokens as its batches have, and a part of a row at most."""
+        batches = self.batches_per_fill
+        if self.batches_in_all is not None:
+            left = self.batches_in_all - at.fill * batches
+            batches = max(1, min(batches, left))
+        wanted = batches * self.batch_tokens
+        epoch, row = at.epoch, at.row
+        pieces: list[list[Tensor]] = []
+        held, first_epoch = 0, wanted
+        while held < wanted:
+            missing = -(-(wanted - held) // self.context_tokens)
+            counts, xs = read(min(self.model_rows, missing))
+            if not counts:
                 if row == 0:
                     raise ValueError("activations: the dataset holds no row of tokens; give more")
-                epoch, row, rows = epoch + 1, 0, iter(self.rows)
+                first_epoch = min(first_epoch, held)
+                epoch, row, read = epoch + 1, 0, self.activations.reader(0)
                 continue
-            row += len(ids)
-            pieces.append(capture_tokens(self.lm, torch.stack(ids), self.points))
-            held += len(pieces[-1][0])
-        return [torch.cat(layer) for layer in zip(*pieces, strict=True)], epoch, row, rows
+            row += len(counts)
+            # Once per pass, not once per batch.
+            pieces.append(xs if self.device is None else [x.to(self.device) for x in xs])
+            held += sum(counts)
+        joined = [torch.cat(layer)[:wanted] for layer in zip(*pieces, strict=True)]
+        return _Fill(first_epoch, joined, epoch, row, read)
+
+
+def _reading_again(ahead: deque[tuple[list[int], list[Tensor]]], read: Read) -> Read:
+    """What was read ahead, and then what `read` goes on with."""
+
+    def again(n: int) -> tuple[list[int], list[Tensor]]:
+        if not ahead:
+            return read(n)
+        counts, xs = ahead.popleft()
+        tokens = sum(counts[:n])
+        if n < len(counts):
+            ahead.appendleft((counts[n:], [x[tokens:] for x in xs]))
+        return counts[:n], [x[:tokens] for x in xs]
+
+    return again
+
+
+class _Fill(NamedTuple):
+    """A buffer, and where the rows stand after it."""
+
+    tokens: int
+    """Of the epoch in which it began."""
+    xs: list[Tensor]
+    epoch: int
+    row: int
+    read: Read
 
 
 class StoredActivations:

@@ -3,7 +3,8 @@ holds.
 
 Raw SAEs, raw SAEs with the total latents of a ReSAE reconstruction, identity residuals and ReSAE
 are trained on the same activations in the same order with the same seeds, and evaluated on the same
-held-out tokens. The activations are captured once and kept in memory.
+held-out tokens. The activations are captured once and kept in memory. Further methods are trained
+beside these when asked for (`DemoConfig.methods`), each with a table and a finding of its own.
 """
 
 import time
@@ -14,15 +15,30 @@ from typing import Any
 
 import torch
 
-from resae.affine import Moments, r2_per_layer
-from resae.data import StoredActivations, TokenRows, capture_tokens, train_and_held_out
+from resae.affine import Moments, r2_per_layer, routing_shares
+from resae.data import (
+    StoredActivations,
+    TokenRows,
+    capture_tokens,
+    load_texts,
+    train_and_held_out,
+)
 from resae.environment import environment
 from resae.evaluate import Method, collapse_difference, evaluate
 from resae.model import EMBEDDED, HookedLM, HookPoint
 from resae.replace import generate
+from resae.sae import BoostedSAE
 from resae.stack import AffineOnly, ModelIdentity, ReSAE
 from resae.storage import save_json
-from resae.train import Calibration, Progress, TrainConfig, calibrate, sum_moments, train
+from resae.train import (
+    Calibration,
+    Progress,
+    TrainConfig,
+    boost_calibration,
+    calibrate,
+    sum_moments,
+    train,
+)
 
 SCHEMA_VERSION = 1
 HOP_HELD_OUT_ROWS = 64
@@ -42,8 +58,16 @@ class DemoConfig:
     held_out_rows: int = 64
     context_tokens: int = 128
     seed: int = 0
+    methods: tuple[str, ...] = ()
+    """Further methods: of `EXTRA_METHODS`."""
 
     def __post_init__(self) -> None:
+        unknown = sorted(set(self.methods) - set(EXTRA_METHODS))
+        if unknown:
+            raise ValueError(
+                f"demo: unknown method {', '.join(unknown)}; choose of {', '.join(EXTRA_METHODS)}, "
+                f"or all"
+            )
         if len(self.layers) < 2:
             raise ValueError("demo: it compares layers; name at least two, for example 1,3,5")
         if not self.k or list(self.k) != sorted(set(self.k)):
@@ -64,6 +88,13 @@ class _Recipe:
     predictor: str
     k_grows: bool = False
     """Layer l gets (l+1)·k active latents: as many as a ReSAE reconstruction there is made of."""
+    loop: str = "open"
+    form: str = "full"
+    shared: bool = False
+    nested: bool = False
+    """One stack, of the largest k, trained over prefixes and evaluated at every k."""
+    one_k: bool = False
+    """Trained at the middle k alone."""
 
 
 RECIPES = (
@@ -72,6 +103,24 @@ RECIPES = (
     _Recipe("identity", "identity"),
     _Recipe("resae", "previous"),
 )
+EXTRA_RECIPES = (
+    _Recipe("resae_closed", "previous", loop="closed"),
+    _Recipe("all_previous", "all_previous"),
+    _Recipe("all_previous_scalar", "all_previous", form="scalar", one_k=True),
+    _Recipe("all_previous_diagonal", "all_previous", form="diagonal", one_k=True),
+    _Recipe("all_previous_low_rank", "all_previous", form="low_rank", one_k=True),
+    _Recipe("mlsae", "none", shared=True),
+    _Recipe("hierarchical", "none", nested=True),
+)
+EXTRA_METHODS = (*(recipe.name for recipe in EXTRA_RECIPES), "boost")
+LOW_RANK = 16
+"""The low-rank maps have a sixteenth of the width as rank."""
+NESTED_LR = 1.6e-2
+"""Peak learning rate over prefixes, twice the usual one. With it and the prefixes of `_settings`
+FVU came closest, at the worst k and layer, to that of stacks trained at that k, of 16 choices tried
+at 200,000 tokens."""
+BOOST_DOMAIN = "csrc"
+BOOST_K = 4
 
 
 class Plan:
@@ -120,10 +169,11 @@ def run_demo(
     points = lm.hook_points(config.layers)
     names = tuple(point.name for point in points)
     stages = _stages(config)
+    planned = _planned(config)
     say(
-        f"{len(config.k) * len(RECIPES)} stacks of {len(names)} autoencoders ({config.d_sae} "
-        f"latents; k = {', '.join(map(str, config.k))}) for {', '.join(names)} of a "
-        f"{lm.n_layers}-layer Pythia of width {lm.d_model}"
+        f"{len(planned) + 2 * ('boost' in config.methods)} stacks of {len(names)} autoencoders "
+        f"({config.d_sae} latents; k = {', '.join(map(str, config.k))}) for {', '.join(names)} of "
+        f"a {lm.n_layers}-layer Pythia of width {lm.d_model}"
     )
     say(
         f"{config.train_tokens:,} training tokens, "
@@ -156,21 +206,33 @@ def run_demo(
         d_in=lm.d_model,
         n_layers=len(points),
     )
-    hops = [f"{a} → {b}" for a, b in zip(names, names[1:], strict=False)]
-    affine = _hop_rows(lm, points, moments, hops, hop_rows)
+    predictions = {recipe.name: recipe for recipe, _ in planned if recipe.predictor != "none"}
+    affine, routing = _hop_rows(lm, points, moments, predictions, hop_rows)
 
     source = StoredActivations(xs, batch_tokens=config.batch_tokens, seed=config.seed)
     methods: list[Method] = []
     training: list[dict[str, Any]] = []
-    for rank, k in enumerate(config.k):
-        for recipe in RECIPES:
-            plan.stage(_training_stage(recipe, k))
-            folder = out / "stacks" / f"{recipe.name}_k{k}"
-            stack, log = _train(recipe, k, config, names, lm, moments, source, folder, plan)
-            # The last layer alone, beside all of them, shows what teacher-forcing hides.
-            subsets = ((names[-1],),) if recipe.name in ("raw", "resae") else ()
+    for recipe, k in planned:
+        plan.stage(_training_stage(recipe, k))
+        folder = out / "stacks" / f"{recipe.name}_k{k}"
+        settings = _settings(recipe, k, config, names, lm)
+        calibration = _calibration(recipe, moments, settings)
+        stack, log = _train(settings, calibration, source, folder, lm, plan)
+        # The last layer alone, beside all of them, shows what teacher-forcing hides.
+        subsets = ((names[-1],),) if recipe.name in ("raw", "resae") else ()
+        for lower in config.k if recipe.nested else ():
+            methods.append(Method(recipe.name, stack.at_k(lower), lower))
+        if not recipe.nested:
             methods.append(Method(recipe.name, stack, k, subsets))
-            training.append({"method": recipe.name, "k": k, "rank": rank, "log": log})
+        rank = config.k.index(k)
+        training.append({"method": recipe.name, "k": k, "rank": rank, "log": log})
+    if "hierarchical" in config.methods:
+        ordinary = _stack_of(methods, "raw", config.k[-1])
+        methods += [Method("raw_truncated", ordinary.at_k(k), k) for k in config.k[:-1]]
+    boost: list[dict[str, Any]] = []
+    if "boost" in config.methods:
+        boosted, boost = _boost(lm, points, config, out, plan)
+        methods += boosted
     methods.append(_affine_only(methods))
 
     plan.stage(_EVALUATE)
@@ -193,6 +255,11 @@ def run_demo(
         "teacher_forced_collapse": collapse,
         "findings": findings(report, collapse),
     }
+    for name, rows in (("routing", routing), ("boost", boost)):
+        if rows:
+            report[name] = rows
+    report |= _fvu_tables(report["reconstruction"])
+    report["findings"] += extra_findings(report)
     save_json(out / "report.json", report)
     return report
 
@@ -202,17 +269,42 @@ _CAPTURE, _FIT = "capture activations", "fit affine maps"
 _EVALUATE, _GENERATE = "replace layers and measure", "write text with the layers replaced"
 
 
+_BOOST_DATA = "capture activations of one domain and the rest"
+_BOOST_BASE, _BOOST_TRAIN = "train on the rest", "boost on the domain"
+
+
 def _training_stage(recipe: _Recipe, k: int) -> str:
     return f"train {recipe.name}, k = {k}"
+
+
+def _planned(config: DemoConfig) -> list[tuple[_Recipe, int]]:
+    """What is trained at which k, in order."""
+    planned = [(recipe, k) for k in config.k for recipe in RECIPES]
+    for recipe in EXTRA_RECIPES:
+        if recipe.name in config.methods:
+            middle = config.k[len(config.k) // 2]
+            ks = (middle,) if recipe.one_k else config.k[-1:] if recipe.nested else config.k
+            planned += [(recipe, k) for k in ks]
+    return planned
 
 
 def _stages(config: DemoConfig) -> dict[str, float]:
     tokens = config.train_tokens / 200_000
     stages = {_CAPTURE: 12.0 * tokens, _FIT: 2.0}
-    for k in config.k:
-        for recipe in RECIPES:
-            stages[_training_stage(recipe, k)] = (5.8 + 0.1 * k) * tokens
-    methods = 18 * len(config.k) + 3
+    ways = 18 * len(config.k) + 3
+    for recipe, k in _planned(config):
+        passes = 1.6 if recipe.nested else 1.0
+        stages[_training_stage(recipe, k)] = passes * (5.8 + 0.1 * k) * tokens
+        if recipe not in RECIPES:
+            ways += 3 if recipe.predictor == "none" else 6
+    if "hierarchical" in config.methods:
+        ways += 6 * (len(config.k) - 1)
+    methods = ways
+    if "boost" in config.methods:
+        stages[_BOOST_DATA] = 24.0 * tokens + 1.0
+        stages[_BOOST_BASE] = (5.8 + 0.1 * config.k[-1]) * tokens
+        stages[_BOOST_TRAIN] = 14.0 * tokens + 0.1 * config.held_out_rows
+        methods += 9
     return {**stages, _EVALUATE: 0.0135 * methods * config.held_out_rows, _GENERATE: 3.0}
 
 
@@ -230,28 +322,52 @@ def _capture(
     return [torch.cat(layer)[:tokens] for layer in zip(*pieces, strict=True)]
 
 
-def _train(
+def _settings(
     recipe: _Recipe,
     k: int,
     config: DemoConfig,
     names: tuple[str, ...],
     lm: HookedLM,
-    moments: Moments,
-    source: StoredActivations,
-    folder: Path,
-    plan: Plan,
-) -> tuple[ReSAE, list[dict[str, Any]]]:
-    """One method at one k, and its training curve."""
-    settings = TrainConfig(
+    **further: Any,
+) -> TrainConfig:
+    ks = config.k
+    prefixes = tuple(sorted({max(1, ks[0] - 1), *ks, max(1, ks[-1] // 2)}))
+    options: dict[str, Any] = {
+        "d_sae": config.d_sae,
+        "prefixes": prefixes if recipe.nested else None,
+        "lr": NESTED_LR if recipe.nested else None,
+        **further,
+    }
+    return TrainConfig(
         layers=names,
         k=tuple(k * (layer + 1) if recipe.k_grows else k for layer in range(len(names))),
-        d_sae=config.d_sae,
         predictor=recipe.predictor,
+        form=recipe.form,
+        rank=max(1, lm.d_model // LOW_RANK) if recipe.form == "low_rank" else None,
+        loop=recipe.loop,
+        shared=recipe.shared,
         train_tokens=config.train_tokens,
         calibration_tokens=config.calibration_tokens,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
+        **options,
     )
+
+
+def _calibration(recipe: _Recipe, moments: Moments, settings: TrainConfig) -> Calibration:
+    form, rank = settings.form, settings.rank
+    return calibrate(recipe.predictor, moments, ridge=settings.ridge, form=form, rank=rank)
+
+
+def _train(
+    settings: TrainConfig,
+    calibration: Calibration,
+    source: StoredActivations,
+    folder: Path,
+    lm: HookedLM,
+    plan: Plan,
+) -> tuple[ReSAE, list[dict[str, Any]]]:
+    """One stack and its training curve."""
     log: list[dict[str, Any]] = []
 
     def note(p: Progress) -> None:
@@ -262,7 +378,7 @@ def _train(
     stack = train(
         settings,
         source,
-        calibrate(recipe.predictor, moments, ridge=settings.ridge),
+        calibration,
         folder,
         identity=ModelIdentity.of(lm),
         log_steps=10,
@@ -276,17 +392,108 @@ def _hop_rows(
     lm: HookedLM,
     points: Sequence[HookPoint],
     moments: Moments,
-    hops: Sequence[str],
+    predictions: dict[str, _Recipe],
     rows: torch.Tensor,
-) -> list[dict[str, Any]]:
-    """R² per hop on held-out tokens, of the learned maps and of the identity."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Per method and hop R² on held-out tokens, and of several sources each one's share."""
     unseen = [capture_tokens(lm, ids, points) for ids in rows.split(16)]
+    names = [point.name for point in points]
+    table, routing = [], []
+    for method, recipe in predictions.items():
+        if method == "resae_closed":  # the maps of resae
+            continue
+        rank = max(1, lm.d_model // LOW_RANK) if recipe.form == "low_rank" else None
+        maps = calibrate(
+            recipe.predictor, moments, ridge=1e-4, form=recipe.form, rank=rank
+        ).predictor
+        shares = routing_shares(maps, moments)
+        for i, r2 in enumerate(r2_per_layer(maps, unseen)):
+            table.append({"method": method, "hop": f"{names[i]} → {names[i + 1]}", "r2": r2})
+            for source, share in zip(names, shares[i], strict=False):
+                if len(shares[i]) > 1:
+                    place = {"method": method, "layer": names[i + 1], "source": source}
+                    routing.append({**place, "share": share})
+    return table, routing
+
+
+def _boost(
+    lm: HookedLM, points: Sequence[HookPoint], config: DemoConfig, out: Path, plan: Plan
+) -> tuple[list[Method], list[dict[str, Any]]]:
+    """SAE Boost where it is meant for: raw SAEs that never saw one domain of the corpus, and beside
+    them small ones trained on that domain alone.
+
+    Returns:
+        The stack before and after; and rows of FVU and online Δ CE on held-out text of the domain
+        and of the rest, before, after, and with the boost's TopK alone, without its threshold.
+    """
+    plan.stage(_BOOST_DATA)
+    names = tuple(point.name for point in points)
+    captured = []
+    for inside in (False, True):
+        rows = TokenRows(_texts(inside, config.seed), lm.tokenizer, config.context_tokens)
+        captured.append(_capture(lm, rows, points, config.train_tokens, plan))
+    rest, domain = (
+        StoredActivations(xs, batch_tokens=config.batch_tokens, seed=config.seed) for xs in captured
+    )
+
+    plan.stage(_BOOST_BASE)
+    k = config.k[-1]
+    recipe = _Recipe("boost_base", "none")
+    moments = [
+        sum_moments(
+            "none",
+            [[x[: config.calibration_tokens] for x in xs]],
+            tokens=config.calibration_tokens,
+            d_in=lm.d_model,
+            n_layers=len(points),
+        )
+        for xs in captured
+    ]
+    settings = _settings(recipe, k, config, names, lm)
+    folder = out / "stacks" / f"boost_base_k{k}"
+    calibration = _calibration(recipe, moments[0], settings)
+    base, _ = _train(settings, calibration, rest, folder, lm, plan)
+
+    plan.stage(_BOOST_TRAIN)
+    settings = _settings(recipe, BOOST_K, config, names, lm, boost=str(folder))
+    calibration = boost_calibration(base, moments[1])
+    target = out / "stacks" / f"boost_k{k}"
+    boosted, _ = _train(settings, calibration, domain, target, lm, plan)
+    topk = ReSAE.load(target)
+    for layer in range(topk.n_layers):
+        sae = topk.sae(layer)
+        assert isinstance(sae, BoostedSAE)
+        sae.threshold.zero_()
+    compared = [("before", base), ("after", boosted), ("after, TopK alone", topk)]
     table = []
-    for method, kind in (("identity", "identity"), ("resae", "previous")):
-        calibration: Calibration = calibrate(kind, moments, ridge=1e-4)
-        for hop, r2 in zip(hops, r2_per_layer(calibration.predictor, unseen), strict=True):
-            table.append({"method": method, "hop": hop, "r2": r2})
-    return table
+    for text, inside in (("rest", False), (BOOST_DOMAIN, True)):
+        texts = _texts(inside, config.seed, split="validation")
+        unseen = TokenRows(texts, lm.tokenizer, config.context_tokens, take=config.held_out_rows)
+        result = evaluate(lm, [Method(w, s, k) for w, s in compared], unseen.batches(16))
+        for which, _ in compared:
+            online = next(
+                row["delta_ce"]
+                for row in result["replacement"]
+                if (row["method"], row["mode"]) == (which, "online")
+            )
+            for row in result["reconstruction"]:
+                if row["method"] == which:
+                    place = {"text": text, "which": which, "layer": row["layer"]}
+                    fvu = {"fvu": row["fvu_stream"], "l0": row["l0"]}
+                    table.append({**place, **fvu, "delta_ce": online})
+    before = {(r["text"], r["layer"]): r["fvu"] for r in table if r["which"] == "before"}
+    for row in table:
+        row["change"] = row["fvu"] / before[row["text"], row["layer"]] - 1
+    return [Method("boost_base", base, k), Method("boost", boosted, k)], table
+
+
+def _texts(inside: bool, seed: int, split: str = "train") -> list[str]:
+    """Texts of the embedded corpus of `BOOST_DOMAIN`, or of all other domains."""
+    columns = (load_texts(EMBEDDED, split=split, text_column=c, seed=seed) for c in _COLUMNS)
+    return [text for text, name in zip(*columns, strict=True) if (name == BOOST_DOMAIN) == inside]
+
+
+_COLUMNS = ("text", "domain")
 
 
 def _affine_only(methods: Sequence[Method]) -> Method:
@@ -437,4 +644,132 @@ def _redundancy_sentence(rows: Sequence[dict[str, Any]]) -> str:
         f"{listed(ours)} against {listed(raw)} for raw SAEs (k = {', '.join(map(str, ours))}); "
         f"{'within' if near else 'NOT within'} 0.05 of random directions ({floor:.2f}) at k ≤ 8. "
         f"The identity residual does the same ({listed(identity)})."
+    )
+
+
+# -- the further methods ---------------------------------------------------------------------------
+
+
+def _fvu_tables(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """`mlsae` and `hierarchical`: FVU per layer and k beside that of raw SAEs of the same k."""
+
+    def of(method: str) -> dict[tuple[int, str], float]:
+        return {(r["k"], r["layer"]): r["fvu_stream"] for r in rows if r["method"] == method}
+
+    single, truncated = of("raw"), of("raw_truncated")
+    tables = {}
+    for method in ("mlsae", "hierarchical"):
+        table = []
+        for (k, layer), fvu in of(method).items():
+            row = {"k": k, "layer": layer, "fvu": fvu, "single": single[k, layer]}
+            row["over_single"] = fvu / single[k, layer] - 1
+            if method == "hierarchical":
+                row["truncated"] = truncated.get((k, layer))
+            table.append(row)
+        if table:
+            tables[method] = table
+    return tables
+
+
+def extra_findings(report: dict[str, Any]) -> list[str]:
+    """What the rows say of the further methods that are in the report, held against what each
+    promises; also where it does not hold."""
+    sentences = []
+    rows = report["replacement"]
+    everything = max(len(row["layers"]) for row in rows)
+    measured = {
+        (r["method"], r["k"], r["mode"], r["loop"]): r["delta_ce"]
+        for r in rows
+        if len(r["layers"]) == everything
+    }
+
+    def listed(values: Sequence[float], digits: int = 3) -> str:
+        return ", ".join(f"{v:.{digits}f}" for v in values)
+
+    def deltas(method: str, mode: str, loop: str | None) -> dict[int, float]:
+        return {k: v for (m, k, *how), v in measured.items() if (m, *how) == (method, mode, loop)}
+
+    closed, opened = (deltas(m, "teacher_forced", "closed") for m in ("resae_closed", "resae"))
+    if closed:
+        online, online_open = (deltas(m, "online", "closed") for m in ("resae_closed", "resae"))
+        last = report["reconstruction"][-1]["layer"]
+        fvu = {
+            (r["method"], r["k"]): r["fvu_stream"]
+            for r in report["reconstruction"]
+            if (r["layer"], r["loop"]) == (last, "closed")
+        }
+        errors = [listed([fvu[m, k] for k in closed]) for m in ("resae_closed", "resae")]
+        better = sum(closed[k] < opened[k] for k in closed)
+        worse = sum(online[k] > online_open[k] for k in closed)
+        sentences.append(
+            f"Trained in closed loop, ReSAE loses {listed(list(closed.values()))} with clean codes "
+            f"encoded in closed loop, trained in open loop {listed([opened[k] for k in closed])} "
+            f"(k = {', '.join(map(str, closed))}): better at {better} of {len(closed)} k; FVU "
+            f"there at the last layer {errors[0]} against {errors[1]}. Online "
+            f"{listed(list(online.values()))} against {listed([online_open[k] for k in closed])}: "
+            f"{'worse at ' + str(worse) if worse else 'worse at none'} of {len(closed)} k."
+        )
+    names = [m for m in EXTRA_METHODS if m.startswith("all_previous")]
+    forms = {m: deltas(m, "online", "closed") for m in names}
+    r2 = {m: [r["r2"] for r in report["affine"] if r["method"] == m] for m in (*names, "resae")}
+    told = [
+        f"{m.removeprefix('all_previous_').replace('_', ' ') if m != 'all_previous' else 'full'} "
+        f"R² {r2[m][-1]:.3f}, online {listed(list(of_k.values()))} at "
+        f"k = {', '.join(map(str, of_k))}"
+        for m, of_k in forms.items()
+        if of_k
+    ]
+    if told:
+        sentences.append(
+            f"Predicting the last layer from all before it: {'; '.join(told)}. From the one before "
+            f"(ReSAE): R² {r2['resae'][-1]:.3f}, online "
+            f"{listed(list(deltas('resae', 'online', 'closed').values()))}."
+        )
+    if "mlsae" in report:
+        over = [row["over_single"] for row in report["mlsae"]]
+        own, raw = (deltas(m, "online", None) for m in ("mlsae", "raw"))
+        sentences.append(
+            f"One dictionary for all layers (MLSAE) has an FVU {min(over):+.0%} to "
+            f"{max(over):+.0%} from that of a dictionary of the same size per layer, and loses "
+            f"{listed(list(own.values()), 2)} online where those lose "
+            f"{listed([raw[k] for k in own], 2)}."
+        )
+    if "hierarchical" in report:
+        sentences.append(_hierarchical_sentence(report["hierarchical"]))
+    if "boost" in report:
+        sentences.append(_boost_sentence(report["boost"]))
+    return sentences
+
+
+def _hierarchical_sentence(table: Sequence[dict[str, Any]]) -> str:
+    worst: dict[int, float] = {}
+    for row in table:
+        worst[row["k"]] = max(row["over_single"], worst.get(row["k"], -1.0))
+    over = ", ".join(f"{value:+.1%} at k = {k}" for k, value in worst.items())
+    held = max(worst.values()) <= 0.03
+    cut = [(row["fvu"], row["truncated"]) for row in table if row["truncated"] is not None]
+    better = sum(nested < truncated for nested, truncated in cut)
+    return (
+        f"One SAE trained over prefixes (HierarchicalTopK) has at its worst layer an FVU {over} "
+        f"from that of an SAE trained at that k: {'within' if held else 'NOT within'} 3 % at each "
+        f"k. It is better than an ordinary SAE truncated to that k in {better} of {len(cut)} cases."
+    )
+
+
+def _boost_sentence(table: Sequence[dict[str, Any]]) -> str:
+    def changes(text: str, which: str) -> list[float]:
+        return [r["change"] for r in table if (r["text"], r["which"]) == (text, which)]
+
+    def listed(values: Sequence[float]) -> str:
+        return ", ".join(f"{v:+.1%}" for v in values)
+
+    rest, domain = changes("rest", "after"), changes(BOOST_DOMAIN, "after")
+    plain, plain_domain = (changes(t, "after, TopK alone") for t in ("rest", BOOST_DOMAIN))
+    held = max(map(abs, rest)) < 0.01 and max(domain) <= -0.10
+    return (
+        f"SAE Boost, SAEs that never saw {BOOST_DOMAIN} and beside them others trained on it alone "
+        f"(k = {BOOST_K}), changes FVU on {BOOST_DOMAIN} by {listed(domain)} (layer by layer) and "
+        f"on the rest by {listed(rest)}: {'within' if held else 'NOT within'} the bounds (at least "
+        f"10 % better, less than 1 % change). With TopK alone in use, without the threshold: "
+        f"{listed(plain_domain)} and {listed(plain)}."
     )

@@ -35,6 +35,21 @@ METHOD_OF_PREDICTOR = {
 }
 
 
+def method_name(stack: ReSAE) -> str:
+    """What rows call a stack that says nothing else of itself."""
+    if stack.boosted:
+        return "boost"
+    if stack.shared:
+        return "mlsae"
+    return predictor_name(stack.predictor.kind, stack.predictor.form)
+
+
+def predictor_name(kind: str, form: str) -> str:
+    """What rows call a stack, or the maps alone, with this prediction."""
+    name = METHOD_OF_PREDICTOR[kind]
+    return name if form == "full" else f"{name}_{form}"
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of a comparison."""
@@ -296,7 +311,7 @@ class _Reconstruction:
 
 
 def _dictionaries(method: Method) -> list[Tensor]:
-    if not isinstance(method.stack, ReSAE):
+    if not isinstance(method.stack, ReSAE) or method.stack.shared:
         return []
     return [method.stack.sae(i).W_dec for i in range(method.stack.n_layers)]
 

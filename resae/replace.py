@@ -456,7 +456,7 @@ def _home(stack: ReSAE | AffineOnly, layer: int) -> Tensor | None:
     """A tensor of the device and dtype that selected layer `layer` of the stack computes in; None
     where the stack has no parameters."""
     if isinstance(stack, ReSAE):
-        return stack.sae(layer).W_dec
+        return stack.sae(layer).b_dec
     return next(stack.predictor.buffers(), None)
 
 

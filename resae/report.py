@@ -19,6 +19,17 @@ LABELS = {
     "identity": "identity residual",
     "resae": "ReSAE",
     "all_previous": "all previous layers",
+    **{
+        f"{kind}_{form}": f"{label}, {form.replace('_', ' ')}"
+        for kind, label in (("resae", "ReSAE"), ("all_previous", "all previous layers"))
+        for form in ("scalar", "diagonal", "low_rank")
+    },
+    "mlsae": "MLSAE, one dictionary",
+    "hierarchical": "HierarchicalTopK",
+    "raw_truncated": "raw SAEs, truncated",
+    "boost_base": "raw SAEs, one domain unseen",
+    "boost": "SAE Boost",
+    "resae_closed": "ReSAE trained in closed loop",
     "affine_only": "affine maps alone",
 }
 COLORS = {  # Okabe and Ito: told apart by colour-blind readers too
@@ -28,7 +39,14 @@ COLORS = {  # Okabe and Ito: told apart by colour-blind readers too
     "resae": "#0072b2",
     "all_previous": "#cc79a7",
     "affine_only": "#666666",
+    "mlsae": "#56b4e9",
+    "hierarchical": "#000000",
+    "resae_closed": "#7b3294",
 }
+TABLES_ONLY = {"raw_truncated", "boost_base", "boost"} | {
+    f"all_previous_{form}" for form in ("scalar", "diagonal", "low_rank")
+}
+"""Methods of one k, or of a comparison of their own: left out where lines run over k."""
 MODES = {
     "online": "online",
     "teacher_forced": "teacher-forced",
@@ -92,6 +110,10 @@ def _against_k(axis: Any, rows: Sequence[Row], column: str) -> None:
     axis.set_xlabel("k, active latents per layer")
 
 
+def _drawn(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["method"] not in TABLES_ONLY]
+
+
 def _per_mode(rows: Sequence[Row], column: str, title: str) -> Any:
     figure, axes = _figure(11, 4.1, columns=3)
     for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
@@ -107,16 +129,17 @@ def _per_mode(rows: Sequence[Row], column: str, title: str) -> Any:
 
 
 def _delta_ce(report: Row) -> Any:
-    return _per_mode(whole_selection(report["replacement"]), "delta_ce", "Δ CE, nats per token")
+    rows = _drawn(whole_selection(report["replacement"]))
+    return _per_mode(rows, "delta_ce", "Δ CE, nats per token")
 
 
 def _ce_recovered(report: Row) -> Any:
-    rows = whole_selection(report["replacement"])
+    rows = _drawn(whole_selection(report["replacement"]))
     return _per_mode(rows, "ce_recovered_mean", "CE recovered against mean ablation")
 
 
 def _redundancy(report: Row) -> Any:
-    rows = report["redundancy_histogram"]
+    rows = _drawn(report["redundancy_histogram"])
     ks = sorted({row["k"] for row in rows})
     figure, axes = _figure(11, 3.2, columns=len(ks))
     floor = report["redundancy"][0]["random_floor"]
@@ -145,7 +168,7 @@ def _r2(report: Row) -> Any:
     rows = report["affine"]
     hops = list(dict.fromkeys(row["hop"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, (axis,) = _figure(5.5, 3.2)
+    figure, (axis,) = _figure(2.5 + 1.5 * len(methods), 3.2)
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
         values = [
@@ -155,14 +178,15 @@ def _r2(report: Row) -> Any:
             [x + i * width for x in range(len(hops))],
             values,
             width,
-            color=COLORS.get(method, "#000000"),
+            color=COLORS.get(method, "#aaaaaa"),
+            hatch={0: "", 1: "//", 2: "..", 3: "xx"}[(i - 2) % 4] if method in TABLES_ONLY else "",
             label=LABELS.get(method, method),
         )
         axis.bar_label(bars, fmt="%.3f", fontsize=8)
     axis.set_xticks([x + 0.4 - width / 2 for x in range(len(hops))], [_short(hop) for hop in hops])
     axis.set_ylabel("R², held-out tokens")
     axis.set_ylim(0, 1.12)
-    figure.legend(loc="outside lower center", ncols=len(methods), fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(3, len(methods)), fontsize=8, frameon=False)
     return figure
 
 
@@ -172,7 +196,7 @@ def _short(text: str) -> str:
 
 
 def _training(report: Row) -> Any:
-    runs = report["training"]
+    runs = _drawn(report["training"])
     layers = len(runs[0]["log"][0]["layers"])
     figure, axes = _figure(11, 3.4, columns=layers)
     for run in runs:
@@ -269,6 +293,69 @@ def _table(rows: Sequence[Row], columns: dict[str, str]) -> str:
     )
 
 
+FURTHER: dict[str, tuple[str, str, dict[str, str]]] = {
+    # report key → heading, note, columns; those in percent end in %
+    "hierarchical": (
+        "HierarchicalTopK: one autoencoder at every k",
+        "FVU of the stream, from clean activations, beside an autoencoder trained at that k, and "
+        "an ordinary one of the largest k truncated to it.",
+        {
+            "k": "k",
+            "layer": "layer",
+            "fvu": "FVU",
+            "single": "trained at this k",
+            "over_single": "over it, %",
+            "truncated": "ordinary, truncated",
+        },
+    ),
+    "mlsae": (
+        "MLSAE: one dictionary for all layers",
+        "FVU of the stream, from clean activations, beside a dictionary of this size per layer.",
+        {
+            "k": "k",
+            "layer": "layer",
+            "fvu": "FVU",
+            "single": "a dictionary each",
+            "over_single": "over it, %",
+        },
+    ),
+    "boost": (
+        "SAE Boost: one domain added to autoencoders that never saw it",
+        "Held-out text of the domain and of the rest. TopK alone: without the threshold that keeps "
+        "the boost silent elsewhere.",
+        {
+            "which": "autoencoders",
+            "text": "text",
+            "layer": "layer",
+            "fvu": "FVU",
+            "change": "change, %",
+            "l0": "L0",
+            "delta_ce": "Δ CE online, all layers",
+        },
+    ),
+    "routing": (
+        "Where the predictions from all previous layers come from",
+        "Share of each source in the summed energy of what the sources contribute.",
+        {"name": "method", "layer": "layer", "source": "from", "share": "share"},
+    ),
+}
+
+
+def _further(report: Row) -> list[str]:
+    parts = []
+    for key, (heading, note, columns) in FURTHER.items():
+        if not report.get(key):
+            continue
+        rows = []
+        for row in report[key]:
+            percent = {c: f"{row[c]:+.1%}" for c, text in columns.items() if text.endswith("%")}
+            name = LABELS.get(row.get("method", ""), "")
+            rows.append({**row, **percent, "method": "", "name": name})
+        parts += [f"<h2>{html.escape(heading)}</h2>", _table(rows, columns)]
+        parts.append(f"<p class=note>{html.escape(note)}</p>")
+    return parts
+
+
 def _labelled(rows: Sequence[Row]) -> list[Row]:
     """Rows with `name`, ordered by k (those without k last)."""
     named = [{**row, "name": label(row)} for row in rows]
@@ -351,6 +438,7 @@ def _page(report: Row, figures: dict[str, tuple[str, str]]) -> str:
         "<p class=note>Stream: the residual stream itself. Target: what the autoencoder reads, for "
         "residual methods what the prediction left.</p>"
     )
+    parts += _further(report)
     if "training" in figures:
         parts += ["<h2>Training</h2>", figure("training")]
     if report.get("samples"):

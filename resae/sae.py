@@ -6,7 +6,9 @@ so that the code is of the residual. Stored as `encoder.weight [M, D]`, `encoder
 [M, D]`, `b_dec [D]`: sparsify's keys, in its files `cfg.json` and `sae.safetensors`.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,9 +115,46 @@ class TopKSAE(nn.Module):
         """`acts, indices [..., k]` → x̂ `[..., D]`, plus `base` (`resae_kernels.sparse_decode`)."""
         return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, base=base)
 
+    @property
+    def trained(self) -> "TopKSAE":
+        """The part that training changes: all of it."""
+        return self
+
+    def trained_code(self, code: TopK) -> TopK:
+        """The part of a code that belongs to `trained`: all of it."""
+        return code
+
+    def decode_prefixes(
+        self, code: TopK, prefixes: Sequence[int], *, base: Tensor | None = None
+    ) -> list[Tensor]:
+        """x̂ `[..., D]` of the j strongest latents for each j of `prefixes`, rising, of a sorted
+        code: each adds its rows to the one before, so that all together gather k rows.
+        HierarchicalTopK (arXiv 2505.24473), section 3."""
+        x_hats: list[Tensor] = []
+        first = 0
+        for last in prefixes:
+            acts, indices = (part[..., first:last] for part in code)
+            bias = None if x_hats else self.b_dec
+            base = sparse_decode(acts, indices, self.W_dec, bias=bias, base=base)
+            x_hats.append(base)
+            first = last
+        return x_hats
+
     def forward(self, x: Tensor, *, base: Tensor | None = None) -> SAEOutput:
         code = self.encode(x, base=base)
         return SAEOutput(self.decode(*code, base=base), code)
+
+    def at_k(self, k: int) -> "TopKSAE":
+        """An autoencoder of the same parameters with fewer active latents, 1 ≤ k ≤ config.k."""
+        if not 1 <= k <= self.config.k:
+            raise ValueError(
+                f"at_k: k={k}, expected 1 to {self.config.k}, with which the autoencoder was "
+                f"trained"
+            )
+        shared = {id(part): part for part in (*self.parameters(), self._screened)}
+        twin = copy.deepcopy(self, shared)
+        twin.config = replace(self.config, k=k)
+        return twin
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -133,11 +172,12 @@ class TopKSAE(nn.Module):
     def rescale_(self, factor: float) -> None:
         """Become the autoencoder of `factor · x`: its code is `factor` times this one's, of the
         same latents. Exact for TopK, which a positive factor does not change; W_dec keeps its
-        norm."""
-        self.encoder.bias.mul_(factor)
-        self.b_dec.mul_(factor)
+        norm. The biases become new parameters: an autoencoder that shared them keeps its own."""
+        bias, b_dec = self.encoder.bias, self.b_dec
+        self.encoder.bias = nn.Parameter(bias * factor, requires_grad=bias.requires_grad)
+        self.b_dec = nn.Parameter(b_dec * factor, requires_grad=b_dec.requires_grad)
 
-    def save(self, folder: Path, **metadata: str | int | None) -> None:
+    def save(self, folder: Path, **metadata: str | float | None) -> None:
         """Write `sae.safetensors` and then `cfg.json` (sparsify's keys, and `metadata`)."""
         save_tensors(folder / "sae.safetensors", self.state_dict())
         save_json(
@@ -180,12 +220,137 @@ class TopKSAE(nn.Module):
             raise ValueError(
                 f"SAE {folder}: tensors {found} do not fit cfg.json, expected {expected}"
             )
-        sae.load_state_dict(tensors)
-        return sae.to(tensors["W_dec"].dtype).eval()
+        sae.to(tensors["W_dec"].dtype).load_state_dict(tensors)
+        return sae.eval()
+
+
+class BoostedSAE(nn.Module):
+    """A frozen autoencoder and a second one of the same input, trained on what the first leaves:
+    x̂ = x̂_base + z_boost W_boost, without decoder bias.         SAE Boost (arXiv 2507.12990)
+
+    The code is that of the base, then that of the boost with indices M_base higher: to all that
+    reads codes this is an autoencoder of M_base + M_boost latents. In training the k strongest of
+    the boost count. In use only those of them above a threshold do, which keeps the boost silent on
+    text that it was not trained for: the quantile of the training's acts, averaged over batches,
+    that `keep` of them exceed. Threshold 0 leaves TopK alone.
+
+    Args:
+        boost: its decoder bias is set to zero; both biases of decoders stay as they are.
+    """
+
+    def __init__(self, base: TopKSAE, boost: TopKSAE, *, keep: float = 0.1, threshold: float = 0.0):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.boost = boost
+        boost.b_dec.data.zero_()
+        boost.b_dec.requires_grad_(False)
+        self.keep = keep
+        self.threshold: Tensor
+        self.register_buffer("threshold", boost.b_dec.new_tensor(threshold))
+        ours, its = boost.config, base.config
+        self.config = SAEConfig(ours.d_in, its.d_sae + ours.d_sae, its.k + ours.k)
+
+    @property
+    def trained(self) -> TopKSAE:
+        return self.boost
+
+    @property
+    def W_dec(self) -> Tensor:
+        """`[M_base + M_boost, D]`, a copy."""
+        return torch.cat([self.base.W_dec, self.boost.W_dec])
+
+    @property
+    def b_dec(self) -> Tensor:
+        return self.base.b_dec
+
+    def encode(self, x: Tensor, *, base: Tensor | None = None, sorted: bool = True) -> TopK:
+        """Acts and indices `[..., k_base + k_boost]`, each part ordered by itself."""
+        first = self.base.encode(x, base=base, sorted=sorted)
+        acts, indices = self.boost.encode(x, base=base, sorted=sorted)
+        if self.training and torch.is_grad_enabled():
+            self._follow(acts.detach())
+        else:
+            acts = acts.masked_fill(acts < self.threshold, 0)
+        indices = torch.where(acts > 0, indices + self.base.config.d_sae, 0)
+        return TopK(torch.cat([first.acts, acts], -1), torch.cat([first.indices, indices], -1))
+
+    @torch.no_grad()
+    def _follow(self, acts: Tensor) -> None:
+        kept = max(1, round(self.keep * acts.numel()))
+        now = acts.flatten().topk(kept, sorted=False).values.min()
+        self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(now, 0.01), now))
+
+    def trained_code(self, code: TopK) -> TopK:
+        """The part of a code from `encode` that is the boost's, by its own indices."""
+        acts, indices = (part[..., self.base.config.k :] for part in code)
+        return TopK(acts, (indices - self.base.config.d_sae).clamp_min(0))
+
+    def decode(self, acts: Tensor, indices: Tensor, *, base: Tensor | None = None) -> Tensor:
+        """As `TopKSAE.decode`; slots may come in any order."""
+        M = self.base.config.d_sae
+        boosted = indices >= M
+        parts = [acts.masked_fill(boosted, 0), acts.masked_fill(~boosted, 0)]
+        rows = [indices.masked_fill(boosted, 0), (indices - M).clamp_min(0)]
+        W_dec = [self.base.W_dec, self.boost.W_dec]
+        return sparse_decode(parts, rows, W_dec, bias=self.b_dec, base=base)
+
+    def forward(self, x: Tensor, *, base: Tensor | None = None) -> SAEOutput:
+        code = self.encode(x, base=base)
+        return SAEOutput(self.decode(*code, base=base), code)
+
+    def at_k(self, k: int) -> "BoostedSAE":
+        raise ValueError(
+            f"at_k: k={k} for a boosted autoencoder, of {self.base.config.k} + "
+            f"{self.boost.config.k} active latents; lower k before boosting"
+        )
+
+    def normalize_decoder(self) -> None:
+        self.boost.normalize_decoder()
+
+    def remove_parallel_gradient(self) -> None:
+        self.boost.remove_parallel_gradient()
+
+    @torch.no_grad()
+    def rescale_(self, factor: float) -> None:
+        """As `TopKSAE.rescale_`; a power of two changes no bit but exponents, and can be undone."""
+        self.base.rescale_(factor)
+        self.boost.rescale_(factor)
+        self.threshold.mul_(factor)
+
+    def save(self, folder: Path, **metadata: str | float | None) -> None:
+        """The base as it was, and the boost with its threshold in `boost/`."""
+        self.base.save(folder, **metadata)
+        of_boost = {"threshold": float(self.threshold), "keep": self.keep}
+        self.boost.save(folder / "boost", **{**metadata, **of_boost, "input_kind": "boost"})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "BoostedSAE":
+        """Read what `save` wrote, for use; errors as of `TopKSAE.load`, which reads the base
+        alone."""
+        folder = Path(folder)
+        metadata = load_json(folder / "boost" / "cfg.json", "SAE")["metadata"]
+        base, boost = TopKSAE.load(folder), TopKSAE.load(folder / "boost")
+        return cls(base, boost, keep=metadata["keep"], threshold=metadata["threshold"]).eval()
+
+
+Total = Callable[[Tensor], Tensor]
+"""Makes of a sum over a piece of a batch the sum over the whole batch."""
+
+
+def in_one_piece(sum_of_piece: Tensor) -> Tensor:
+    """The `Total` of a batch that is one piece."""
+    return sum_of_piece
 
 
 def auxk_loss(
-    sae: TopKSAE, x: Tensor, error: Tensor, dead: Tensor, k_aux: int, *, base: Tensor | None = None
+    sae: TopKSAE,
+    x: Tensor,
+    error: Tensor,
+    dead: Tensor,
+    k_aux: int,
+    *,
+    base: Tensor | None = None,
+    total: Total = in_one_piece,
 ) -> Tensor:
     """How badly the k_aux strongest dead latents explain what the live ones leave; 0 if none is
     dead.
@@ -197,6 +362,7 @@ def auxk_loss(
 
     Args:
         x: `[N, D]`. error: `[N, D]`, x − x̂. dead: `[M]` bool. base: as in `encode`.
+        total: of a batch in pieces; the losses of the pieces add up to that of the batch.
     """
     rows = dead.nonzero().squeeze(1)
     if not rows.numel():
@@ -211,4 +377,4 @@ def auxk_loss(
         base=base,
     )
     rebuilt = sparse_decode(code.acts, code.indices, sae.W_dec[rows])
-    return (error - rebuilt).square().sum() / error.square().sum().clamp_min(1e-12)
+    return (error - rebuilt).square().sum() / total(error.square().sum()).clamp_min(1e-12)

@@ -4,7 +4,8 @@
     x̂_l = pred from x̂ so far + z_l W_dec_l + b_dec_l                         ReSAE, arXiv 2605.27819
 
 Open loop: residuals against predictions from the true activations. Closed loop: against predictions
-from the reconstructions so far. With predictor "none" these are ordinary SAEs, and the loops agree.
+from the reconstructions so far. With predictor "none" these are ordinary SAEs, and the loops agree;
+one dictionary shared by all layers is then an MLSAE (arXiv 2409.04185).
 
 On disk: `resae.json`, `affine.safetensors`, and per layer `blocks.{i}.hook_…/{cfg.json,
 sae.safetensors}` in sparsify's layout. Everything acts on raw activations: scales used in training
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from resae.affine import KINDS, AffinePredictor
 from resae.model import HookedLM
-from resae.sae import SAEConfig, TopKSAE
+from resae.sae import BoostedSAE, SAEConfig, TopKSAE
 from resae.storage import load_json, save_json
 from resae_kernels import TopK, Transported, affine_chain, online_step, transport
 from resae_kernels.online_step import FEW_TOKENS
@@ -70,7 +71,7 @@ class ReSAE(
     Args:
         hook_points: canonical names, in the order of the forward pass.
         predictor: the affine maps; `AffinePredictor("none")` for ordinary SAEs.
-        saes: one per hook point.
+        saes: one per hook point; the same one at each for a shared dictionary (MLSAE).
         model: identity of the model, or None.
     """
 
@@ -78,7 +79,7 @@ class ReSAE(
         self,
         hook_points: Sequence[str],
         predictor: AffinePredictor,
-        saes: Sequence[TopKSAE],
+        saes: Sequence[TopKSAE | BoostedSAE],
         model: ModelIdentity | None = None,
     ):
         super().__init__()
@@ -96,8 +97,13 @@ class ReSAE(
             )
         self.hook_points = list(hook_points)
         self.predictor = predictor
-        self.saes = nn.ModuleList(saes)
+        self._hold(saes)
         self.model_identity = model
+
+    def _hold(self, saes: Sequence[TopKSAE | BoostedSAE]) -> None:
+        distinct = list(dict.fromkeys(saes))
+        self.saes = nn.ModuleList(distinct)
+        self._of_layer = [distinct.index(sae) for sae in saes]
 
     @property
     def n_layers(self) -> int:
@@ -108,11 +114,25 @@ class ReSAE(
     def d_in(self) -> int:
         return self.sae(0).config.d_in
 
-    def sae(self, layer: int) -> TopKSAE:
+    def sae(self, layer: int) -> TopKSAE | BoostedSAE:
         """The autoencoder of selected layer `layer` (its position in `hook_points`)."""
-        module = self.saes[layer]
-        assert isinstance(module, TopKSAE)
+        module = self.saes[self._of_layer[layer]]
+        assert isinstance(module, TopKSAE | BoostedSAE)
         return module
+
+    def distinct(self) -> list[TopKSAE | BoostedSAE]:
+        """The autoencoders, each once, where `saes` of several layers are one."""
+        return [self.sae(self._of_layer.index(i)) for i in range(len(self.saes))]
+
+    def position(self, layer: int) -> int:
+        """Where in `distinct()` and `saes` the autoencoder of a layer is."""
+        return self._of_layer[layer]
+
+    @property
+    def shared(self) -> bool:
+        """Whether all layers have one dictionary (MLSAE); biases may differ by a factor each."""
+        dictionaries = {id(self.sae(layer).W_dec) for layer in range(self.n_layers)}
+        return self.n_layers > 1 and len(dictionaries) == 1
 
     @property
     def chained(self) -> bool:
@@ -125,6 +145,19 @@ class ReSAE(
         layers = range(layer + 1) if self.chained else (layer,)
         return sum(self.sae(i).config.k for i in layers)
 
+    @property
+    def boosted(self) -> bool:
+        """Whether autoencoders have a second one beside them (SAE Boost)."""
+        return any(isinstance(sae, BoostedSAE) for sae in self.saes)
+
+    def at_k(self, k: int) -> "ReSAE":
+        """The same stack, of the same parameters, run with k active latents in every layer; k at
+        most what each was trained with. Trained with `TrainConfig.prefixes` it is good at each of
+        these (HierarchicalTopK); an ordinary one is merely truncated."""
+        saes = [self.sae(layer).at_k(k) for layer in range(self.n_layers)]
+        stack = ReSAE(self.hook_points, self.predictor, saes, self.model_identity)
+        return stack.train(self.training)
+
     def encode(self, xs: Sequence[Tensor], *, loop: Loop = "open") -> list[TopK]:
         """L activations `[..., D]` → L codes `[..., k_l]`."""
         return self(xs, loop=loop).codes
@@ -133,6 +166,12 @@ class ReSAE(
         """L codes → L reconstructions `[..., D]`, back through the chain of maps."""
         if not self.chained:
             return [self.sae(i).decode(*code) for i, code in enumerate(codes)]
+        # Dense products are what a cheap form saves, one dictionary what a boosted SAE has not.
+        if self.predictor.form != "full" or self.boosted:
+            x_hats: list[Tensor] = []
+            for i, code in enumerate(codes):
+                x_hats.append(self.sae(i).decode(*code, base=self.predictor(i, x_hats)))
+            return x_hats
         saes = [self.sae(i) for i in range(self.n_layers)]
         return affine_chain(
             codes,
@@ -180,7 +219,8 @@ class ReSAE(
         """
         sae = self.sae(layer)
         few = x.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
-        if few and seen is put_in and (carried is not None or x.is_cuda):
+        fused = few and seen is put_in and (carried is not None or x.is_cuda)
+        if fused and isinstance(sae, TopKSAE):  # a boosted one is two encodes
             weights = (sae.encoder.weight, sae.encoder.bias, sae.config.k, sae.W_dec)
             if carried is not None:
                 return online_step(x, *weights, codes=codes, transported=carried)
@@ -194,11 +234,11 @@ class ReSAE(
 
     def transported(self, max_bytes: int) -> Transported | None:
         """Every dictionary carried through the maps to every later layer
-        (`resae_kernels.transport`), detached; None if the new tables would exceed `max_bytes`, or
-        there are no maps."""
+        (`resae_kernels.transport`), detached; None if the new tables would exceed `max_bytes`,
+        there are no maps, or autoencoders are boosted."""
         saes = [self.sae(i) for i in range(self.n_layers)]
         tables = sum((len(saes) - 1 - i) * sae.W_dec.nbytes for i, sae in enumerate(saes))
-        if not self.chained or tables > max_bytes:
+        if not self.chained or self.boosted or tables > max_bytes:
             return None
         W_dec, b_dec = [sae.W_dec for sae in saes], [sae.b_dec for sae in saes]
         return transport(W_dec, self.predictor.A, self.predictor.c, b_dec=b_dec)
@@ -226,6 +266,9 @@ class ReSAE(
     @torch.no_grad()
     def rescale_(self, factors: Sequence[float]) -> None:
         """Become the stack of the activations times `factors`, one per layer."""
+        if len(self.saes) < self.n_layers:  # one autoencoder at several layers: biases now differ
+            saes = [self.sae(layer) for layer in range(self.n_layers)]
+            self._hold([sae.at_k(sae.config.k) for sae in saes])
         for layer, factor in enumerate(factors):
             self.sae(layer).rescale_(factor)
         self.predictor = self.predictor.rescaled(factors)
@@ -249,6 +292,9 @@ class ReSAE(
                 "format_version": FORMAT_VERSION,
                 "hook_points": self.hook_points,
                 "predictor": self.predictor.kind,
+                "form": self.predictor.form,
+                "shared": self.shared,
+                "boosted": self.boosted,
                 "d_in": self.d_in,
                 "d_sae": [self.sae(i).config.d_sae for i in range(self.n_layers)],
                 "k": [self.sae(i).config.k for i in range(self.n_layers)],
@@ -265,7 +311,8 @@ class ReSAE(
         return ModelCard(
             f"---\n{header}\n---\n\n# TopK autoencoders of {self.n_layers} layers of {model}\n\n"
             f"Layers {', '.join(self.hook_points)}; {self.sae(0).config.d_sae} latents per layer, "
-            f"k = {k}; affine predictor `{self.predictor.kind}` (ReSAE, arXiv 2605.27819).\n\n"
+            f"k = {k}; affine predictor `{self.predictor.kind}`, {self.predictor.form} (ReSAE, "
+            "arXiv 2605.27819).\n\n"
             "```python\nfrom resae import ReSAE\n\n"
             'stack = ReSAE.from_pretrained("<this repository>")\n```\n'
         )
@@ -318,10 +365,18 @@ class ReSAE(
             )
         if description["predictor"] not in KINDS:
             raise ValueError(f"stack {folder}: unknown predictor {description['predictor']!r}")
+        folders = [folder / name for name in description["hook_points"]]
+        saes: Sequence[TopKSAE | BoostedSAE]
+        if description.get("boosted", False):
+            saes = [BoostedSAE.load(path) for path in folders]
+        else:
+            saes = plain = [TopKSAE.load(path) for path in folders]
+            if description.get("shared", False):
+                _share(plain, folder)
         stack = cls(
             description["hook_points"],
             AffinePredictor.load(folder / "affine.safetensors", description["predictor"]),
-            [TopKSAE.load(folder / name) for name in description["hook_points"]],
+            saes,
             description["model"] and ModelIdentity(**description["model"]),
         )
         return stack.eval()
@@ -335,14 +390,28 @@ def new_stack(
     d_sae: int,
     k: Sequence[int],
     seed: int = 0,
+    shared: bool = False,
     model: ModelIdentity | None = None,
 ) -> ReSAE:
-    """An untrained stack; every layer starts from its own random directions."""
+    """An untrained stack; every layer starts from its own random directions, or all are one."""
     saes = [
         TopKSAE(SAEConfig(d_in, d_sae, k_l), seed=seed * 1_000 + layer)
-        for layer, k_l in enumerate(k)
+        for layer, k_l in enumerate(k[:1] if shared else k)
     ]
-    return ReSAE(hook_points, predictor, saes, model)
+    return ReSAE(hook_points, predictor, saes * len(k) if shared else saes, model)
+
+
+def _share(saes: Sequence[TopKSAE], folder: Path) -> None:
+    """Make the equal dictionaries of several files one again."""
+    first = saes[0]
+    for sae in saes[1:]:
+        pairs = ((sae.encoder.weight, first.encoder.weight), (sae.W_dec, first.W_dec))
+        if not all(torch.equal(own, common) for own, common in pairs):
+            raise ValueError(
+                f"stack {folder}: resae.json says that all layers share one dictionary, but their "
+                f"files hold different ones; restore them"
+            )
+        sae.encoder.weight, sae.W_dec = first.encoder.weight, first.W_dec
 
 
 class AffineOnly:

@@ -11,19 +11,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+PARTIAL = ".partial"
+"""Ending of the temporary names."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)` and rename its result to `path`; on any error `path` is untouched."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    """Call `write(temporary)` and rename its result to `path`; on any error `path` is untouched.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk; the message names the file.
+    """
     try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())  # or a power failure could leave the name and no content
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"cannot write {path} ({error}); what was there before is untouched; look for free "
+            f"space and permissions"
+        ) from error
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what writes that were killed left in a folder and below; nobody may be writing."""
+    for left_over in folder.rglob(f".*{PARTIAL}"):
+        left_over.unlink(missing_ok=True)
 
 
 def save_json(path: Path, content: Any) -> None:

@@ -17,21 +17,22 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from resae.affine import KINDS, AffinePredictor, Moments, fit_predictor
+from resae.affine import KINDS, AffinePredictor, Moments, check_form, fit_predictor
 from resae.data import ActivationSource, Position
-from resae.sae import auxk_loss
+from resae.sae import BoostedSAE, SAEConfig, TopKSAE, Total, auxk_loss, in_one_piece
 from resae.stack import ModelIdentity, ReSAE, new_stack
-from resae.storage import load_tensors, save_tensors, write_atomically
+from resae.storage import load_tensors, remove_partial, save_tensors, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ WARMUP = 0.05
 """Share of the steps over which the learning rate rises from 0."""
 DECAY = 0.2
 """Share of the steps, at the end, over which it falls back to 0."""
-KEEP_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,26 @@ class TrainConfig:
     """M, latents per layer."""
     predictor: str = "previous"
     """`none`, `identity`, `previous` or `all_previous`."""
+    form: str = "full"
+    """Of the maps of the last two: `full`, `scalar`, `diagonal` or `low_rank`."""
+    rank: int | None = None
+    """Of the form `low_rank`."""
     loop: str = "open"
     """Residuals against predictions from true activations (`open`) or reconstructions
     (`closed`)."""
+    shared: bool = False
+    """One dictionary for all layers (MLSAE, arXiv 2409.04185); predictor `none` and equal k. A
+    latent that fires on a token in any layer is alive."""
+    prefixes: tuple[int, ...] | None = None
+    """The error is the mean over the reconstructions of the j strongest latents for these j, rising
+    and ending with k (HierarchicalTopK, arXiv 2505.24473); None: that of all k. Each adds a
+    gradient `[M, D]`: powers of two cost less than every j."""
+    boost: str | None = None
+    """Folder of a trained stack, which stays as it is, its maps too: beside each of its
+    autoencoders a second one is trained on what it leaves of this data (SAE Boost, arXiv
+    2507.12990); k and d_sae are of the second ones."""
+    boost_keep: float = 0.1
+    """Share of the second ones' acts in training that their threshold in use lets through."""
     train_tokens: int = 1_000_000
     """Tokens to train on; the data starts over if it is shorter."""
     calibration_tokens: int = 100_000
@@ -75,6 +92,13 @@ class TrainConfig:
     """Of the affine fit, relative to the mean eigenvalue of the sources' covariance."""
     seed: int = 0
     """Fixes initial directions and the order of the data."""
+    clip_norm: float | None = None
+    """The gradient of all layers together is scaled down to this norm; None: never."""
+    accumulation_steps: int = 1
+    """Pieces that a batch is cut into, one after the other: less memory, the same weights. More
+    than one costs a second encode, for the sums over the whole batch that the loss divides by."""
+    autocast: bool = False
+    """Products in bfloat16; weights, their optimiser and the sums of the loss stay float32."""
 
     def __post_init__(self) -> None:
         if len(self.k) != len(self.layers):
@@ -88,8 +112,32 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: unknown predictor {self.predictor!r}; choose {', '.join(KINDS)}"
             )
+        check_form(self.predictor, self.form, self.rank, "TrainConfig")
         if self.loop not in ("open", "closed"):
             raise ValueError(f"TrainConfig: loop={self.loop!r}, expected 'open' or 'closed'")
+        equal_k = len(set(self.k)) == 1
+        if self.shared and (self.predictor != "none" or not equal_k):
+            raise ValueError(
+                f"TrainConfig: shared with predictor={self.predictor!r}, k={self.k}; a dictionary "
+                f"of all layers needs predictor 'none' and one k"
+            )
+        js = self.prefixes
+        rising = js is None or (js == tuple(sorted(set(js))) and js[:1] > (0,) and equal_k)
+        if not rising or (js is not None and js[-1] != self.k[0]):
+            raise ValueError(
+                f"TrainConfig: prefixes={js}, k={self.k}; expected one k, and rising numbers from "
+                f"1 on that end with it, for example 1,2,4,8 for k = 8"
+            )
+        if self.boost is not None and (self.shared or js is not None):
+            raise ValueError("TrainConfig: boost with shared or prefixes; train the base with them")
+        if self.boost is not None and self.accumulation_steps > 1:
+            raise ValueError(
+                "TrainConfig: boost with accumulation_steps; its threshold is of whole batches"
+            )
+        if not 0 < self.boost_keep <= 1:
+            raise ValueError(
+                f"TrainConfig: boost_keep={self.boost_keep}, expected above 0, up to 1"
+            )
         for name in ("train_tokens", "calibration_tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name}={getattr(self, name)}, expected at least 1")
@@ -97,6 +145,13 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: buffer_tokens={self.buffer_tokens} is below "
                 f"batch_tokens={self.batch_tokens}; raise it"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"TrainConfig: clip_norm={self.clip_norm}, expected above 0 or None")
+        if not 1 <= self.accumulation_steps <= self.batch_tokens:
+            raise ValueError(
+                f"TrainConfig: accumulation_steps={self.accumulation_steps}, expected 1 to "
+                f"batch_tokens={self.batch_tokens}"
             )
 
     @property
@@ -143,11 +198,23 @@ class Calibration(NamedTuple):
         )
 
 
-def calibrate(kind: str, moments: Moments, *, ridge: float) -> Calibration:
+def calibrate(
+    kind: str, moments: Moments, *, ridge: float, form: str = "full", rank: int | None = None
+) -> Calibration:
     """Maps, scales and means from the moments of the calibration tokens."""
     return Calibration(
-        fit_predictor(kind, moments, ridge=ridge),
+        fit_predictor(kind, moments, ridge=ridge, form=form, rank=rank),
         moments.scale(),
+        [moments.mean(layer).float() for layer in range(len(moments.sums))],
+    )
+
+
+def boost_calibration(base: ReSAE, moments: Moments) -> Calibration:
+    """What boosting a stack needs: its own maps, and scales rounded to powers of two, which bring
+    its weights into units of training and back without changing a bit."""
+    return Calibration(
+        base.predictor,
+        [2.0 ** round(math.log2(s)) for s in moments.scale()],
         [moments.mean(layer).float() for layer in range(len(moments.sums))],
     )
 
@@ -176,7 +243,7 @@ class TrainState:
     """In units of each layer's RMS."""
     optimizer: torch.optim.Optimizer
     tokens_since_fired: list[Tensor]
-    """L × `[M]` int64."""
+    """`[M]` int64 of each of `stack.saes`: in tokens, each of which is seen at all layers."""
     step: int = 0
     position: Position = field(default_factory=Position)
 
@@ -190,76 +257,186 @@ class LayerMetrics(NamedTuple):
     auxk: float
 
 
+Measured = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class StackLoss(NamedTuple):
     """What one batch says of all layers; scalars are still on the device."""
 
     loss: Tensor
-    measured: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    measured: list[Measured]
     """Per layer `(fvu, l0, dead fraction, auxk)`, detached."""
     fired: list[Tensor]
-    """Per layer the latents that fired, in any order, repeated as often as they did."""
+    """Of each of `stack.saes` the latents that fired, in any order, repeated as often as they
+    did."""
 
 
 def stack_loss(
-    stack: ReSAE, config: TrainConfig, xs: Sequence[Tensor], dead: Sequence[Tensor]
+    stack: ReSAE,
+    config: TrainConfig,
+    xs: Sequence[Tensor],
+    dead: Sequence[Tensor],
+    *,
+    total: Total = in_one_piece,
 ) -> StackLoss:
     """The loss of L activations `[N, D]`, already divided by their RMS.
 
     Args:
-        dead: per layer which latents AuxK shall revive, `[M]` bool.
+        dead: for each of `stack.saes` which latents AuxK shall revive, `[M]` bool.
+        total: makes a sum over these tokens the sum over the batch that they are a piece of; the
+            losses of all pieces then add up to the loss of the batch. Whatever a loss divides by
+            goes through it, always in the same order, and no argument depends on what an earlier
+            call returned.
     """
     loss = xs[0].new_zeros(())
     x_hats: list[Tensor] = []
-    measured, fired = [], []
+    measured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    fired: list[list[Tensor]] = [[] for _ in stack.saes]
     for layer, x in enumerate(xs):
         sae = stack.sae(layer)
         base = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
-        x_hat, code = sae(x, base=base)
+        its_dead = dead[stack.position(layer)]
+        code = sae.encode(x, base=base)
+        partial: list[Tensor] = []
+        if config.prefixes is None:
+            x_hat = sae.decode(*code, base=base)
+        else:
+            *partial, x_hat = sae.trained.decode_prefixes(code, config.prefixes, base=base)
         x_hats.append(x_hat.detach())
         target = x if base is None else x - base
-        variance = (target - target.mean(0)).square().sum()
+        variance = centred_energy(target, total).to(x.dtype)
         fvu = (x - x_hat).square().sum() / variance
+        errors = [(x - y).square().sum() / variance for y in partial]
+        error = sum(errors, fvu) / (1 + len(errors))
         k_aux = max(1, x.shape[1] // 2)
-        aux = auxk_loss(sae, x, x - x_hat, dead[layer], k_aux, base=base)
-        loss = loss + fvu + config.auxk_coefficient * aux
-        active = code.acts > 0
-        fired.append(code.indices[active])
+        aux = auxk_loss(sae.trained, x, x - x_hat, its_dead, k_aux, base=base, total=total)
+        loss = loss + error + config.auxk_coefficient * aux
+        acts, indices = sae.trained_code(code)
+        active = acts > 0
+        fired[stack.position(layer)].append(indices[active])
         l0 = active.sum(-1).double().mean()
-        measured.append((fvu.detach(), l0, dead[layer].double().mean(), aux.detach()))
-    return StackLoss(loss, measured, fired)
+        measured.append((fvu.detach(), l0, its_dead.double().mean(), aux.detach()))
+    return StackLoss(loss, measured, [torch.cat(latents) for latents in fired])
+
+
+def centred_energy(x: Tensor, total: Total = in_one_piece) -> Tensor:
+    """Σ‖x − mean‖² over the batch that `x [N, D]` is a piece of; of pieces from sums in float64."""
+    x = x.detach()
+    if total is in_one_piece:
+        return (x - x.mean(0)).square().sum()
+    energy = torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    tokens = energy.new_tensor(float(len(x)))
+    sums = total(torch.cat([x.sum(0, dtype=torch.float64), torch.stack([energy, tokens])]))
+    return sums[-2] - sums[:-2].square().sum() / sums[-1]
 
 
 def train_step(
     state: TrainState, config: TrainConfig, xs: Sequence[Tensor]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+) -> tuple[Tensor, list[Measured]]:
     """One optimiser step on a batch of L activations `[N, D]`, already divided by their RMS.
 
     Returns:
         The loss, and per layer `(fvu, l0, dead fraction, auxk)` as scalars still on the device.
     """
-    stack = state.stack
+    stack, tokens = state.stack, len(xs[0])
     dead = [since >= config.dead_tokens for since in state.tokens_since_fired]
-    loss, measured, fired = stack_loss(stack, config, xs, dead)
-    for since, latents in zip(state.tokens_since_fired, fired, strict=True):
-        since += len(xs[0])
-        since[latents] = 0
+    pieces = list(zip(*(x.tensor_split(config.accumulation_steps) for x in xs), strict=True))
+    autocast = torch.autocast(xs[0].device.type, torch.bfloat16, enabled=config.autocast)
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    for layer in range(stack.n_layers):
-        stack.sae(layer).remove_parallel_gradient()
+    for since in state.tokens_since_fired:
+        since += tokens
+    totals = _batch_totals(state, config, pieces, dead, autocast)
+    parts = []
+    for piece in pieces:
+        with autocast:
+            part = stack_loss(stack, config, piece, dead, total=next(totals))
+        for since, latents in zip(state.tokens_since_fired, part.fired, strict=True):
+            since[latents] = 0
+        part.loss.backward()
+        parts.append((len(piece[0]) / tokens, part._replace(loss=part.loss.detach())))
+    for sae in stack.distinct():
+        sae.remove_parallel_gradient()
+    if config.clip_norm is not None:
+        clip_gradients(list(stack.parameters()), config.clip_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = config.lr_at(state.step)
     state.optimizer.step()
-    for layer in range(stack.n_layers):
-        stack.sae(layer).normalize_decoder()
+    for sae in stack.distinct():
+        sae.normalize_decoder()
     state.step += 1
-    return loss.detach(), measured
+    return _sum_of_parts(parts)
+
+
+def _batch_totals(
+    state: TrainState,
+    config: TrainConfig,
+    pieces: Sequence[Sequence[Tensor]],
+    dead: Sequence[Tensor],
+    autocast: torch.autocast,
+) -> Iterator[Total]:
+    """Per piece what makes its sums those of the batch: of several pieces, from a first pass."""
+    if len(pieces) == 1:
+        return iter([in_one_piece])
+    sums: list[Tensor] = []
+    for piece in pieces:
+        place = count()
+
+        def add(part: Tensor, place: Iterator[int] = place) -> Tensor:
+            i = next(place)
+            sums[i : i + 1] = [sums[i] + part if i < len(sums) else part]
+            return part
+
+        with torch.no_grad(), autocast:
+            stack_loss(state.stack, config, piece, dead, total=add)
+    return (_in_turn(sums) for _ in pieces)
+
+
+def _in_turn(sums: Sequence[Tensor]) -> Total:
+    known = iter(sums)
+    return lambda _: next(known)
+
+
+def _sum_of_parts(parts: Sequence[tuple[float, StackLoss]]) -> tuple[Tensor, list[Measured]]:
+    """Loss and measures of a batch from those of its pieces, each with its share of the tokens."""
+    if len(parts) == 1:
+        return parts[0][1].loss, parts[0][1].measured
+    shares = torch.tensor([share for share, _ in parts], device=parts[0][1].loss.device)
+    measured = []
+    for of_layer in zip(*(part.measured for _, part in parts), strict=True):
+        fvu, l0, dead, auxk = (torch.stack(values) for values in zip(*of_layer, strict=True))
+        measured.append((fvu.sum(), (shares * l0).sum(), dead[0], auxk.sum()))
+    return torch.stack([part.loss for _, part in parts]).sum(), measured
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: float) -> None:
+    """Scale the gradients of `parameters` together down to `norm`, where it is larger."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    squares = torch.stack([torch.linalg.vector_norm(g).square() for g in gradients]).sum()
+    factor = (norm / squares.sqrt().clamp_min(1e-30)).clamp_max(1.0)
+    for gradient in gradients:
+        gradient *= factor
 
 
 def initial_state(
     config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None, device: str
 ) -> TrainState:
-    """Step 0: random directions, `b_dec` the mean of what each autoencoder reads."""
+    """Step 0: random directions, `b_dec` the mean of what each autoencoder reads.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no stack to boost, or not one of this configuration.
+    """
+    stack = (
+        _boosted(config, calibration) if config.boost else _random(config, calibration, identity)
+    )
+    stack.to(device)
+    M = config.d_sae
+    since = [torch.zeros(M, dtype=torch.int64, device=device) for _ in stack.saes]
+    learned = [parameter for parameter in stack.saes.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=config.peak_lr, fused=True)
+    return TrainState(stack, optimizer, since)
+
+
+def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None) -> ReSAE:
     inverse = [1.0 / s for s in calibration.scale]
     stack = new_stack(
         config.layers,
@@ -268,15 +445,42 @@ def initial_state(
         d_sae=config.d_sae,
         k=config.k,
         seed=config.seed,
+        shared=config.shared,
         model=identity,
     )
-    for layer, mean in enumerate(calibration.mean):
+    means = [mean * factor for mean, factor in zip(calibration.mean, inverse, strict=True)]
+    if config.shared:
+        means = [torch.stack(means).mean(0)] * len(means)
+    for layer, mean in enumerate(means):
         if layer == 0 or not stack.chained:  # elsewhere the residual's mean is zero by construction
-            stack.sae(layer).b_dec.data.copy_(mean * inverse[layer])
-    stack.to(device)
-    since = [torch.zeros(config.d_sae, dtype=torch.int64, device=device) for _ in config.layers]
-    optimizer = torch.optim.Adam(stack.saes.parameters(), lr=config.peak_lr, fused=True)
-    return TrainState(stack, optimizer, since)
+            stack.sae(layer).b_dec.data.copy_(mean)
+    return stack
+
+
+def _boosted(config: TrainConfig, calibration: Calibration) -> ReSAE:
+    base = ReSAE.load(str(config.boost))
+    has = (tuple(base.hook_points), base.predictor.kind, base.predictor.form)
+    asked = (config.layers, config.predictor, config.form)
+    if has != asked or base.boosted:
+        boosted = ", boosted already" if base.boosted else ""
+        raise ValueError(
+            f"boost: {config.boost} has layers, predictor and form {has}{boosted}; expected {asked}"
+        )
+    if any(math.frexp(s)[0] != 0.5 for s in calibration.scale):
+        raise ValueError(
+            f"boost: scales {calibration.scale} are no powers of two, so that the base would not "
+            f"keep its bits; take them from boost_calibration"
+        )
+    base.rescale_([1.0 / s for s in calibration.scale])
+    saes = []
+    for layer, k in enumerate(config.k):
+        sae = base.sae(layer)
+        assert isinstance(sae, TopKSAE)
+        # Other directions than the base began with.
+        seed = config.seed * 1_000 + 500 + layer
+        boost = TopKSAE(SAEConfig(base.d_in, config.d_sae, k), seed=seed)
+        saes.append(BoostedSAE(sae, boost, keep=config.boost_keep))
+    return ReSAE(base.hook_points, base.predictor, saes, base.model_identity)
 
 
 # -- the loop --------------------------------------------------------------------------------------
@@ -314,6 +518,7 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     checkpoint_steps: int = 1_000,
+    keep_checkpoints: int = 2,
     log_steps: int = 50,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -325,68 +530,117 @@ def train(
         identity: the model, as recorded with the stack.
         resume: go on from the newest readable checkpoint of `out` (from step 0 if there is none).
         checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
+        keep_checkpoints: so many, the newest, stay; one more is on the disk while it is written.
         should_stop: asked after every step; if true, a checkpoint is written and None returned.
 
     Raises:
-        ValueError: NaN loss (nothing is overwritten), or a checkpoint of another configuration.
+        ValueError: the loss or the weights stopped being finite (no such state is saved; the batch
+            is, in `nan_batch.safetensors`), or a checkpoint of another configuration.
+        OSError: the disk is full; the checkpoints there are intact.
     """
+    if keep_checkpoints < 1:
+        raise ValueError(f"train: keep_checkpoints={keep_checkpoints}, expected at least 1")
     state = initial_state(config, calibration, identity, device)
     checkpoints = out / "checkpoints"
     logged = out / "log.jsonl"
-    logged.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     if resume:
+        remove_partial(out)
         _load_newest(checkpoints, state, config)
         _truncate_log(logged, state.step)
-    elif logged.exists():
-        logged.unlink()
+    else:
+        logged.unlink(missing_ok=True)
     inverse = [1.0 / s for s in calibration.scale]
     batches = source.batches(state.position)
-    started, first_step = time.perf_counter(), state.step
-    with logged.open("a") as file:
-        while state.step < config.steps:
-            raw, state.position = next(batches)
-            xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
-            loss, measured = train_step(state, config, xs)
-            last = state.step == config.steps
-            stop = not last and should_stop()
-            due = stop or last or state.step % checkpoint_steps == 0
-            if due and not bool(loss.isfinite()):
-                raise ValueError(_diverged(float(loss), state.step, config))
-            if last or state.step % log_steps == 0:
-                rate = (state.step - first_step) * config.batch_tokens
-                rate /= max(1e-9, time.perf_counter() - started)
-                progress = Progress(
-                    step=state.step,
-                    steps=config.steps,
-                    tokens=state.step * config.batch_tokens,
-                    tokens_per_second=rate,
-                    seconds_left=(config.steps - state.step) * config.batch_tokens / rate,
-                    loss=float(loss),
-                    layers=[LayerMetrics(*(float(v) for v in row)) for row in measured],
-                )
-                if not math.isfinite(progress.loss):
-                    raise ValueError(_diverged(progress.loss, state.step, config))
-                record = progress._asdict()
-                record["layers"] = [m._asdict() for m in progress.layers]
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                if on_progress is not None:
-                    on_progress(progress)
-            if due:
-                _save_checkpoint(checkpoints, state, config)
-            if stop:
-                return None
+    pace = _Pace(config, state.step)
+    unchecked: _Batch | None = None
+    while state.step < config.steps:
+        raw, state.position = next(batches)
+        xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
+        loss, measured = train_step(state, config, xs)
+        last = state.step == config.steps
+        stop = not last and should_stop()
+        save = stop or last or state.step % checkpoint_steps == 0
+        report = last or state.step % log_steps == 0
+        # Asking for a loss waits for the device: while it works on this step, the host asks for the
+        # one before.
+        batch = _Batch(state.step, loss, raw)
+        for earlier in (unchecked, batch if save or report else None):
+            if earlier is not None and not bool(earlier.loss.isfinite()):
+                raise ValueError(_diverged(earlier, out, config))
+        unchecked = batch
+        if save and not all(bool(p.isfinite().all()) for p in state.stack.parameters()):
+            raise ValueError(_diverged(batch, out, config))
+        if report:
+            progress = pace.progress(state.step, loss, measured)
+            _append(logged, progress)
+            if on_progress is not None:
+                on_progress(progress)
+        if save:
+            _save_checkpoint(checkpoints, state, config, keep_checkpoints)
+        if stop:
+            return None
     stack = state.stack.to("cpu")
     stack.rescale_(calibration.scale)
     stack.save_pretrained(out)
     return stack.eval()
 
 
-def _diverged(loss: float, step: int, config: TrainConfig) -> str:
+class _Pace:
+    """How fast it goes since this process began."""
+
+    def __init__(self, config: TrainConfig, first_step: int):
+        self.config = config
+        self.first_step = first_step
+        self.started = time.perf_counter()
+
+    def progress(self, step: int, loss: Tensor, measured: Sequence[Measured]) -> Progress:
+        tokens = self.config.batch_tokens
+        seconds = max(1e-9, time.perf_counter() - self.started)
+        rate = (step - self.first_step) * tokens / seconds
+        return Progress(
+            step=step,
+            steps=self.config.steps,
+            tokens=step * tokens,
+            tokens_per_second=rate,
+            seconds_left=(self.config.steps - step) * tokens / rate,
+            loss=float(loss),
+            layers=[LayerMetrics(*(float(v) for v in row)) for row in measured],
+        )
+
+
+class _Batch(NamedTuple):
+    """What was trained on, until it is known that the loss is finite."""
+
+    step: int
+    loss: Tensor
+    raw: list[Tensor]
+
+
+def _diverged(batch: _Batch, out: Path, config: TrainConfig) -> str:
+    """Save the batch that it happened on, and say so."""
+    path = out / "nan_batch.safetensors"
+    tensors = dict(zip(config.layers, batch.raw, strict=True))
+    save_tensors(path, {**tensors, "step": torch.tensor(batch.step)})
+    if not all(bool(x.isfinite().all()) for x in batch.raw):
+        remedy = "hold NaN or inf; look there, or load the model in float32 or bfloat16"
+    else:
+        remedy = f"are finite: train with a lower lr (now {config.peak_lr:g}) or clip_norm"
     return (
-        f"training: loss is {loss} at step {step}; no such state is saved; look for NaN in the "
-        f"activations, or train with a lower lr (now {config.peak_lr:g}) into another --out"
+        f"training: loss is {float(batch.loss)} at step {batch.step}, or the weights after it are "
+        f"not finite; no such state is saved. The step's raw activations, in {path}, {remedy}, "
+        f"into another --out"
     )
+
+
+def _append(path: Path, progress: Progress) -> None:
+    record = progress._asdict()
+    record["layers"] = [m._asdict() for m in progress.layers]
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error}); checkpoints are intact") from error
 
 
 def _truncate_log(path: Path, step: int) -> None:
@@ -407,10 +661,11 @@ def _step_of(line: str) -> float:
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-def _save_checkpoint(folder: Path, state: TrainState, config: TrainConfig) -> None:
-    tensors = {f"stack.{name}": t for name, t in state.stack.state_dict().items()}
-    for i, moments in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+def _save_checkpoint(folder: Path, state: TrainState, config: TrainConfig, keep: int) -> None:
+    tensors = {f"stack.{name}": t for name, t in _changing(state.stack).items()}
+    for name, parameter in state.stack.named_parameters():
+        for entry, t in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{entry}"] = t
     for layer, since in enumerate(state.tokens_since_fired):
         tensors[f"tokens_since_fired.{layer}"] = since
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -420,9 +675,21 @@ def _save_checkpoint(folder: Path, state: TrainState, config: TrainConfig) -> No
         "config": json.dumps(asdict(config)),
     }
     path = folder / f"step_{state.step:08d}.safetensors"
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
-    for old in _checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    except OSError as error:
+        kept = [path.name for path in _checkpoints(folder)]
+        intact = f"{kept[-1]} is intact, go on from it with --resume" if kept else "there is none"
+        raise OSError(f"{error}; of the earlier checkpoints {intact}") from error
+    for old in _checkpoints(folder)[:-keep]:
         old.unlink()
+
+
+def _changing(stack: ReSAE) -> dict[str, Tensor]:
+    """What training may change, by name, each once: all but the maps, which are the
+    calibration's."""
+    named = chain(stack.named_parameters(), stack.named_buffers())
+    return {name: tensor for name, tensor in named if not name.startswith("predictor.")}
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -458,17 +725,18 @@ def _load_newest(folder: Path, state: TrainState, config: TrainConfig) -> None:
     log.warning("no checkpoint in %s: training starts from step 0", folder)
 
 
+@torch.no_grad()
 def _restore(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    weights = {
-        name.removeprefix("stack."): t for name, t in tensors.items() if name.startswith("stack.")
-    }
-    state.stack.load_state_dict(weights)
-    saved = state.optimizer.state_dict()
-    saved["state"] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, entry = name.split(".")
-            saved["state"].setdefault(int(i), {})[entry] = tensor
-    state.optimizer.load_state_dict(saved)
+    for name, tensor in _changing(state.stack).items():
+        tensor.copy_(tensors[f"stack.{name}"])
+    for name, parameter in state.stack.named_parameters():
+        prefix = f"optimizer.{name}."
+        entries = {
+            key.removeprefix(prefix): tensor.to(parameter.device)
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
+        if entries:
+            state.optimizer.state[parameter] = entries
     for layer, since in enumerate(state.tokens_since_fired):
         since.copy_(tensors[f"tokens_since_fired.{layer}"])

@@ -307,6 +307,16 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.has_bias = bias is not None
 
 
+def _combined(total: Tensor, weight: Tensor) -> Tensor:
+    """`total @ weight`, `[D]`: total `[M]` in the accumulation dtype, weight not copied to it."""
+    if total.dtype == weight.dtype:
+        return total @ weight
+    # What the 16-bit total leaves out is a second row of the product.
+    coarse = total.to(weight.dtype)
+    fine = (total - coarse).to(weight.dtype)
+    return (torch.stack([coarse, fine]) @ weight).to(total.dtype).sum(0).to(weight.dtype)
+
+
 def _backward(ctx, grad_acts, grad_indices):
     del grad_indices  # integers carry no gradient
     if grad_acts is None:
@@ -315,17 +325,21 @@ def _backward(ctx, grad_acts, grad_indices):
     need_x, need_weight, need_bias, _, need_pre_bias, need_base, _, _, _ = ctx.needs_input_grad
     grad = torch.where(acts > 0, grad_acts, 0.0)
     grad_x = grad_weight = grad_bias = grad_pre_bias = grad_base = None
-    if need_x or need_pre_bias or need_base:
+    if need_x or need_base:
         grad_x = torch.ops.resae.sparse_decode(
             [grad], [indices], [weight], None, None, implementation=ctx.implementation
         )
-        grad_pre_bias = -grad_x.sum(0) if need_pre_bias else None
         grad_base = -grad_x if need_base else None
     if need_weight:
         residual = _residual(x, pre_bias, base)
         grad_weight = latent_outer(grad, indices, residual, weight.shape[0], ctx.implementation)
-    if need_bias and ctx.has_bias:
-        grad_bias = latent_sum(grad, indices, weight.shape[0], ctx.implementation)
+    need_bias = need_bias and ctx.has_bias
+    if need_bias or need_pre_bias:
+        wide = accumulation_dtype(weight.dtype)
+        total = latent_sum(grad.to(wide), indices, weight.shape[0], ctx.implementation)
+        grad_bias = total.to(weight.dtype) if need_bias else None
+        # One product with the sum over all tokens, where a decode would gather rows for each.
+        grad_pre_bias = -_combined(total, weight) if need_pre_bias else None
     return (
         grad_x if need_x else None,
         grad_weight,

@@ -1,5 +1,6 @@
 """Fixtures of every test: one seed, one thread; uninitialised memory poisoned on request."""
 
+import multiprocessing
 import os
 
 import pytest
@@ -62,3 +63,12 @@ def screened_at_any_size(monkeypatch):
     monkeypatch.setattr(screened_encode, "NARROWEST", 0)
     monkeypatch.setattr(screened_encode, "TRAINING_ROWS", 0)
     monkeypatch.setattr(screened_encode, "CERTAIN_ROWS", 10**9)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A `multiprocessing` context whose processes come, with everything imported, from a clean
+    one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["resae.cli"])
+    return context

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from resae.affine import KINDS, AffinePredictor, Moments, fit_predictor, r2_per_layer
+from resae.affine import (
+    FORMS,
+    KINDS,
+    AffinePredictor,
+    Moments,
+    fit_predictor,
+    r2_per_layer,
+    routing_shares,
+)
 
 
 def planted(n=4000, D=6, noise=0.0, seed=0):
@@ -152,3 +160,175 @@ def test_bad_input_is_named():
     xs[1][3, 2] = float("nan")
     with pytest.raises(ValueError, match="layer 1 hold NaN"):
         moments_of(xs)
+
+
+# -- cheap forms -----------------------------------------------------------------------------------
+
+CHEAP = [("scalar", None), ("diagonal", None), ("low_rank", 2)]
+
+
+def three_layers(noise=1.0):
+    """Streams that hold on to what came before, as those of a model do; uncentred."""
+    (x0, x1, x2), _ = planted(noise=noise)
+    return [x0, 0.8 * x0 + 0.3 * x1 + 1, 0.3 * x0 + 0.5 * x1 + 0.2 * x2 - 2]
+
+
+def penalised(A, xs, layer, ridge):
+    """What a map [s·D, D] is fitted to minimise, by its definition, on tokens in RMS units."""
+    units = [x / x.square().mean().sqrt() for x in xs]
+    centred = [x - x.mean(0) for x in units]
+    sources = torch.cat(centred[:layer], 1)
+    lam = ridge * sources.square().sum(0).mean() / len(sources)
+    error = (centred[layer] - sources @ A).square().sum() / len(sources)
+    return error + lam * A.square().sum()
+
+
+def in_rms_units(predictor, xs, layer):
+    rms = [float(x.square().mean().sqrt()) for x in xs]
+    return predictor.rescaled([1 / r for r in rms]).A[layer - 1]
+
+
+def brute_force(form, rank, xs, layer, ridge):
+    """The same minimum from the tokens themselves: lstsq over the form's own parameters, with the
+    penalty as further rows; low rank: the SVD (Eckart–Young) of what the scalar form leaves of the
+    fitted values."""
+    units = [x / x.square().mean().sqrt() for x in xs]
+    centred = [x - x.mean(0) for x in units]
+    N, D = centred[0].shape
+    wide = torch.cat(centred[:layer], 1)
+    lam = ridge * wide.square().sum(0).mean()
+    rows = lam.sqrt() * torch.eye(layer * D, dtype=torch.float64)
+    padded = torch.cat([wide, rows])
+    target = torch.cat([centred[layer], torch.zeros(layer * D, D, dtype=torch.float64)])
+    if form == "low_rank":
+        scalar = brute_force("scalar", None, xs, layer, ridge)
+        lacks = torch.linalg.lstsq(padded, target).solution - scalar
+        _, _, Vh = torch.linalg.svd(padded @ lacks, full_matrices=False)
+        return scalar + lacks @ Vh[:rank].T @ Vh[:rank]
+    eye = torch.eye(D, dtype=torch.float64)
+    patterns = []  # one dense map per parameter
+    for j in range(layer):
+        for part in [eye] if form == "scalar" else [torch.diag(row) for row in eye]:
+            placed = torch.zeros(layer * D, D, dtype=torch.float64)
+            placed[j * D : (j + 1) * D] = part
+            patterns.append(placed)
+    design = torch.stack([(padded @ p).flatten() for p in patterns], 1)
+    weights = torch.linalg.lstsq(design, target.reshape(-1, 1)).solution
+    return sum(w * p for w, p in zip(weights.flatten(), patterns, strict=True))
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.05])
+@pytest.mark.parametrize(("form", "rank"), CHEAP)
+def test_a_form_is_the_least_squares_of_its_own_parameters(form, rank, ridge):
+    xs = three_layers()
+    fitted = fit_predictor(
+        "all_previous", moments_of(xs), ridge=ridge, form=form, rank=rank, dtype=torch.float64
+    )
+    for layer in (1, 2):
+        expected = brute_force(form, rank, xs, layer, ridge)
+        torch.testing.assert_close(in_rms_units(fitted, xs, layer), expected, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("form", "rank"), CHEAP)
+def test_no_perturbation_of_a_form_is_better(form, rank):
+    xs = three_layers()
+    fitted = fit_predictor(
+        "all_previous", moments_of(xs), ridge=0.05, form=form, rank=rank, dtype=torch.float64
+    )
+    best = penalised(in_rms_units(fitted, xs, 2), xs, 2, 0.05)
+    for _ in range(10):
+        moved = AffinePredictor(
+            "all_previous",
+            [
+                tuple(  # the skip is the scalar form's: fixed before the low rank is fitted
+                    part + (0.01 * torch.randn_like(part) if name != "skip" else 0)
+                    for name, part in zip(FORMS[form], fitted._parts(layer), strict=True)
+                )
+                for layer in (1, 2)
+            ],
+            fitted.c,
+            form=form,
+        )
+        assert penalised(in_rms_units(moved, xs, 2), xs, 2, 0.05) > best
+
+
+def test_low_rank_of_the_whole_rank_is_the_full_map():
+    xs = three_layers()
+    moments = moments_of(xs)
+    full = fit_predictor("all_previous", moments, dtype=torch.float64)
+    whole = fit_predictor("all_previous", moments, form="low_rank", rank=6, dtype=torch.float64)
+    for a, b in zip(full.A + full.c, whole.A + whole.c, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["previous", "all_previous"])
+@pytest.mark.parametrize(("form", "rank"), CHEAP)
+def test_cheap_maps_are_applied_rescaled_and_stored_as_their_dense_ones(tmp_path, kind, form, rank):
+    xs = three_layers()
+    moments = moments_of(xs, kind)
+    fitted = fit_predictor(kind, moments, form=form, rank=rank, dtype=torch.float64)
+    dense = AffinePredictor(kind, fitted.A, fitted.c)
+    factors = [2.0, 0.5, 3.0]
+    moved = [f * x for f, x in zip(factors, xs, strict=True)]
+    for layer in (1, 2):
+        torch.testing.assert_close(fitted(layer, xs), dense(layer, xs))
+        scaled = fitted.rescaled(factors)(layer, moved)
+        torch.testing.assert_close(scaled, factors[layer] * dense(layer, xs))
+    half = fitted.to(torch.bfloat16)(2, [x.bfloat16() for x in xs])
+    assert half.dtype == torch.bfloat16  # what an encode of such a stack needs
+    error = float((half.double() - dense(2, xs)).norm() / dense(2, xs).norm())
+    assert error < 0.02
+    fitted = fit_predictor(kind, moments, form=form, rank=rank, dtype=torch.float64)
+    fitted.save(tmp_path / "affine.safetensors")
+    loaded = AffinePredictor.load(tmp_path / "affine.safetensors", kind)
+    assert loaded.form == form
+    assert all(torch.equal(t, loaded.tensors()[name]) for name, t in fitted.tensors().items())
+    stored = sum(t.numel() for t in loaded.tensors().values()) - 2 * 6  # without c
+    n_sources = 3 if kind == "all_previous" else 2
+    expected = {"scalar": n_sources, "diagonal": 6 * n_sources, "low_rank": 13 * n_sources + 24}
+    assert stored == expected[form]
+
+
+def test_every_form_leaves_no_mean_and_a_richer_one_explains_more():
+    xs = three_layers()
+    moments = moments_of(xs)
+    r2 = {}
+    for form, rank in [*CHEAP, ("low_rank", 5), ("full", None)]:
+        fitted = fit_predictor(
+            "all_previous", moments, ridge=0.0, form=form, rank=rank, dtype=torch.float64
+        )
+        rest = xs[2] - fitted(2, xs)
+        assert float(rest.mean(0).abs().max()) < 1e-8
+        r2[form, rank] = r2_per_layer(fitted, [xs])[1]
+    assert r2["scalar", None] < r2["diagonal", None] < r2["full", None]
+    assert r2["scalar", None] < r2["low_rank", 2] < r2["low_rank", 5] < r2["full", None]
+
+
+def test_routing_shares_are_the_energies_of_what_each_source_contributes():
+    xs = three_layers()
+    moments = moments_of(xs)
+    for form, rank in [("full", None), *CHEAP]:
+        fitted = fit_predictor("all_previous", moments, form=form, rank=rank, dtype=torch.float64)
+        first, second = routing_shares(fitted, moments)
+        assert first == [1.0]
+        parts = [
+            ((x - x.mean(0)) @ A).square().sum()
+            for x, A in zip(xs[:2], fitted.A[1].split(6), strict=True)
+        ]
+        expected = [float(p / sum(parts)) for p in parts]
+        assert second == pytest.approx(expected, rel=1e-6)
+    assert routing_shares(fit_predictor("previous", moments), moments) == [[1.0], [1.0]]
+
+
+def test_forms_that_do_not_fit_are_named():
+    moments = moments_of(three_layers())
+    for kind, form, rank, message in [
+        ("previous", "sparse", None, "unknown form 'sparse'.*low_rank"),
+        ("identity", "scalar", None, "only 'previous' and 'all_previous'"),
+        ("previous", "low_rank", None, "rank=None; expected a rank"),
+        ("previous", "scalar", 3, "none for the others"),
+        ("previous", "low_rank", 7, "rank=7 exceeds the width 6"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit_predictor(kind, moments, form=form, rank=rank)
+    assert set(FORMS) == {"full", *(form for form, _ in CHEAP)}

@@ -1,15 +1,19 @@
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from resae import ReSAE
-from resae.cli import main
+from resae import HookedLM, ReSAE
+from resae.cli import Display, main
+from resae.storage import load_json
 
 TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
 SMALL = ["--train-tokens", "4096", "--batch-tokens", "128", "--buffer-tokens", "1024"]
@@ -76,6 +80,27 @@ def test_runs_are_compared_in_one_table(run, material, tmp_path):
     assert {r["method"] for r in report["replacement"]} == {"resae", "raw", "affine_only"}
 
 
+def test_a_run_is_measured_at_lower_k(run, tmp_path):
+    assert main(["eval", str(run), "--k", "1,4", "--out", str(tmp_path / "ks")]) == 0
+    report = json.loads((tmp_path / "ks" / "report.json").read_text())
+    assert {r["k"] for r in report["replacement"]} == {1, 4, None}
+    l0 = {r["k"]: r["l0"] for r in report["reconstruction"] if r["method"] == "resae"}
+    assert l0[1] <= 1 < l0[4] <= 4
+
+
+def test_a_run_is_boosted_on_other_text_and_compared(run, material, tmp_path):
+    model, out = str(material / "model"), tmp_path / "boosted"
+    (tmp_path / "other.txt").write_text("if (x == NULL) { return -1; }\n" * 900)
+    arguments = ["train", model, str(tmp_path / "other.txt"), "--boost", str(run), "--k", "2"]
+    arguments += [*TRAIN[4:], *SMALL, "--out", str(out)]
+    assert main(arguments) == 0
+    assert ReSAE.load(out).hook_points == tiny.NAMES
+    assert main([*arguments, "--resume"]) == 0
+    assert main(["eval", str(run), str(out), "--out", str(tmp_path / "both")]) == 0
+    report = json.loads((tmp_path / "both" / "report.json").read_text())
+    assert {r["method"] for r in report["replacement"]} == {"resae", "boost", "affine_only"}
+
+
 def test_generate_prints_both_texts_and_the_counts(run, capsys):
     assert main(["generate", str(run), "--prompt", "The cat", "--max-new-tokens", "6"]) == 0
     printed = capsys.readouterr().out
@@ -124,6 +149,20 @@ def test_fit_writes_maps_and_their_r2(material, tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == ["calibration.safetensors", "fit.json"]
 
 
+def test_fit_says_where_the_prediction_comes_from(material, tmp_path, capsys):
+    arguments = ["fit", str(material / "model"), str(material / "text.txt"), "--layers", "0,1,3"]
+    arguments += ["--context-tokens", "24", "--held-out-rows", "8", "--calibration-tokens", "2048"]
+    arguments += ["--predictor", "all_previous", "--form", "diagonal"]
+    assert main([*arguments, "--out", str(tmp_path / "fit")]) == 0
+    assert "all previous layers, diagonal: " in capsys.readouterr().out
+    rows = json.loads((tmp_path / "fit" / "fit.json").read_text())["affine"]
+    (shares,) = [row["shares"] for row in rows if "shares" in row]
+    assert list(shares) == tiny.NAMES[:2]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert main([*arguments, "--rank", "3", "--out", str(tmp_path / "new")]) == 2
+    assert "rank=3" in capsys.readouterr().err
+
+
 def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material):
     """The whole way: another process, SIGTERM in the middle, --resume."""
     out = material / "cut"
@@ -145,6 +184,49 @@ def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def train_until(arguments, written):
+    """`resae train` in this process, which is killed when it has written the temporary file of this
+    name, before it gets its own."""
+    torch.set_num_threads(1)
+    fsync = os.fsync
+
+    def killed(descriptor):
+        if written is not None and written in os.readlink(f"/proc/self/fd/{descriptor}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = killed
+    Display.say = lambda *_: time.sleep(0.02)  # so that who kills us between writes is in time
+    sys.exit(main(arguments))
+
+
+def test_killed_at_any_moment_and_resumed_ends_in_the_same_bits(run, material, processes):
+    out = material / "killed"
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--out", str(out), "--log-steps", "1", "--checkpoint-steps", "4", "--resume"]
+    moments = ["calibration", 6, "step_00000012", 17, "resae.json"]
+    for moment in moments:
+        written = moment if isinstance(moment, str) else None
+        process = processes.Process(target=train_until, args=(arguments, written))
+        process.start()
+        log = out / "log.jsonl"
+        while process.is_alive() and written is None:
+            if log.exists() and len(log.read_text().splitlines()) >= moment:
+                process.kill()
+            time.sleep(0.003)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, moment
+        assert not (out / "resae.json").exists()
+        left_over = [p.name for p in out.rglob(".*.partial")]
+        assert written is None or any(written in name for name in left_over)
+    assert main(arguments) == 0
+    assert not list(out.rglob(".*.partial"))
+    whole, resumed = (ReSAE.load(folder).state_dict() for folder in (run, out))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    lines = (out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 33))
+
+
 def bad(material, tmp_path):
     """Case → (arguments, what the one line says)."""
     model, text = str(material / "model"), str(material / "text.txt")
@@ -158,6 +240,16 @@ def bad(material, tmp_path):
         "layer-twice": ([*train, "--layers", "1,1", *out], "selected twice"),
         "layers-out-of-order": ([*train, "--layers", "3,1", *out], "out of order"),
         "layer-out-of-range": ([*train, "--layers", "1,9", *out], "out of range"),
+        "k-above-the-trained": (["eval", str(material / "run"), "--k", "5"], "expected 1 to 4"),
+        "no-layers": (["train", model, text, "--k", "4", *out], "--layers is missing"),
+        "boost-nothing": (
+            ["train", model, text, "--k", "4", "--boost", str(tmp_path), *out],
+            "not a run directory",
+        ),
+        "boost-other-layers": (
+            [*train, "--layers", "0,1", "--boost", str(material / "run"), *out],
+            "leave --layers out",
+        ),
         "run-exists": ([*train, "--out", str(material / "run")], "--resume"),
         "not-a-run": (["eval", str(tmp_path)], "not a run directory"),
         "generate-not-a-run": (["generate", str(tmp_path), "--prompt", "x"], "not a run"),
@@ -242,3 +334,26 @@ def test_python_m_resae_is_the_command():
     )
     for command in ("demo", "fit", "train", "eval", "generate", "report"):
         assert command in done.stdout
+
+
+def test_a_second_run_with_a_cache_does_not_run_the_model(material, tmp_path, capsys, monkeypatch):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    cached = [*arguments, "--cache", str(tmp_path / "cache")]
+    assert main([*cached, "--out", str(tmp_path / "first")]) == 0
+    assert re.search(r"activations: \d\.\d\d GB for [\d,]+ tokens in", capsys.readouterr().out)
+    monkeypatch.setattr(HookedLM, "capture", None)
+    assert main([*cached, "--out", str(tmp_path / "second")]) == 0
+    stacks = [ReSAE.load(tmp_path / name).state_dict() for name in ("first", "second")]
+    assert all(torch.equal(stacks[0][name], stacks[1][name]) for name in stacks[0])
+    capsys.readouterr()
+    assert main([*cached, "--context-tokens", "12", "--out", str(tmp_path / "third")]) == 2
+    assert "is of other activations (context_tokens: " in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_train_takes_the_model_in_bfloat16_and_on_a_device_of_its_own(material, tmp_path):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--dtype", "bfloat16", "--model-device", "cpu", "--cache", str(tmp_path / "c")]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert load_json(tmp_path / "c" / "train" / "cache.json", "cache")["dtype"] == "bfloat16"
+    assert ReSAE.load(tmp_path / "run").sae(0).W_dec.dtype == torch.float32

@@ -1,3 +1,6 @@
+from collections import deque
+from itertools import islice
+
 import pytest
 import tiny
 import torch
@@ -7,6 +10,7 @@ from resae.data import (
     Position,
     StoredActivations,
     TokenRows,
+    _reading_again,
     capture_tokens,
     load_texts,
     train_and_held_out,
@@ -22,6 +26,14 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def lm():
     return tiny.pythia()
+
+
+@pytest.fixture(autouse=True)
+def no_pause_after_a_stream(monkeypatch):
+    """datasets waits five seconds for its threads whenever the reading of a stream ends."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 def rows_of(lm, texts=TEXTS, context=16, **options):
@@ -169,14 +181,19 @@ def test_layers_of_a_batch_belong_to_the_same_tokens(lm):
         torch.testing.assert_close(everything[1][token], b)
 
 
-def test_a_buffer_gives_each_of_its_tokens_at_most_once(lm):
+def test_a_buffer_gives_each_of_its_tokens_once(lm):
     texts = list(load_texts("embedded", split="validation"))[:3]
-    source = ActivationBatches(
-        lm, rows_of(lm, texts), lm.hook_points([2]), batch_tokens=8, buffer_tokens=64
-    )
+    rows = rows_of(lm, texts)
+    source = ActivationBatches(lm, rows, lm.hook_points([2]), batch_tokens=8, buffer_tokens=64)
     tokens = torch.cat([xs[0] for xs, at in take(source.batches(), 9) if at.fill == 0])
-    assert len(tokens) >= 64
-    assert len(tokens.unique(dim=0)) == len(tokens)
+    first = torch.cat([capture_tokens(lm, b, lm.hook_points([2]))[0] for b in rows.batches(1)])[:64]
+    assert len(tokens) == 64
+    for given, expected in zip(in_some_order(tokens), in_some_order(first), strict=True):
+        torch.testing.assert_close(given, expected)
+
+
+def in_some_order(tokens):
+    return tokens[tokens[:, 0].argsort()]
 
 
 def test_batches_go_on_over_epochs(lm):
@@ -220,3 +237,159 @@ def test_a_dataset_without_rows_and_small_buffers_are_errors(lm):
         batches_of(lm, buffer_tokens=4)
     with pytest.raises(ValueError, match="expected at least batch_tokens=8"):
         StoredActivations([torch.zeros(7, 2)], batch_tokens=8)
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_rows_and_leave_none_out(lm, world):
+    whole = rows_of(lm, skip=1, take=11)
+    shares = [[r.tolist() for r in whole.shard(rank, world)] for rank in range(world)]
+    rows = [r.tolist() for r in whole]
+    assert shares == [rows[rank::world] for rank in range(world)]
+    assert [r.tolist() for r in whole.shard(1, world).from_row(2)] == shares[1][2:]
+
+
+@pytest.mark.parametrize("files", [1, 4])
+def test_ranks_share_the_documents_of_a_stream(lm, tmp_path, files):
+    import datasets
+
+    texts = [f"document {i}" for i in range(40)]
+    for f in range(files):
+        datasets.Dataset.from_dict({"text": texts[f::files]}).to_parquet(tmp_path / f"{f}.parquet")
+    streamed = load_texts(str(tmp_path), streaming=True)
+    rows = TokenRows(streamed, lm.tokenizer, 8)
+    shares = [list(rows.shard(rank, 2).texts) for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == sorted(texts)
+    assert not set(shares[0]) & set(shares[1])
+    assert min(map(len, shares)) > 0
+    assert list(rows.shard(1, 2).texts) == shares[1]
+    # With rows set apart it must be the same rows on all ranks: by row.
+    kept = TokenRows(streamed, lm.tokenizer, 8, skip=2)
+    shared = [r.tolist() for rank in range(2) for r in kept.shard(rank, 2)]
+    assert sorted(shared) == sorted(r.tolist() for r in kept)
+
+
+def test_batches_of_all_ranks_are_one_batch(lm):
+    def source(rank, world):
+        sizes = {"batch_tokens": 12, "buffer_tokens": 48}
+        points = lm.hook_points([0, 2])
+        return ActivationBatches(lm, rows_of(lm), points, rank=rank, world=world, **sizes)
+
+    ranks = [take(source(rank, 2).batches(), 9) for rank in range(2)]
+    for (xs, at), (ys, same) in zip(*ranks, strict=True):
+        assert len(xs[0]) == len(ys[0]) == 6
+        assert (at.fill, at.batch) == (same.fill, same.batch)
+    own = capture_rows(lm, list(rows_of(lm).shard(1, 2)), 0)
+    tokens = torch.cat([xs[0] for xs, at in ranks[1] if at.epoch == 0])
+    assert all((own - token).abs().sum(1).min() < 1e-4 for token in tokens)
+    with pytest.raises(ValueError, match="batch_tokens=12 cannot be dealt out to 5 ranks"):
+        source(0, 5)
+
+
+def capture_rows(lm, rows, layer):
+    return capture_tokens(lm, torch.stack(rows), lm.hook_points([layer]))[0]
+
+
+def test_ranks_out_of_range_and_shares_of_shares_are_errors(lm):
+    with pytest.raises(ValueError, match="rank=2 of world=2"):
+        rows_of(lm).shard(2, 2)
+    with pytest.raises(ValueError, match="a share already"):
+        rows_of(lm).shard(0, 2).shard(0, 2)
+
+
+# -- what the model is spared ----------------------------------------------------------------------
+
+
+def counted(lm, monkeypatch):
+    """Tokens of every pass of the model."""
+    seen = []
+    capture = lm.capture
+    monkeypatch.setattr(
+        lm, "capture", lambda ids, *a, **k: seen.append(ids.numel()) or capture(ids, *a, **k)
+    )
+    return seen
+
+
+def test_the_first_buffer_serves_calibration_and_training_alike(lm, monkeypatch):
+    sizes = {"batch_tokens": 8, "buffer_tokens": 64, "model_rows": 2}
+    points = lm.hook_points([0, 2])
+    expected = take(ActivationBatches(lm, rows_of(lm), points, **sizes).batches(), 20)
+    source = ActivationBatches(lm, rows_of(lm), points, **sizes)
+    seen = counted(lm, monkeypatch)
+    first = next(source.in_order())
+    assert sum(seen) <= 64 + 3 * 16
+    calibrating = sum(seen)
+    got = take(source.batches(), 8)
+    assert sum(seen) == calibrating
+    got += take(source.batches(got[-1][1]), 12)
+    for (xs, at), (ys, same) in zip(expected, got, strict=True):
+        assert at == same
+        assert all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+    assert torch.equal(first[0][:3], capture_rows(lm, list(rows_of(lm))[:2], 0)[:3])
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2, 4, 40], ids=str)
+def test_what_calibration_reads_beyond_it_is_not_read_again(lm, monkeypatch, passes):
+    """`passes` beyond the first buffer; beyond a second buffer nothing more is held."""
+    sizes = {"batch_tokens": 8, "buffer_tokens": 64, "model_rows": 2}
+    points = lm.hook_points([0, 2])
+    expected = take(ActivationBatches(lm, rows_of(lm), points, **sizes).batches(), 24)
+    source = ActivationBatches(lm, rows_of(lm), points, **sizes)
+    calibration = source.in_order()
+    seen = counted(lm, monkeypatch)
+    take(calibration, 2)  # the first buffer, thirty-two tokens at a time
+    first = len(seen)
+    beyond = len(list(islice(calibration, passes)))
+    assert len(seen) == first + beyond
+    got = take(source.batches(), 24)
+    for (xs, at), (ys, same) in zip(expected, got, strict=True):
+        assert at == same
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(xs, ys, strict=True))
+    kept = beyond if beyond <= 2 else 0
+    whole = 3 * 64  # tokens of three buffers, and what may be too many of each
+    assert sum(seen) <= whole + 3 * 16 + (beyond - kept) * 32
+    assert sum(seen) >= whole
+
+
+def test_calibration_goes_over_the_text_once(lm):
+    of = capture_rows(lm, list(rows_of(lm)), 2)
+    for buffer in (64, 10_000):  # shorter and longer than the text
+        sizes = {"batch_tokens": 8, "buffer_tokens": buffer}
+        source = ActivationBatches(lm, rows_of(lm), lm.hook_points([0, 2]), **sizes)
+        seen = torch.cat([xs[1] for xs in source.in_order()])
+        assert len(of) - 16 < len(seen) <= len(of)  # a part of a row at the end of the buffer
+        torch.testing.assert_close(seen[:60], of[:60])
+
+
+def test_the_last_buffer_is_no_larger_than_needed(lm, monkeypatch):
+    seen = counted(lm, monkeypatch)
+    sizes = {"batch_tokens": 8, "buffer_tokens": 64, "total_tokens": 88}
+    source = ActivationBatches(lm, rows_of(lm), lm.hook_points([0]), **sizes)
+    got = take(source.batches(), 11)
+    assert [at.fill for _, at in got] == [0] * 8 + [1] * 3
+    assert sum(seen) < 88 + 4 * 16
+
+
+def test_the_model_may_have_another_dtype_and_device(lm):
+    half = tiny.pythia()
+    half.model.to(torch.bfloat16)
+    sizes = {"batch_tokens": 8, "buffer_tokens": 64}
+    source = ActivationBatches(half, rows_of(half), half.hook_points([2]), **sizes)
+    (xs,), _ = next(source.batches())
+    assert xs.dtype == torch.float32
+    assert torch.equal(xs, xs.bfloat16().float())
+    assert source._fill(source.activations.reader(0), Position()).xs[0].dtype == torch.bfloat16
+    elsewhere = ActivationBatches(lm, rows_of(lm), lm.hook_points([2]), **sizes, device="meta")
+    fill = elsewhere._fill(elsewhere.activations.reader(0), Position())
+    assert fill.xs[0].device.type == "meta"
+
+
+def test_rows_read_ahead_can_be_taken_in_parts():
+    rows = iter([([2, 1, 3], [torch.arange(6)]), ([1], [torch.tensor([6])])])
+    read = _reading_again(deque([next(rows)]), lambda n: next(rows))  # noqa: ARG005
+    assert read(1)[0] == [2]
+    counts, (x,) = read(5)
+    assert (counts, x.tolist()) == ([1, 3], [2, 3, 4, 5])
+    assert read(1)[1][0].tolist() == [6]

@@ -1,10 +1,20 @@
 import json
 
 import pytest
+import torch
 
 from resae import ReSAE
 from resae.cli import main
-from resae.demo import DemoConfig, Plan, findings
+from resae.demo import (
+    BOOST_DOMAIN,
+    EXTRA_METHODS,
+    DemoConfig,
+    Plan,
+    extra_findings,
+    findings,
+    run_demo,
+)
+from resae.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +147,115 @@ def test_findings_say_when_a_claim_does_not_hold():
     assert any("ahead of the last at 0 of 1 k" in s for s in bad)
     assert not any("less than ReSAE at" in s for s in good)
     assert any("less than ReSAE at k = 8" in s for s in bad)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """All methods, hardly trained: that each trains on the embedded model and is in the report."""
+    out = tmp_path_factory.mktemp("everything")
+    config = DemoConfig(
+        k=(4, 8),
+        train_tokens=8_192,
+        calibration_tokens=8_192,
+        held_out_rows=2,
+        context_tokens=64,
+        methods=EXTRA_METHODS,
+    )
+    said = []
+    run_demo(out, config, say=said.append, show=said.append)
+    assert said[0].startswith("20 stacks of 3 autoencoders")
+    (stages,) = {line[1:].split("]")[0].split("/")[1] for line in said if line.startswith("[")}
+    assert any(line.startswith(f"[{stages}/{stages}]") for line in said)
+    return out
+
+
+def test_every_further_method_has_its_rows_tables_and_finding(everything):
+    report = json.loads((everything / "report.json").read_text())
+    online = {r["method"]: r for r in report["replacement"] if r["mode"] == "online"}
+    assert set(online) >= {*EXTRA_METHODS, "raw_truncated", "boost_base"}
+    fvu = {(r["method"], r["k"]) for r in report["reconstruction"]}
+    assert fvu >= {(m, k) for m in ("mlsae", "hierarchical", "resae_closed") for k in (4, 8)}
+    assert ("raw_truncated", 4) in fvu
+    assert {r["k"] for r in report["hierarchical"]} == {4, 8}
+    assert len(report["mlsae"]) == 6
+    assert {r["method"] for r in report["routing"]} == {
+        m for m in EXTRA_METHODS if m.startswith("all_previous")
+    }
+    redundancy = {r["method"] for r in report["redundancy"]}
+    assert "mlsae" not in redundancy  # one dictionary repeats no other
+    for name in ("closed loop", "MLSAE", "HierarchicalTopK", "SAE Boost", "from all before it"):
+        assert any(name in sentence for sentence in report["findings"]), name
+    page = write_report(everything).read_text()
+    for heading in ("one dictionary for all layers", "one domain added", "at every k", "come from"):
+        assert heading in page
+
+
+def test_the_boost_helps_where_it_was_trained_and_its_base_is_untouched(everything):
+    report = json.loads((everything / "report.json").read_text())
+    rows = {(r["text"], r["which"], r["layer"]): r for r in report["boost"]}
+    for layer in report["config"]["layers"]:
+        assert rows[BOOST_DOMAIN, "after, TopK alone", layer]["change"] < -0.05
+        assert rows[BOOST_DOMAIN, "after", layer]["change"] < 0
+        kept = abs(rows["rest", "after", layer]["change"])
+        assert kept < abs(rows["rest", "after, TopK alone", layer]["change"]) + 0.01
+    base = ReSAE.load(everything / "stacks" / "boost_base_k8")
+    boosted = ReSAE.load(everything / "stacks" / "boost_k8")
+    for layer in range(3):
+        kept = boosted.sae(layer).base.state_dict()
+        assert all(torch.equal(t, kept[n]) for n, t in base.sae(layer).state_dict().items())
+
+
+def further_rows(ratio):
+    """A report in which the further methods are `ratio` times what they are held against."""
+    rows = [
+        {"method": m, "loop": loop, "mode": mode, "k": 8, "layers": ["a"], "delta_ce": value}
+        for m, loop, value in (
+            ("raw", None, 1.0), ("mlsae", None, 1.0), ("resae", "closed", 0.5),
+            ("resae_closed", "closed", 0.5 * ratio), ("all_previous", "closed", 0.5),
+        )
+        for mode in ("online", "teacher_forced")
+    ]  # fmt: skip
+    table = [{"k": 8, "layer": "a", "fvu": ratio, "single": 1.0, "over_single": ratio - 1}]
+    change = {"rest": 0.005 * ratio, BOOST_DOMAIN: -0.12 / ratio}
+    return {
+        "replacement": rows,
+        "affine": [{"method": m, "hop": "a", "r2": 0.9} for m in ("resae", "all_previous")],
+        "reconstruction": [
+            {"method": m, "loop": "closed", "k": 8, "layer": "a", "fvu_stream": value}
+            for m, value in (("resae", 0.2), ("resae_closed", 0.2 * ratio))
+        ],
+        "mlsae": table,
+        "hierarchical": [{**table[0], "truncated": 1.01}],
+        "boost": [
+            {"text": text, "which": which, "layer": "a", "change": value}
+            for text, value in change.items()
+            for which in ("after", "after, TopK alone")
+        ],
+    }
+
+
+def test_findings_on_further_methods_say_when_a_bound_does_not_hold():
+    good, bad = extra_findings(further_rows(0.9)), extra_findings(further_rows(1.25))
+    assert len(good) == len(bad) == 5
+    assert "better at 1 of 1 k" in good[0]
+    assert "worse at none of 1 k" in good[0]
+    assert "last layer 0.180 against 0.200" in good[0]
+    assert "better at 0 of 1 k" in bad[0]
+    assert "worse at 1 of 1 k" in bad[0]
+    assert "-10.0% at k = 8" in good[3]
+    assert ": within 3 %" in good[3]
+    assert "better than an ordinary SAE truncated to that k in 1 of 1" in good[3]
+    assert "NOT within 3 %" in bad[3]
+    assert "in 0 of 1" in bad[3]
+    assert ": within the bounds" in good[4]
+    assert "NOT within the bounds" in bad[4]
+    plain = {"replacement": rows_where(0.3)["replacement"], "affine": []}
+    assert extra_findings(plain) == []  # nothing was asked for
+
+
+def test_unknown_methods_are_refused_before_any_work(capsys):
+    assert main(["demo", "--methods", "boost,magic", "--out", "/nonexistent/demo"]) == 2
+    assert "unknown method magic; choose of resae_closed" in capsys.readouterr().err
 
 
 def test_plan_corrects_its_estimate_by_the_speed_it_meets(monkeypatch):

@@ -7,8 +7,9 @@ import torch
 from transformers import CompileConfig, TextIteratorStreamer
 
 import resae.stack as stack_module
-from resae import AffineOnly, HookedLM, generate, replacement
+from resae import AffineOnly, HookedLM, ReSAE, SAEConfig, TopKSAE, generate, replacement
 from resae.replace import MODES
+from resae.sae import BoostedSAE
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -603,3 +604,46 @@ def test_carried_dictionaries_that_exceed_the_bound_are_not_made(neox):
     assert torch.equal(replaced, logits(neox, stack, ids))
     with pytest.raises(ValueError, match="transport_bytes needs mode='online', loop='closed'"):
         replacement(neox, stack, loop="open", transport_bytes=size)
+
+
+def test_a_boosted_stack_is_replaced_read_and_edited_like_any_other():
+    lm = tiny.pythia()
+    stack = tiny.stack(lm)
+    saes = []
+    for layer in range(3):
+        second = TopKSAE(SAEConfig(lm.d_model, 16, 2), seed=50 + layer)
+        saes.append(BoostedSAE(stack.sae(layer), second))
+    stack = ReSAE(tiny.NAMES, stack.predictor, saes, stack.model_identity).eval()
+    ids = tiny.ids(2, 9)
+    points = lm.hook_points(tiny.LAYERS)
+    with torch.no_grad():
+        expected = stack(list(lm.capture(ids, points).values()), loop="closed").x_hats
+    arrived = {}
+    put = {p: (lambda _, value=v: value) for p, v in zip(points, expected, strict=True)}
+    with replacement(lm, stack, mode="teacher_forced", loop="closed"):
+        torch.testing.assert_close(lm.logits(ids), lm.replace(ids, put), atol=1e-4, rtol=1e-4)
+    # One token at a time, where an ordinary stack may take the fused step, with carried tables too.
+    edits = [{"layer": tiny.LAYERS[1], "action": "clamp", "latents": [70], "value": 9.0}]
+    for options in ({}, {"transport_bytes": 1 << 30}, {"interventions": edits}):
+        with replacement(lm, stack, on_codes=arrived.__setitem__, **options):
+            whole = lm.logits(ids)
+            codes = dict(arrived)
+            cache, parts = None, []
+            for token in ids.split(1, 1):
+                out = lm.model(token, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-3, rtol=1e-3)
+        assert int(codes[tiny.NAMES[1]].indices.max()) >= 64
+    assert (codes[tiny.NAMES[1]].acts == 9.0).any(-1).all()
+    # Tables made for ordinary autoencoders know nothing of the boost: not made, and not used.
+    assert stack.transported(1 << 30) is None
+    with torch.no_grad():
+        few = [x[0, :4] for x in expected]
+        codes = stack.encode(few)
+        carried = tiny.stack(lm).transported(1 << 30)
+        past = few[:1]
+        x_hat, code = stack.step(1, few[1], past, past, codes=codes[:1], carried=carried)
+        plain = stack.sae(1)(few[1], base=stack.predictor(1, past))
+    assert torch.equal(code.indices, plain.code.indices)
+    assert torch.equal(x_hat, plain.x_hat)

@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from resae.sae import SAEConfig, TopKSAE, auxk_loss
-from resae_kernels import topk_encode
+from resae.sae import BoostedSAE, SAEConfig, TopKSAE, auxk_loss
+from resae_kernels import sparse_decode, topk_encode
 
 
 def small(k=3, d_in=8, d_sae=20, seed=0):
@@ -178,3 +178,109 @@ def test_unreadable_autoencoders_are_named(tmp_path):
 def test_impossible_sizes_are_errors(sizes, message):
     with pytest.raises(ValueError, match=message):
         SAEConfig(*sizes)
+
+
+def test_prefixes_are_the_reconstructions_of_fewer_latents():
+    sae = small(k=5).double()
+    sae.b_dec.data.normal_()
+    x, base = torch.randn(2, 7, 8, dtype=torch.float64)
+    code = sae.encode(x, base=base)
+    found = sae.decode_prefixes(code, (1, 2, 5), base=base)
+    for j, x_hat in zip((1, 2, 5), found, strict=True):
+        torch.testing.assert_close(x_hat, sae.at_k(j)(x, base=base).x_hat)
+
+
+def test_fewer_latents_share_the_parameters():
+    sae = small(k=5)
+    fewer = sae.at_k(2)
+    assert (fewer.config.k, sae.config.k) == (2, 5)
+    for a, b in zip(fewer.parameters(), sae.parameters(), strict=True):
+        assert a is b
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"at_k: k={k}, expected 1 to 5"):
+            sae.at_k(k)
+
+
+# -- boosted ---------------------------------------------------------------------------------------
+
+
+def boosted(keep=0.25, threshold=0.0):
+    torch.manual_seed(4)
+    base, boost = small(k=3), small(k=2, d_sae=10, seed=5)
+    for sae in (base, boost):
+        sae.encoder.bias.data.normal_()
+        sae.b_dec.data.normal_()
+    return BoostedSAE(base, boost, keep=keep, threshold=threshold)
+
+
+def test_a_boosted_autoencoder_is_the_sum_of_both_without_the_second_ones_bias():
+    sae = boosted().eval()
+    assert (sae.config.d_in, sae.config.d_sae, sae.config.k) == (8, 30, 5)
+    x, base = torch.randn(2, 6, 8)
+    x_hat, code = sae(x, base=base)
+    own = sae.boost.encode(x, base=base)
+    expected = sae.base(x, base=base).x_hat + sparse_decode(*own, sae.boost.W_dec)
+    torch.testing.assert_close(x_hat, expected)
+    dense = torch.zeros(6, 30).scatter_add(1, code.indices, code.acts)
+    torch.testing.assert_close(x_hat, dense @ sae.W_dec + sae.b_dec + base)
+    shuffled = torch.randperm(5)
+    acts, indices = (part[:, shuffled] for part in code)
+    torch.testing.assert_close(sae.decode(acts, indices, base=base), expected)
+    assert not sae.boost.b_dec.any()
+
+
+def test_the_threshold_silences_the_boost_in_use_and_never_the_base():
+    x = torch.randn(41, 8)
+    with torch.no_grad():
+        plain = boosted().eval().encode(x)
+        threshold = float(plain.acts[:, 3:].median())
+        code = boosted(threshold=threshold).eval().encode(x)
+    assert torch.equal(code.acts[:, :3], plain.acts[:, :3])
+    kept = plain.acts[:, 3:] >= threshold
+    assert 0.4 < float(kept.double().mean()) < 0.6
+    assert torch.equal(code.acts[:, 3:], plain.acts[:, 3:] * kept)
+    assert not code.indices[:, 3:][~kept].any()
+
+
+def test_the_threshold_is_the_quantile_of_what_training_selected():
+    sae = boosted(keep=0.25)
+    x = torch.randn(400, 8)
+    for _ in range(3):
+        sae.encode(x)
+    acts = sae.boost.encode(x).acts
+    share = float((acts >= sae.threshold).double().mean())
+    assert share == pytest.approx(0.25, abs=0.01)
+    with torch.no_grad():  # an evaluation in between
+        code = sae.encode(2 * x)
+        assert float((sae.boost.encode(x).acts >= sae.threshold).double().mean()) == share
+        assert float(code.acts[:, 3:][code.acts[:, 3:] > 0].min()) >= float(sae.threshold)
+
+
+def test_training_reaches_the_boost_alone():
+    sae = boosted()
+    x = torch.randn(50, 8)
+    (sae(x).x_hat - x).square().sum().backward()
+    assert all(parameter.grad is None for parameter in sae.base.parameters())
+    assert sae.boost.b_dec.grad is None
+    assert float(sae.boost.encoder.weight.grad.norm()) > 0
+    sae.remove_parallel_gradient()
+    along = (sae.boost.W_dec.grad * sae.boost.W_dec.detach()).sum(1)
+    assert float(along.abs().max()) < 1e-4
+
+
+def test_a_boosted_autoencoder_is_rescaled_and_comes_back(tmp_path):
+    sae = boosted(threshold=0.3).double().eval()
+    x = torch.randn(30, 8, dtype=torch.float64)
+    x_hat, code = sae(x)
+    sae.rescale_(3.5)
+    torch.testing.assert_close(sae(3.5 * x).x_hat, 3.5 * x_hat)
+    assert torch.equal(sae(3.5 * x).code.indices, code.indices)
+    assert not any(parameter.requires_grad for parameter in sae.base.parameters())
+    sae.save(tmp_path)
+    loaded = BoostedSAE.load(tmp_path)
+    assert torch.equal(loaded(x).x_hat, sae(x).x_hat)
+    assert loaded.keep == sae.keep
+    alone = TopKSAE.load(tmp_path)  # as if there were no boost
+    assert torch.equal(alone(x).x_hat, sae.base(x).x_hat)
+    with pytest.raises(ValueError, match=r"at_k: k=2.*3 \+ 2"):
+        sae.at_k(2)

@@ -24,7 +24,7 @@ from resae_kernels import (
     sparse_decode,
     topk_encode,
 )
-from resae_kernels.sparse_decode import latent_outer, latent_sum
+from resae_kernels.sparse_decode import _sorted_stably, latent_outer, latent_sum
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -1161,3 +1161,13 @@ def test_one_token_on_a_cpu_is_decoded_as_any_other():
         assert not sparse_decode(acts[:1], indices[:1], weight).requires_grad
     meta = (t[:1].to("meta") for t in (acts, indices))
     assert sparse_decode(*meta, W.to("meta")).shape == (1, 6)
+
+
+@pytest.mark.parametrize("M", [1, 300, 70_000, 2**17])
+@pytest.mark.parametrize("entries", [0, 1, 5_000, 40_000])
+def test_sorting_by_latent_is_stable(M, entries):
+    latents = torch.randint(0, M + 1, (entries,), dtype=torch.int32)
+    expected = latents.sort(stable=True)
+    values, order = _sorted_stably(latents)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(order, expected.indices)

@@ -9,6 +9,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
 from resae.affine import KINDS
 from resae.data import capture_tokens
+from resae.stack import new_stack
 from resae_kernels import reference
 
 
@@ -199,3 +200,69 @@ def test_affine_only_carries_the_first_layer_through_the_maps(lm, xs):
     maps = baseline.predictor
     torch.testing.assert_close(x_hats[1], xs[0] @ maps.A[0] + maps.c[0])
     torch.testing.assert_close(x_hats[2], x_hats[1] @ maps.A[1] + maps.c[1])
+
+
+def shared_stack(lm):
+    made = new_stack(
+        tiny.NAMES, AffinePredictor("none"), d_in=lm.d_model, d_sae=64, k=(4, 4, 4), shared=True
+    )
+    made.sae(0).b_dec.data.normal_()
+    return made.eval()
+
+
+def test_a_shared_dictionary_is_one_through_scaling_and_disk(lm, xs, tmp_path):
+    stack = shared_stack(lm)
+    assert len(stack.distinct()) == 1
+    assert len(list(stack.parameters())) == 4
+    factors = [0.5, 4.0, 3.0]
+    before = stack(xs).x_hats
+    stack.rescale_(factors)
+    after = stack([f * x for f, x in zip(factors, xs, strict=True)]).x_hats
+    for f, a, b in zip(factors, before, after, strict=True):
+        torch.testing.assert_close(f * a, b, atol=1e-4, rtol=1e-4)
+    stack.save_pretrained(tmp_path)
+    loaded = ReSAE.load(tmp_path)
+    assert loaded.shared
+    assert len({id(loaded.sae(i).W_dec) for i in range(3)}) == 1
+    assert torch.equal(loaded.sae(2).b_dec, stack.sae(2).b_dec)
+    alone = TopKSAE.load(tmp_path / tiny.NAMES[2])
+    assert torch.equal(alone(xs[2]).x_hat, stack.sae(2)(xs[2]).x_hat)
+    alone.W_dec.data[3, 3] += 1
+    alone.save(tmp_path / tiny.NAMES[2])
+    with pytest.raises(ValueError, match="share one dictionary"):
+        ReSAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lower_k_is_chosen_for_the_whole_stack(lm, xs, kind):
+    stack = tiny.stack(lm, kind)
+    fewer = stack.at_k(2)
+    assert fewer.active_total(1) == stack.active_total(1) // 2
+    for layer, code in enumerate(fewer.encode(xs)):
+        assert code.acts.shape[-1] == 2
+        assert torch.equal(code.indices, stack.encode(xs)[layer].indices[..., :2])
+    assert stack.sae(1).W_dec is fewer.sae(1).W_dec
+    assert not stack.shared
+
+
+@pytest.mark.parametrize("form", [{"form": "diagonal"}, {"form": "low_rank", "rank": 3}])
+def test_cheap_maps_are_a_chain_of_their_dense_ones(lm, xs, tmp_path, form):
+    stack = tiny.stack(lm, "all_previous", **form)
+    dense = AffinePredictor("all_previous", stack.predictor.A, stack.predictor.c)
+    same = ReSAE(tiny.NAMES, dense, [stack.sae(i) for i in range(3)])
+    for loop in ("open", "closed"):
+        for a, b in zip(stack(xs, loop=loop).x_hats, same(xs, loop=loop).x_hats, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    before = stack(xs).x_hats
+    stack.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "resae.json").read_text())["form"] == form["form"]
+    for a, b in zip(before, ReSAE.load(tmp_path)(xs).x_hats, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        few = [x[:4] for x in xs]
+        x_hats, codes = stack(few, loop="closed")
+        carried = stack.transported(1 << 30)
+        past = x_hats[:2]
+        x_hat, _ = stack.step(2, few[2], past, past, codes=codes[:2], carried=carried)
+    plain, _ = stack.step(2, few[2], past, past)
+    torch.testing.assert_close(x_hat, plain, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from resae.storage import load_json, load_tensors, save_json, save_tensors, write_atomically
+from resae.storage import (
+    load_json,
+    load_tensors,
+    remove_partial,
+    save_json,
+    save_tensors,
+    write_atomically,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -12,7 +19,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         temporary.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"cannot write .*file .*disk full.*untouched"):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -44,3 +51,15 @@ def test_damaged_files_are_named(tmp_path):
         load_json(tmp_path / "j.json", "stack")
     with pytest.raises(FileNotFoundError, match="stack: no file"):
         load_json(tmp_path / "none.json", "stack")
+
+
+def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "folder").mkdir()
+    kept = [tmp_path / "a.partial", tmp_path / "folder" / ".b", tmp_path / "folder" / "c"]
+    for path in kept:
+        path.write_text("")
+    names = []
+    write_atomically(tmp_path / "folder" / "d", lambda temporary: names.append(temporary.name))
+    (tmp_path / "folder" / names[0]).write_text("half")
+    remove_partial(tmp_path)
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == {*kept, tmp_path / "folder" / "d"}

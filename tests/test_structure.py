@@ -17,7 +17,7 @@ FLOORS = [
     {"demo", "report", "tune"},
     {"evaluate"},
     {"train", "replace", "decode_loop"},
-    {"intervene"},
+    {"intervene", "activation_cache"},
     {"stack"},
     {"data", "affine", "sae"},
     {"model"},

@@ -1,16 +1,29 @@
+import errno
+import itertools
 import json
+import math
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 
 from resae import ReSAE, StoredActivations, TrainConfig, train, train_step
 from resae.affine import Moments
-from resae.data import ActivationBatches, TokenRows, capture_tokens
+from resae.data import ActivationBatches, Position, TokenRows, capture_tokens
 from resae.stack import ModelIdentity
-from resae.train import Calibration, calibrate, initial_state
+from resae.storage import load_tensors
+from resae.train import (
+    Calibration,
+    boost_calibration,
+    calibrate,
+    initial_state,
+    stack_loss,
+)
 
+TRAINING = import_module("resae.train")  # resae.train is also the function
 TEXT = ["The cat sat on the mat, and the dog sat by the door. " * 40]
 
 
@@ -179,12 +192,13 @@ def test_a_resumed_run_ends_in_the_bits_of_an_uninterrupted_one(lm, tmp_path, in
     assert steps[0] == steps[1]
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(xs, tmp_path, caplog):
+@pytest.mark.parametrize("length", [0, 500, -1])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(xs, tmp_path, caplog, length):
     whole = run(xs, tmp_path / "whole").state_dict()
     run(xs, tmp_path / "cut", checkpoint_steps=5, should_stop=stop_after(13))
     newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
     assert newest.name == "step_00000013.safetensors"
-    newest.write_bytes(newest.read_bytes()[:500])
+    newest.write_bytes(newest.read_bytes()[:length])
     resumed = run(xs, tmp_path / "cut", resume=True).state_dict()
     assert "step_00000013" in caplog.text
     assert "damaged" in caplog.text
@@ -192,9 +206,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(xs, tmp_path, ca
 
 
 def test_only_the_last_checkpoints_are_kept(xs, tmp_path):
-    run(xs, tmp_path, checkpoint_steps=4)
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step_00000020.safetensors", "step_00000024.safetensors"]
+    for keep in (1, 2, 3):
+        run(xs, tmp_path / str(keep), checkpoint_steps=4, keep_checkpoints=keep)
+        names = sorted(p.name for p in (tmp_path / str(keep) / "checkpoints").iterdir())
+        assert names == [f"step_000000{n}.safetensors" for n in (16, 20, 24)[-keep:]]
+    with pytest.raises(ValueError, match="keep_checkpoints=0"):
+        run(xs, tmp_path, keep_checkpoints=0)
 
 
 def test_resuming_a_finished_run_changes_nothing(xs, tmp_path):
@@ -214,19 +231,82 @@ def test_resuming_with_other_settings_is_refused(xs, tmp_path):
         run(xs, tmp_path, replace(config_of(), seed=1), resume=True)
 
 
-def test_nan_stops_the_run_and_writes_no_stack(xs, tmp_path):
-    class Poisoned(StoredActivations):
-        def batches(self, start=None):
-            for i, (batch, position) in enumerate(super().batches(start)):
-                yield ([x * float("nan") for x in batch] if i == 9 else batch), position
+class Poisoned(StoredActivations):
+    """Everything of one batch is multiplied by `factor`."""
 
-    config = config_of()
-    source = Poisoned(xs, batch_tokens=64)
-    with pytest.raises(ValueError, match="loss is nan at step 10.*lower lr"):
-        train(config, source, calibration_of(xs), tmp_path, log_steps=7, checkpoint_steps=5)
+    def __init__(self, xs, step, factor):
+        super().__init__(xs, batch_tokens=64)
+        self.step, self.factor = step, factor
+
+    def batches(self, start=None):
+        for i, (batch, position) in enumerate(super().batches(start or Position()), start=1):
+            yield [x * self.factor for x in batch] if i == self.step else batch, position
+
+
+@pytest.mark.parametrize(
+    ("step", "factor", "says"),
+    [
+        pytest.param(10, math.nan, "loss is nan at step 10.* hold NaN", id="due-for-a-checkpoint"),
+        pytest.param(8, math.nan, "loss is nan at step 8.* hold NaN", id="between"),
+        pytest.param(
+            8, 1e30, "loss is .* at step .* are finite: train with a lower lr", id="large"
+        ),
+    ],
+)
+def test_nan_stops_the_run_with_its_batch_saved_and_no_stack(xs, tmp_path, step, factor, says):
+    source = Poisoned(xs, step, factor)
+    with pytest.raises(ValueError, match=says):
+        train(config_of(), source, calibration_of(xs), tmp_path, log_steps=7, checkpoint_steps=5)
     assert not (tmp_path / "resae.json").exists()
     names = [p.name for p in (tmp_path / "checkpoints").iterdir()]
     assert names == ["step_00000005.safetensors"]  # not one of the poisoned step
+    saved = load_tensors(tmp_path / "nan_batch.safetensors", "batch")
+    assert saved["step"] == step
+    batch = next(itertools.islice(source.batches(), step - 1, None))[0]
+    for name, x in zip(tiny.NAMES, batch, strict=True):
+        torch.testing.assert_close(saved[name], x, rtol=0, atol=0, equal_nan=True)
+
+
+def test_weights_that_are_not_finite_are_not_saved_though_the_loss_is(xs, tmp_path, monkeypatch):
+    def step(state, *rest):
+        state.stack.sae(1).b_dec.data[3] = math.inf if state.step == 4 else 0
+        return train_step(state, *rest)
+
+    monkeypatch.setattr(TRAINING, "train_step", step)
+    with pytest.raises(ValueError, match="at step 5, or the weights after it are not finite"):
+        run(xs, tmp_path, checkpoint_steps=5)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_is_named_and_the_checkpoint_before_is_gone_on_from(
+    xs, tmp_path, monkeypatch, error
+):
+    whole = run(xs, tmp_path / "whole").state_dict()
+    save_file = TRAINING.save_file
+
+    def until_full(tensors, path, metadata):
+        if metadata["step"] == "10":
+            path.write_bytes(b"half of it")
+            raise error
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(TRAINING, "save_file", until_full)
+    said = r"cannot write .*step_00000010.*No space left.*step_00000005\.safetensors is intact"
+    with pytest.raises(OSError, match=said):
+        run(xs, tmp_path / "cut", checkpoint_steps=5)
+    names = [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()]
+    assert names == ["step_00000005.safetensors"]
+    monkeypatch.undo()
+    resumed = run(xs, tmp_path / "cut", resume=True).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_calibration_comes_back(xs, tmp_path):
@@ -248,10 +328,206 @@ def test_calibration_comes_back(xs, tmp_path):
         pytest.param({"k": (0, 4, 4)}, "1 ≤ k", id="k-zero"),
         pytest.param({"predictor": "magic"}, "unknown predictor 'magic'", id="predictor"),
         pytest.param({"loop": "round"}, "loop='round'", id="loop"),
+        pytest.param({"shared": True}, "predictor 'none' and one k", id="shared-predicted"),
+        pytest.param({"shared": True, "predictor": "none", "k": (4, 4, 5)}, "one k", id="shared-k"),
+        pytest.param({"prefixes": (1, 2)}, r"prefixes=\(1, 2\).*end with it", id="prefixes-end"),
+        pytest.param({"prefixes": (2, 1, 4)}, "rising", id="prefixes-order"),
+        pytest.param({"prefixes": (0, 4)}, "from 1 on", id="prefixes-zero"),
+        pytest.param({"prefixes": ()}, "prefixes=", id="prefixes-none"),
+        pytest.param({"prefixes": (1, 4), "k": (4, 8, 4)}, "one k", id="prefixes-k"),
         pytest.param({"train_tokens": 0}, "train_tokens=0", id="tokens"),
         pytest.param({"buffer_tokens": 32}, "below batch_tokens=64", id="buffer"),
+        pytest.param({"clip_norm": 0.0}, "clip_norm=0.0", id="clip"),
+        pytest.param({"accumulation_steps": 65}, "accumulation_steps=65", id="accumulation"),
     ],
 )
 def test_impossible_settings_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         config_of(**changes)
+
+
+def test_a_shared_dictionary_is_trained_resumed_and_saved_as_one(xs, tmp_path):
+    config = config_of(predictor="none", shared=True, dead_after_tokens=128)
+    whole = run(xs, tmp_path / "whole", config)
+    assert whole.shared
+    assert run(xs, tmp_path / "cut", config, should_stop=stop_after(7)) is None
+    resumed = run(xs, tmp_path / "cut", config, resume=True).state_dict()
+    assert all(torch.equal(t, resumed[name]) for name, t in whole.state_dict().items())
+    loaded = ReSAE.load(tmp_path / "whole")
+    assert loaded.shared
+    norms = whole.sae(0).W_dec.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(64))
+    out = [stack([x[:50] for x in xs]).x_hats for stack in (whole, loaded)]
+    assert all(torch.equal(a, b) for a, b in zip(*out, strict=True))
+    ratio = (whole.sae(2).b_dec.norm() / whole.sae(0).b_dec.norm()).detach()
+    scale = calibration_of(xs).scale
+    assert float(ratio) == pytest.approx(scale[2] / scale[0], rel=1e-5)
+    assert abs(float(ratio) - 1) > 1e-3  # each layer has its own scale folded in
+
+
+def test_a_latent_of_a_shared_dictionary_lives_by_any_layer(xs):
+    config = config_of(predictor="none", shared=True)
+    calibration = calibration_of(xs, "none")
+    state = initial_state(config, calibration, None, "cpu")
+    (since,) = state.tokens_since_fired
+    batch = [x[:3] / s for x, s in zip(xs, calibration.scale, strict=True)]
+    codes = [state.stack.sae(i).encode(x) for i, x in enumerate(batch)]
+    fired = [set(code.indices[code.acts > 0].tolist()) for code in codes]
+    assert len({frozenset(f) for f in fired}) > 1
+    train_step(state, config, batch)
+    assert set((since == 0).nonzero().flatten().tolist()) == set.union(*fired)
+    assert int(since.max()) == 3  # tokens, not tokens times layers
+
+
+@pytest.mark.parametrize("kind", ["none", "previous"])
+def test_the_loss_over_prefixes_is_the_mean_of_the_errors_at_each(xs, kind):
+    config = config_of(predictor=kind, prefixes=(1, 3, 4), auxk_coefficient=0.0)
+    calibration = calibration_of(xs, kind)
+    stack = initial_state(config, calibration, None, "cpu").stack
+    batch = [x[:64] / s for x, s in zip(xs, calibration.scale, strict=True)]
+    dead = [torch.zeros(64, dtype=torch.bool)] * 3
+    found = stack_loss(stack, config, batch, dead)
+    expected = 0.0
+    for layer, x in enumerate(batch):
+        base = stack.predictor(layer, batch)
+        target = x if base is None else x - base
+        for j in (1, 3, 4):
+            sae = stack.sae(layer).at_k(j)
+            error = (x - sae(x, base=base).x_hat).square().sum()
+            expected = expected + error / (target - target.mean(0)).square().sum() / 3
+    torch.testing.assert_close(found.loss, expected)
+    parameters = list(stack.saes.parameters())
+    for a, b in zip(
+        torch.autograd.grad(found.loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_trained_over_prefixes_a_truncated_code_reconstructs_better(xs, tmp_path):
+    settings = {"predictor": "none", "k": (8, 8, 8), "train_tokens": 64 * 120}
+    plain = run(xs, tmp_path / "plain", config_of(**settings))
+    nested = run(xs, tmp_path / "nested", config_of(**settings, prefixes=(1, 2, 4, 8)))
+
+    @torch.no_grad()
+    def error(stack, k):
+        x_hats = stack.at_k(k)(xs).x_hats
+        return sum(float((x - y).square().mean()) for x, y in zip(xs, x_hats, strict=True))
+
+    assert error(nested, 1) < 0.95 * error(plain, 1)
+    assert error(nested, 2) < 0.98 * error(plain, 2)
+    assert error(nested, 8) < 1.2 * error(plain, 8)
+
+
+def boost(xs, base, out, config=None, **options):
+    """Boost the stack in folder `base` on `xs`, as `resae train --boost` does."""
+    loaded = ReSAE.load(base)
+    config = config or config_of(
+        boost=str(base), k=(2, 2, 2), d_sae=32, predictor=loaded.predictor.kind
+    )
+    moments = Moments(3, 32, "none")
+    moments.add(xs)
+    source = StoredActivations(xs, batch_tokens=64)
+    return train(config, source, boost_calibration(loaded, moments), out, **options)
+
+
+@pytest.mark.parametrize("kind", ["none", "previous"])
+def test_boosting_leaves_the_base_its_bits_and_helps_on_the_new_data(xs, tmp_path, kind):
+    run([x[:1024] for x in xs], tmp_path / "base", config_of(predictor=kind))
+    base = ReSAE.load(tmp_path / "base")
+    new = [1.5 * x[1024:] + 2 * x[1024:].roll(1, dims=1) for x in xs]
+    boost(new, tmp_path / "base", tmp_path / "boost")
+    loaded = ReSAE.load(tmp_path / "boost")
+    assert loaded.boosted
+    before = base.state_dict()
+    after = {name.replace(".base.", "."): t for name, t in loaded.state_dict().items()}
+    assert all(torch.equal(t, after[name]) for name, t in before.items())
+    for layer in range(3):
+        assert float(loaded.sae(layer).threshold) > 0
+        loaded.sae(layer).threshold.zero_()
+    with torch.no_grad():
+        for x, y, z in zip(new, base(new).x_hats, loaded(new).x_hats, strict=True):
+            assert float((x - z).square().sum()) < 0.95 * float((x - y).square().sum())
+
+
+def test_a_resumed_boost_ends_in_the_bits_of_an_uninterrupted_one(xs, tmp_path):
+    run(xs, tmp_path / "base")
+    whole = boost(xs, tmp_path / "base", tmp_path / "whole").state_dict()
+    assert boost(xs, tmp_path / "base", tmp_path / "cut", should_stop=stop_after(9)) is None
+    resumed = boost(xs, tmp_path / "base", tmp_path / "cut", resume=True).state_dict()
+    assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
+
+
+def test_what_cannot_be_boosted_is_named(xs, tmp_path):
+    run(xs, tmp_path / "base")
+    other = config_of(boost=str(tmp_path / "base"), predictor="none")
+    with pytest.raises(ValueError, match="'previous', 'full'.*expected.*'none'"):
+        boost(xs, tmp_path / "base", tmp_path / "out", other)
+    config = config_of(boost=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match="no powers of two"):
+        initial_state(config, calibration_of(xs), None, "cpu")
+    with pytest.raises(ValueError, match="boost with shared or prefixes"):
+        replace(config, prefixes=(1, 4))
+    with pytest.raises(ValueError, match="boost_keep=0"):
+        replace(config, boost_keep=0.0)
+
+
+def one_step(xs, config, kind="previous", batch=None):
+    """The state after a step from the start, with eight dead latents in the first layer."""
+    calibration = calibration_of(xs, kind)
+    state = initial_state(config, calibration, None, "cpu")
+    state.tokens_since_fired[0][:8] = config.dead_tokens
+    batch = batch or [x[:64] for x in xs]
+    scaled = [x / s for x, s in zip(batch, calibration.scale, strict=True)]
+    return state, *train_step(state, config, scaled)
+
+
+WAYS = {
+    "open": {"loop": "open"},
+    "closed": {"loop": "closed"},
+    "shared": {"predictor": "none", "shared": True},
+    "prefixes": {"prefixes": (1, 2, 4)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_in_pieces_gives_the_weights_of_the_whole_batch(xs, way):
+    results = []
+    for pieces in (1, 3):
+        config = config_of(**WAYS[way], accumulation_steps=pieces, lr=1e-3)
+        results.append(one_step(xs, config, config.predictor))
+    (whole, loss, measured), (cut, cut_loss, cut_measured) = results
+    torch.testing.assert_close(cut_loss, loss)
+    torch.testing.assert_close(cut_measured, measured)
+    for (name, a), b in zip(whole.stack.named_parameters(), cut.stack.parameters(), strict=True):
+        # Adam's first step is lr · sign(gradient): where it is 0 up to rounding, that may differ.
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-7, msg=name)
+        assert float((b - a).abs().gt(1e-6).float().mean()) < 0.01
+    assert torch.equal(whole.tokens_since_fired[0], cut.tokens_since_fired[0])
+    assert float(measured[0][3]) > 0
+
+
+def test_gradients_of_all_layers_together_are_clipped(xs):
+    def norm(clip):
+        gradients = [p.grad for p in one_step(xs, config_of(clip_norm=clip))[0].stack.parameters()]
+        return float(torch.cat([g.flatten() for g in gradients]).norm())
+
+    free = norm(None)
+    assert norm(free / 3) == pytest.approx(free / 3)
+    assert norm(3 * free) == pytest.approx(free)
+
+
+def test_autocast_multiplies_in_bfloat16_and_keeps_float32_weights(xs, tmp_path):
+    seen = []
+    config = config_of(autocast=True, train_tokens=64 * 80)
+    stack = run(xs, tmp_path, config, log_steps=5, on_progress=seen.append)
+    assert all(seen[-1].layers[i].fvu < 0.9 * seen[0].layers[i].fvu for i in range(3))
+    assert {p.dtype for p in stack.parameters()} == {torch.float32}
+    (half, _, measured), (_, _, exact) = (
+        one_step(xs, config_of(autocast=autocast)) for autocast in (True, False)
+    )
+    assert {t.dtype for s in half.optimizer.state.values() for t in s.values()} == {torch.float32}
+    fvu = [float(rows[0][0]) for rows in (measured, exact)]
+    assert fvu[0] != fvu[1]
+    assert fvu[0] == pytest.approx(fvu[1], rel=0.01)

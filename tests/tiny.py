@@ -211,18 +211,18 @@ def ids(rows: int = 3, length: int = 12, seed: int = 3) -> torch.Tensor:
     return torch.randint(10, 2048, (rows, length), generator=generator)
 
 
-def predictor(lm: HookedLM, kind: str) -> AffinePredictor:
+def predictor(lm: HookedLM, kind: str, **form) -> AffinePredictor:
     points = lm.hook_points(LAYERS)
     moments = Moments(len(points), lm.d_model)
     moments.add(capture_tokens(lm, ids(16, 16, seed=5), points))
-    return fit_predictor(kind, moments)
+    return fit_predictor(kind, moments, **form)
 
 
-def stack(lm: HookedLM, kind: str = "previous", k: int = 4, d_sae: int = 64) -> ReSAE:
+def stack(lm: HookedLM, kind: str = "previous", k: int = 4, d_sae: int = 64, **form) -> ReSAE:
     """An untrained stack on three blocks: random directions, fitted maps."""
     made = new_stack(
         NAMES,
-        predictor(lm, kind),
+        predictor(lm, kind, **form),
         d_in=lm.d_model,
         d_sae=d_sae,
         k=(k,) * len(NAMES),
