@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from resae.decode_loop import DecodeLoop
 from resae.intervene import ActiveEdits, EditCount, Interventions, PassTokens
 from resae.model import HookedLM, HookPoint
 from resae.stack import AffineOnly, Loop, ReSAE
@@ -124,6 +125,12 @@ class Replacement:
         self._counts = [
             torch.zeros(2, 3, dtype=torch.int64, device=lm.device) for _ in self._points
         ]
+        # A CUDA graph knows addresses, not tensors: `torch.compile` copies each input to an address
+        # of the graph's own at every replay, and makes no graph at all where a pass writes to an
+        # input, but for inputs that it takes to stay where they are. It takes to stay whatever it
+        # reaches through a module: these counts, dictionaries and edits too, by the forward of the
+        # stand-ins that hold them (`model._Splice`). So they are written in place and never made
+        # anew while the model runs; a test looks at the compiled step's inputs.
 
     @property
     def counts(self) -> list[LayerCounts]:
@@ -275,14 +282,19 @@ class Replacement:
         new = _to(new, stream)
         if self._mode == "error_added":
             new = stream + (new - _to(self._seen[layer], stream))
-        if layer == self._last:  # nothing is carried to the next pass
-            self._seen, self._x_hats = [], None
         if not self._puts[layer]:
             return None
         self._count(layer, stream)
-        if self._keep is None:
-            return new
-        return torch.where(self._keep.to(stream.device), stream, new)
+        keep = self._keep
+        if layer == self._last:
+            self._forget()
+        return new if keep is None else torch.where(keep.to(stream.device), stream, new)
+
+    def _forget(self) -> None:
+        """The pass is over: nothing is carried to the next one. A CUDA graph's own tensors, which
+        its next replay overwrites, must not be left lying about either."""
+        self._seen, self._x_hats, self._codes = [], None, []
+        self._keep = self._tokens = self._tally = None
 
     def _step(self, layer: int, stream: Tensor, x_hats: list[Tensor]) -> tuple[Tensor, TopK | None]:
         """x̂ `[B, T, D]` and code of selected layer `layer`, where its parameters are."""
@@ -315,7 +327,9 @@ class Replacement:
 
     def _count(self, layer: int, stream: Tensor) -> None:
         B, T = stream.shape[:2]
-        counts = self._counts[layer] = self._counts[layer].to(stream.device)
+        counts = self._counts[layer]
+        if counts.device != stream.device:  # of a model spread over devices, in its first pass
+            counts = self._counts[layer] = counts.to(stream.device)
         if self._tally is None:
             left = counts.new_zeros(()) if self._keep is None else self._keep.sum()
             calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
@@ -491,6 +505,7 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
     loop: Loop = "closed",
+    fast: bool = False,
     **options: Any,
 ) -> Generated:
     """Continue `prompt`, with every selected layer of `stack` replaced online (or none), KV cache
@@ -499,11 +514,22 @@ def generate(
     Args:
         temperature: 0 picks the most likely token.
         seed: of the sampling; the global generator is left as it was.
+        fast: whether to write the same tokens with a `DecodeLoop` in place of `model.generate`. On
+            a GPU it compiles the step anew for every text: for many texts, use one loop yourself
+            inside one replacement. It may run, and count, up to 15 steps beyond the end of a text.
         options: further ones of `replacement`: interventions, on_codes, keep_error, …
 
     Raises:
-        ValueError: the model has no tokenizer, or the text would outgrow its context.
+        ValueError: the model has no tokenizer, or the text would outgrow its context; a mode that
+            writes nothing; with `fast`, what a compiled step cannot do.
     """
+    if options.get("mode", "online") != "online":
+        raise ValueError(
+            f"generate: mode={options['mode']!r} needs the whole text in one pass; use "
+            f"mode='online'"
+        )
+    if fast:
+        _require_fast(lm, temperature, options)
     if lm.tokenizer is None:
         raise ValueError(f"model {lm.name} has no tokenizer; load it with HookedLM.from_pretrained")
     ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -524,6 +550,17 @@ def generate(
         torch.manual_seed(seed)
 
         def run() -> Tensor:
+            if fast:
+                write = DecodeLoop(lm, max_length=ids.shape[1] + max_new_tokens)
+                stop = lm.model.generation_config.eos_token_id  # type: ignore[union-attr]
+                stop_ids = [] if stop is None else stop if isinstance(stop, list) else [stop]
+                new = write(
+                    ids,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    stop_ids=stop_ids,  # type: ignore[arg-type]
+                )
+                return torch.cat([ids, new], dim=1)
             return lm.model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -542,3 +579,30 @@ def generate(
             edits = [] if active.edits is None else active.edits.counts
     new = out[0, ids.shape[1] :]
     return Generated(lm.tokenizer.decode(new), len(new), counts, out[0].tolist(), edits)
+
+
+# What a model's own generation_config may say without changing what the fast loop writes: what
+# `generate` says itself or what is no matter of tokens; and, of the most likely token, cut-offs.
+_WITHOUT_EFFECT = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length"),
+    *("max_new_tokens", "do_sample", "temperature", "top_k", "use_cache", "cache_implementation"),
+    *("_from_model_config", "transformers_version", "output_attentions", "output_hidden_states"),
+}
+_CUT_OFFS = {"top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+
+
+def _require_fast(lm: HookedLM, temperature: float, options: dict[str, Any]) -> None:
+    """Raise ValueError where the fast loop would not write what `model.generate` writes."""
+    if options.get("on_codes") is not None:
+        raise ValueError(
+            "generate: fast=True with on_codes: a compiled step calls no function of yours; read "
+            "the codes with fast=False"
+        )
+    config: Any = lm.model.generation_config
+    harmless = _WITHOUT_EFFECT | (set() if temperature > 0 else _CUT_OFFS)
+    for name, value in config.to_diff_dict().items():
+        if name not in harmless and value is not None:
+            raise ValueError(
+                f"generate: fast=True follows the temperature alone, but the generation_config of "
+                f"{lm.name} sets {name}={value!r}; use fast=False, or set it to None there"
+            )

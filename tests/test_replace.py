@@ -495,6 +495,54 @@ def test_generate_writes_the_same_text_for_the_same_seed_and_counts(neox):
         assert count.left >= 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_fast_loop_writes_the_text_of_generate(either, temperature):
+    """Token by token, plain, replaced and edited, with seeds; and a text that ends, ends."""
+    lm = HookedLM(either.model, tiny.tokenizer())
+    stack = tiny.stack(lm)
+    edits = [{"layer": 1, "action": "clamp", "latents": 3, "value": 9.0, "at": "generated"}]
+    asked = {"max_new_tokens": 24, "temperature": temperature}
+    texts = []
+    for seed, options in ((1, {}), (1, {"stack": stack}), (2, {"stack": stack, "loop": "open"})):
+        expected = generate(lm, "In the beginning", seed=seed, **asked, **options)
+        fast = generate(lm, "In the beginning", seed=seed, fast=True, **asked, **options)
+        assert fast == expected
+        assert fast.tokens == 24
+        texts.append(fast.text)
+    expected = generate(lm, "In the beginning", stack, interventions=edits, **asked)
+    fast = generate(lm, "In the beginning", stack, interventions=edits, fast=True, **asked)
+    assert fast == expected
+    assert len({*texts, fast.text}) == 4
+    stop = fast.ids[-5]
+    lm.model.generation_config.eos_token_id, eos = stop, lm.model.generation_config.eos_token_id
+    try:
+        ended = generate(lm, "In the beginning", stack, interventions=edits, fast=True, **asked)
+        short = generate(lm, "In the beginning", stack, interventions=edits, **asked)
+    finally:
+        lm.model.generation_config.eos_token_id = eos
+    assert ended.ids == short.ids
+    assert ended.ids[-1] == stop
+    assert ended.tokens < 24
+
+
+def test_what_the_fast_loop_cannot_do_is_refused(neox):
+    stack, config = tiny.stack(neox), neox.model.generation_config
+    with pytest.raises(ValueError, match="fast=True with on_codes.*fast=False"):
+        generate(neox, "word", stack, fast=True, on_codes=print)
+    with pytest.raises(ValueError, match="mode='teacher_forced' needs the whole text"):
+        generate(neox, "word", stack, mode="teacher_forced")
+    config.top_p = 0.9
+    try:
+        with pytest.raises(ValueError, match=r"of tiny-neox sets top_p=0.9; use fast=False"):
+            generate(neox, "word", stack, fast=True)
+        generate(neox, "word", stack, fast=True, temperature=0, max_new_tokens=2)
+        config.top_p, config.repetition_penalty = None, 1.3
+        with pytest.raises(ValueError, match=r"sets repetition_penalty=1.3"):
+            generate(neox, "word", stack, fast=True, temperature=0)
+    finally:
+        config.top_p = config.repetition_penalty = None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
