@@ -311,16 +311,18 @@ class Replacement:
             step = self._stack.step(
                 layer, x, seen, put_in, codes=self._codes, carried=self._carried
             )
-            self._codes.append(step[1])
         self._seen.append(x)
         return step
 
     def _edit(self, layer: int, code: TopK) -> Tensor | None:
         """Edit the code of selected layer `layer`, and show it to who reads; what the edits add to
         the stream, `[B, T, D]`."""
-        delta = None
+        delta, carried = None, code
         if self.edits is not None and self._tokens is not None:
             code, delta = self.edits.at(layer, code, self._tokens)
+            carried = self.edits.carried(layer, carried, code)
+        if self._carried is not None:
+            self._codes.append(carried)
         if self._on_codes is not None:
             self._on_codes(self._points[layer].name, code)
         return delta
@@ -386,10 +388,11 @@ def replacement(
         on_codes: online only: called at every selected layer of every pass with the name of its
             hook point and its code `[B, T, k]`, edited, on the device; `resae.StrongestLatents` is
             one such function.
-        transport_bytes: online, closed loop, without interventions: where the L(L−1)/2 dictionaries
-            carried to later layers take no more than this, they are made now, and passes of up to
-            16 tokens predict by gathering their rows instead of multiplying by the maps. They do
-            not follow later changes of the stack.
+        transport_bytes: online, closed loop: where the L(L−1)/2 dictionaries carried to later
+            layers take no more than this, they are made now, and passes of up to 16 tokens predict
+            by gathering their rows instead of multiplying by the maps. They do not follow later
+            changes of the stack. Not in an open loop: its codes are taken against streams, and no
+            code says what those hold.
 
     Returns:
         A `Replacement`, whose `counts` tell what was replaced, and `edits` what was edited.
@@ -435,12 +438,13 @@ def replacement(
         edits = ActiveEdits(asked, stack, [point.name for point in put_at])
     carried = None
     if transport_bytes and isinstance(stack, ReSAE):
-        if mode != "online" or loop != "closed" or edits is not None:
+        if mode != "online" or loop != "closed":
             raise ValueError(
-                "replacement: transport_bytes needs mode='online', loop='closed' and no "
-                "interventions: carried dictionaries know nothing but the codes"
+                f"replacement: transport_bytes with mode={mode!r} and loop={loop!r}; carried "
+                f"dictionaries predict from codes what was put in: use mode='online' and "
+                f"loop='closed', or leave it out"
             )
-        carried = stack.transported(transport_bytes)
+        carried = stack.transported(transport_bytes, vectors=edits.vectors if edits else None)
     active = Replacement(
         lm, stack, mode, loop, put_at, replace_special, clean, keep_error, edits, on_codes, carried
     )

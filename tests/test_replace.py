@@ -649,5 +649,5 @@ def test_carried_dictionaries_that_exceed_the_bound_are_not_made(neox):
     with replacement(neox, stack, transport_bytes=size - 1):
         replaced = neox.logits(ids)
     assert torch.equal(replaced, logits(neox, stack, ids))
-    with pytest.raises(ValueError, match="transport_bytes needs mode='online', loop='closed'"):
+    with pytest.raises(ValueError, match="transport_bytes with mode='online' and loop='open'"):
         replacement(neox, stack, loop="open", transport_bytes=size)
