@@ -292,6 +292,48 @@ def test_streamed_text_is_the_generated_text(either):
     active.assert_replaced(decode_steps=14)
 
 
+@pytest.mark.filterwarnings("ignore")  # of what lm-eval imports
+def test_lm_eval_sees_the_replaced_model(neox):
+    """Its batches, padded on the right to score and on the left to write, are each request alone
+    run through the replaced model."""
+    harness = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval[hf]")
+    from lm_eval.api.instance import Instance
+
+    texts = [("In the beginning", " was the word"), ("And it came", " to pass"), ("The", " cat")]
+    lm = HookedLM(neox.model, tiny.tokenizer())
+    stack = tiny.stack(lm)
+    wrapped = harness.HFLM(
+        pretrained=lm.model, tokenizer=tiny.tokenizer(), batch_size=3, device="cpu"
+    )
+
+    def ask(kind, arguments):
+        asked = [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]
+        return getattr(wrapped, kind)(asked, disable_tqdm=True)
+
+    def score(prompt, text):
+        before, after = (lm.tokenizer(part)["input_ids"] for part in (prompt, text))
+        ids = torch.tensor([before + after])
+        of_next = lm.logits(ids)[0, len(before) - 1 : -1].log_softmax(-1)
+        return float(of_next.gather(-1, torch.tensor(after)[:, None]).sum())
+
+    writing = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
+    prompts = [(prompt + end, writing) for prompt, end in texts]
+    clean = ask("loglikelihood", texts), ask("generate_until", prompts)
+    with replacement(lm, stack) as active:
+        scores = [value for value, _ in ask("loglikelihood", texts)]
+        active.assert_replaced(decode_steps=0)
+        written = ask("generate_until", prompts)
+        active.assert_replaced(decode_steps=5)
+        assert scores == pytest.approx([score(*text) for text in texts], abs=1e-3)
+        for (prompt, _), text in zip(prompts, written, strict=True):
+            ids = torch.tensor([lm.tokenizer(prompt)["input_ids"]])
+            out = greedy(lm, ids, 6)[0, ids.shape[1] :]
+            assert text == lm.tokenizer.decode(out, skip_special_tokens=True)
+    assert (ask("loglikelihood", texts), ask("generate_until", prompts)) == clean
+    assert scores != pytest.approx([value for value, _ in clean[0]], abs=0.1)
+    assert written != clean[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replacing_by_the_identity_gives_the_models_bits(lm, dtype):
     ids = with_special(lm)
