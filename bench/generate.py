@@ -17,7 +17,8 @@ every provider in turns:
 The hooked ones replace by raw autoencoders of the same sizes; they have no maps. Before timing,
 their logits must be those of `replacement` with the same raw autoencoders. Columns: time to the
 first token, tokens per second after it, the ratio to the plain one of the same kind, peak memory on
-a GPU. Medians of interleaved rounds. Writes `generate.md` and `generate.csv`.
+a GPU. Medians of interleaved rounds. Writes `generate.md`, `generate.csv` and, of the ratios,
+`generate.svg`.
 """
 
 import argparse
@@ -313,6 +314,37 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The ratios to plain generation: a panel per setting and batch, a bar per provider."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row["provider"].startswith("plain"):
+            panels.setdefault(f"{row['setting']}, batch {row['batch']}", []).append(row)
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    bars = max(map(len, panels.values()))
+    figure = Figure(figsize=(4.4 * columns, lines * (0.8 + 0.3 * bars)), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    for axis, (title, panel) in zip(axes, panels.items(), strict=False):
+        names = [row["provider"] for row in panel]
+        colors = ["#0072b2" if name.startswith("resae") else "#e69f00" for name in names]
+        drawn = axis.barh(names, [row["ratio"] for row in panel], color=colors, height=0.7)
+        axis.bar_label(drawn, fmt="%.2f", label_type="center", color="white", weight="bold")
+        axis.axvline(1, color="#555555", linewidth=0.8)
+        axis.set_xlim(0, 1.05 * max(1.0, *(row["ratio"] for row in rows)))
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize="medium")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("tokens per second ÷ plain generation of the same kind", fontsize="medium")
+    with matplotlib.rc_context({"svg.hashsalt": "generate"}):
+        write_atomically(path, lambda to: figure.savefig(to, format="svg", metadata={"Date": None}))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
@@ -369,6 +401,7 @@ def main() -> int:
             writer.writerows(rows)
 
     write_atomically(options.out / "generate.csv", write_csv)
+    draw(rows, options.out / "generate.svg")
     return 0
 
 
