@@ -1,3 +1,6 @@
+import itertools
+from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from threading import Thread
 
@@ -5,6 +8,7 @@ import pytest
 import tiny
 import torch
 from transformers import CompileConfig, TextIteratorStreamer
+from transformers.generation.streamers import BaseStreamer
 
 import resae.stack as stack_module
 from resae import AffineOnly, HookedLM, generate, replacement
@@ -237,6 +241,33 @@ def test_generation_with_any_cache_is_generation_without(either, options):
     assert not torch.equal(greedy(either, ids, 9, **options), whole)
 
 
+def test_an_assistant_changes_nothing_whichever_of_the_two_is_replaced(either):
+    """It proposes, the model checks several tokens in one pass, and cuts its cache back."""
+    stack, ids = tiny.stack(either), with_special(either, rows=1, length=10)
+    # Nearly the same model, so that some of what it proposes is taken and some is not.
+    assistant = HookedLM(deepcopy(either.model), None, "assistant")
+    with torch.no_grad():
+        assistant.model.get_output_embeddings().weight.add_(
+            0.05 * torch.randn_like(assistant.model.get_output_embeddings().weight)
+        )
+    clean = greedy(either, ids, 12)
+    with replacement(either, stack) as active:
+        whole = greedy(either, ids, 12, use_cache=False)
+        active.assert_replaced(decode_steps=0)
+        for replaced_too in (False, True):
+            with replacement(assistant, stack) if replaced_too else nullcontext() as helping:
+                out = greedy(either, ids, 12, assistant_model=assistant.model)
+            assert torch.equal(out, whole)
+        helping.assert_replaced()
+        assert helping.counts[0].calls > 3
+    checked = active.counts[0].prefill.calls - 12
+    assert 2 < checked + active.counts[0].decode.calls < 2 * 12  # several tokens a pass
+    with replacement(assistant, stack) as helping:
+        assert torch.equal(greedy(either, ids, 12, assistant_model=assistant.model), clean)
+    helping.assert_replaced()
+    assert not torch.equal(whole, clean)
+
+
 def test_scores_of_beams_are_those_of_a_full_forward(either):
     ids = with_special(either, rows=2, length=10)
     with replacement(either, tiny.stack(either)):
@@ -460,10 +491,43 @@ def test_the_chain_follows_the_blocks_of_a_model_spread_over_devices(kind, loop)
     stack.sae(2).to("meta")
     for name in ("A_2", "c_2"):
         setattr(stack.predictor, name, stack.predictor.get_buffer(name).to("meta"))
-    for keep_error in (False, True):
-        out = logits(lm, stack, tiny.ids(), loop=loop, keep_error=keep_error)
+    edits = [
+        {"layer": 1, "action": "clamp", "latents": [3], "value": 2.0},
+        {"layer": 3, "action": "add", "vector": [1.0] * 32, "at": "prompt"},
+    ]
+    for keep_error, interventions in itertools.product((False, True), ([], edits)):
+        out = logits(
+            lm,
+            stack,
+            tiny.ids(),
+            loop=loop,
+            keep_error=keep_error,
+            interventions=interventions,
+            on_codes=lambda _, code: code.acts.abs(),
+        )
         assert out.device.type == "meta"
         assert out.shape == (3, 12, 32)
+
+
+@pytest.mark.filterwarnings("ignore")  # of accelerate
+def test_a_model_that_accelerate_has_spread_is_replaced_to_the_bits(neox, tmp_path):
+    """Blocks 2 and 3 wait on disk and are fetched when their turn comes."""
+    accelerate = pytest.importorskip("accelerate")
+    stack, ids = tiny.stack(neox), with_special(neox)
+    with replacement(neox, stack):
+        expected, written = neox.logits(ids), greedy(neox, ids, 6)
+    lm = tiny.pythia()
+    names = ("gpt_neox.embed_in", "gpt_neox.rotary_emb", "gpt_neox.emb_dropout")
+    names += ("gpt_neox.layers.0", "gpt_neox.layers.1", "gpt_neox.final_layer_norm", "lm_head")
+    places = dict.fromkeys(names, "cpu") | dict.fromkeys(
+        ("gpt_neox.layers.2", "gpt_neox.layers.3"), "disk"
+    )
+    accelerate.dispatch_model(lm.model, places, main_device="cpu", offload_dir=tmp_path)
+    assert {p.device.type for p in lm.model.parameters()} == {"cpu", "meta"}
+    with replacement(lm, stack) as active:
+        assert torch.equal(lm.logits(ids), expected)
+        assert torch.equal(greedy(lm, ids, 6), written)
+        active.assert_replaced(decode_steps=5)
 
 
 def test_a_layer_whose_forward_was_changed_by_others_is_replaced_all_the_same(neox):
@@ -503,6 +567,42 @@ def test_a_pass_that_broke_off_does_not_leak_into_the_next(neox):
     with replacement(neox, stack):
         neox.capture(ids, neox.hook_points([1]))  # stops between the first and the last layer
         assert torch.equal(neox.logits(ids), expected)
+
+
+@pytest.mark.parametrize("where", ["forward", "reader", "streamer"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generation_goes_on_after_one_that_an_exception_ended(either, where, cache):
+    """In the middle of a pass or between two, with the replacement still in force."""
+    stack, ids = tiny.stack(either), with_special(either, rows=1, length=6)
+    calls = itertools.count()
+
+    def fail_at(number):
+        if next(calls) == number:
+            raise ArithmeticError("planted")
+
+    class Streamer(BaseStreamer):
+        def put(self, value):  # noqa: ARG002
+            fail_at(3)
+
+        def end(self):
+            pass
+
+    def read(*_):
+        if where == "reader":
+            fail_at(3 * 3 + 1)
+
+    hooks = {either.hook_point(2): lambda _: fail_at(3)} if where == "forward" else {}
+    streamer = Streamer() if where == "streamer" else None
+    options = {"cache_implementation": cache, "disable_compile": True}
+    with replacement(either, stack, on_codes=read) as active:
+        with either.hooked(hooks), pytest.raises(ArithmeticError):
+            greedy(either, ids, 8, streamer=streamer, **options)
+        steps = active.counts[0].decode.calls
+        assert 0 < steps < 7
+        out = greedy(either, ids, 8, **options)
+        assert active.counts[0].decode.calls == steps + 7
+        assert torch.equal(out, greedy(either, ids, 8, use_cache=False))
+    assert not torch.equal(out, greedy(either, ids, 8))
 
 
 def test_affine_only_leaves_the_first_layer_and_maps_the_rest(neox):
@@ -635,6 +735,10 @@ def test_what_a_replacement_did_not_do_is_named(neox):
 
 def test_what_cannot_be_done_while_running_is_refused(neox):
     stack = tiny.stack(neox)
+    offloaded = tiny.pythia()
+    offloaded.model.to("meta")
+    with pytest.raises(ValueError, match="are on no device but offloaded.*device_map"):
+        replacement(offloaded, stack)
     with pytest.raises(ValueError, match="different models"), replacement(tiny.gemma2(), stack):
         pass
     elsewhere = tiny.stack(neox).to("meta")
