@@ -113,15 +113,20 @@ class AffinePredictor(nn.Module):
         return [self.get_buffer(f"c_{layer}") for layer in range(1, self.n_maps + 1)]
 
     def forward(self, layer: int, previous: Sequence[Tensor]) -> Tensor | None:
-        """The prediction of selected layer `layer` from the layers before it, each `[..., D]`.
+        """The prediction of selected layer `layer` from the layers before it, each `[..., D]`, in
+        the maps' dtype.
 
         None where nothing is predicted: the first layer, and every layer of kind "none".
         """
         if layer == 0 or self.kind == "none":
             return None
-        return affine_predict(
-            previous[:layer], self.get_buffer(f"A_{layer}"), self.get_buffer(f"c_{layer}")
-        )
+        A, c = self.get_buffer(f"A_{layer}"), self.get_buffer(f"c_{layer}")
+        if A.dtype.itemsize > 2:
+            return affine_predict(previous[:layer], A, c)
+        # A product of half-precision numbers is summed in float32 and rounded once by itself; the
+        # specification would first make a wide copy of A at every call.
+        recent = torch.cat(list(previous[layer - len(A) // A.shape[1] : layer]), dim=-1)
+        return torch.nn.functional.linear(recent.to(A.dtype), A.T, c)
 
     def rescaled(self, factors: Sequence[float]) -> "AffinePredictor":
         """The same maps for activations multiplied by `factors`, one per layer."""

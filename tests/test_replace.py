@@ -380,6 +380,22 @@ def test_replacing_by_the_identity_gives_the_models_bits(lm, dtype):
         active.assert_replaced(decode_steps=4)
 
 
+@pytest.mark.parametrize("kind", ["previous", "all_previous"])
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_model_and_stack_in_bfloat16(either, kind, loop):
+    """All latents active, so that no code hangs on rounding: the logits are the model's."""
+    model = HookedLM(deepcopy(either.model).bfloat16(), either.tokenizer)
+    ids, stack = with_special(model), tiny.exact_stack(either, kind).bfloat16()
+    clean = model.logits(ids).float()
+    with replacement(model, stack, loop=loop) as active:
+        replaced = model.logits(ids).float()
+        greedy(model, ids, 4)
+        active.assert_replaced(decode_steps=3)
+    assert 0 < float((replaced - clean).norm() / clean.norm()) < 0.1
+    with replacement(model, tiny.stack(either, kind).bfloat16(), loop=loop):
+        assert float((model.logits(ids) - clean).norm() / clean.norm()) > 0.2
+
+
 @pytest.mark.parametrize("loop", ["open", "closed"])
 def test_with_the_error_kept_the_logits_are_the_models_up_to_rounding(lm, loop):
     ids, stack = with_special(lm), tiny.stack(lm)
