@@ -13,11 +13,14 @@ every provider in turns:
     hooks, dense PyTorch    `model.generate` with forward hooks written by hand, `[N, M]` codes
     hooks, sparsify         the same hooks around eai-sparsify's autoencoders
     hooks, SAELens          the same hooks around SAELens' autoencoders
+    SAELens' model          Pythia: its HookedSAETransformer with the same weights, its `generate`
 
-The hooked ones replace by raw autoencoders of the same sizes; they have no maps. Before timing,
-their logits must be those of `replacement` with the same raw autoencoders. Columns: time to the
-first token, tokens per second after it, the ratio to the plain one of the same kind, peak memory on
-a GPU. Medians of interleaved rounds. Writes `generate.md` and `generate.csv`.
+The last four replace by raw autoencoders of the same sizes; they have no maps. Before any timing,
+their logits must be those of `replacement` with the same raw autoencoders, in float32 with the
+embedded model: in bfloat16 scores tie, and each takes other latents of equal score. Columns: time
+to the first token, tokens per second after it, the ratio to the plain one of the same kind, peak
+memory on a GPU (SAELens' model is a second copy, made and freed each round). Medians of interleaved
+rounds. Writes `generate.md`, `generate.csv` and, of the ratios, `generate.svg`.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -43,7 +47,7 @@ from resae.affine import AffinePredictor
 from resae.environment import environment
 from resae.model import EMBEDDED
 from resae.stack import new_stack
-from resae.storage import write_atomically
+from resae.storage import save_json, write_atomically
 
 
 @dataclass(frozen=True)
@@ -151,21 +155,56 @@ def sparsify(stack: ReSAE, layer: int) -> Autoencoder:
 def saelens(stack: ReSAE, layer: int) -> Autoencoder:
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
+    peer = as_saelens(stack, layer, TopKTrainingSAE, TopKTrainingSAEConfig)
+    return lambda x: peer.decode(peer.encode(x))
+
+
+def as_saelens(stack: ReSAE, layer: int, kind: type, config: type, **options: Any) -> Any:
+    """One of our autoencoders as one of SAELens' classes."""
     sae = stack.sae(layer)
-    peer = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
+    peer = kind(
+        config(
             d_in=sae.config.d_in,
             d_sae=sae.config.d_sae,
             k=sae.config.k,
             dtype=str(sae.W_dec.dtype).removeprefix("torch."),
             device=str(sae.W_dec.device),
             rescale_acts_by_decoder_norm=False,
+            **options,
         )
     )
     peer.load_state_dict(
         {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     )
-    return lambda x: peer.decode(peer.encode(x))
+    return peer
+
+
+@contextmanager
+def saelens_model(lm: HookedLM, stack: ReSAE) -> Iterator[Any]:
+    """SAELens' hooked model with our model's weights, and the autoencoders in place of the streams
+    at its hook points."""
+    from sae_lens import HookedSAETransformer, TopKSAE, TopKSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens import loading_from_pretrained as loading
+
+    with TemporaryDirectory() as folder:  # it reads configurations from the hub or from one
+        description = lm.config.to_dict() | {"architectures": [type(lm.model).__name__]}
+        save_json(Path(folder) / "config.json", description)
+        fields = loading.convert_hf_model_config(folder)
+    fields |= {"tokenizer_name": None, "dtype": next(lm.model.parameters()).dtype}
+    config = HookedTransformerConfig(**fields, device=str(lm.device), init_weights=False)
+    with torch.no_grad():
+        model = HookedSAETransformer(config)
+        weights = loading.convert_neox_weights(lm.model, config)
+        model.load_state_dict(model.fill_missing_keys(weights), strict=False)
+    del weights
+    saes = [
+        as_saelens(stack, layer, TopKSAE, TopKSAEConfig, metadata=SAEMetadata(hook_name=name))
+        for layer, name in enumerate(stack.hook_points)
+    ]
+    with model.saes(saes=saes, use_error_term=False):
+        yield model
 
 
 HOOKED: dict[str, tuple[str | None, Callable[[ReSAE, int], Autoencoder]]] = {
@@ -204,6 +243,8 @@ class Provider:
     """Prompt ids `[B, T]` and a number of new tokens to the new tokens."""
     plain: str
     """The provider whose speed its own is divided by."""
+    logits: Callable[[Tensor], Tensor] | None = None
+    """Inside its context, of ids `[B, T]`; None where there is nothing to check."""
 
 
 def providers(lm: HookedLM, setting: Setting, *, length: int, compile: bool) -> list[Provider]:
@@ -236,25 +277,50 @@ def providers(lm: HookedLM, setting: Setting, *, length: int, compile: bool) -> 
             made.append(Provider(name, context, write, "plain compiled"))
     for name, (package, make) in HOOKED.items():
         if package is None or find_spec(package):
-            check(lm, raw, name, make)
             context = lambda make=make: hooks(lm, raw, make)  # noqa: E731
-            made.append(Provider(name, context, generate, "plain"))
+            made.append(Provider(name, context, generate, "plain", lm.logits))
+    if find_spec("sae_lens") and lm.config.model_type == "gpt_neox":
+        running: list[Any] = []  # SAELens' model, while there is one
+
+        @contextmanager
+        def converted() -> Iterator[None]:
+            with saelens_model(lm, raw) as model:
+                running.append(model)
+                try:
+                    yield
+                finally:
+                    running.clear()
+
+        def write_hooked(ids: Tensor, new: int) -> Tensor:
+            out = running[0].generate(
+                ids,
+                max_new_tokens=new,
+                do_sample=False,
+                stop_at_eos=False,
+                prepend_bos=False,
+                return_type="tokens",
+                verbose=False,
+            )
+            return out[:, ids.shape[1] :]
+
+        own = Provider("SAELens' model", converted, write_hooked, "plain", lambda x: running[0](x))
+        made.append(own)
     return made
 
 
-def check(lm: HookedLM, raw: ReSAE, name: str, make: Callable[[ReSAE, int], Autoencoder]) -> None:
-    """Raise ValueError unless the hooks give the logits of `replacement`."""
-    ids = torch.randint(10, lm.config.vocab_size, (2, 9), device=lm.device)
-    with replacement(lm, raw, replace_special=True):
-        expected = lm.logits(ids).float()
-    with hooks(lm, raw, make), torch.no_grad():
-        got = lm.logits(ids).float()
-    error = float((got - expected).norm() / expected.norm())
-    tolerance = 1e-3 if raw.sae(0).W_dec.dtype == torch.float32 else 5e-2
-    if not error < tolerance:
-        raise ValueError(
-            f"generate: {name} is off by {error:.2e}, expected {tolerance}; it is not timed"
-        )
+def check(device: torch.device) -> None:
+    """Raise ValueError unless every hooked provider gives the logits of `replacement`."""
+    lm, setting = language_model("tiny", device, torch.float32), SETTINGS["tiny"]
+    ids = torch.randint(10, lm.config.vocab_size, (2, 9), device=device)
+    with replacement(lm, stack_of(lm, setting, chained=False), replace_special=True):
+        expected = lm.logits(ids)
+    for provider in providers(lm, setting, length=0, compile=False):
+        if provider.logits is None:
+            continue
+        with provider.context(), torch.no_grad():
+            error = float((provider.logits(ids) - expected).norm() / expected.norm())
+        if not error < 1e-3:
+            raise ValueError(f"generate: {provider.name} is off by {error:.2e}, expected 1e-3")
 
 
 def measure(
@@ -313,6 +379,37 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The ratios to plain generation: a panel per setting and batch, a bar per provider."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row["provider"].startswith("plain"):
+            panels.setdefault(f"{row['setting']}, batch {row['batch']}", []).append(row)
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    bars = max(map(len, panels.values()))
+    figure = Figure(figsize=(4.4 * columns, lines * (0.8 + 0.3 * bars)), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
+    for axis, (title, panel) in zip(axes, panels.items(), strict=False):
+        names = [row["provider"] for row in panel]
+        colors = ["#0072b2" if name.startswith("resae") else "#e69f00" for name in names]
+        drawn = axis.barh(names, [row["ratio"] for row in panel], color=colors, height=0.7)
+        axis.bar_label(drawn, fmt="%.2f", label_type="center", color="white", weight="bold")
+        axis.axvline(1, color="#555555", linewidth=0.8)
+        axis.set_xlim(0, 1.05 * max(1.0, *(row["ratio"] for row in rows)))
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize="medium")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("tokens per second ÷ plain generation of the same kind", fontsize="medium")
+    with matplotlib.rc_context({"svg.hashsalt": "generate"}):
+        write_atomically(path, lambda to: figure.savefig(to, format="svg", metadata={"Date": None}))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
@@ -332,6 +429,7 @@ def main() -> int:
     names = options.setting or (GPU_SETTINGS if on_gpu else CPU_SETTINGS)
     if options.dry:
         names, options.rounds = ["tiny"], 2
+    check(device)
     rows: list[dict[str, Any]] = []
     for name in names:
         setting = SETTINGS[name]
@@ -369,6 +467,7 @@ def main() -> int:
             writer.writerows(rows)
 
     write_atomically(options.out / "generate.csv", write_csv)
+    draw(rows, options.out / "generate.svg")
     return 0
 
 

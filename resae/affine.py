@@ -154,7 +154,8 @@ class AffinePredictor(nn.Module):
         return dense + parts[0] @ parts[1] if self.form == "low_rank" else dense
 
     def forward(self, layer: int, previous: Sequence[Tensor]) -> Tensor | None:
-        """The prediction of selected layer `layer` from the layers before it, each `[..., D]`.
+        """The prediction of selected layer `layer` from the layers before it, each `[..., D]`, in
+        the maps' dtype.
 
         Without dense products where the form is cheaper: s·D multiplications per token and, of low
         rank, (s + 1)·r·D more, against s·D².
@@ -164,10 +165,16 @@ class AffinePredictor(nn.Module):
         if layer == 0 or self.kind == "none":
             return None
         parts, c = self._parts(layer), self.get_buffer(f"c_{layer}")
-        if self.form == "full":
-            return affine_predict(previous[:layer], parts[0], c)
-        sources = [previous[j] for j in sources_of(self.kind, layer)]
-        return (_moved(parts, sources) + c.to(accumulation_dtype(c.dtype))).to(c.dtype)
+        if self.form != "full":
+            sources = [previous[j] for j in sources_of(self.kind, layer)]
+            return (_moved(parts, sources) + c.to(accumulation_dtype(c.dtype))).to(c.dtype)
+        A = parts[0]
+        if A.dtype.itemsize > 2:
+            return affine_predict(previous[:layer], A, c)
+        # A product of half-precision numbers is summed in float32 and rounded once by itself; the
+        # specification would first make a wide copy of A at every call.
+        recent = torch.cat(list(previous[layer - len(A) // A.shape[1] : layer]), dim=-1)
+        return torch.nn.functional.linear(recent.to(A.dtype), A.T, c)
 
     def rescaled(self, factors: Sequence[float]) -> "AffinePredictor":
         """The same maps for activations multiplied by `factors`, one per layer."""

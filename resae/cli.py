@@ -609,7 +609,10 @@ def _generate(options: argparse.Namespace) -> int:
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
         "seed": options.seed,
+        "fast": options.fast,
     }
+    if options.fast and options.show_latents:
+        raise ValueError("--fast with --show-latents: the fast loop shows no codes; leave one off")
     plain = generate(lm, options.prompt, **settings)
     display.say("— nothing replaced —")
     display.say(options.prompt + plain.text)
@@ -895,6 +898,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     writing.add_argument(
         "--show-latents", type=int, metavar="N", help="print the N strongest of each new token"
+    )
+    writing.add_argument(
+        "--fast",
+        action="store_true",
+        help="write the same text with a static cache and, on a GPU, a compiled step",
     )
     writing.add_argument("--model", help="another path of the same model")
     _add_machine(writing)

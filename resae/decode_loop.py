@@ -7,6 +7,10 @@ between two tokens but for the loop itself.
 
 On a GPU the step runs as a CUDA graph (`torch.compile`, mode "reduce-overhead"). The model is run
 as it is at each call: replaced, if that is inside a replacement.
+
+What the graph needs, and who sees to it: the tensors that a step changes stay at their addresses
+(keys and values: `StaticLayer` declares it; counts: `Replacement`), nothing in a step depends on a
+number that Python counts, and what a step returns is used up before the next one begins.
 """
 
 from collections.abc import Sequence
@@ -14,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from resae.model import HookedLM
 
@@ -49,7 +54,7 @@ class DecodeLoop:
             )
         self.lm = lm
         self.max_length = max_length
-        self._cache: StaticCache | None = None
+        self._cache: Cache | None = None
         self._rows = 0
         self._on_gpu = lm.device.type == "cuda"
         self._step = self._forward
@@ -140,16 +145,19 @@ class DecodeLoop:
                 raise ValueError("DecodeLoop: padding on the right; pad prompts on the left")
         return B, T
 
-    def _empty_cache(self, rows: int) -> StaticCache:
+    def _empty_cache(self, rows: int) -> Cache:
         if self._cache is None or rows != self._rows:
-            self._cache = StaticCache(config=self.lm.config, max_cache_len=self.max_length)
+            # Layers with a sliding window are held whole too, and the mask does the window: their
+            # own cache counts its tokens in Python, and a graph would be captured for each count.
+            layers = [StaticLayer(self.max_length) for _ in range(self.lm.n_layers)]
+            self._cache = Cache(layers=layers)  # type: ignore[arg-type]
             self._rows = rows
         else:
             self._cache.reset()
         return self._cache
 
     def _forward(
-        self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: StaticCache
+        self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache
     ) -> Tensor:
         """`[B, V]`, logits after the last of `input_ids [B, t]`."""
         out = self.lm.model(

@@ -11,7 +11,9 @@ goes x̂ + Δ, or h + Δ where the error h − x̂ is kept.
 
 Effects "carried": later layers predict from x̂ + Δ, so that their codes hold what the maps do not
 foresee of the edit. Effects "frozen": from x̂, as though there were no edit; all of its effect meets
-their codes as news. Either way the code that is reported is z'.
+their codes as news. Either way the code that is reported is z'. In an open loop codes are taken
+against the stream before replacement, in which Δ of that layer is not: it meets later codes as news
+whatever is said, and "carried" adds to their x̂ what the maps foresee of it once more.
 
 Only the edited latents are touched: Δ is a sum over E of them, never `[N, M]`.
 """
@@ -336,6 +338,31 @@ class ActiveEdits:
         code, change = self._layers[layer].apply(code, tokens)
         self.changes[layer] = change
         return code, change.delta
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """Per selected layer `[V, D]`, the vectors whose effects later layers predict."""
+        none = self._stack.sae(0).W_dec.new_zeros(0, self._stack.d_in)
+        vectors = [none] * self._stack.n_layers
+        if self.effects == "carried":
+            for layer, edits in self._layers.items():
+                vectors[layer] = edits.directions[len(edits.latents) :]
+        return vectors
+
+    def carried(self, layer: int, before: TopK, after: TopK) -> TopK:
+        """The code that later layers predict from, where selected layer `layer` had `before` and
+        `at` made it `after`: with the vectors added as further latents, from M on."""
+        if self.effects == "frozen" or layer not in self._layers:
+            return before
+        change = self.changes[layer]
+        assert change is not None
+        edits, M = self._layers[layer], self._stack.sae(layer).config.d_sae
+        added = change.amounts[..., len(edits.latents) :]
+        rows = torch.arange(M, M + added.shape[-1], device=added.device)
+        return TopK(
+            torch.cat([after.acts, added], -1),
+            torch.cat([after.indices, rows.expand(added.shape)], -1),
+        )
 
     @property
     def counts(self) -> list[EditCount]:

@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from resae.decode_loop import DecodeLoop
 from resae.intervene import ActiveEdits, EditCount, Interventions, PassTokens
 from resae.model import HookedLM, HookPoint
 from resae.stack import AffineOnly, Loop, ReSAE
@@ -124,6 +125,12 @@ class Replacement:
         self._counts = [
             torch.zeros(2, 3, dtype=torch.int64, device=lm.device) for _ in self._points
         ]
+        # A CUDA graph knows addresses, not tensors: `torch.compile` copies each input to an address
+        # of the graph's own at every replay, and makes no graph at all where a pass writes to an
+        # input, but for inputs that it takes to stay where they are. It takes to stay whatever it
+        # reaches through a module: these counts, dictionaries and edits too, by the forward of the
+        # stand-ins that hold them (`model._Splice`). So they are written in place and never made
+        # anew while the model runs; a test looks at the compiled step's inputs.
 
     @property
     def counts(self) -> list[LayerCounts]:
@@ -275,14 +282,19 @@ class Replacement:
         new = _to(new, stream)
         if self._mode == "error_added":
             new = stream + (new - _to(self._seen[layer], stream))
-        if layer == self._last:  # nothing is carried to the next pass
-            self._seen, self._x_hats = [], None
         if not self._puts[layer]:
             return None
         self._count(layer, stream)
-        if self._keep is None:
-            return new
-        return torch.where(self._keep.to(stream.device), stream, new)
+        keep = self._keep
+        if layer == self._last:
+            self._forget()
+        return new if keep is None else torch.where(keep.to(stream.device), stream, new)
+
+    def _forget(self) -> None:
+        """The pass is over: nothing is carried to the next one. A CUDA graph's own tensors, which
+        its next replay overwrites, must not be left lying about either."""
+        self._seen, self._x_hats, self._codes = [], None, []
+        self._keep = self._tokens = self._tally = None
 
     def _step(self, layer: int, stream: Tensor, x_hats: list[Tensor]) -> tuple[Tensor, TopK | None]:
         """x̂ `[B, T, D]` and code of selected layer `layer`, where its parameters are."""
@@ -299,23 +311,27 @@ class Replacement:
             step = self._stack.step(
                 layer, x, seen, put_in, codes=self._codes, carried=self._carried
             )
-            self._codes.append(step[1])
         self._seen.append(x)
         return step
 
     def _edit(self, layer: int, code: TopK) -> Tensor | None:
         """Edit the code of selected layer `layer`, and show it to who reads; what the edits add to
         the stream, `[B, T, D]`."""
-        delta = None
+        delta, carried = None, code
         if self.edits is not None and self._tokens is not None:
             code, delta = self.edits.at(layer, code, self._tokens)
+            carried = self.edits.carried(layer, carried, code)
+        if self._carried is not None:
+            self._codes.append(carried)
         if self._on_codes is not None:
             self._on_codes(self._points[layer].name, code)
         return delta
 
     def _count(self, layer: int, stream: Tensor) -> None:
         B, T = stream.shape[:2]
-        counts = self._counts[layer] = self._counts[layer].to(stream.device)
+        counts = self._counts[layer]
+        if counts.device != stream.device:  # of a model spread over devices, in its first pass
+            counts = self._counts[layer] = counts.to(stream.device)
         if self._tally is None:
             left = counts.new_zeros(()) if self._keep is None else self._keep.sum()
             calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
@@ -372,10 +388,11 @@ def replacement(
         on_codes: online only: called at every selected layer of every pass with the name of its
             hook point and its code `[B, T, k]`, edited, on the device; `resae.StrongestLatents` is
             one such function.
-        transport_bytes: online, closed loop, without interventions: where the L(L−1)/2 dictionaries
-            carried to later layers take no more than this, they are made now, and passes of up to
-            16 tokens predict by gathering their rows instead of multiplying by the maps. They do
-            not follow later changes of the stack.
+        transport_bytes: online, closed loop: where the L(L−1)/2 dictionaries carried to later
+            layers take no more than this, they are made now, and passes of up to 16 tokens predict
+            by gathering their rows instead of multiplying by the maps. They do not follow later
+            changes of the stack. Not in an open loop: its codes are taken against streams, and no
+            code says what those hold.
 
     Returns:
         A `Replacement`, whose `counts` tell what was replaced, and `edits` what was edited.
@@ -421,12 +438,13 @@ def replacement(
         edits = ActiveEdits(asked, stack, [point.name for point in put_at])
     carried = None
     if transport_bytes and isinstance(stack, ReSAE):
-        if mode != "online" or loop != "closed" or edits is not None:
+        if mode != "online" or loop != "closed":
             raise ValueError(
-                "replacement: transport_bytes needs mode='online', loop='closed' and no "
-                "interventions: carried dictionaries know nothing but the codes"
+                f"replacement: transport_bytes with mode={mode!r} and loop={loop!r}; carried "
+                f"dictionaries predict from codes what was put in: use mode='online' and "
+                f"loop='closed', or leave it out"
             )
-        carried = stack.transported(transport_bytes)
+        carried = stack.transported(transport_bytes, vectors=edits.vectors if edits else None)
     active = Replacement(
         lm, stack, mode, loop, put_at, replace_special, clean, keep_error, edits, on_codes, carried
     )
@@ -443,6 +461,11 @@ def replacement(
 
 def _require_devices(lm: HookedLM, stack: ReSAE | AffineOnly) -> None:
     devices = {parameter.device for parameter in lm.model.parameters()}
+    if lm.device.type == "meta":
+        raise ValueError(
+            f"replacement: the first weights of {lm.name} are on no device but offloaded, so that "
+            f"it cannot be told where it runs; give a device_map that keeps its embeddings there"
+        )
     for layer in range(stack.n_layers):
         home = _home(stack, layer)
         if home is not None and home.device not in devices:
@@ -491,6 +514,7 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
     loop: Loop = "closed",
+    fast: bool = False,
     **options: Any,
 ) -> Generated:
     """Continue `prompt`, with every selected layer of `stack` replaced online (or none), KV cache
@@ -499,11 +523,22 @@ def generate(
     Args:
         temperature: 0 picks the most likely token.
         seed: of the sampling; the global generator is left as it was.
+        fast: whether to write the same tokens with a `DecodeLoop` in place of `model.generate`. On
+            a GPU it compiles the step anew for every text: for many texts, use one loop yourself
+            inside one replacement. It may run, and count, up to 15 steps beyond the end of a text.
         options: further ones of `replacement`: interventions, on_codes, keep_error, …
 
     Raises:
-        ValueError: the model has no tokenizer, or the text would outgrow its context.
+        ValueError: the model has no tokenizer, or the text would outgrow its context; a mode that
+            writes nothing; with `fast`, what a compiled step cannot do.
     """
+    if options.get("mode", "online") != "online":
+        raise ValueError(
+            f"generate: mode={options['mode']!r} needs the whole text in one pass; use "
+            f"mode='online'"
+        )
+    if fast:
+        _require_fast(lm, temperature, options)
     if lm.tokenizer is None:
         raise ValueError(f"model {lm.name} has no tokenizer; load it with HookedLM.from_pretrained")
     ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -524,6 +559,17 @@ def generate(
         torch.manual_seed(seed)
 
         def run() -> Tensor:
+            if fast:
+                write = DecodeLoop(lm, max_length=ids.shape[1] + max_new_tokens)
+                stop = lm.model.generation_config.eos_token_id  # type: ignore[union-attr]
+                stop_ids = [] if stop is None else stop if isinstance(stop, list) else [stop]
+                new = write(
+                    ids,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    stop_ids=stop_ids,  # type: ignore[arg-type]
+                )
+                return torch.cat([ids, new], dim=1)
             return lm.model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -542,3 +588,30 @@ def generate(
             edits = [] if active.edits is None else active.edits.counts
     new = out[0, ids.shape[1] :]
     return Generated(lm.tokenizer.decode(new), len(new), counts, out[0].tolist(), edits)
+
+
+# What a model's own generation_config may say without changing what the fast loop writes: what
+# `generate` says itself or what is no matter of tokens; and, of the most likely token, cut-offs.
+_WITHOUT_EFFECT = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length"),
+    *("max_new_tokens", "do_sample", "temperature", "top_k", "use_cache", "cache_implementation"),
+    *("_from_model_config", "transformers_version", "output_attentions", "output_hidden_states"),
+}
+_CUT_OFFS = {"top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+
+
+def _require_fast(lm: HookedLM, temperature: float, options: dict[str, Any]) -> None:
+    """Raise ValueError where the fast loop would not write what `model.generate` writes."""
+    if options.get("on_codes") is not None:
+        raise ValueError(
+            "generate: fast=True with on_codes: a compiled step calls no function of yours; read "
+            "the codes with fast=False"
+        )
+    config: Any = lm.model.generation_config
+    harmless = _WITHOUT_EFFECT | (set() if temperature > 0 else _CUT_OFFS)
+    for name, value in config.to_diff_dict().items():
+        if name not in harmless and value is not None:
+            raise ValueError(
+                f"generate: fast=True follows the temperature alone, but the generation_config of "
+                f"{lm.name} sets {name}={value!r}; use fast=False, or set it to None there"
+            )

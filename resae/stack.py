@@ -232,16 +232,29 @@ class ReSAE(
             base = self.predictor(layer, put_in)
         return sae.decode(*code, base=base), code
 
-    def transported(self, max_bytes: int) -> Transported | None:
+    def transported(
+        self, max_bytes: int, *, vectors: Sequence[Tensor] | None = None
+    ) -> Transported | None:
         """Every dictionary carried through the maps to every later layer
         (`resae_kernels.transport`), detached; None if the new tables would exceed `max_bytes`,
-        there are no maps, or autoencoders are boosted."""
-        saes = [self.sae(i) for i in range(self.n_layers)]
-        tables = sum((len(saes) - 1 - i) * sae.W_dec.nbytes for i, sae in enumerate(saes))
+        there are no maps, or autoencoders are boosted.
+
+        Args:
+            vectors: per layer `[V, D]`, what may be added to the stream beside its latents: carried
+                as rows M … M + V − 1 of its tables.
+        """
+        own = [self.sae(i).W_dec.detach() for i in range(self.n_layers)]
+        rows = own
+        if vectors is not None:
+            rows = [torch.cat([W, u]) if len(u) else W for W, u in zip(own, vectors, strict=True)]
+        tables = sum((len(rows) - 1 - i) * W.nbytes for i, W in enumerate(rows))
         if not self.chained or self.boosted or tables > max_bytes:
             return None
-        W_dec, b_dec = [sae.W_dec for sae in saes], [sae.b_dec for sae in saes]
-        return transport(W_dec, self.predictor.A, self.predictor.c, b_dec=b_dec)
+        b_dec = [self.sae(i).b_dec for i in range(self.n_layers)]
+        carried = transport(rows, self.predictor.A, self.predictor.c, b_dec=b_dec)
+        for tables_here, W in zip(carried.dictionaries, own, strict=True):
+            tables_here[-1] = W  # without a copy that has the vectors
+        return carried
 
     def require_model(self, lm: HookedLM) -> None:
         """Raise ValueError unless the stack was trained on a model of this architecture and

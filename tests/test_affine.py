@@ -1,4 +1,5 @@
 import pytest
+import tiny
 import torch
 
 from resae.affine import (
@@ -332,3 +333,22 @@ def test_forms_that_do_not_fit_are_named():
         with pytest.raises(ValueError, match=message):
             fit_predictor(kind, moments, form=form, rank=rank)
     assert set(FORMS) == {"full", *(form for form, _ in CHEAP)}
+
+
+# -- half precision --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["previous", "all_previous"])
+def test_maps_in_half_precision_predict_in_it_rounded_once(kind, dtype):
+    lm = tiny.pythia()
+    half = tiny.predictor(lm, kind).to(dtype)
+    xs = [torch.randn(2, 5, 32).to(dtype) for _ in range(3)]
+    for layer in (1, 2):
+        got = half(layer, xs)
+        A, c = (getattr(half, name)[layer - 1].double() for name in ("A", "c"))
+        exact = torch.cat(xs[layer - len(A) // 32 : layer], -1).double() @ A + c
+        assert got.dtype == dtype
+        # Half a unit in the last place, and the sum in float32.
+        allowed = exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-4
+        assert ((got.double() - exact).abs() <= allowed).all()

@@ -113,6 +113,17 @@ def test_generate_prints_both_texts_and_the_counts(run, capsys):
         assert f"{prompt + 5 - 1} tokens replaced, 1 special" in line
 
 
+def test_generate_writes_the_same_fast(run, capsys):
+    arguments = ["generate", str(run), "--prompt", "The cat", "--max-new-tokens", "6"]
+    printed = []
+    for fast in ([], ["--fast"]):
+        assert main([*arguments, *fast]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert main([*arguments, "--fast", "--show-latents", "2"]) == 2
+    assert "--fast with --show-latents" in capsys.readouterr().err
+
+
 def test_generate_edits_latents_and_shows_them(run, tmp_path, capsys):
     edits = [
         {"layer": 1, "action": "clamp", "latents": [5], "value": 30.0, "at": "generated"},

@@ -1,6 +1,8 @@
 import pytest
 import tiny
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from resae import DecodeLoop, replacement
@@ -45,15 +47,53 @@ def test_replaced_text_differs_and_plain_text_is_back(lm):
     assert torch.equal(DecodeLoop(lm, max_length=24)(ids, max_new_tokens=14), before)
 
 
-def test_one_graph_serves_every_step_and_call():
+def test_one_graph_serves_every_step_and_call(lm):
+    """Of Gemma 2 too, before and beyond its window of 8 tokens."""
     torch._dynamo.reset()
     counters.clear()
-    lm = tiny.pythia()
     with replacement(lm, tiny.stack(lm)):
         write = DecodeLoop(lm, max_length=40, compile=True, backend="eager")
         for seed in range(3):
             write(tiny.ids(2, 5 + seed, seed=seed), max_new_tokens=12)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="maps"),
+        pytest.param({"transport_bytes": 1 << 20}, id="carried"),
+        pytest.param(
+            {"interventions": [{"layer": 1, "action": "add", "latents": 3, "value": 2.0}]},
+            id="edited",
+        ),
+    ],
+)
+def test_a_compiled_step_can_be_a_cuda_graph(lm, options):
+    """It writes to no input but those whose address `torch.compile` holds for fixed (otherwise it
+    makes no graph and says nothing), and the inputs that it copies at each replay are the tokens
+    and their places: no dictionary, no number of Python's, for each value of which it would make
+    another graph."""
+    torch._dynamo.reset()
+    steps = []
+
+    def see(graph, _inputs):
+        inputs = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
+        steps.append((torch._guards.TracingContext.get().fw_metadata, inputs))
+        return make_boxed_func(graph.forward)
+
+    with replacement(lm, tiny.stack(lm), **options) as active:
+        write = DecodeLoop(lm, max_length=20, compile=True, backend=aot_autograd(fw_compiler=see))
+        written = [write(tiny.ids(2, 5), max_new_tokens=12) for _ in range(2)]
+        assert torch.equal(*written)
+        active.assert_replaced(decode_steps=22)
+    ((metadata, inputs),) = steps
+    fixed = set(metadata.static_input_indices)
+    written_to = set(metadata.mutated_inp_runtime_indices)
+    assert len(written_to) >= 3 + 2 * lm.n_layers  # counts, keys, values
+    assert written_to <= fixed
+    copied = [value for i, value in enumerate(inputs) if i not in fixed]
+    assert [(tuple(x.shape), x.dtype) for x in copied] == [((2, 1), torch.int64)] * 2
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from resae.demo import (
     run_demo,
 )
 from resae.report import write_report
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,17 @@ def test_residual_dictionaries_are_as_different_as_random_directions(report):
     rows = {r["method"]: r for r in report["redundancy"]}
     assert rows["resae"]["mean_max_cos"] < rows["resae"]["random_floor"] + 0.05
     assert rows["raw"]["mean_max_cos"] > rows["raw"]["random_floor"] + 0.2
+
+
+def test_the_bench_of_interventions_runs_dry_on_it(demo, tmp_path):
+    command = [sys.executable, "bench/interventions.py", str(demo), "--dry", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    text = (tmp_path / "interventions.md").read_text()
+    cosines = [line.split(" | ")[3] for line in text.splitlines() if "| blocks." in line]
+    assert len(cosines) == 2 * 2 * 2
+    assert all(0.2 < float(cosine) < 1 for cosine in cosines)
+    assert "| replaced |" in text
+    assert "| two latents a layer edited |" in text
 
 
 def test_residual_against_the_stream_before_replacement_loses_the_gain(report):

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+import resae.stack as stack_module
 from resae import AffineOnly, replacement
 from resae.evaluate import edit_effects
 from resae.intervene import (
@@ -395,24 +396,26 @@ def test_no_edits_change_no_bit_and_with_the_error_kept_the_model_is_itself(lm):
 
 @pytest.mark.parametrize("effects", ["carried", "frozen"])
 @pytest.mark.parametrize("keep_error", [False, True])
-def test_what_goes_in_is_the_formula_by_hand(lm, effects, keep_error):
+@pytest.mark.parametrize("loop", ["closed", "open"])
+def test_what_goes_in_is_the_formula_by_hand(lm, loop, effects, keep_error):
     stack, ids = tiny.stack(lm), tiny.ids()
-    chain, codes = [], []
+    chain, streams, codes = [], [], []
     shift = {0: torch.zeros(32), 1: 0.7 * torch.ones(32), 2: torch.zeros(32)}
 
     def at(layer):
         sae = stack.sae(layer)
 
         def function(h):
-            base = stack.predictor(layer, chain)
-            code = sae.encode(h, base=base)
-            x_hat, z = sae.decode(*code, base=base), dense(code)
+            seen = chain if loop == "closed" else streams
+            code = sae.encode(h, base=stack.predictor(layer, seen))
+            x_hat, z = sae.decode(*code, base=stack.predictor(layer, chain)), dense(code)
             new = z.clone()
             if layer == 0:
                 new[..., [3, 8]] = 6.0
             if layer == 1:
                 new[..., 11] -= 5.0
             codes.append(new)
+            streams.append(h)
             delta = (new - z) @ sae.W_dec + shift[layer]
             chain.append(x_hat + delta if effects == "carried" else x_hat)
             return (h if keep_error else x_hat) + delta
@@ -422,14 +425,68 @@ def test_what_goes_in_is_the_formula_by_hand(lm, effects, keep_error):
     hooks = {p: at(i) for i, p in enumerate(lm.hook_points(tiny.LAYERS))}
     by_hand = lm.replace(ids, hooks)
     read = []
-    options = {"interventions": strong(effects, keep_error)}
+    options = {"interventions": strong(effects, keep_error), "loop": loop}
     out = logits(lm, stack, ids, on_codes=lambda _, code: read.append(dense(code)), **options)
     torch.testing.assert_close(out, by_hand, atol=1e-3, rtol=1e-3)
     for mine, expected in zip(read, codes, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
     other = "frozen" if effects == "carried" else "carried"
-    different = logits(lm, stack, ids, interventions=strong(other, keep_error))
+    options["interventions"] = strong(other, keep_error)
+    different = logits(lm, stack, ids, **options)
     assert torch.allclose(different, by_hand, atol=1e-3) == keep_error
+
+
+@pytest.mark.parametrize("effects", ["carried", "frozen"])
+@pytest.mark.parametrize("keep_error", [False, True])
+@pytest.mark.parametrize("kind", ["previous", "all_previous"])
+def test_carried_dictionaries_predict_edits_as_the_maps_do(
+    lm, kind, effects, keep_error, monkeypatch
+):
+    """By the codes that are carried: edited ones, vectors too, or, frozen, those before the edit;
+    to the logits of six tokens at once, and to those of single ones with a cache."""
+    stack, ids = tiny.stack(lm, kind), tiny.ids(1, 6)
+    asked = strong(effects, keep_error)
+    asked["edits"] += [
+        {"layer": 0, "action": "add", "vector": [0.3] * 32},
+        {"layer": 0, "action": "add", "vector": [-0.4, 0.9] * 16, "at": [1, 7]},
+        {"layer": 0, "action": "ablate", "latents": list(range(20, 40)), "at": [2, 3, 8]},
+    ]
+    by_maps, by_tables, steps, read = {}, {}, [], {}
+    fused = stack_module.online_step
+    monkeypatch.setattr(
+        stack_module, "online_step", lambda x, *a, **k: steps.append(x.shape) or fused(x, *a, **k)
+    )
+    for transport_bytes, out in ((0, by_maps), (1 << 20, by_tables)):
+        codes = read[transport_bytes] = []
+        with replacement(
+            lm,
+            stack,
+            interventions=asked,
+            transport_bytes=transport_bytes,
+            on_codes=lambda _, code, codes=codes: codes.append(dense(code)),
+        ) as active:
+            out["pass"] = lm.logits(ids)
+            written = greedy(lm, ids, 6)
+        out["logits"] = torch.stack(written.logits, 1)
+        out["ids"] = written.sequences
+        assert len(steps) == (0 if not transport_bytes else 3 * (1 + 6))
+        assert all(sum(count.changed.values()) for count in active.edits.counts)
+    assert torch.equal(by_tables["ids"], by_maps["ids"])
+    for name in ("pass", "logits"):
+        torch.testing.assert_close(by_tables[name], by_maps[name], atol=2e-3, rtol=2e-3)
+    for mine, expected in zip(read[1 << 20], read[0], strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
+    other = asked | {"effects": "frozen" if effects == "carried" else "carried"}
+    codes = []
+    with replacement(
+        lm,
+        stack,
+        interventions=other,
+        transport_bytes=1 << 20,
+        on_codes=lambda _, code: codes.append(dense(code)),
+    ):
+        lm.logits(ids)
+    assert not torch.allclose(codes[-1], read[0][2], atol=1e-1)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

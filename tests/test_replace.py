@@ -1,3 +1,6 @@
+import itertools
+from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from threading import Thread
 
@@ -5,6 +8,7 @@ import pytest
 import tiny
 import torch
 from transformers import CompileConfig, TextIteratorStreamer
+from transformers.generation.streamers import BaseStreamer
 
 import resae.stack as stack_module
 from resae import AffineOnly, HookedLM, ReSAE, SAEConfig, TopKSAE, generate, replacement
@@ -238,6 +242,33 @@ def test_generation_with_any_cache_is_generation_without(either, options):
     assert not torch.equal(greedy(either, ids, 9, **options), whole)
 
 
+def test_an_assistant_changes_nothing_whichever_of_the_two_is_replaced(either):
+    """It proposes, the model checks several tokens in one pass, and cuts its cache back."""
+    stack, ids = tiny.stack(either), with_special(either, rows=1, length=10)
+    # Nearly the same model, so that some of what it proposes is taken and some is not.
+    assistant = HookedLM(deepcopy(either.model), None, "assistant")
+    with torch.no_grad():
+        assistant.model.get_output_embeddings().weight.add_(
+            0.05 * torch.randn_like(assistant.model.get_output_embeddings().weight)
+        )
+    clean = greedy(either, ids, 12)
+    with replacement(either, stack) as active:
+        whole = greedy(either, ids, 12, use_cache=False)
+        active.assert_replaced(decode_steps=0)
+        for replaced_too in (False, True):
+            with replacement(assistant, stack) if replaced_too else nullcontext() as helping:
+                out = greedy(either, ids, 12, assistant_model=assistant.model)
+            assert torch.equal(out, whole)
+        helping.assert_replaced()
+        assert helping.counts[0].calls > 3
+    checked = active.counts[0].prefill.calls - 12
+    assert 2 < checked + active.counts[0].decode.calls < 2 * 12  # several tokens a pass
+    with replacement(assistant, stack) as helping:
+        assert torch.equal(greedy(either, ids, 12, assistant_model=assistant.model), clean)
+    helping.assert_replaced()
+    assert not torch.equal(whole, clean)
+
+
 def test_scores_of_beams_are_those_of_a_full_forward(either):
     ids = with_special(either, rows=2, length=10)
     with replacement(either, tiny.stack(either)):
@@ -293,6 +324,48 @@ def test_streamed_text_is_the_generated_text(either):
     active.assert_replaced(decode_steps=14)
 
 
+@pytest.mark.filterwarnings("ignore")  # of what lm-eval imports
+def test_lm_eval_sees_the_replaced_model(neox):
+    """Its batches, padded on the right to score and on the left to write, are each request alone
+    run through the replaced model."""
+    harness = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval[hf]")
+    from lm_eval.api.instance import Instance
+
+    texts = [("In the beginning", " was the word"), ("And it came", " to pass"), ("The", " cat")]
+    lm = HookedLM(neox.model, tiny.tokenizer())
+    stack = tiny.stack(lm)
+    wrapped = harness.HFLM(
+        pretrained=lm.model, tokenizer=tiny.tokenizer(), batch_size=3, device="cpu"
+    )
+
+    def ask(kind, arguments):
+        asked = [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]
+        return getattr(wrapped, kind)(asked, disable_tqdm=True)
+
+    def score(prompt, text):
+        before, after = (lm.tokenizer(part)["input_ids"] for part in (prompt, text))
+        ids = torch.tensor([before + after])
+        of_next = lm.logits(ids)[0, len(before) - 1 : -1].log_softmax(-1)
+        return float(of_next.gather(-1, torch.tensor(after)[:, None]).sum())
+
+    writing = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
+    prompts = [(prompt + end, writing) for prompt, end in texts]
+    clean = ask("loglikelihood", texts), ask("generate_until", prompts)
+    with replacement(lm, stack) as active:
+        scores = [value for value, _ in ask("loglikelihood", texts)]
+        active.assert_replaced(decode_steps=0)
+        written = ask("generate_until", prompts)
+        active.assert_replaced(decode_steps=5)
+        assert scores == pytest.approx([score(*text) for text in texts], abs=1e-3)
+        for (prompt, _), text in zip(prompts, written, strict=True):
+            ids = torch.tensor([lm.tokenizer(prompt)["input_ids"]])
+            out = greedy(lm, ids, 6)[0, ids.shape[1] :]
+            assert text == lm.tokenizer.decode(out, skip_special_tokens=True)
+    assert (ask("loglikelihood", texts), ask("generate_until", prompts)) == clean
+    assert scores != pytest.approx([value for value, _ in clean[0]], abs=0.1)
+    assert written != clean[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replacing_by_the_identity_gives_the_models_bits(lm, dtype):
     ids = with_special(lm)
@@ -306,6 +379,22 @@ def test_replacing_by_the_identity_gives_the_models_bits(lm, dtype):
     with replacement(model, identity) as active:
         assert torch.equal(greedy(model, ids, 5), written)
         active.assert_replaced(decode_steps=4)
+
+
+@pytest.mark.parametrize("kind", ["previous", "all_previous"])
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_model_and_stack_in_bfloat16(either, kind, loop):
+    """All latents active, so that no code hangs on rounding: the logits are the model's."""
+    model = HookedLM(deepcopy(either.model).bfloat16(), either.tokenizer)
+    ids, stack = with_special(model), tiny.exact_stack(either, kind).bfloat16()
+    clean = model.logits(ids).float()
+    with replacement(model, stack, loop=loop) as active:
+        replaced = model.logits(ids).float()
+        greedy(model, ids, 4)
+        active.assert_replaced(decode_steps=3)
+    assert 0 < float((replaced - clean).norm() / clean.norm()) < 0.1
+    with replacement(model, tiny.stack(either, kind).bfloat16(), loop=loop):
+        assert float((model.logits(ids) - clean).norm() / clean.norm()) > 0.2
 
 
 @pytest.mark.parametrize("loop", ["open", "closed"])
@@ -419,10 +508,43 @@ def test_the_chain_follows_the_blocks_of_a_model_spread_over_devices(kind, loop)
     stack.sae(2).to("meta")
     for name in ("A_2", "c_2"):
         setattr(stack.predictor, name, stack.predictor.get_buffer(name).to("meta"))
-    for keep_error in (False, True):
-        out = logits(lm, stack, tiny.ids(), loop=loop, keep_error=keep_error)
+    edits = [
+        {"layer": 1, "action": "clamp", "latents": [3], "value": 2.0},
+        {"layer": 3, "action": "add", "vector": [1.0] * 32, "at": "prompt"},
+    ]
+    for keep_error, interventions in itertools.product((False, True), ([], edits)):
+        out = logits(
+            lm,
+            stack,
+            tiny.ids(),
+            loop=loop,
+            keep_error=keep_error,
+            interventions=interventions,
+            on_codes=lambda _, code: code.acts.abs(),
+        )
         assert out.device.type == "meta"
         assert out.shape == (3, 12, 32)
+
+
+@pytest.mark.filterwarnings("ignore")  # of accelerate
+def test_a_model_that_accelerate_has_spread_is_replaced_to_the_bits(neox, tmp_path):
+    """Blocks 2 and 3 wait on disk and are fetched when their turn comes."""
+    accelerate = pytest.importorskip("accelerate")
+    stack, ids = tiny.stack(neox), with_special(neox)
+    with replacement(neox, stack):
+        expected, written = neox.logits(ids), greedy(neox, ids, 6)
+    lm = tiny.pythia()
+    names = ("gpt_neox.embed_in", "gpt_neox.rotary_emb", "gpt_neox.emb_dropout")
+    names += ("gpt_neox.layers.0", "gpt_neox.layers.1", "gpt_neox.final_layer_norm", "lm_head")
+    places = dict.fromkeys(names, "cpu") | dict.fromkeys(
+        ("gpt_neox.layers.2", "gpt_neox.layers.3"), "disk"
+    )
+    accelerate.dispatch_model(lm.model, places, main_device="cpu", offload_dir=tmp_path)
+    assert {p.device.type for p in lm.model.parameters()} == {"cpu", "meta"}
+    with replacement(lm, stack) as active:
+        assert torch.equal(lm.logits(ids), expected)
+        assert torch.equal(greedy(lm, ids, 6), written)
+        active.assert_replaced(decode_steps=5)
 
 
 def test_a_layer_whose_forward_was_changed_by_others_is_replaced_all_the_same(neox):
@@ -464,6 +586,42 @@ def test_a_pass_that_broke_off_does_not_leak_into_the_next(neox):
         assert torch.equal(neox.logits(ids), expected)
 
 
+@pytest.mark.parametrize("where", ["forward", "reader", "streamer"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generation_goes_on_after_one_that_an_exception_ended(either, where, cache):
+    """In the middle of a pass or between two, with the replacement still in force."""
+    stack, ids = tiny.stack(either), with_special(either, rows=1, length=6)
+    calls = itertools.count()
+
+    def fail_at(number):
+        if next(calls) == number:
+            raise ArithmeticError("planted")
+
+    class Streamer(BaseStreamer):
+        def put(self, value):  # noqa: ARG002
+            fail_at(3)
+
+        def end(self):
+            pass
+
+    def read(*_):
+        if where == "reader":
+            fail_at(3 * 3 + 1)
+
+    hooks = {either.hook_point(2): lambda _: fail_at(3)} if where == "forward" else {}
+    streamer = Streamer() if where == "streamer" else None
+    options = {"cache_implementation": cache, "disable_compile": True}
+    with replacement(either, stack, on_codes=read) as active:
+        with either.hooked(hooks), pytest.raises(ArithmeticError):
+            greedy(either, ids, 8, streamer=streamer, **options)
+        steps = active.counts[0].decode.calls
+        assert 0 < steps < 7
+        out = greedy(either, ids, 8, **options)
+        assert active.counts[0].decode.calls == steps + 7
+        assert torch.equal(out, greedy(either, ids, 8, use_cache=False))
+    assert not torch.equal(out, greedy(either, ids, 8))
+
+
 def test_affine_only_leaves_the_first_layer_and_maps_the_rest(neox):
     stack, ids = tiny.stack(neox), tiny.ids()
     points = neox.hook_points(tiny.LAYERS)
@@ -494,6 +652,54 @@ def test_generate_writes_the_same_text_for_the_same_seed_and_counts(neox):
         assert count.calls == first.tokens
         assert count.replaced + count.left == prompt + first.tokens - 1
         assert count.left >= 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_fast_loop_writes_the_text_of_generate(either, temperature):
+    """Token by token, plain, replaced and edited, with seeds; and a text that ends, ends."""
+    lm = HookedLM(either.model, tiny.tokenizer())
+    stack = tiny.stack(lm)
+    edits = [{"layer": 1, "action": "clamp", "latents": 3, "value": 9.0, "at": "generated"}]
+    asked = {"max_new_tokens": 24, "temperature": temperature}
+    texts = []
+    for seed, options in ((1, {}), (1, {"stack": stack}), (2, {"stack": stack, "loop": "open"})):
+        expected = generate(lm, "In the beginning", seed=seed, **asked, **options)
+        fast = generate(lm, "In the beginning", seed=seed, fast=True, **asked, **options)
+        assert fast == expected
+        assert fast.tokens == 24
+        texts.append(fast.text)
+    expected = generate(lm, "In the beginning", stack, interventions=edits, **asked)
+    fast = generate(lm, "In the beginning", stack, interventions=edits, fast=True, **asked)
+    assert fast == expected
+    assert len({*texts, fast.text}) == 4
+    stop = fast.ids[-5]
+    lm.model.generation_config.eos_token_id, eos = stop, lm.model.generation_config.eos_token_id
+    try:
+        ended = generate(lm, "In the beginning", stack, interventions=edits, fast=True, **asked)
+        short = generate(lm, "In the beginning", stack, interventions=edits, **asked)
+    finally:
+        lm.model.generation_config.eos_token_id = eos
+    assert ended.ids == short.ids
+    assert ended.ids[-1] == stop
+    assert ended.tokens < 24
+
+
+def test_what_the_fast_loop_cannot_do_is_refused(neox):
+    stack, config = tiny.stack(neox), neox.model.generation_config
+    with pytest.raises(ValueError, match="fast=True with on_codes.*fast=False"):
+        generate(neox, "word", stack, fast=True, on_codes=print)
+    with pytest.raises(ValueError, match="mode='teacher_forced' needs the whole text"):
+        generate(neox, "word", stack, mode="teacher_forced")
+    config.top_p = 0.9
+    try:
+        with pytest.raises(ValueError, match=r"of tiny-neox sets top_p=0.9; use fast=False"):
+            generate(neox, "word", stack, fast=True)
+        generate(neox, "word", stack, fast=True, temperature=0, max_new_tokens=2)
+        config.top_p, config.repetition_penalty = None, 1.3
+        with pytest.raises(ValueError, match=r"sets repetition_penalty=1.3"):
+            generate(neox, "word", stack, fast=True, temperature=0)
+    finally:
+        config.top_p = config.repetition_penalty = None
 
 
 @pytest.mark.parametrize(
@@ -546,6 +752,10 @@ def test_what_a_replacement_did_not_do_is_named(neox):
 
 def test_what_cannot_be_done_while_running_is_refused(neox):
     stack = tiny.stack(neox)
+    offloaded = tiny.pythia()
+    offloaded.model.to("meta")
+    with pytest.raises(ValueError, match="are on no device but offloaded.*device_map"):
+        replacement(offloaded, stack)
     with pytest.raises(ValueError, match="different models"), replacement(tiny.gemma2(), stack):
         pass
     elsewhere = tiny.stack(neox).to("meta")
@@ -602,7 +812,7 @@ def test_carried_dictionaries_that_exceed_the_bound_are_not_made(neox):
     with replacement(neox, stack, transport_bytes=size - 1):
         replaced = neox.logits(ids)
     assert torch.equal(replaced, logits(neox, stack, ids))
-    with pytest.raises(ValueError, match="transport_bytes needs mode='online', loop='closed'"):
+    with pytest.raises(ValueError, match="transport_bytes with mode='online' and loop='open'"):
         replacement(neox, stack, loop="open", transport_bytes=size)
 
 
