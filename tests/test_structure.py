@@ -17,7 +17,7 @@ FLOORS = [
     {"demo", "report", "tune"},
     {"evaluate"},
     {"train", "replace", "decode_loop"},
-    {"intervene", "activation_cache"},
+    {"intervene", "activation_cache", "distributed"},
     {"stack"},
     {"data", "affine", "sae"},
     {"model"},
