@@ -29,6 +29,7 @@ from resae.data import (
     train_and_held_out,
 )
 from resae.demo import EXTRA_METHODS, DemoConfig, run_demo
+from resae.distributed import ALONE, WAYS, Ranks
 from resae.environment import environment
 from resae.evaluate import (
     Method,
@@ -93,18 +94,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Display:
     """Lines that stay, and one progress line: overwritten on a terminal, otherwise every 10 s."""
 
-    def __init__(self) -> None:
+    def __init__(self, silent: bool = False) -> None:
+        self._silent = silent
         self._terminal = sys.stdout.isatty()
         self._pending = False
         self._last = 0.0
 
     def say(self, line: str = "") -> None:
+        if self._silent:
+            return
         if self._pending:
             print()
         self._pending = False
         print(line, flush=True)
 
     def show(self, line: str) -> None:
+        if self._silent:
+            return
         if self._terminal:
             print(f"\r\033[K{line}", end="", flush=True)
             self._pending = True
@@ -167,12 +173,13 @@ def _moments(
     batches: Iterable[Sequence[torch.Tensor]],
     config: TrainConfig,
     display: Display,
+    ranks: Ranks,
 ) -> Moments:
     def shown() -> Iterator[Sequence[torch.Tensor]]:
         done = 0
         for xs in batches:
             done += len(xs[0])
-            share = min(1.0, done / config.calibration_tokens)
+            share = min(1.0, done * ranks.size / config.calibration_tokens)
             display.show(f"affine maps: {share:4.0%} of {config.calibration_tokens:,} tokens")
             yield xs
 
@@ -180,10 +187,11 @@ def _moments(
     moments = sum_moments(
         config.predictor,
         shown(),
-        tokens=config.calibration_tokens,
+        tokens=-(-config.calibration_tokens // ranks.size),
         d_in=lm.d_model,
         n_layers=len(points),
     )
+    ranks.add_up_(moments)
     if moments.count < config.calibration_tokens:
         display.say(
             f"affine maps: the data has {moments.count:,} tokens, fewer than the "
@@ -199,10 +207,11 @@ def _calibrate(
     unseen: Iterable[Sequence[torch.Tensor]],
     config: TrainConfig,
     display: Display,
+    ranks: Ranks = ALONE,
 ) -> tuple[Calibration, list[dict[str, Any]]]:
     """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
     beside the identity's; of a hop that several layers are sources of, also their shares."""
-    moments = _moments(lm, points, batches, config, display)
+    moments = _moments(lm, points, batches, config, display, ranks)
     form: dict[str, Any] = {"form": config.form, "rank": config.rank}
     calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
     table: list[dict[str, Any]] = []
@@ -236,10 +245,15 @@ def _stored(
     part: str,
     display: Display,
     tokens: int = 0,
+    ranks: Ranks = ALONE,
 ) -> ActivationCache | None:
-    """The activation cache of one part of the text, if --cache asks for one."""
+    """The activation cache of one part of the text, if --cache asks for one; of several ranks each
+    has one of its own share."""
     if options.cache is None:
         return None
+    if ranks.size > 1:
+        part, rows = f"{part}.{ranks.rank}", rows.shard(ranks.rank, ranks.size)
+        tokens = -(-tokens // ranks.size)
     names = ("data", "text_column", "streaming", "seed")
     cache = ActivationCache(
         Path(options.cache) / part,
@@ -357,7 +371,8 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    display = Display()
+    ranks, options.device = Ranks.launched(options.parallel, options.device)
+    display = Display(silent=ranks.rank > 0)
     out = Path(options.out)
     if not options.resume and out.exists() and any(out.iterdir()):
         raise ValueError(
@@ -377,7 +392,7 @@ def _train(options: argparse.Namespace) -> int:
         )
     config = _train_config(options, lm, points, base)
     rows, held_out = _data(options, lm)
-    stored = _stored(options, lm, points, rows, "train", display, config.train_tokens)
+    stored = _stored(options, lm, points, rows, "train", display, config.train_tokens, ranks=ranks)
     source = ActivationBatches(
         lm,
         rows,
@@ -387,6 +402,8 @@ def _train(options: argparse.Namespace) -> int:
         total_tokens=config.train_tokens,
         seed=config.seed,
         device=options.device,
+        rank=ranks.rank,
+        world=ranks.size,
         stored=stored,
     )
     calibrated = out / "calibration.safetensors"
@@ -396,14 +413,17 @@ def _train(options: argparse.Namespace) -> int:
     else:
         batches = source.in_order()
         if base is None:
-            kept = _stored(options, lm, points, held_out, "held_out", display)
+            kept = None
+            if ranks.rank == 0:
+                kept = _stored(options, lm, points, held_out, "held_out", display)
             unseen = in_order(kept or ModelActivations(lm, held_out, points))
-            calibration, affine = _calibrate(lm, points, batches, unseen, config, display)
+            calibration, affine = _calibrate(lm, points, batches, unseen, config, display, ranks)
         else:
-            moments = _moments(lm, points, batches, config, display)
+            moments = _moments(lm, points, batches, config, display, ranks)
             calibration, affine = boost_calibration(base, moments), []
-        save_json(out / "run.json", _run_record(options, config, affine))
-        calibration.save(calibrated)
+        if ranks.rank == 0:
+            save_json(out / "run.json", _run_record(options, config, affine))
+            calibration.save(calibrated)
     display.say(
         f"{len(points)} autoencoders of {config.d_sae} latents on {lm.name}: {config.steps:,} "
         f"steps of {config.batch_tokens:,} tokens; checkpoints every "
@@ -427,6 +447,7 @@ def _train(options: argparse.Namespace) -> int:
             log_steps=options.log_steps,
             on_progress=progress,
             should_stop=interrupt.asked,
+            ranks=ranks,
         )
     if stack is None:
         display.say(f"stopped; a checkpoint is in {out / 'checkpoints'}, go on with --resume")
@@ -857,6 +878,13 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--model-device",
         help="where the language model runs, if not with the autoencoders: cpu, cuda:1",
+    )
+    training.add_argument(
+        "--parallel",
+        choices=WAYS,
+        default="data",
+        help="of several processes started by torchrun: each has all autoencoders and a share of "
+        "every batch, or the autoencoders of some layers (open loop only)",
     )
     training.add_argument("--checkpoint-steps", type=int, default=1_000, help="between checkpoints")
     training.add_argument("--keep-checkpoints", type=int, default=2, help="so many, the newest")

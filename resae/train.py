@@ -8,17 +8,18 @@ training needs before the first step (maps, scales, means) is a `Calibration`.
 
 A run directory: `run.json` (configuration), `calibration.safetensors`, `log.jsonl`, `checkpoints/`,
 and at the end the stack itself (`ReSAE.from_pretrained(run)`). Checkpoints are one safetensors file
-each: weights, optimiser, counters, position in the data. On a CPU a resumed run ends in the bits of
-an uninterrupted one.
+each: weights, optimiser, counters, positions in the data; schedule and shuffles follow from the
+step, the seed and these. On a CPU a resumed run ends in the bits of an uninterrupted one.
 """
 
+import copy
 import json
 import logging
 import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from resae.affine import KINDS, AffinePredictor, Moments, check_form, fit_predictor
 from resae.data import ActivationSource, Position
+from resae.distributed import ALONE, Ranks
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE, Total, auxk_loss, in_one_piece
 from resae.stack import ModelIdentity, ReSAE, new_stack
 from resae.storage import load_tensors, remove_partial, save_tensors, write_atomically
@@ -246,6 +248,7 @@ class TrainState:
     """`[M]` int64 of each of `stack.saes`: in tokens, each of which is seen at all layers."""
     step: int = 0
     position: Position = field(default_factory=Position)
+    """In the data; of several ranks each has its own."""
 
 
 class LayerMetrics(NamedTuple):
@@ -331,12 +334,16 @@ def centred_energy(x: Tensor, total: Total = in_one_piece) -> Tensor:
 
 
 def train_step(
-    state: TrainState, config: TrainConfig, xs: Sequence[Tensor]
+    state: TrainState, config: TrainConfig, xs: Sequence[Tensor], ranks: Ranks = ALONE
 ) -> tuple[Tensor, list[Measured]]:
     """One optimiser step on a batch of L activations `[N, D]`, already divided by their RMS.
 
+    Args:
+        ranks: of several processes; each gives its share of the batch, or the layers that it holds.
+
     Returns:
-        The loss, and per layer `(fvu, l0, dead fraction, auxk)` as scalars still on the device.
+        The loss, and per layer `(fvu, l0, dead fraction, auxk)` as scalars still on the device; of
+        several ranks this one's part.
     """
     stack, tokens = state.stack, len(xs[0])
     dead = [since >= config.dead_tokens for since in state.tokens_since_fired]
@@ -344,20 +351,25 @@ def train_step(
     autocast = torch.autocast(xs[0].device.type, torch.bfloat16, enabled=config.autocast)
     state.optimizer.zero_grad(set_to_none=True)
     for since in state.tokens_since_fired:
-        since += tokens
-    totals = _batch_totals(state, config, pieces, dead, autocast)
+        since += tokens * (ranks.size if ranks.by_data else 1)
+    totals = _batch_totals(state, config, pieces, dead, autocast, ranks)
     parts = []
     for piece in pieces:
         with autocast:
             part = stack_loss(stack, config, piece, dead, total=next(totals))
         for since, latents in zip(state.tokens_since_fired, part.fired, strict=True):
             since[latents] = 0
-        part.loss.backward()
+        if len(parts) + 1 < len(pieces):
+            part.loss.backward()
+        else:
+            with ranks.summed_gradients(stack.parameters()):
+                part.loss.backward()
         parts.append((len(piece[0]) / tokens, part._replace(loss=part.loss.detach())))
+    ranks.least_(state.tokens_since_fired)
     for sae in stack.distinct():
         sae.remove_parallel_gradient()
     if config.clip_norm is not None:
-        clip_gradients(list(stack.parameters()), config.clip_norm)
+        clip_gradients(stack.parameters(), config.clip_norm, ranks.layers_total)
     for group in state.optimizer.param_groups:
         group["lr"] = config.lr_at(state.step)
     state.optimizer.step()
@@ -373,10 +385,11 @@ def _batch_totals(
     pieces: Sequence[Sequence[Tensor]],
     dead: Sequence[Tensor],
     autocast: torch.autocast,
+    ranks: Ranks,
 ) -> Iterator[Total]:
     """Per piece what makes its sums those of the batch: of several pieces, from a first pass."""
     if len(pieces) == 1:
-        return iter([in_one_piece])
+        return iter([ranks.batch_total])
     sums: list[Tensor] = []
     for piece in pieces:
         place = count()
@@ -388,6 +401,7 @@ def _batch_totals(
 
         with torch.no_grad(), autocast:
             stack_loss(state.stack, config, piece, dead, total=add)
+    sums = [ranks.batch_total(part) for part in sums]
     return (_in_turn(sums) for _ in pieces)
 
 
@@ -408,11 +422,17 @@ def _sum_of_parts(parts: Sequence[tuple[float, StackLoss]]) -> tuple[Tensor, lis
     return torch.stack([part.loss for _, part in parts]).sum(), measured
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], norm: float) -> None:
-    """Scale the gradients of `parameters` together down to `norm`, where it is larger."""
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], norm: float, total: Total = in_one_piece
+) -> None:
+    """Scale the gradients of `parameters` together down to `norm`, where it is larger.
+
+    Args:
+        total: adds the squares of parameters that other ranks hold.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     squares = torch.stack([torch.linalg.vector_norm(g).square() for g in gradients]).sum()
-    factor = (norm / squares.sqrt().clamp_min(1e-30)).clamp_max(1.0)
+    factor = (norm / total(squares).sqrt().clamp_min(1e-30)).clamp_max(1.0)
     for gradient in gradients:
         gradient *= factor
 
@@ -434,6 +454,42 @@ def initial_state(
     learned = [parameter for parameter in stack.saes.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=config.peak_lr, fused=True)
     return TrainState(stack, optimizer, since)
+
+
+def _state_of_rank(
+    state: TrainState, config: TrainConfig, ranks: Ranks, device: str
+) -> tuple[TrainState, TrainConfig]:
+    """What one rank trains, and how. By layers: ordinary autoencoders of its layers, whose
+    activations will be what the maps leave."""
+    ranks.broadcast_(state.stack.state_dict().values())
+    own = ranks.own(len(config.layers))
+    if not ranks.by_layers:
+        return state, config
+    saes = [state.stack.sae(layer) for layer in own]
+    names = tuple(config.layers[layer] for layer in own)
+    part = ReSAE(names, AffinePredictor("none"), saes).to(device)
+    optimizer = torch.optim.Adam(part.saes.parameters(), lr=config.peak_lr, fused=True)
+    since = [state.tokens_since_fired[layer].to(device) for layer in own]
+    ks = tuple(config.k[layer] for layer in own)
+    alone = {"predictor": "none", "form": "full", "rank": None, "loop": "open"}
+    return TrainState(part, optimizer, since), replace(config, layers=names, k=ks, **alone)
+
+
+def _require_divisible(config: TrainConfig, ranks: Ranks) -> None:
+    problem = None
+    if ranks.size > 1 and config.boost is not None:
+        problem = "boost: its threshold is of whole batches; train it in one process"
+    elif config.batch_tokens % ranks.size:
+        problem = f"batch_tokens={config.batch_tokens}; make it a multiple of the ranks"
+    elif ranks.by_layers and config.loop == "closed" and config.predictor != "none":
+        problem = "--parallel layers with loop='closed', where a layer waits for the one before; "
+        problem += "use --parallel data"
+    elif ranks.by_layers and config.shared:
+        problem = "--parallel layers with a shared dictionary; use --parallel data"
+    elif ranks.by_layers and ranks.size > len(config.layers):
+        problem = f"--parallel layers with {len(config.layers)} layers; start at most as many ranks"
+    if problem is not None:
+        raise ValueError(f"train: {ranks.size} ranks and {problem}")
 
 
 def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None) -> ReSAE:
@@ -522,16 +578,19 @@ def train(
     log_steps: int = 50,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> ReSAE | None:
     """Train, log and checkpoint into `out`; save the finished stack there and return it.
 
     Args:
-        source: batches of L raw activations `[batch_tokens, D]`.
+        source: batches of L raw activations `[batch_tokens / ranks, D]`.
         identity: the model, as recorded with the stack.
         resume: go on from the newest readable checkpoint of `out` (from step 0 if there is none).
         checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
         keep_checkpoints: so many, the newest, stay; one more is on the disk while it is written.
         should_stop: asked after every step; if true, a checkpoint is written and None returned.
+        ranks: several processes that train together, in a folder that all of them see; rank 0
+            writes and reports, and all stop together.
 
     Raises:
         ValueError: the loss or the weights stopped being finite (no such state is saved; the batch
@@ -540,16 +599,23 @@ def train(
     """
     if keep_checkpoints < 1:
         raise ValueError(f"train: keep_checkpoints={keep_checkpoints}, expected at least 1")
-    state = initial_state(config, calibration, identity, device)
-    checkpoints = out / "checkpoints"
-    logged = out / "log.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
+    _require_divisible(config, ranks)
+    begun = initial_state(config, calibration, identity, "cpu" if ranks.by_layers else device)
+    state, step_config = _state_of_rank(begun, config, ranks, device)
+    maps = begun.stack.predictor.to(device)
+    own, first = ranks.own(len(config.layers)), ranks.rank == 0
+    checkpoints, logged = out / "checkpoints", out / "log.jsonl"
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            remove_partial(out)
+        else:
+            logged.unlink(missing_ok=True)
+    ranks.meet()  # nobody reads before
     if resume:
-        remove_partial(out)
-        _load_newest(checkpoints, state, config)
-        _truncate_log(logged, state.step)
-    else:
-        logged.unlink(missing_ok=True)
+        _load_newest(checkpoints, state, config, ranks)
+        if first:
+            _truncate_log(logged, state.step)
     inverse = [1.0 / s for s in calibration.scale]
     batches = source.batches(state.position)
     pace = _Pace(config, state.step)
@@ -557,33 +623,80 @@ def train(
     while state.step < config.steps:
         raw, state.position = next(batches)
         xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
-        loss, measured = train_step(state, config, xs)
+        if ranks.by_layers:
+            xs = ranks.to_owners(_residuals(maps, xs))
+        loss, measured = train_step(state, step_config, xs, ranks)
         last = state.step == config.steps
-        stop = not last and should_stop()
-        save = stop or last or state.step % checkpoint_steps == 0
+        due = last or state.step % checkpoint_steps == 0
         report = last or state.step % log_steps == 0
         # Asking for a loss waits for the device: while it works on this step, the host asks for the
         # one before.
         batch = _Batch(state.step, loss, raw)
-        for earlier in (unchecked, batch if save or report else None):
-            if earlier is not None and not bool(earlier.loss.isfinite()):
-                raise ValueError(_diverged(earlier, out, config))
+        recent = [batch] if unchecked is None else [unchecked, batch]
+        asked = recent if due or report else recent[:-1]
+        bad = next((b for b in asked if not bool(b.loss.isfinite())), None)
         unchecked = batch
-        if save and not all(bool(p.isfinite().all()) for p in state.stack.parameters()):
-            raise ValueError(_diverged(batch, out, config))
+        stop, diverged = ranks.any(not last and should_stop(), bad is not None)
+        if (stop or due) and not diverged:
+            finite = all(bool(p.isfinite().all()) for p in state.stack.parameters())
+            bad = None if finite and bool(loss.isfinite()) else batch
+            (diverged,) = ranks.any(bad is not None)
+        if diverged:
+            raise ValueError(_diverged(recent, bad, out, config, ranks))
         if report:
-            progress = pace.progress(state.step, loss, measured)
-            _append(logged, progress)
-            if on_progress is not None:
-                on_progress(progress)
-        if save:
-            _save_checkpoint(checkpoints, state, config, keep_checkpoints)
+            progress = pace.progress(state.step, _of_all_ranks(loss, measured, own, config, ranks))
+            if first:
+                _append(logged, progress)
+                if on_progress is not None:
+                    on_progress(progress)
+        if stop or due:
+            _save_checkpoint(checkpoints, state, config, keep_checkpoints, ranks)
         if stop:
             return None
-    stack = state.stack.to("cpu")
+    stack = _in_raw_units(state, begun, calibration, ranks)
+    if stack is not None:
+        stack.to("cpu").save_pretrained(out)
+    ranks.meet()  # nobody reads before
+    return ReSAE.load(out) if stack is None else stack.eval()
+
+
+@torch.no_grad()
+def _residuals(maps: AffinePredictor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """What the maps leave of L activations `[N, D]`."""
+    bases = [maps(layer, xs) for layer in range(len(xs))]
+    return [x if base is None else x - base for x, base in zip(xs, bases, strict=True)]
+
+
+def _in_raw_units(
+    state: TrainState, begun: TrainState, calibration: Calibration, ranks: Ranks
+) -> ReSAE | None:
+    """A copy of the whole stack as it is now, for raw activations, on rank 0; None elsewhere."""
+    state.optimizer.zero_grad(set_to_none=True)  # makes room for the copy
+    if ranks.by_layers:
+        held = ranks.collect(_named(_changing(state.stack), ranks))
+        for name, tensor in _changing(begun.stack).items() if held else ():
+            tensor.data.copy_(held[name])
+    if ranks.rank > 0:
+        return None
+    stack = copy.deepcopy(begun.stack)
     stack.rescale_(calibration.scale)
-    stack.save_pretrained(out)
-    return stack.eval()
+    return stack
+
+
+def _of_all_ranks(
+    loss: Tensor,
+    measured: Sequence[Measured],
+    own: Sequence[int],
+    config: TrainConfig,
+    ranks: Ranks,
+) -> tuple[float, list[LayerMetrics]]:
+    """The loss and the measures of a batch, from each rank's part."""
+    table = torch.zeros(len(config.layers), 4, dtype=torch.float64, device=loss.device)
+    table[list(own)] = torch.stack([torch.stack([v.double() for v in row]) for row in measured])
+    if ranks.by_data:
+        table[:, 1:3] /= ranks.size  # of means over tokens, equally many on each rank
+    total, *rows = ranks.sum(torch.cat([loss.double().view(1), table.flatten()])).tolist()
+    return total, [LayerMetrics(*rows[i : i + 4]) for i in range(0, len(rows), 4)]
 
 
 class _Pace:
@@ -594,7 +707,7 @@ class _Pace:
         self.first_step = first_step
         self.started = time.perf_counter()
 
-    def progress(self, step: int, loss: Tensor, measured: Sequence[Measured]) -> Progress:
+    def progress(self, step: int, of_batch: tuple[float, list[LayerMetrics]]) -> Progress:
         tokens = self.config.batch_tokens
         seconds = max(1e-9, time.perf_counter() - self.started)
         rate = (step - self.first_step) * tokens / seconds
@@ -604,8 +717,8 @@ class _Pace:
             tokens=step * tokens,
             tokens_per_second=rate,
             seconds_left=(self.config.steps - step) * tokens / rate,
-            loss=float(loss),
-            layers=[LayerMetrics(*(float(v) for v in row)) for row in measured],
+            loss=of_batch[0],
+            layers=of_batch[1],
         )
 
 
@@ -617,12 +730,16 @@ class _Batch(NamedTuple):
     raw: list[Tensor]
 
 
-def _diverged(batch: _Batch, out: Path, config: TrainConfig) -> str:
-    """Save the batch that it happened on, and say so."""
-    path = out / "nan_batch.safetensors"
+def _diverged(
+    recent: Sequence[_Batch], bad: _Batch | None, out: Path, config: TrainConfig, ranks: Ranks
+) -> str:
+    """Save the batch that it happened on, each rank its share, and say so."""
+    step = max(step for (step,) in ranks.every([-1 if bad is None else bad.step]))
+    batch = next(b for b in recent if b.step == step)
+    path = out / f"nan_batch{f'.rank{ranks.rank}' if ranks.size > 1 else ''}.safetensors"
     tensors = dict(zip(config.layers, batch.raw, strict=True))
     save_tensors(path, {**tensors, "step": torch.tensor(batch.step)})
-    if not all(bool(x.isfinite().all()) for x in batch.raw):
+    if any(ranks.any(not all(bool(x.isfinite().all()) for x in batch.raw))):
         remedy = "hold NaN or inf; look there, or load the model in float32 or bfloat16"
     else:
         remedy = f"are finite: train with a lower lr (now {config.peak_lr:g}) or clip_norm"
@@ -661,17 +778,16 @@ def _step_of(line: str) -> float:
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-def _save_checkpoint(folder: Path, state: TrainState, config: TrainConfig, keep: int) -> None:
-    tensors = {f"stack.{name}": t for name, t in _changing(state.stack).items()}
-    for name, parameter in state.stack.named_parameters():
-        for entry, t in state.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{entry}"] = t
-    for layer, since in enumerate(state.tokens_since_fired):
-        tensors[f"tokens_since_fired.{layer}"] = since
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+def _save_checkpoint(
+    folder: Path, state: TrainState, config: TrainConfig, keep: int, ranks: Ranks
+) -> None:
+    tensors = ranks.collect(_named(_tensors(state), ranks))
+    positions = ranks.every(state.position)
+    if ranks.rank > 0:
+        return
     metadata = {
         "step": str(state.step),
-        "position": json.dumps(state.position),
+        "positions": json.dumps(positions),
         "config": json.dumps(asdict(config)),
     }
     path = folder / f"step_{state.step:08d}.safetensors"
@@ -683,6 +799,28 @@ def _save_checkpoint(folder: Path, state: TrainState, config: TrainConfig, keep:
         raise OSError(f"{error}; of the earlier checkpoints {intact}") from error
     for old in _checkpoints(folder)[:-keep]:
         old.unlink()
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """Everything that a step changes, by name."""
+    tensors = dict(_changing(state.stack))
+    for name, parameter in state.stack.named_parameters():
+        for entry, t in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{entry}"] = t
+    for i, since in enumerate(state.tokens_since_fired):
+        tensors[f"saes.{i}.tokens_since_fired"] = since
+    return tensors
+
+
+def _named(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The same by the names that they have in the whole stack: `saes.{layer}.…`."""
+    if not ranks.by_layers:
+        return tensors
+    named = {}
+    for name, tensor in tensors.items():
+        saes, i, rest = name.split(".", 2)
+        named[f"{saes}.{ranks.rank + int(i) * ranks.size}.{rest}"] = tensor
+    return named
 
 
 def _changing(stack: ReSAE) -> dict[str, Tensor]:
@@ -698,7 +836,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if named.fullmatch(p.name))
 
 
-def _load_newest(folder: Path, state: TrainState, config: TrainConfig) -> None:
+def _load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
     """Bring `state` to the newest checkpoint that can be read; a damaged one is named and passed
     over."""
     for path in reversed(_checkpoints(folder)):
@@ -718,25 +856,32 @@ def _load_newest(folder: Path, state: TrainState, config: TrainConfig) -> None:
                 f"({', '.join(f'{n}={trained.get(n)}' for n in changed)}); use the same, or "
                 f"another --out"
             )
-        _restore(state, tensors)
+        positions = json.loads(metadata["positions"])
+        if len(positions) != ranks.size:
+            raise ValueError(
+                f"--resume: {path} is of {len(positions)} ranks, here are {ranks.size}; start as "
+                f"many"
+            )
+        _restore(state, tensors, ranks)
         state.step = int(metadata["step"])
-        state.position = Position(*json.loads(metadata["position"]))
-        return
-    log.warning("no checkpoint in %s: training starts from step 0", folder)
+        state.position = Position(*positions[ranks.rank])
+        break
+    else:
+        log.warning("no checkpoint in %s: training starts from step 0", folder)
+    if len({step for (step,) in ranks.every([state.step])}) > 1:
+        raise ValueError(f"--resume: ranks see different checkpoints in {folder}; share the folder")
 
 
 @torch.no_grad()
-def _restore(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in _changing(state.stack).items():
-        tensor.copy_(tensors[f"stack.{name}"])
+def _restore(state: TrainState, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     for name, parameter in state.stack.named_parameters():
-        prefix = f"optimizer.{name}."
+        (whole_name,) = _named({name: parameter}, ranks)
         entries = {
-            key.removeprefix(prefix): tensor.to(parameter.device)
+            key.removeprefix(f"{whole_name}/"): tensor.to(parameter.device)
             for key, tensor in tensors.items()
-            if key.startswith(prefix)
+            if key.startswith(f"{whole_name}/")
         }
         if entries:
             state.optimizer.state[parameter] = entries
-    for layer, since in enumerate(state.tokens_since_fired):
-        since.copy_(tensors[f"tokens_since_fired.{layer}"])
+    for name, tensor in _named(_tensors(state), ranks).items():
+        tensor.copy_(tensors[name])

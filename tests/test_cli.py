@@ -238,6 +238,25 @@ def test_killed_at_any_moment_and_resumed_ends_in_the_same_bits(run, material, p
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 33))
 
 
+def test_torchrun_trains_on_two_shares_of_the_rows(run, material):
+    out = material / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "resae", "train", str(material / "model"), str(material / "text.txt")]
+    command += [*TRAIN, *SMALL, "--out", str(out), "--log-steps", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 32/32") == 1  # rank 0 alone speaks
+    one, two = (
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (run, out)
+    )
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours["step"] == theirs["step"]
+        # Other rows in each batch, of the same text.
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.25)
+    assert ReSAE.load(out).hook_points == tiny.NAMES
+
+
 def bad(material, tmp_path):
     """Case → (arguments, what the one line says)."""
     model, text = str(material / "model"), str(material / "text.txt")

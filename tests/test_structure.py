@@ -17,7 +17,7 @@ FLOORS = [
     {"demo", "report", "tune"},
     {"evaluate"},
     {"train", "replace"},
-    {"intervene", "activation_cache", "decode_loop"},
+    {"intervene", "activation_cache", "decode_loop", "distributed"},
     {"stack"},
     {"data", "affine", "sae"},
     {"model"},
