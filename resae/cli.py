@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from itertools import chain
@@ -33,6 +34,7 @@ from resae.distributed import ALONE, WAYS, Ranks
 from resae.environment import environment
 from resae.evaluate import (
     Method,
+    delta_ce,
     edit_effects,
     evaluate,
     forward_passes,
@@ -371,6 +373,7 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    _require_followers(options)
     ranks, options.device = Ranks.launched(options.parallel, options.device)
     display = Display(silent=ranks.rank > 0)
     out = Path(options.out)
@@ -430,10 +433,15 @@ def _train(options: argparse.Namespace) -> int:
         f"{options.checkpoint_steps:,} steps"
     )
 
+    unseen = list(held_out.batches(FIT_ROWS)) if options.eval_steps else []
+
     def progress(p: Progress) -> None:
         display.say(p.line())
+        for follow in followers:
+            follow(p)
 
-    with _Interruptible() as interrupt:
+    with _Interruptible() as interrupt, ExitStack() as until_done:
+        followers = _followers(options, config, out, until_done) if ranks.rank == 0 else []
         stack = train(
             config,
             source,
@@ -445,6 +453,8 @@ def _train(options: argparse.Namespace) -> int:
             checkpoint_steps=options.checkpoint_steps,
             keep_checkpoints=options.keep_checkpoints,
             log_steps=options.log_steps,
+            eval_steps=options.eval_steps,
+            delta_ce=lambda stack: delta_ce(lm, stack.to(lm.device), unseen),
             on_progress=progress,
             should_stop=interrupt.asked,
             ranks=ranks,
@@ -454,6 +464,56 @@ def _train(options: argparse.Namespace) -> int:
         return 130
     display.say(f"written to {out}; next: resae eval {out}")
     return 0
+
+
+def _require_followers(options: argparse.Namespace) -> None:
+    """Raise ModuleNotFoundError before anything runs, not after."""
+    wanted = {"tensorboard": options.tensorboard, "wandb": options.wandb is not None}
+    for name, asked in wanted.items():
+        if asked and name not in sys.modules and not find_spec(name):
+            raise ModuleNotFoundError(
+                f'--{name}: {name} is not installed; pip install "resae[{name}]"'
+            )
+
+
+def _followers(
+    options: argparse.Namespace, config: TrainConfig, out: Path, until_done: ExitStack
+) -> list[Callable[[Progress], None]]:
+    """What else shall hear of the progress: TensorBoard, Weights & Biases."""
+    followers: list[Callable[[Progress], None]] = []
+    if options.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writers: list[Any] = []
+
+        def to_tensorboard(p: Progress) -> None:
+            if not writers:  # a resumed run drops what came after its checkpoint
+                writer = SummaryWriter(str(out / "tensorboard"), purge_step=p.step)
+                writers.append(until_done.enter_context(writer))
+            for name, value in _scalars(p, config).items():
+                writers[0].add_scalar(name, value, p.step)
+            writers[0].flush()
+
+        followers.append(to_tensorboard)
+    if options.wandb is not None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        known = out / "wandb.json"
+        run_id = load_json(known, "wandb run")["id"] if known.exists() else None
+        settings = {"project": options.wandb, "name": out.name, "dir": str(out)}
+        run = wandb.init(**settings, config=asdict(config), id=run_id, resume="allow")
+        until_done.callback(run.finish)
+        save_json(known, {"id": run.id})
+        followers.append(lambda p: run.log(_scalars(p, config), step=p.step))
+    return followers
+
+
+def _scalars(p: Progress, config: TrainConfig) -> dict[str, float]:
+    """The numbers of a progress line by name."""
+    scalars = {"loss": p.loss, "tokens": p.tokens, "tokens_per_second": p.tokens_per_second}
+    for name, metrics in zip(config.layers, p.layers, strict=True):
+        scalars |= {f"{name}/{key}": value for key, value in metrics._asdict().items()}
+    return scalars | {f"delta_ce/{way}": nats for way, nats in (p.delta_ce or {}).items()}
 
 
 def _require_same_run(
@@ -889,6 +949,14 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--checkpoint-steps", type=int, default=1_000, help="between checkpoints")
     training.add_argument("--keep-checkpoints", type=int, default=2, help="so many, the newest")
     training.add_argument("--log-steps", type=int, default=50, help="between lines of the log")
+    training.add_argument(
+        "--eval-steps",
+        type=int,
+        help="between measurements of what replacing all layers costs on the held-out rows, online "
+        "and teacher-forced (default: never)",
+    )
+    training.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
+    training.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     _add_fit(training)
 
     evaluation = add("eval", _eval, "replace layers on held-out text and measure what it costs")

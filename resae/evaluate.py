@@ -205,6 +205,23 @@ def evaluate(
     }
 
 
+def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str, float]:
+    """What replacing all layers costs on token batches `[B, T]`, closed loop, in nats per token:
+    `online` and `teacher_forced`, rows of `evaluate` without the rest of it."""
+    sums = {"clean": _Sums(), "online": _Sums(), "teacher_forced": _Sums()}
+    for ids in batches:
+        ids = ids.to(lm.device)
+        counted = ~lm.is_special(ids)[:, :-1]
+        clean = lm.logits(ids)
+        sums["clean"].add(clean, clean, ids, counted)
+        modes: tuple[Mode, ...] = ("online", "teacher_forced")
+        for mode in modes:
+            with replacement(lm, stack, mode=mode, loop="closed"):
+                sums[mode].add(lm.logits(ids), clean, ids, counted)
+    ce = {name: s.ce / max(1, s.tokens) for name, s in sums.items()}
+    return {name: ce[name] - ce["clean"] for name in ("online", "teacher_forced")}
+
+
 def collapse_difference(lm: HookedLM, stack: ReSAE, input_ids: Tensor) -> float:
     """Largest difference between the logits with all layers replaced teacher-forced and with the
     last one alone, special tokens included: 0, since the last replacement overwrites the others.

@@ -18,7 +18,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
@@ -552,15 +552,20 @@ class Progress(NamedTuple):
     seconds_left: float
     loss: float
     layers: list[LayerMetrics]
+    delta_ce: Mapping[str, float] | None = None
+    """Nats per held-out token lost by replacing all layers, by way of replacing; at intervals."""
 
     def line(self) -> str:
         fvu = " ".join(f"{m.fvu:.3f}" for m in self.layers)
         l0 = " ".join(f"{m.l0:.1f}" for m in self.layers)
         dead = " ".join(f"{m.dead_fraction:.1%}" for m in self.layers)
-        left = time.strftime("%H:%M:%S", time.gmtime(self.seconds_left))
+        hours, seconds = divmod(round(self.seconds_left), 3600)
+        left = f"{hours:02d}:{seconds // 60:02d}:{seconds % 60:02d}"
+        lost = "  ".join(f"ΔCE {way} {nats:.3f}" for way, nats in (self.delta_ce or {}).items())
         return (
             f"step {self.step}/{self.steps}  {self.tokens / 1e6:.2f}M tok  fvu {fvu}  l0 {l0}  "
             f"dead {dead}  {self.tokens_per_second / 1e3:.1f}k tok/s  left {left}"
+            + (lost and f"  {lost}")
         )
 
 
@@ -576,6 +581,8 @@ def train(
     checkpoint_steps: int = 1_000,
     keep_checkpoints: int = 2,
     log_steps: int = 50,
+    eval_steps: int | None = None,
+    delta_ce: Callable[[ReSAE], Mapping[str, float]] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
@@ -588,6 +595,8 @@ def train(
         resume: go on from the newest readable checkpoint of `out` (from step 0 if there is none).
         checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
         keep_checkpoints: so many, the newest, stay; one more is on the disk while it is written.
+        eval_steps: interval at which `delta_ce` measures a copy of the stack, for raw activations,
+            on `device` (in the place that gradients take in a step); the run is the same without.
         should_stop: asked after every step; if true, a checkpoint is written and None returned.
         ranks: several processes that train together, in a folder that all of them see; rank 0
             writes and reports, and all stop together.
@@ -628,7 +637,8 @@ def train(
         loss, measured = train_step(state, step_config, xs, ranks)
         last = state.step == config.steps
         due = last or state.step % checkpoint_steps == 0
-        report = last or state.step % log_steps == 0
+        measure = eval_steps is not None and (last or state.step % eval_steps == 0)
+        report = measure or last or state.step % log_steps == 0
         # Asking for a loss waits for the device: while it works on this step, the host asks for the
         # one before.
         batch = _Batch(state.step, loss, raw)
@@ -645,6 +655,10 @@ def train(
             raise ValueError(_diverged(recent, bad, out, config, ranks))
         if report:
             progress = pace.progress(state.step, _of_all_ranks(loss, measured, own, config, ranks))
+            whole = _in_raw_units(state, begun, calibration, ranks) if measure else None
+            if whole is not None and delta_ce is not None:
+                progress = progress._replace(delta_ce=delta_ce(whole.to(device).eval()))
+                del whole
             if first:
                 _append(logged, progress)
                 if on_progress is not None:

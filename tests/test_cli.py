@@ -195,6 +195,73 @@ def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+class Stand:
+    """In the place of a module, a class and what it makes: remembers what was called."""
+
+    def __init__(self, calls):
+        self.calls, self.id = calls, "run-1"
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return self
+
+        return call
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.calls.append(("closed", error, {}))
+
+
+def test_progress_goes_to_tensorboard_and_wandb_with_delta_ce(run, material, monkeypatch, capsys):
+    out = material / "followed"
+    boards, wandb = [], []
+    monkeypatch.setitem(sys.modules, "tensorboard", Stand([]))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Stand(boards))
+    monkeypatch.setitem(sys.modules, "wandb", Stand(wandb))
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--out", str(out), "--log-steps", "8", "--eval-steps", "12"]
+    arguments += ["--tensorboard", "--wandb", "shelf"]
+    assert main(arguments) == 0
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["delta_ce"]] == [12, 24, 32]
+    assert "ΔCE online" in capsys.readouterr().out
+    # Looking on does not change the weights; the last numbers are those of an evaluation.
+    one, other = (ReSAE.load(folder).state_dict() for folder in (run, out))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert main(["eval", str(out), "--out", str(out)]) == 0
+    for row in json.loads((out / "report.json").read_text())["replacement"]:
+        if row["method"] == "resae" and row["loop"] == "closed" and row["mode"] != "error_added":
+            assert lines[-1]["delta_ce"][row["mode"]] == pytest.approx(row["delta_ce"], abs=1e-5)
+    logged = {args[0] for call, args, _ in boards if call == "add_scalar"}
+    assert {"delta_ce/online", f"{tiny.NAMES[2]}/dead_fraction", "loss"} <= logged
+    assert boards[0][0] == "SummaryWriter"
+    assert boards[0][2] == {"purge_step": 8}
+    assert boards[-1][0] == "closed"
+    assert wandb[0][2]["project"] == "shelf"
+    assert wandb[0][2]["id"] is None
+    steps = [kwargs["step"] for call, _, kwargs in wandb if call == "log"]
+    assert steps == [8, 12, 16, 24, 32]
+    assert wandb[-1][0] == "finish"
+    wandb.clear()
+    assert main([*arguments, "--resume"]) == 0
+    assert wandb[0][2]["id"] == "run-1"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_logger_is_named_before_anything_runs(name, material, monkeypatch, capsys):
+    monkeypatch.setattr("resae.cli.find_spec", lambda _: None)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    arguments = ["train", "no-model", "no-data", "--k", "4", "--out", str(material / "none")]
+    assert main([*arguments, f"--{name}", *(["shelf"] if name == "wandb" else [])]) == 2
+    assert f'pip install "resae[{name}]"' in capsys.readouterr().err
+
+
 def train_until(arguments, written):
     """`resae train` in this process, which is killed when it has written the temporary file of this
     name, before it gets its own."""
