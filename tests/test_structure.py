@@ -15,7 +15,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"demo", "report", "tune"},
-    {"evaluate"},
+    {"evaluate", "plan"},
     {"train", "replace", "decode_loop"},
     {"intervene", "activation_cache", "distributed"},
     {"stack"},
