@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -43,6 +43,7 @@ from resae.evaluate import (
 )
 from resae.intervene import Interventions, StrongestLatents
 from resae.model import HookedLM, HookPoint
+from resae.plan import Device, ModelSizes, plan
 from resae.profile import OPS, Case, Clock, measure_roofs, profile, table, trace
 from resae.replace import Generated, generate
 from resae.report import LABELS, whole_selection, write_report
@@ -132,6 +133,16 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"{text!r}: expected numbers, for example 4,8,32"
         ) from None
+
+
+def _peaks(text: str) -> tuple[float, float]:
+    try:
+        product, bandwidth = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected FLOP/s and bytes/s, for example 312e12,2e12"
+        ) from None
+    return product, bandwidth
 
 
 def _load_model(options: argparse.Namespace, name: str) -> HookedLM:
@@ -373,6 +384,8 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.plan:
+        return _plan(options)
     _require_followers(options)
     ranks, options.device = Ranks.launched(options.parallel, options.device)
     display = Display(silent=ranks.rank > 0)
@@ -380,6 +393,11 @@ def _train(options: argparse.Namespace) -> int:
     if not options.resume and out.exists() and any(out.iterdir()):
         raise ValueError(
             f"{out} exists and is not empty; go on with --resume, or choose another --out"
+        )
+    if options.model_device == "auto" and (ranks.size > 1 or options.eval_steps):
+        raise ValueError(
+            "--model-device auto, where all devices hold one model, with several ranks or "
+            "--eval-steps; leave these out, and use `resae eval` on the run"
         )
     lm = _load_model(options, options.model)
     base = None if options.boost is None else _open_run(Path(options.boost), "cpu")[1]
@@ -463,6 +481,34 @@ def _train(options: argparse.Namespace) -> int:
         display.say(f"stopped; a checkpoint is in {out / 'checkpoints'}, go on with --resume")
         return 130
     display.say(f"written to {out}; next: resae eval {out}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    lm = HookedLM.described(options.model)
+    if options.boost is not None or not options.layers:
+        raise ValueError("--plan: name the layers; a boost is planned like an SAE of its own")
+    config = _train_config(options, lm, lm.hook_points(options.layers), None)
+    device = Device()
+    if options.plan_device is not None:
+        product, bandwidth = options.plan_device
+        name = f"{product:.3g} FLOP/s, {bandwidth:.3g} B/s"
+        device = Device(name, product, product, product, bandwidth)
+    cached = DTYPES[options.cache_dtype or options.dtype] if options.cache else None
+    estimate = plan(
+        config,
+        ModelSizes.of(lm, config.layers, options.context_tokens),
+        device=replace(device, utilisation=options.plan_utilisation),
+        ranks=Ranks(0, options.plan_ranks, options.parallel),
+        model_dtype=DTYPES[options.dtype],
+        context_tokens=options.context_tokens,
+        model_rows=FIT_ROWS,
+        keep_checkpoints=options.keep_checkpoints,
+        checkpoint_steps=options.checkpoint_steps,
+        cache_dtype=cached,
+    )
+    print(estimate.table())
     return 0
 
 
@@ -937,7 +983,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--model-device",
-        help="where the language model runs, if not with the autoencoders: cpu, cuda:1",
+        help="where the language model runs, if not with the autoencoders: cpu, cuda:1, or auto: "
+        "spread over all devices (accelerate)",
     )
     training.add_argument(
         "--parallel",
@@ -955,6 +1002,23 @@ def _parser() -> argparse.ArgumentParser:
         help="between measurements of what replacing all layers costs on the held-out rows, online "
         "and teacher-forced (default: never)",
     )
+    training.add_argument(
+        "--plan",
+        action="store_true",
+        help="only estimate time, memory and disk, from the model's config alone (no weights, no "
+        "data), and end",
+    )
+    training.add_argument(
+        "--plan-device",
+        type=_peaks,
+        metavar="FLOPS,BYTES",
+        help="peak FLOP/s of products and bytes/s of memory, such as 312e12,2e12 (default: the "
+        "data sheet of an H200)",
+    )
+    training.add_argument(
+        "--plan-utilisation", type=float, default=0.5, help="share of the peaks to assume"
+    )
+    training.add_argument("--plan-ranks", type=int, default=1, help="processes to assume")
     training.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
     training.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     _add_fit(training)

@@ -289,7 +289,9 @@ def _captured(
     input_ids = input_ids.to(lm.device)
     keep = ~lm.is_special(input_ids)
     captured = lm.capture(input_ids, points)
-    return keep.sum(1).tolist(), [captured[point][keep] for point in points]
+    # A model may be spread over devices: blocks are where their activations are.
+    masks = [keep.to(captured[point].device) for point in points]
+    return keep.sum(1).tolist(), [captured[p][mask] for p, mask in zip(points, masks, strict=True)]
 
 
 Read = Callable[[int], tuple[list[int], list[Tensor]]]

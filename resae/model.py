@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from operator import itemgetter
 from typing import Any
 
@@ -111,22 +112,51 @@ class HookedLM:
     ) -> "HookedLM":
         """Load a model and its tokenizer by hub name, local path, or `embedded`.
 
+        Args:
+            device: `auto` spreads a model that is too large for one over all devices
+                (`device_map="auto"` of transformers, which needs accelerate).
+
         Raises:
             FileNotFoundError: no such model, neither local nor on the hub.
+            ModuleNotFoundError: `auto` without accelerate.
         """
+        spread = device == "auto"
+        if spread and not find_spec("accelerate"):
+            raise ModuleNotFoundError('device "auto" needs accelerate; pip install accelerate')
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
             _family_of(config, name)  # an unknown one is an error before gigabytes are read
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, device_map="auto" if spread else None
+            )
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(
                 f"model {name!r} not found ({reason}); give a hub name, a local folder with "
                 f"config.json, or {EMBEDDED!r} for the model that comes with resae"
             ) from None
-        return cls(model.to(device).eval(), tokenizer, name)  # type: ignore[arg-type]
+        return cls((model if spread else model.to(device)).eval(), tokenizer, name)  # type: ignore[arg-type]
+
+    @classmethod
+    def described(cls, name: str) -> "HookedLM":
+        """The shapes of a model, from its config alone: on the meta device, without tokenizer.
+
+        Raises:
+            FileNotFoundError: no such config, neither local nor on the hub.
+        """
+        path = str(TINY_PYTHIA) if name == EMBEDDED else name
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"model {name!r} not found ({str(error).splitlines()[0]}); give a hub name, or a "
+                f"local folder with config.json"
+            ) from None
+        _family_of(config, name)
+        with torch.device("meta"):
+            return cls(AutoModelForCausalLM.from_config(config), None, name)
 
     @property
     def d_model(self) -> int:

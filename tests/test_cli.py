@@ -305,6 +305,18 @@ def test_killed_at_any_moment_and_resumed_ends_in_the_same_bits(run, material, p
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 33))
 
 
+def test_a_model_spread_over_devices_trains_the_same(run, material, capsys):
+    pytest.importorskip("accelerate")
+    out = material / "spread"
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--out", str(out), "--model-device", "auto"]
+    assert main([*arguments, "--eval-steps", "8"]) == 2
+    assert "--model-device auto" in capsys.readouterr().err
+    assert main(arguments) == 0
+    one, spread = (ReSAE.load(folder).state_dict() for folder in (run, out))
+    assert all(torch.equal(one[name], spread[name]) for name in one)
+
+
 def test_torchrun_trains_on_two_shares_of_the_rows(run, material):
     out = material / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
