@@ -22,6 +22,7 @@ import torch
 from resae.activation_cache import ActivationCache
 from resae.affine import FORMS, KINDS, Moments, r2_per_layer, routing_shares
 from resae.data import (
+    MODEL_ROWS,
     ActivationBatches,
     ModelActivations,
     TokenRows,
@@ -31,7 +32,7 @@ from resae.data import (
 )
 from resae.demo import EXTRA_METHODS, DemoConfig, run_demo
 from resae.distributed import ALONE, WAYS, Ranks
-from resae.environment import environment
+from resae.environment import environment, keep_freed_memory
 from resae.evaluate import (
     Method,
     delta_ce,
@@ -62,8 +63,6 @@ from resae.tune import tiles_in_force, tune
 from resae_kernels import _launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FIT_ROWS = 16
-"""Rows per forward pass while fitting and evaluating."""
 HELD_OUT_DEFAULTS: dict[str, Any] = {
     "data": None,
     "text_column": "text",
@@ -79,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    keep_freed_memory()
     try:
         return options.run(options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -177,7 +177,7 @@ def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRo
 def _captured(
     lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]
 ) -> Iterator[list[torch.Tensor]]:
-    return (capture_tokens(lm, ids, points) for ids in rows.batches(FIT_ROWS))
+    return (capture_tokens(lm, ids, points) for ids in rows.batches(MODEL_ROWS))
 
 
 def _moments(
@@ -223,11 +223,14 @@ def _calibrate(
     ranks: Ranks = ALONE,
 ) -> tuple[Calibration, list[dict[str, Any]]]:
     """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
-    beside the identity's; of a hop that several layers are sources of, also their shares."""
+    beside the identity's; of a hop that several layers are sources of, also their shares. Without
+    a predictor there is no hop, and nothing held out is read."""
     moments = _moments(lm, points, batches, config, display, ranks)
     form: dict[str, Any] = {"form": config.form, "rank": config.rank}
     calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
     table: list[dict[str, Any]] = []
+    if config.predictor == "none":
+        return calibration, table
     unseen = [[x.cpu() for x in xs] for xs in unseen]
     compared = [calibrate("identity", moments, ridge=config.ridge).predictor]
     if config.predictor != "identity":
@@ -451,7 +454,7 @@ def _train(options: argparse.Namespace) -> int:
         f"{options.checkpoint_steps:,} steps"
     )
 
-    unseen = list(held_out.batches(FIT_ROWS)) if options.eval_steps else []
+    unseen = list(held_out.batches(MODEL_ROWS)) if options.eval_steps else []
 
     def progress(p: Progress) -> None:
         display.say(p.line())
@@ -503,7 +506,7 @@ def _plan(options: argparse.Namespace) -> int:
         ranks=Ranks(0, options.plan_ranks, options.parallel),
         model_dtype=DTYPES[options.dtype],
         context_tokens=options.context_tokens,
-        model_rows=FIT_ROWS,
+        model_rows=MODEL_ROWS,
         keep_checkpoints=options.keep_checkpoints,
         checkpoint_steps=options.checkpoint_steps,
         cache_dtype=cached,
@@ -665,7 +668,7 @@ def _eval(options: argparse.Namespace) -> int:
     chained = next((stack for _, _, stack in runs if stack.chained), None)
     if chained is not None:
         methods.append(Method("affine_only", AffineOnly(chained), None))
-    batches = list(held_out.batches(FIT_ROWS))
+    batches = list(held_out.batches(MODEL_ROWS))
     tokens = sum(b.numel() for b in batches)
     display.say(
         f"{forward_passes(methods)} passes over {tokens:,} held-out tokens of {options.data}"

@@ -26,9 +26,11 @@ from torch import Tensor
 
 from resae.assets import CORPUS
 from resae.model import EMBEDDED, HookedLM, HookPoint
+from resae_kernels.onednn import OneDNNLinear
 
-MODEL_ROWS = 16
-"""Rows per forward pass: more is no faster on a CPU, and holds more at once."""
+MODEL_ROWS = 8
+"""Rows per forward pass. With more, on a CPU, an op's output is so large that it goes back to the
+system each time and comes anew page by page: 16 rows of 128 tokens took a third longer."""
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -288,7 +290,8 @@ def _captured(
     """How many tokens of each row are not special, and their activations in the model's dtype."""
     input_ids = input_ids.to(lm.device)
     keep = ~lm.is_special(input_ids)
-    captured = lm.capture(input_ids, points)
+    with OneDNNLinear():
+        captured = lm.capture(input_ids, points)
     # A model may be spread over devices: blocks are where their activations are.
     masks = [keep.to(captured[point].device) for point in points]
     return keep.sum(1).tolist(), [captured[p][mask] for p, mask in zip(points, masks, strict=True)]
@@ -423,6 +426,7 @@ class ActivationBatches:
             for batch, picked in _shuffled(xs, self.batch_tokens, self.seed, position.fill):
                 if batch >= position.batch:
                     yield [x.float() for x in picked], position._replace(batch=batch + 1)
+            del xs  # before the next buffer is filled
             position = Position(epoch, row, position.fill + 1)
 
     def in_order(self) -> Iterator[list[Tensor]]:
@@ -456,11 +460,11 @@ class ActivationBatches:
             batches = max(1, min(batches, left))
         wanted = batches * self.batch_tokens
         epoch, row = at.epoch, at.row
-        pieces: list[list[Tensor]] = []
+        xs: list[Tensor] = []
         held, first_epoch = 0, wanted
         while held < wanted:
             missing = -(-(wanted - held) // self.context_tokens)
-            counts, xs = read(min(self.model_rows, missing))
+            counts, pieces = read(min(self.model_rows, missing))
             if not counts:
                 if row == 0:
                     raise ValueError("activations: the dataset holds no row of tokens; give more")
@@ -468,11 +472,14 @@ class ActivationBatches:
                 epoch, row, read = epoch + 1, 0, self.activations.reader(0)
                 continue
             row += len(counts)
-            # Once per pass, not once per batch.
-            pieces.append(xs if self.device is None else [x.to(self.device) for x in xs])
-            held += sum(counts)
-        joined = [torch.cat(layer)[:wanted] for layer in zip(*pieces, strict=True)]
-        return _Fill(first_epoch, joined, epoch, row, read)
+            if not xs:
+                whole = (wanted, pieces[0].shape[1])
+                xs = [piece.new_empty(whole, device=self.device) for piece in pieces]
+            taken = slice(held, min(wanted, held + sum(counts)))
+            for x, piece in zip(xs, pieces, strict=True):
+                x[taken] = piece[: taken.stop - taken.start]
+            held = taken.stop
+        return _Fill(first_epoch, xs, epoch, row, read)
 
 
 def _reading_again(ahead: deque[tuple[list[int], list[Tensor]]], read: Read) -> Read:

@@ -1,10 +1,16 @@
-"""Where a result was measured: versions and hardware, written into every report."""
+"""The process that a result was measured in: versions and hardware, its allocator."""
 
+import ctypes
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's `malloc.h`."""
+KEPT_BYTES = 1 << 28
 
 
 def environment() -> dict[str, Any]:
@@ -20,6 +26,18 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "threads": torch.get_num_threads(),
     }
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep up to 256 MiB that tensors leave, for the tensors after them.
+
+    By itself it gives blocks of some megabytes back to the system as they are freed, and gets them
+    again page by page: a tenth of a training run on a CPU. Other libraries are left as they are.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def _version(package: str) -> str | None:

@@ -221,7 +221,6 @@ def plan(
         "Adam": 2 * own,
         "maps": 4 * sum(_map_sizes(config, D)),
         "buffer": buffered,
-        "joining a new buffer": buffered,
         "step": held * tokens_here // config.accumulation_steps * D * 4 * STREAMS + code,
         "encode": WORKSPACE_BYTES["cuda"],
     }

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels import _launch
+from resae_kernels import _launch, onednn
 from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import TopK, accumulation_dtype
 from resae_kernels.sparse_decode import latent_outer, latent_sum
@@ -214,20 +214,24 @@ def _encode(
         return _encode_triton(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes)
     N, M = x.shape[0], weight.shape[0]
     wide = accumulation_dtype(x.dtype)
-    weight_t = weight.to(wide).T
+    weight = weight.to(wide)
     bias = None if bias is None else bias.to(wide)
     rows = max(1, min(N, workspace_bytes // (M * wide.itemsize)))
     acts = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
-    scores = torch.empty(rows, M, dtype=wide, device=x.device)
+    by_onednn = weight.shape[1] <= onednn.MOST_DEPTH and onednn.pays(rows, weight)
+    scores = None if by_onednn else torch.empty(rows, M, dtype=wide, device=x.device)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
         residual = _residual(x[chunk], pre_bias, None if base is None else base[chunk]).to(wide)
-        chunk_scores = scores[: residual.shape[0]]
-        if bias is None:
-            torch.mm(residual, weight_t, out=chunk_scores)
+        if scores is None:
+            chunk_scores = onednn.linear(residual, weight, bias)
         else:
-            torch.addmm(bias, residual, weight_t, out=chunk_scores)
+            chunk_scores = scores[: residual.shape[0]]
+            if bias is None:
+                torch.mm(residual, weight.T, out=chunk_scores)
+            else:
+                torch.addmm(bias, residual, weight.T, out=chunk_scores)
         acts[chunk], indices[chunk] = _select(chunk_scores.to(x.dtype), k, sorted)
     return acts, indices
 
