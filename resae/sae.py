@@ -232,7 +232,7 @@ class BoostedSAE(nn.Module):
     reads codes this is an autoencoder of M_base + M_boost latents. In training the k strongest of
     the boost count. In use only those of them above a threshold do, which keeps the boost silent on
     text that it was not trained for: the quantile of the training's acts, averaged over batches,
-    that `keep` of them exceed. Threshold 0 leaves TopK alone.
+    that `keep` of them exceed (`follow`). Threshold 0 leaves TopK alone.
 
     Args:
         boost: its decoder bias is set to zero; both biases of decoders stay as they are.
@@ -267,17 +267,17 @@ class BoostedSAE(nn.Module):
         """Acts and indices `[..., k_base + k_boost]`, each part ordered by itself."""
         first = self.base.encode(x, base=base, sorted=sorted)
         acts, indices = self.boost.encode(x, base=base, sorted=sorted)
-        if self.training and torch.is_grad_enabled():
-            self._follow(acts.detach())
-        else:
+        if not self.training:
             acts = acts.masked_fill(acts < self.threshold, 0)
         indices = torch.where(acts > 0, indices + self.base.config.d_sae, 0)
         return TopK(torch.cat([first.acts, acts], -1), torch.cat([first.indices, indices], -1))
 
     @torch.no_grad()
-    def _follow(self, acts: Tensor) -> None:
+    def follow(self, acts: Tensor) -> None:
+        """Move the threshold towards the quantile of the boost's acts `[N, k]` of a whole batch;
+        that of the first batch it becomes."""
         kept = max(1, round(self.keep * acts.numel()))
-        now = acts.flatten().topk(kept, sorted=False).values.min()
+        now = acts.flatten().topk(kept, sorted=False).values.min().to(self.threshold.dtype)
         self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(now, 0.01), now))
 
     def trained_code(self, code: TopK) -> TopK:

@@ -459,6 +459,29 @@ def test_a_resumed_boost_ends_in_the_bits_of_an_uninterrupted_one(xs, tmp_path):
     assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
 
 
+def test_the_threshold_of_a_boost_in_pieces_is_that_of_whole_batches(xs, tmp_path):
+    run(xs, tmp_path / "base", config_of(train_tokens=64))
+    whole, cut = (
+        boost(
+            xs,
+            tmp_path / "base",
+            tmp_path / str(pieces),
+            config_of(
+                boost=str(tmp_path / "base"),
+                k=(2, 2, 2),
+                train_tokens=64 * 4,
+                lr=1e-3,
+                accumulation_steps=pieces,
+            ),
+        )
+        for pieces in (1, 3)
+    )
+    for layer in range(3):
+        threshold = whole.sae(layer).threshold
+        assert threshold > 0
+        torch.testing.assert_close(cut.sae(layer).threshold, threshold, rtol=1e-4, atol=0)
+
+
 def test_what_cannot_be_boosted_is_named(xs, tmp_path):
     run(xs, tmp_path / "base")
     other = config_of(boost=str(tmp_path / "base"), predictor="none")
