@@ -960,6 +960,13 @@ def _parser() -> argparse.ArgumentParser:
         help="good at each of these numbers of active latents, up to k (HierarchicalTopK), for "
         "example 1,2,4,8 (default: at k alone)",
     )
+    training.add_argument(
+        "--prefix-gain",
+        type=float,
+        default=1 / 8,
+        help="with --prefixes, the acts of the j strongest latents alone are taken (k/j)^this "
+        "times; 0: as they are",
+    )
     training.add_argument("--train-tokens", type=int, default=1_000_000, help="tokens to train on")
     training.add_argument("--batch-tokens", type=int, default=1_024, help="tokens per step")
     training.add_argument(

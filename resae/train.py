@@ -70,6 +70,9 @@ class TrainConfig:
     """The error is the mean over the reconstructions of the j strongest latents for these j, rising
     and ending with k (HierarchicalTopK, arXiv 2505.24473); None: that of all k. Each adds a
     gradient `[M, D]`: powers of two cost less than every j."""
+    prefix_gain: float = 1 / 8
+    """The acts of the j strongest alone count (k / j) ** prefix_gain times; 0: once, as in the
+    paper."""
     boost: str | None = None
     """Folder of a trained stack, which stays as it is, its maps too: beside each of its
     autoencoders a second one is trained on what it leaves of this data (SAE Boost, arXiv
@@ -130,6 +133,8 @@ class TrainConfig:
                 f"TrainConfig: prefixes={js}, k={self.k}; expected one k, and rising numbers from "
                 f"1 on that end with it, for example 1,2,4,8 for k = 8"
             )
+        if not 0 <= self.prefix_gain <= 1:
+            raise ValueError(f"TrainConfig: prefix_gain={self.prefix_gain}, expected 0 to 1")
         if self.boost is not None and (self.shared or js is not None):
             raise ValueError("TrainConfig: boost with shared or prefixes; train the base with them")
         if not 0 < self.boost_keep <= 1:
@@ -507,6 +512,7 @@ def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdenti
         k=config.k,
         seed=config.seed,
         shared=config.shared,
+        prefix_gain=config.prefix_gain if config.prefixes else 0.0,
         model=identity,
     )
     means = [mean * factor for mean, factor in zip(calibration.mean, inverse, strict=True)]
