@@ -102,8 +102,8 @@ class ActivationCache:
         return tokens * len(self.activations.points) * lm.d_model * self.dtype.itemsize
 
     def require_disk(self, tokens: int) -> None:
-        """Raise ValueError unless what is missing of so many tokens has room."""
-        missing = self.bytes_for(max(0, tokens - self.stored_tokens))
+        """Raise ValueError unless so many tokens that are not there yet have room."""
+        missing = self.bytes_for(tokens)
         there = next(p for p in (self.folder.absolute(), *self.folder.absolute().parents)
                      if p.exists())  # fmt: skip
         free = shutil.disk_usage(there).free

@@ -223,15 +223,15 @@ def _calibrate(
     ranks: Ranks = ALONE,
 ) -> tuple[Calibration, list[dict[str, Any]]]:
     """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
-    beside the identity's; of a hop that several layers are sources of, also their shares. Without
-    a predictor there is no hop, and nothing held out is read."""
+    beside the identity's; of a hop that several layers are sources of, also their shares. There
+    are none without a predictor (nothing held out is read then) or where `unseen` is empty."""
     moments = _moments(lm, points, batches, config, display, ranks)
     form: dict[str, Any] = {"form": config.form, "rank": config.rank}
     calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
     table: list[dict[str, Any]] = []
-    if config.predictor == "none":
+    unseen = [] if config.predictor == "none" else [[x.cpu() for x in xs] for xs in unseen]
+    if not unseen:
         return calibration, table
-    unseen = [[x.cpu() for x in xs] for xs in unseen]
     compared = [calibrate("identity", moments, ridge=config.ridge).predictor]
     if config.predictor != "identity":
         compared.append(calibration.predictor)
@@ -264,25 +264,32 @@ def _stored(
     ranks: Ranks = ALONE,
 ) -> ActivationCache | None:
     """The activation cache of one part of the text, if --cache asks for one; of several ranks each
-    has one of its own share."""
+    has one of its own share, which no other number of ranks can read."""
     if options.cache is None:
         return None
+    folder = Path(options.cache)
+    shares = [part]
     if ranks.size > 1:
-        part, rows = f"{part}.{ranks.rank}", rows.shard(ranks.rank, ranks.size)
-        tokens = -(-tokens // ranks.size)
+        shares = [f"{part}.{rank}of{ranks.size}" for rank in range(ranks.size)]
+    others = sorted({path.name for path in folder.glob(f"{part}*")} - set(shares))
+    if others:
+        raise ValueError(
+            f"--cache: {folder} holds the shares of another number of ranks "
+            f"({', '.join(others)}), here are {ranks.size}; start as many, or choose another folder"
+        )
     names = ("data", "text_column", "streaming", "seed")
     cache = ActivationCache(
-        Path(options.cache) / part,
-        ModelActivations(lm, rows, points),
+        folder / shares[ranks.rank],
+        ModelActivations(lm, rows.shard(ranks.rank, ranks.size), points),
         data={name: getattr(options, name) for name in names},
         dtype=options.cache_dtype,
     )
     if tokens:
-        cache.require_disk(tokens)
+        stored = sum(count for (count,) in ranks.every([cache.stored_tokens]))
+        cache.require_disk(max(0, tokens - stored))
         display.say(
             f"activations: {cache.bytes_for(tokens) / 1e9:.2f} GB for {tokens:,} tokens in "
-            f"{options.cache} (less where the text is shorter); {cache.stored_tokens:,} tokens "
-            f"are there"
+            f"{options.cache} (less where the text is shorter); {stored:,} tokens are there"
         )
     return cache
 
@@ -437,11 +444,13 @@ def _train(options: argparse.Namespace) -> int:
     else:
         batches = source.in_order()
         if base is None:
-            kept = None
-            if ranks.rank == 0:
+            hop_batches: Iterable[list[torch.Tensor]] = []
+            if ranks.rank == 0:  # who writes down what comes of it
                 kept = _stored(options, lm, points, held_out, "held_out", display)
-            unseen = in_order(kept or ModelActivations(lm, held_out, points))
-            calibration, affine = _calibrate(lm, points, batches, unseen, config, display, ranks)
+                hop_batches = in_order(kept or ModelActivations(lm, held_out, points))
+            calibration, affine = _calibrate(
+                lm, points, batches, hop_batches, config, display, ranks
+            )
         else:
             moments = _moments(lm, points, batches, config, display, ranks)
             calibration, affine = boost_calibration(base, moments), []
@@ -950,6 +959,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_numbers,
         help="good at each of these numbers of active latents, up to k (HierarchicalTopK), for "
         "example 1,2,4,8 (default: at k alone)",
+    )
+    training.add_argument(
+        "--prefix-gain",
+        type=float,
+        default=1 / 8,
+        help="with --prefixes, the acts of the j strongest latents alone are taken (k/j)^this "
+        "times; 0: as they are",
     )
     training.add_argument("--train-tokens", type=int, default=1_000_000, help="tokens to train on")
     training.add_argument("--batch-tokens", type=int, default=1_024, help="tokens per step")

@@ -84,6 +84,14 @@ class Ranks:
         """Makes of a sum over this rank's layers the sum over all layers."""
         return self.sum if self.by_layers else in_one_piece
 
+    def whole(self, share: Tensor) -> Tensor:
+        """`[N / ranks, …]` of this rank's tokens → `[N, …]` of the batch, rank by rank."""
+        if not self.by_data:
+            return share
+        parts = [torch.empty_like(share) for _ in range(self.size)]
+        dist.all_gather(parts, share.contiguous())
+        return torch.cat(parts)
+
     def least_(self, counts: Iterable[Tensor]) -> None:
         """Tokens since a latent fired: fired on one rank is fired."""
         if self.by_data:

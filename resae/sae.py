@@ -29,6 +29,9 @@ class SAEConfig:
     """M, number of latents."""
     k: int
     """Active latents per token."""
+    prefix_gain: float = 0.0
+    """Of the j strongest latents alone every act counts (k / j) ** prefix_gain times: fewer latents
+    have to carry a part of what the others would have added."""
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae", "k"):
@@ -129,23 +132,28 @@ class TopKSAE(nn.Module):
     ) -> list[Tensor]:
         """x̂ `[..., D]` of the j strongest latents for each j of `prefixes`, rising, of a sorted
         code: each adds its rows to the one before, so that all together gather k rows.
-        HierarchicalTopK (arXiv 2505.24473), section 3."""
+        HierarchicalTopK (arXiv 2505.24473), section 3; the gain is ours."""
+        offset = self.b_dec if base is None else self.b_dec + base
         x_hats: list[Tensor] = []
+        rows: Tensor | None = None
         first = 0
         for last in prefixes:
             acts, indices = (part[..., first:last] for part in code)
-            bias = None if x_hats else self.b_dec
-            base = sparse_decode(acts, indices, self.W_dec, bias=bias, base=base)
-            x_hats.append(base)
+            rows = sparse_decode(acts, indices, self.W_dec, base=rows)
+            x_hats.append(torch.add(offset, rows, alpha=self._gain(last)))
             first = last
         return x_hats
+
+    def _gain(self, k: int) -> float:
+        return (self.config.k / k) ** self.config.prefix_gain
 
     def forward(self, x: Tensor, *, base: Tensor | None = None) -> SAEOutput:
         code = self.encode(x, base=base)
         return SAEOutput(self.decode(*code, base=base), code)
 
     def at_k(self, k: int) -> "TopKSAE":
-        """An autoencoder of the same parameters with fewer active latents, 1 ≤ k ≤ config.k."""
+        """An autoencoder of the same parameters with fewer active latents, 1 ≤ k ≤ config.k; with a
+        `prefix_gain` its encoder is a copy, that much larger."""
         if not 1 <= k <= self.config.k:
             raise ValueError(
                 f"at_k: k={k}, expected 1 to {self.config.k}, with which the autoencoder was "
@@ -154,6 +162,10 @@ class TopKSAE(nn.Module):
         shared = {id(part): part for part in (*self.parameters(), self._screened)}
         twin = copy.deepcopy(self, shared)
         twin.config = replace(self.config, k=k)
+        if (gain := self._gain(k)) != 1:  # the same latents win, with acts so many times as large
+            for name, parameter in self.encoder.named_parameters():
+                larger = nn.Parameter(parameter.detach() * gain, parameter.requires_grad)
+                setattr(twin.encoder, name, larger)
         return twin
 
     @torch.no_grad()
@@ -192,7 +204,7 @@ class TopKSAE(nn.Module):
                 "skip_connection": False,
                 "transcode": False,
                 "d_in": self.config.d_in,
-                "metadata": metadata,
+                "metadata": {**metadata, "prefix_gain": self.config.prefix_gain},
             },
         )
 
@@ -212,7 +224,8 @@ class TopKSAE(nn.Module):
                 f"{cfg.get('activation')!r}; expected a plain TopK autoencoder"
             )
         d_sae = cfg["num_latents"] or cfg["d_in"] * cfg["expansion_factor"]
-        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"]))
+        gain = cfg.get("metadata", {}).get("prefix_gain", 0.0)
+        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], gain))
         tensors = load_tensors(folder / "sae.safetensors", "SAE")
         expected = {name: list(t.shape) for name, t in sae.state_dict().items()}
         found = {name: list(t.shape) for name, t in tensors.items()}
@@ -232,7 +245,7 @@ class BoostedSAE(nn.Module):
     reads codes this is an autoencoder of M_base + M_boost latents. In training the k strongest of
     the boost count. In use only those of them above a threshold do, which keeps the boost silent on
     text that it was not trained for: the quantile of the training's acts, averaged over batches,
-    that `keep` of them exceed. Threshold 0 leaves TopK alone.
+    that `keep` of them exceed (`follow`). Threshold 0 leaves TopK alone.
 
     Args:
         boost: its decoder bias is set to zero; both biases of decoders stay as they are.
@@ -267,17 +280,17 @@ class BoostedSAE(nn.Module):
         """Acts and indices `[..., k_base + k_boost]`, each part ordered by itself."""
         first = self.base.encode(x, base=base, sorted=sorted)
         acts, indices = self.boost.encode(x, base=base, sorted=sorted)
-        if self.training and torch.is_grad_enabled():
-            self._follow(acts.detach())
-        else:
+        if not self.training:
             acts = acts.masked_fill(acts < self.threshold, 0)
         indices = torch.where(acts > 0, indices + self.base.config.d_sae, 0)
         return TopK(torch.cat([first.acts, acts], -1), torch.cat([first.indices, indices], -1))
 
     @torch.no_grad()
-    def _follow(self, acts: Tensor) -> None:
+    def follow(self, acts: Tensor) -> None:
+        """Move the threshold towards the quantile of the boost's acts `[N, k]` of a whole batch;
+        that of the first batch it becomes."""
         kept = max(1, round(self.keep * acts.numel()))
-        now = acts.flatten().topk(kept, sorted=False).values.min()
+        now = acts.flatten().topk(kept, sorted=False).values.min().to(self.threshold.dtype)
         self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(now, 0.01), now))
 
     def trained_code(self, code: TopK) -> TopK:

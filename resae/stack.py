@@ -404,11 +404,12 @@ def new_stack(
     k: Sequence[int],
     seed: int = 0,
     shared: bool = False,
+    prefix_gain: float = 0.0,
     model: ModelIdentity | None = None,
 ) -> ReSAE:
     """An untrained stack; every layer starts from its own random directions, or all are one."""
     saes = [
-        TopKSAE(SAEConfig(d_in, d_sae, k_l), seed=seed * 1_000 + layer)
+        TopKSAE(SAEConfig(d_in, d_sae, k_l, prefix_gain), seed=seed * 1_000 + layer)
         for layer, k_l in enumerate(k[:1] if shared else k)
     ]
     return ReSAE(hook_points, predictor, saes * len(k) if shared else saes, model)

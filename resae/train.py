@@ -70,6 +70,9 @@ class TrainConfig:
     """The error is the mean over the reconstructions of the j strongest latents for these j, rising
     and ending with k (HierarchicalTopK, arXiv 2505.24473); None: that of all k. Each adds a
     gradient `[M, D]`: powers of two cost less than every j."""
+    prefix_gain: float = 1 / 8
+    """The acts of the j strongest alone count (k / j) ** prefix_gain times; 0: once, as in the
+    paper."""
     boost: str | None = None
     """Folder of a trained stack, which stays as it is, its maps too: beside each of its
     autoencoders a second one is trained on what it leaves of this data (SAE Boost, arXiv
@@ -130,12 +133,10 @@ class TrainConfig:
                 f"TrainConfig: prefixes={js}, k={self.k}; expected one k, and rising numbers from "
                 f"1 on that end with it, for example 1,2,4,8 for k = 8"
             )
+        if not 0 <= self.prefix_gain <= 1:
+            raise ValueError(f"TrainConfig: prefix_gain={self.prefix_gain}, expected 0 to 1")
         if self.boost is not None and (self.shared or js is not None):
             raise ValueError("TrainConfig: boost with shared or prefixes; train the base with them")
-        if self.boost is not None and self.accumulation_steps > 1:
-            raise ValueError(
-                "TrainConfig: boost with accumulation_steps; its threshold is of whole batches"
-            )
         if not 0 < self.boost_keep <= 1:
             raise ValueError(
                 f"TrainConfig: boost_keep={self.boost_keep}, expected above 0, up to 1"
@@ -272,6 +273,8 @@ class StackLoss(NamedTuple):
     fired: list[Tensor]
     """Of each of `stack.saes` the latents that fired, in any order, repeated as often as they
     did."""
+    acts: list[Tensor]
+    """Of each of `stack.saes` what its trained part made of the tokens, `[N, k]`, detached."""
 
 
 def stack_loss(
@@ -295,6 +298,7 @@ def stack_loss(
     x_hats: list[Tensor] = []
     measured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     fired: list[list[Tensor]] = [[] for _ in stack.saes]
+    all_acts: list[list[Tensor]] = [[] for _ in stack.saes]
     for layer, x in enumerate(xs):
         sae = stack.sae(layer)
         base = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
@@ -317,9 +321,11 @@ def stack_loss(
         acts, indices = sae.trained_code(code)
         active = acts > 0
         fired[stack.position(layer)].append(indices[active])
+        all_acts[stack.position(layer)].append(acts.detach())
         l0 = active.sum(-1).double().mean()
         measured.append((fvu.detach(), l0, its_dead.double().mean(), aux.detach()))
-    return StackLoss(loss, measured, [torch.cat(latents) for latents in fired])
+    joined = ([torch.cat(of_layers) for of_layers in of_saes] for of_saes in (fired, all_acts))
+    return StackLoss(loss, measured, *joined)
 
 
 def centred_energy(x: Tensor, total: Total = in_one_piece) -> Tensor:
@@ -375,6 +381,9 @@ def train_step(
     state.optimizer.step()
     for sae in stack.distinct():
         sae.normalize_decoder()
+    for i, sae in enumerate(stack.distinct()):
+        if isinstance(sae, BoostedSAE):
+            sae.follow(ranks.whole(torch.cat([part.acts[i] for _, part in parts])))
     state.step += 1
     return _sum_of_parts(parts)
 
@@ -451,9 +460,12 @@ def initial_state(
     stack.to(device)
     M = config.d_sae
     since = [torch.zeros(M, dtype=torch.int64, device=device) for _ in stack.saes]
+    return TrainState(stack, _optimizer(stack, config), since)
+
+
+def _optimizer(stack: ReSAE, config: TrainConfig) -> torch.optim.Optimizer:
     learned = [parameter for parameter in stack.saes.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(learned, lr=config.peak_lr, fused=True)
-    return TrainState(stack, optimizer, since)
+    return torch.optim.Adam(learned, lr=config.peak_lr, fused=True)
 
 
 def _state_of_rank(
@@ -468,18 +480,16 @@ def _state_of_rank(
     saes = [state.stack.sae(layer) for layer in own]
     names = tuple(config.layers[layer] for layer in own)
     part = ReSAE(names, AffinePredictor("none"), saes).to(device)
-    optimizer = torch.optim.Adam(part.saes.parameters(), lr=config.peak_lr, fused=True)
     since = [state.tokens_since_fired[layer].to(device) for layer in own]
     ks = tuple(config.k[layer] for layer in own)
     alone = {"predictor": "none", "form": "full", "rank": None, "loop": "open"}
-    return TrainState(part, optimizer, since), replace(config, layers=names, k=ks, **alone)
+    begun = TrainState(part, _optimizer(part, config), since)
+    return begun, replace(config, layers=names, k=ks, **alone)
 
 
 def _require_divisible(config: TrainConfig, ranks: Ranks) -> None:
     problem = None
-    if ranks.size > 1 and config.boost is not None:
-        problem = "boost: its threshold is of whole batches; train it in one process"
-    elif config.batch_tokens % ranks.size:
+    if config.batch_tokens % ranks.size:
         problem = f"batch_tokens={config.batch_tokens}; make it a multiple of the ranks"
     elif ranks.by_layers and config.loop == "closed" and config.predictor != "none":
         problem = "--parallel layers with loop='closed', where a layer waits for the one before; "
@@ -502,6 +512,7 @@ def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdenti
         k=config.k,
         seed=config.seed,
         shared=config.shared,
+        prefix_gain=config.prefix_gain if config.prefixes else 0.0,
         model=identity,
     )
     means = [mean * factor for mean, factor in zip(calibration.mean, inverse, strict=True)]

@@ -2,19 +2,23 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from resae import HookedLM, ReSAE
+from resae import HookedLM, ReSAE, activation_cache
 from resae.cli import Display, main
 from resae.storage import load_json
 
+training = import_module("resae.train")  # resae.train is also the function
 TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
 SMALL = ["--train-tokens", "4096", "--batch-tokens", "128", "--buffer-tokens", "1024"]
 SMALL += ["--calibration-tokens", "2048", "--d-sae", "64"]
@@ -334,6 +338,62 @@ def test_torchrun_trains_on_two_shares_of_the_rows(run, material):
         # Other rows in each batch, of the same text.
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.25)
     assert ReSAE.load(out).hook_points == tiny.NAMES
+
+
+def of_two(rank, ports, runs, cut):
+    """One of two ranks, as torchrun starts them: the first run is cut, the last has no model."""
+    torch.set_num_threads(1)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    activation_cache.SHARD_TOKENS = 16 * 24
+    step = training.train_step
+
+    def cut_after(state, *rest):
+        if state.step == cut and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, *rest)
+
+    codes = []
+    for port, arguments in zip(ports, runs, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        training.train_step = step if codes else cut_after
+        if len(codes) == len(runs) - 1:
+            HookedLM.capture = None
+        codes.append(main(arguments))
+        torch.distributed.destroy_process_group()
+    assert codes == [130, *(0 for _ in runs[1:])]
+
+
+def free_ports(n):
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(n)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def test_each_rank_keeps_its_share_on_disk_and_goes_on_from_it(
+    material, tmp_path, processes, capsys
+):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--cache", str(tmp_path / "cache")]
+    cut, whole = ([*arguments, "--out", str(tmp_path / name)] for name in ("cut", "whole"))
+    runs = [cut, [*cut, "--resume"], whole]
+    ports = free_ports(len(runs))
+    pair = [processes.Process(target=of_two, args=(rank, ports, runs, 9)) for rank in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in pair] == [0, 0]
+    resumed, stack = (ReSAE.load(tmp_path / name).state_dict() for name in ("cut", "whole"))
+    assert all(torch.equal(resumed[name], stack[name]) for name in stack)
+    shares = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert shares == {"train.0of2", "train.1of2", "held_out"}
+    assert main([*arguments, "--out", str(tmp_path / "alone")]) == 2
+    assert "of another number of ranks (train.0of2, train.1of2)" in capsys.readouterr().err
+    assert not (tmp_path / "alone").exists()
 
 
 def bad(material, tmp_path):

@@ -13,8 +13,6 @@ from resae.demo import (
     EXTRA_METHODS,
     DemoConfig,
     Plan,
-    extra_findings,
-    findings,
     run_demo,
 )
 from resae.report import write_report
@@ -126,45 +124,6 @@ def test_a_stack_of_the_demo_can_be_used_by_hand(demo, tmp_path, capsys):
     assert (tmp_path / "report.json").exists()
 
 
-def rows_where(better):
-    """Rows of a made-up report in which ReSAE loses `better` times what raw SAEs lose."""
-    losses = {
-        ("raw", None): 1.0,
-        ("raw_equal_total", None): 0.8,
-        ("identity", "open"): 0.9,
-        ("identity", "closed"): 0.5,
-        ("resae", "open"): 1.1,
-        ("resae", "closed"): better,
-    }
-    rows = [
-        {"method": m, "loop": loop, "mode": mode, "k": 8, "layers": ["a", "b"], "delta_ce": value}
-        for (m, loop), value in losses.items()
-        for mode in ("online", "teacher_forced", "error_added")
-    ]
-    rows += [
-        {"method": "affine_only", "loop": None, "mode": mode, "k": None, "layers": ["a", "b"],
-         "delta_ce": 0.4} for mode in ("online", "teacher_forced", "error_added")
-    ]  # fmt: skip
-    redundancy = [
-        {"method": m, "k": 8, "mean_max_cos": value, "random_floor": 0.3}
-        for m, value in (("raw", 0.6), ("identity", 0.33), ("resae", better))
-    ]
-    return {"replacement": rows, "redundancy": redundancy}
-
-
-def test_findings_say_when_a_claim_does_not_hold():
-    good, bad = findings(rows_where(0.31), 0.0), findings(rows_where(1.2), 0.0)
-    assert any("below 0.6 at every k" in s and "NOT" not in s for s in good)
-    assert any("NOT below 0.6" in s for s in bad)
-    assert any("NOT within" in s for s in bad)
-    assert any("the order VARIES" in s for s in bad)
-    assert any("closed is below open" in s for s in good)
-    assert any("ahead of the last at 1 of 1 k" in s for s in good)
-    assert any("ahead of the last at 0 of 1 k" in s for s in bad)
-    assert not any("less than ReSAE at" in s for s in good)
-    assert any("less than ReSAE at k = 8" in s for s in bad)
-
-
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     """All methods, hardly trained: that each trains on the embedded model and is in the report."""
@@ -219,54 +178,6 @@ def test_the_boost_helps_where_it_was_trained_and_its_base_is_untouched(everythi
     for layer in range(3):
         kept = boosted.sae(layer).base.state_dict()
         assert all(torch.equal(t, kept[n]) for n, t in base.sae(layer).state_dict().items())
-
-
-def further_rows(ratio):
-    """A report in which the further methods are `ratio` times what they are held against."""
-    rows = [
-        {"method": m, "loop": loop, "mode": mode, "k": 8, "layers": ["a"], "delta_ce": value}
-        for m, loop, value in (
-            ("raw", None, 1.0), ("mlsae", None, 1.0), ("resae", "closed", 0.5),
-            ("resae_closed", "closed", 0.5 * ratio), ("all_previous", "closed", 0.5),
-        )
-        for mode in ("online", "teacher_forced")
-    ]  # fmt: skip
-    table = [{"k": 8, "layer": "a", "fvu": ratio, "single": 1.0, "over_single": ratio - 1}]
-    change = {"rest": 0.005 * ratio, BOOST_DOMAIN: -0.12 / ratio}
-    return {
-        "replacement": rows,
-        "affine": [{"method": m, "hop": "a", "r2": 0.9} for m in ("resae", "all_previous")],
-        "reconstruction": [
-            {"method": m, "loop": "closed", "k": 8, "layer": "a", "fvu_stream": value}
-            for m, value in (("resae", 0.2), ("resae_closed", 0.2 * ratio))
-        ],
-        "mlsae": table,
-        "hierarchical": [{**table[0], "truncated": 1.01}],
-        "boost": [
-            {"text": text, "which": which, "layer": "a", "change": value}
-            for text, value in change.items()
-            for which in ("after", "after, TopK alone")
-        ],
-    }
-
-
-def test_findings_on_further_methods_say_when_a_bound_does_not_hold():
-    good, bad = extra_findings(further_rows(0.9)), extra_findings(further_rows(1.25))
-    assert len(good) == len(bad) == 5
-    assert "better at 1 of 1 k" in good[0]
-    assert "worse at none of 1 k" in good[0]
-    assert "last layer 0.180 against 0.200" in good[0]
-    assert "better at 0 of 1 k" in bad[0]
-    assert "worse at 1 of 1 k" in bad[0]
-    assert "-10.0% at k = 8" in good[3]
-    assert ": within 3 %" in good[3]
-    assert "better than an ordinary SAE truncated to that k in 1 of 1" in good[3]
-    assert "NOT within 3 %" in bad[3]
-    assert "in 0 of 1" in bad[3]
-    assert ": within the bounds" in good[4]
-    assert "NOT within the bounds" in bad[4]
-    plain = {"replacement": rows_where(0.3)["replacement"], "affine": []}
-    assert extra_findings(plain) == []  # nothing was asked for
 
 
 def test_unknown_methods_are_refused_before_any_work(capsys):

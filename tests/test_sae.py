@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -180,8 +181,10 @@ def test_impossible_sizes_are_errors(sizes, message):
         SAEConfig(*sizes)
 
 
-def test_prefixes_are_the_reconstructions_of_fewer_latents():
+@pytest.mark.parametrize("gain", [0.0, 0.25])
+def test_prefixes_are_the_reconstructions_of_fewer_latents(gain):
     sae = small(k=5).double()
+    sae.config = replace(sae.config, prefix_gain=gain)
     sae.b_dec.data.normal_()
     x, base = torch.randn(2, 7, 8, dtype=torch.float64)
     code = sae.encode(x, base=base)
@@ -199,6 +202,21 @@ def test_fewer_latents_share_the_parameters():
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"at_k: k={k}, expected 1 to 5"):
             sae.at_k(k)
+
+
+def test_with_a_prefix_gain_fewer_latents_are_the_same_ones_with_larger_acts(tmp_path):
+    sae = small(k=8).double()
+    sae.config = replace(sae.config, prefix_gain=0.5)
+    sae.encoder.bias.data.normal_()
+    sae.save(tmp_path, hook_point="x")
+    x = torch.randn(20, 8, dtype=torch.float64)
+    full = sae.encode(x)
+    assert torch.equal(sae.at_k(8).encode(x).acts, full.acts)
+    for fewer in (sae.at_k(2), sae.at_k(4).at_k(2), TopKSAE.load(tmp_path).at_k(2)):
+        acts, indices = fewer.encode(x)
+        assert torch.equal(indices, full.indices[:, :2])
+        torch.testing.assert_close(acts, 2 * full.acts[:, :2])
+        assert torch.equal(fewer.W_dec, sae.W_dec)
 
 
 # -- boosted ---------------------------------------------------------------------------------------
@@ -245,15 +263,15 @@ def test_the_threshold_silences_the_boost_in_use_and_never_the_base():
 def test_the_threshold_is_the_quantile_of_what_training_selected():
     sae = boosted(keep=0.25)
     x = torch.randn(400, 8)
+    acts = sae.boost.encode(x).acts.detach()
     for _ in range(3):
-        sae.encode(x)
-    acts = sae.boost.encode(x).acts
+        assert torch.equal(sae.encode(x).acts[:, 3:], acts)  # in training all count
+        sae.follow(acts)
     share = float((acts >= sae.threshold).double().mean())
     assert share == pytest.approx(0.25, abs=0.01)
-    with torch.no_grad():  # an evaluation in between
-        code = sae.encode(2 * x)
-        assert float((sae.boost.encode(x).acts >= sae.threshold).double().mean()) == share
-        assert float(code.acts[:, 3:][code.acts[:, 3:] > 0].min()) >= float(sae.threshold)
+    acts_in_use = sae.eval().encode(2 * x).acts[:, 3:].detach()
+    assert float((sae.boost.encode(x).acts >= sae.threshold).double().mean()) == share
+    assert float(acts_in_use[acts_in_use > 0].min()) >= float(sae.threshold)
 
 
 def test_training_reaches_the_boost_alone():

@@ -15,7 +15,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"demo", "report", "tune"},
-    {"evaluate", "plan"},
+    {"evaluate", "plan", "findings"},
     {"train", "replace"},
     {"intervene", "activation_cache", "decode_loop", "distributed"},
     {"stack"},

@@ -335,6 +335,7 @@ def test_calibration_comes_back(xs, tmp_path):
         pytest.param({"prefixes": (0, 4)}, "from 1 on", id="prefixes-zero"),
         pytest.param({"prefixes": ()}, "prefixes=", id="prefixes-none"),
         pytest.param({"prefixes": (1, 4), "k": (4, 8, 4)}, "one k", id="prefixes-k"),
+        pytest.param({"prefix_gain": -1.0}, "prefix_gain=-1", id="prefixes-gain"),
         pytest.param({"train_tokens": 0}, "train_tokens=0", id="tokens"),
         pytest.param({"buffer_tokens": 32}, "below batch_tokens=64", id="buffer"),
         pytest.param({"clip_norm": 0.0}, "clip_norm=0.0", id="clip"),
@@ -392,8 +393,9 @@ def test_the_loss_over_prefixes_is_the_mean_of_the_errors_at_each(xs, kind):
         base = stack.predictor(layer, batch)
         target = x if base is None else x - base
         for j in (1, 3, 4):
-            sae = stack.sae(layer).at_k(j)
-            error = (x - sae(x, base=base).x_hat).square().sum()
+            acts, indices = stack.sae(layer).encode(x, base=base, k=j)
+            x_hat = stack.sae(layer).decode(acts * (4 / j) ** (1 / 8), indices, base=base)
+            error = (x - x_hat).square().sum()
             expected = expected + error / (target - target.mean(0)).square().sum() / 3
     torch.testing.assert_close(found.loss, expected)
     parameters = list(stack.saes.parameters())
@@ -415,6 +417,9 @@ def test_trained_over_prefixes_a_truncated_code_reconstructs_better(xs, tmp_path
         x_hats = stack.at_k(k)(xs).x_hats
         return sum(float((x - y).square().mean()) for x, y in zip(xs, x_hats, strict=True))
 
+    loaded = ReSAE.load(tmp_path / "nested")
+    assert loaded.sae(0).config.prefix_gain == 1 / 8
+    assert error(loaded, 2) == error(nested, 2)
     assert error(nested, 1) < 0.95 * error(plain, 1)
     assert error(nested, 2) < 0.98 * error(plain, 2)
     assert error(nested, 8) < 1.2 * error(plain, 8)
@@ -457,6 +462,29 @@ def test_a_resumed_boost_ends_in_the_bits_of_an_uninterrupted_one(xs, tmp_path):
     assert boost(xs, tmp_path / "base", tmp_path / "cut", should_stop=stop_after(9)) is None
     resumed = boost(xs, tmp_path / "base", tmp_path / "cut", resume=True).state_dict()
     assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
+
+
+def test_the_threshold_of_a_boost_in_pieces_is_that_of_whole_batches(xs, tmp_path):
+    run(xs, tmp_path / "base", config_of(train_tokens=64))
+    whole, cut = (
+        boost(
+            xs,
+            tmp_path / "base",
+            tmp_path / str(pieces),
+            config_of(
+                boost=str(tmp_path / "base"),
+                k=(2, 2, 2),
+                train_tokens=64 * 4,
+                lr=1e-3,
+                accumulation_steps=pieces,
+            ),
+        )
+        for pieces in (1, 3)
+    )
+    for layer in range(3):
+        threshold = whole.sae(layer).threshold
+        assert threshold > 0
+        torch.testing.assert_close(cut.sae(layer).threshold, threshold, rtol=1e-4, atol=0)
 
 
 def test_what_cannot_be_boosted_is_named(xs, tmp_path):
