@@ -1,4 +1,5 @@
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -360,6 +361,33 @@ def test_special_values_have_their_place_among_ties(case, sorted_):
 
 
 # -- NaN in checked mode ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sorted_", [True, False])
+@pytest.mark.parametrize(("M", "k"), [(64, 1), (64, 4), (96, 5), (48, 3), (50, 7), (40, 40)])
+@pytest.mark.parametrize("least", [0, 10**9], ids=["by-groups", "at-once"])
+def test_selection_by_groups_and_at_once(monkeypatch, least, M, k, sorted_):
+    """Rows of few values, of all kinds, and of distinct ones, beside each other."""
+    module = import_module("resae_kernels.topk_encode")  # resae_kernels.topk_encode is the op
+    monkeypatch.setattr(module, "GROUPED_SCORES", least)
+    generator = torch.Generator().manual_seed(M + k)
+    few = torch.tensor([-inf, -1.0, 0.0, 1.0, 2.0, inf, nan])
+    special = few[torch.randint(7, (60, M), generator=generator)]
+    levels = torch.randint(5, (60, M), generator=generator).float()
+    distinct = torch.randn(60, M, generator=generator)
+    one_nan = distinct.index_fill(1, torch.tensor([M - 3]), nan)
+    scores = torch.cat([special, levels, distinct, one_nan, levels - 3])
+    acts, indices = module._select(scores, k, sorted_)
+    expected = [ranked(row, k) for row in scores.tolist()]
+    for row, found, wanted in zip(scores, indices, expected, strict=True):
+        wanted = wanted if sorted_ else sorted(wanted)
+        assert found.tolist() == wanted + [0] * (k - len(wanted)), row
+    taken = torch.where(scores > 0, scores, torch.where(scores.isnan(), nan, 0.0)).gather(
+        1, indices
+    )
+    lengths = torch.tensor([len(wanted) for wanted in expected])
+    taken[torch.arange(k) >= lengths.unsqueeze(1)] = 0
+    torch.testing.assert_close(acts, taken, rtol=0, atol=0, equal_nan=True)
 
 
 def test_check_nan_names_the_token():
