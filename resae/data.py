@@ -292,9 +292,10 @@ def _captured(
     keep = ~lm.is_special(input_ids)
     with OneDNNLinear():
         captured = lm.capture(input_ids, points)
+    kept = keep.view(-1).nonzero().squeeze(1)
     # A model may be spread over devices: blocks are where their activations are.
-    masks = [keep.to(captured[point].device) for point in points]
-    return keep.sum(1).tolist(), [captured[p][mask] for p, mask in zip(points, masks, strict=True)]
+    xs = [captured[point].flatten(0, 1) for point in points]
+    return keep.sum(1).tolist(), [x.index_select(0, kept.to(x.device)) for x in xs]
 
 
 Read = Callable[[int], tuple[list[int], list[Tensor]]]
@@ -538,4 +539,4 @@ def _shuffled(
     order = torch.randperm(len(xs[0]), generator=generator).to(xs[0].device)
     for batch in range(len(order) // batch_tokens):
         picked = order[batch * batch_tokens : (batch + 1) * batch_tokens]
-        yield batch, [x[picked] for x in xs]
+        yield batch, [x.index_select(0, picked) for x in xs]

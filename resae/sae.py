@@ -388,6 +388,7 @@ def auxk_loss(
         min(k_aux, rows.numel()),
         pre_bias=sae.b_dec,
         base=base,
+        sorted=False,
     )
     rebuilt = sparse_decode(code.acts, code.indices, sae.W_dec[rows])
     return (error - rebuilt).square().sum() / total(error.square().sum()).clamp_min(1e-12)

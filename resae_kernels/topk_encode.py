@@ -249,12 +249,7 @@ def _select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     values = scores.gather(1, indices)
     positive = (values > 0) | values.isnan()
     acts = torch.where(positive, values, 0.0)
-    if sorted:
-        order = _descending(acts)
-    elif bool(positive.all()):
-        return acts, indices
-    else:
-        order = indices.masked_fill(~positive, scores.shape[1]).argsort(dim=-1)
+    order = _descending(acts if sorted else positive.to(torch.uint8))
     return acts.gather(1, order), indices.masked_fill_(~positive, 0).gather(1, order)
 
 
@@ -275,6 +270,8 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     from, and enough of them remain.
     """
     n, M = scores.shape
+    if k == M:
+        return torch.arange(M, device=scores.device).repeat(n, 1)
     sizes = (16, 8, 4) if scores.numel() >= GROUPED_SCORES else ()
     enough = (g for g in sizes if M % g == 0 and M // g >= max(3, g // 2) * (k + 1))
     size = next(enough, None)
