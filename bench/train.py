@@ -57,6 +57,8 @@ CONTEXT_TOKENS = 128
 HELD_OUT_ROWS = 128
 """The first half chooses learning rates, the second is reported."""
 CURVE_POINTS = 10
+MODEL_CODE = "transformers.models.gpt_neox.modeling_gpt_neox"
+"""What loading the embedded model imports, which some packages have imported before."""
 
 
 @dataclass(frozen=True)
@@ -557,8 +559,8 @@ def run_task(task: Task) -> dict[str, Any]:
         return step_at_scale(task.package, Scale(**json.loads(task.activations)))
     s = task.setting
     package = PACKAGES[task.package]
-    for needed in (package.module, "datasets", "transformers", "resae.cli"):
-        __import__(needed)
+    for needed in (package.module, "datasets", MODEL_CODE, "resae.cli"):
+        __import__(needed)  # importing is on nobody's clock
     if task.package == "dictionary_learning":
         import nnsight
 
