@@ -23,7 +23,7 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from resae_kernels.sparse_decode import pair_products
 from resae_kernels.topk_encode import (
     _backward,
     _check,
+    _descending,
     _residual,
     _select,
     _setup_context,
@@ -154,7 +155,7 @@ class ScreenedEncoder:
 
     def __getstate__(self) -> dict:
         """Without the copy: whoever is copied or unpickled makes its own."""
-        return self.__dict__ | {"_copy": None, "_copied": ()}
+        return self.__dict__ | {"_copy": None, "_copied": (), "_samples": []}
 
     def encode(
         self,
@@ -245,7 +246,7 @@ class ScreenedEncoder:
 
         The same bounds as there. While a model writes its caches are cold, so that what counts,
         beside the product, is the number of calls: what is one number per row is a Python float
-        here, and all latents are compared without groups.
+        here, numpy has fewer steps per call, and all latents are compared without groups.
         """
         copy = self._copy or self._current_copy()
         assert copy is not None
@@ -256,11 +257,12 @@ class ScreenedEncoder:
         scores, factor, step, norm = upper
         group = _group(len(copy.weight), k)
         assert group is not None
-        best = scores.view(group, -1).amax(0)
-        lower = best.sub_(copy.width(group)[0], alpha=2.0 * factor)
+        lower = scores.view(group, -1).amax(0).sub_(copy.width(group)[0], alpha=2.0 * factor)
         slack = ROUNDING * copy.largest_bias / step
-        least = float(lower.topk(k).values[-1]) - slack
-        candidates = (scores >= max(least, -slack)).nonzero().squeeze(1)
+        ranked = lower.numpy()
+        ranked.partition(len(ranked) - k)
+        least = float(ranked[-k]) - slack
+        candidates = torch.from_numpy((scores.numpy() >= max(least, -slack)).nonzero()[0])
         n = len(candidates)
         if not k <= n <= CANDIDATES * len(copy.weight):
             return None
@@ -275,8 +277,8 @@ class ScreenedEncoder:
         widest = 2.0 * factor * copy.largest_bound + tolerance
         if not (float(lowest) >= -tolerance and float(highest) <= widest):
             return None
-        acts, order = exact.sort(descending=True, stable=True)
-        acts, order = acts[:k], order[:k]
+        order = _descending(exact.unsqueeze(0))[0, :k]
+        acts = exact.index_select(0, order)
         if not float(acts[-1]) > 0.0:
             return None
         if not sorted:
@@ -338,29 +340,29 @@ class ScreenedEncoder:
         finite."""
         tensors = [t for t in (self.weight, self.bias) if t is not None]
         state = tuple((t.data_ptr(), t._version) for t in tensors)
-        samples = [_sample(t.detach()) for t in tensors]
-        if state != self._copied or not all(map(torch.equal, samples, self._samples)):
+        if state != self._copied or any((now != then).any() for now, then in self._samples):
             bias = None if self.bias is None else self.bias.detach()
             self._copy = _quantise(self.weight.detach(), bias, self.margin, self._seed)
-            self._copied, self._samples = state, [sample.clone() for sample in samples]
+            self._copied = state
+            self._samples = [(now, now.copy()) for now in (_sample(t.detach()) for t in tensors)]
         return self._copy
 
     def forget(self) -> None:
         """Drop the copy: the next call makes a new one."""
         self._copy: _Copy | None = None
         self._copied: tuple = ()
-        self._samples: list[Tensor] = []
+        self._samples: list[tuple[Any, Any]] = []
 
 
 def _require_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """An entry of each of a hundred rows, or of all; a view. More would cost a token what it saves:
-    each lies in memory by itself."""
+def _sample(tensor: Tensor) -> Any:
+    """An entry of each of a hundred rows, or of all; a view, as a numpy array. More would cost a
+    token what it saves: each lies in memory by itself."""
     some = tensor[:: max(1, len(tensor) // 128)]
-    return some if some.ndim == 1 else some[:, some.shape[1] // 2]
+    return (some if some.ndim == 1 else some[:, some.shape[1] // 2]).numpy()
 
 
 @dataclass
@@ -607,7 +609,8 @@ def _upper(copy: _Copy, rest: Tensor) -> _Upper:
 def _upper_row(copy: _Copy, row: Tensor) -> tuple[Tensor, float, float, float] | None:
     """`_upper` of one residual `[D]`, `(scores [M'], factor, step, norm)`; None if it is not an
     ordinary one, or the margin is not statistical."""
-    norm, peak = float(torch.linalg.vector_norm(row)), float(row.abs().max())
+    entries = row.numpy()
+    norm, peak = math.sqrt(entries.dot(entries)), float(max(entries.max(), -entries.min()))
     step = peak / STEPS
     ordinary = step > 1e-30 and peak * math.sqrt(len(row)) <= OUTLIER * norm < math.inf
     if not ordinary or copy.ratio is None:
