@@ -336,7 +336,7 @@ class Replacement:
             left = counts.new_zeros(()) if self._keep is None else self._keep.sum()
             calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
             self._tally = torch.stack([calls, tokens, left])
-        counts[0 if T > 1 else 1] += self._tally.to(stream.device)
+        counts[0 if T > 1 else 1].add_(self._tally.to(stream.device))
 
 
 _REPLACED: WeakKeyDictionary[nn.Module, set[HookPoint]] = WeakKeyDictionary()
