@@ -750,8 +750,6 @@ def _generate(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "fast": options.fast,
     }
-    if options.fast and options.show_latents:
-        raise ValueError("--fast with --show-latents: the fast loop shows no codes; leave one off")
     plain = generate(lm, options.prompt, **settings)
     display.say("— nothing replaced —")
     display.say(options.prompt + plain.text)

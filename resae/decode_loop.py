@@ -10,10 +10,11 @@ as it is at each call: replaced, if that is inside a replacement.
 
 What the graph needs, and who sees to it: the tensors that a step changes stay at their addresses
 (keys and values: `StaticLayer` declares it; counts: `Replacement`), nothing in a step depends on a
-number that Python counts, and what a step returns is used up before the next one begins.
+number that Python counts, and what a step returns is used up before the next one begins. Codes that
+are read on the way are handed over between two steps, by functions that run outside the graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class DecodeLoop:
         stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=input_ids.device)
         ended = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
         prompt_mask = mask[:, :T] if padded else None
-        logits = self._forward(input_ids, positions[:, :T], prompt_mask, cache)
+        logits = self._run(self._forward, input_ids, positions[:, :T], prompt_mask, cache)
         tokens: list[Tensor] = []
         for i in range(max_new_tokens):
             token = _pick(logits, temperature, generator)
@@ -113,7 +114,7 @@ class DecodeLoop:
             if self._on_gpu:
                 torch.compiler.cudagraph_mark_step_begin()
             at = positions[:, T + i : T + i + 1]
-            logits = self._step(token, at, mask if padded else None, cache)
+            logits = self._run(self._step, token, at, mask if padded else None, cache)
         written = torch.cat(tokens, dim=1)
         if len(stops):
             # Beyond the last row's end there is nothing but filling.
@@ -155,6 +156,17 @@ class DecodeLoop:
         else:
             self._cache.reset()
         return self._cache
+
+    def _run(self, step: Callable[..., Tensor], *args: Any) -> Tensor:
+        """A step, and then what it leaves to be called."""
+        self.lm.deferred = []
+        try:
+            logits = step(*args)
+        finally:
+            deferred, self.lm.deferred = self.lm.deferred, None
+        for function, *arguments in deferred:
+            function(*arguments)
+        return logits
 
     def _forward(
         self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache

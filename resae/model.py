@@ -101,6 +101,9 @@ class HookedLM:
         self.name = name or getattr(self.config, "name_or_path", "") or self.config.model_type
         self.family = _family_of(self.config, self.name)
         self.blocks: Any = model.get_submodule(self.family.blocks)
+        self.deferred: list[tuple[Any, ...]] | None = None
+        """Functions with their arguments, which whoever runs a pass will call after it; None: they
+        are called at once, as no compiled graph can."""
 
     @classmethod
     def from_pretrained(

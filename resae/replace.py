@@ -324,7 +324,11 @@ class Replacement:
         if self._carried is not None:
             self._codes.append(carried)
         if self._on_codes is not None:
-            self._on_codes(self._points[layer].name, code)
+            name = self._points[layer].name
+            if self._lm.deferred is None:
+                self._on_codes(name, code)
+            else:
+                self._lm.deferred.append((self._on_codes, name, code))
         return delta
 
     def _count(self, layer: int, stream: Tensor) -> None:
@@ -525,12 +529,12 @@ def generate(
         seed: of the sampling; the global generator is left as it was.
         fast: whether to write the same tokens with a `DecodeLoop` in place of `model.generate`. On
             a GPU it compiles the step anew for every text: for many texts, use one loop yourself
-            inside one replacement. It may run, and count, up to 15 steps beyond the end of a text.
+            inside one replacement. It may run, count and read up to 15 steps beyond a text's end.
         options: further ones of `replacement`: interventions, on_codes, keep_error, …
 
     Raises:
         ValueError: the model has no tokenizer, or the text would outgrow its context; a mode that
-            writes nothing; with `fast`, what a compiled step cannot do.
+            writes nothing; with `fast`, what the loop does not follow.
     """
     if options.get("mode", "online") != "online":
         raise ValueError(
@@ -538,7 +542,7 @@ def generate(
             f"mode='online'"
         )
     if fast:
-        _require_fast(lm, temperature, options)
+        _require_fast(lm, temperature)
     if lm.tokenizer is None:
         raise ValueError(f"model {lm.name} has no tokenizer; load it with HookedLM.from_pretrained")
     ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -600,13 +604,8 @@ _WITHOUT_EFFECT = {
 _CUT_OFFS = {"top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 
 
-def _require_fast(lm: HookedLM, temperature: float, options: dict[str, Any]) -> None:
+def _require_fast(lm: HookedLM, temperature: float) -> None:
     """Raise ValueError where the fast loop would not write what `model.generate` writes."""
-    if options.get("on_codes") is not None:
-        raise ValueError(
-            "generate: fast=True with on_codes: a compiled step calls no function of yours; read "
-            "the codes with fast=False"
-        )
     config: Any = lm.model.generation_config
     harmless = _WITHOUT_EFFECT | (set() if temperature > 0 else _CUT_OFFS)
     for name, value in config.to_diff_dict().items():

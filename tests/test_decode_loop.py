@@ -5,7 +5,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
-from resae import DecodeLoop, replacement
+from resae import DecodeLoop, StrongestLatents, replacement
 
 
 @pytest.fixture(scope="module", params=["pythia", "gemma2"])
@@ -67,6 +67,7 @@ def test_one_graph_serves_every_step_and_call(lm):
             {"interventions": [{"layer": 1, "action": "add", "latents": 3, "value": 2.0}]},
             id="edited",
         ),
+        pytest.param({"on_codes": StrongestLatents(2)}, id="read"),
     ],
 )
 def test_a_compiled_step_can_be_a_cuda_graph(lm, options):
@@ -159,3 +160,44 @@ def test_bad_prompts(ids, options, message):
 def test_a_loop_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="max_length=65, expected 2 to 64"):
         DecodeLoop(tiny.pythia(), max_length=65)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_codes_are_read_after_each_step_and_by_the_same_graph(lm, compiled):
+    """As `model.generate` shows them, edited or not; by functions that no graph could hold."""
+    torch._dynamo.reset()
+    counters.clear()
+    ids, stack = tiny.ids(2, 6), tiny.stack(lm)
+    edits = [{"layer": 1, "action": "clamp", "latents": 3, "value": 9.0, "at": "generated"}]
+    for interventions in (None, edits):
+        expected, strongest, seen = StrongestLatents(2), StrongestLatents(2), []
+
+        def read(name, code, strongest=strongest, seen=seen):
+            seen.append((name, code.acts.shape[1], float(code.acts.sum())))
+            strongest(name, code)
+
+        with replacement(lm, stack, interventions=interventions, on_codes=expected):
+            text = plain(lm, ids, 8)
+        with replacement(lm, stack, interventions=interventions, on_codes=read):
+            write = DecodeLoop(lm, max_length=16, compile=compiled, backend="eager")
+            assert torch.equal(write(ids, max_new_tokens=8), text)
+        assert [(name, tokens) for name, tokens, _ in seen] == [
+            (name, tokens) for tokens in (6, *[1] * 7) for name in stack.hook_points
+        ]
+        for name, code in expected.codes.items():
+            assert torch.equal(strongest.codes[name].indices, code.indices)
+            torch.testing.assert_close(strongest.codes[name].acts, code.acts)
+    assert counters["stats"]["unique_graphs"] == (2 if compiled else 0)
+
+
+def test_a_failing_reader_leaves_nothing_deferred(lm):
+    def fail(name, code):
+        raise RuntimeError(f"{name} {tuple(code.acts.shape)}")
+
+    with (
+        replacement(lm, tiny.stack(lm), on_codes=fail),
+        pytest.raises(RuntimeError, match=r"\(1, 4, 4\)"),
+    ):
+        DecodeLoop(lm, max_length=8)(tiny.ids(1, 4), max_new_tokens=2)
+    assert lm.deferred is None
+    DecodeLoop(lm, max_length=8)(tiny.ids(1, 4), max_new_tokens=2)
