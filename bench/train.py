@@ -868,6 +868,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     right.set_yticks(range(len(bars)), names, fontsize=7)
     right.invert_yaxis()
     right.margins(x=0.15)
+    right.locator_params(axis="x", nbins=4)
     right.set_xlabel("tokens per second, one core")
     right.set_title("the whole loop", fontsize=10)
     for axis in (left, right):
