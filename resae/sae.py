@@ -224,7 +224,7 @@ class TopKSAE(nn.Module):
                 f"{cfg.get('activation')!r}; expected a plain TopK autoencoder"
             )
         d_sae = cfg["num_latents"] or cfg["d_in"] * cfg["expansion_factor"]
-        gain = cfg.get("metadata", {}).get("prefix_gain", 0.0)
+        gain = (cfg.get("metadata") or {}).get("prefix_gain", 0.0)
         sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], gain))
         tensors = load_tensors(folder / "sae.safetensors", "SAE")
         expected = {name: list(t.shape) for name, t in sae.state_dict().items()}

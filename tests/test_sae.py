@@ -1,4 +1,5 @@
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -155,6 +156,17 @@ def test_saved_autoencoder_comes_back_in_sparsifys_layout(tmp_path):
     assert set(sae.state_dict()) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
     files = sorted(p.name for p in (tmp_path / "layers.3").iterdir())
     assert files == ["cfg.json", "sae.safetensors"]
+
+
+@pytest.mark.parametrize("metadata", [{}, None, "absent"])
+def test_files_of_others_that_say_nothing_of_a_gain_have_none(tmp_path, metadata):
+    small().save(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    cfg["metadata"] = metadata
+    if metadata == "absent":
+        del cfg["metadata"]
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    assert TopKSAE.load(tmp_path).config == small().config
 
 
 def test_unreadable_autoencoders_are_named(tmp_path):
