@@ -48,7 +48,7 @@ PROMPTS = ("And it came to pass", "def __init__(self,")
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes of the demonstration; the defaults fit in five minutes and 3 GB on two CPU cores."""
+    """Sizes of the demonstration; the defaults fit in three minutes and 3 GB on one CPU core."""
 
     layers: tuple[str, ...] = ("1", "3", "5")
     k: tuple[int, ...] = (4, 8, 32)
@@ -291,22 +291,22 @@ def _planned(config: DemoConfig) -> list[tuple[_Recipe, int]]:
 
 def _stages(config: DemoConfig) -> dict[str, float]:
     tokens = config.train_tokens / 200_000
-    stages = {_CAPTURE: 12.0 * tokens, _FIT: 2.0}
+    stages = {_CAPTURE: 6.0 * tokens, _FIT: 2.0}
     ways = 18 * len(config.k) + 3
     for recipe, k in _planned(config):
         passes = 1.6 if recipe.nested else 1.0
-        stages[_training_stage(recipe, k)] = passes * (5.8 + 0.1 * k) * tokens
+        stages[_training_stage(recipe, k)] = passes * (3.3 + 0.04 * k) * tokens
         if recipe not in RECIPES:
             ways += 3 if recipe.predictor == "none" else 6
     if "hierarchical" in config.methods:
         ways += 6 * (len(config.k) - 1)
     methods = ways
     if "boost" in config.methods:
-        stages[_BOOST_DATA] = 24.0 * tokens + 1.0
-        stages[_BOOST_BASE] = (5.8 + 0.1 * config.k[-1]) * tokens
+        stages[_BOOST_DATA] = 7.0 * tokens + 1.0
+        stages[_BOOST_BASE] = (3.3 + 0.04 * config.k[-1]) * tokens
         stages[_BOOST_TRAIN] = 14.0 * tokens + 0.1 * config.held_out_rows
         methods += 9
-    return {**stages, _EVALUATE: 0.0135 * methods * config.held_out_rows, _GENERATE: 3.0}
+    return {**stages, _EVALUATE: 0.0126 * methods * config.held_out_rows, _GENERATE: 3.0}
 
 
 def _capture(
