@@ -2,7 +2,8 @@
 
 Torch has MKL multiply in float32, which leaves half of what an AMD processor can do. oneDNN, which
 torch carries for its 16-bit products, takes 0.4 to 0.5 of that time there from some 64 rows on (one
-core). torch reaches it through an op that it keeps for its compiler and that has no gradient.
+core; other makes were not measured). torch reaches it through an op that it keeps for its compiler
+and that has no gradient.
 """
 
 import torch

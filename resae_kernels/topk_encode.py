@@ -99,7 +99,7 @@ def topk_encode(
         base: `[..., D]`, subtracted token by token (a prediction of x; the code is of the rest).
         sorted: True orders a code by value, descending, then index; False by index, ascending.
         workspace_bytes: bound on the scores held at once (one row at least); default 32 MiB on
-            CPU, 512 MiB on CUDA.
+            CPU, 512 MiB on CUDA. Selection on a CPU may hold them a second time.
         check_nan: raise if a score is NaN instead of sorting it first.
         implementation: "torch", "triton" or None, by device (CUDA: triton). Same contract.
 
