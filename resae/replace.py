@@ -390,8 +390,8 @@ def replacement(
             Interventions that keep the error need not say so here again.
         interventions: online only: edits of the codes, as `resae.Interventions.parse` reads them.
         on_codes: online only: called at every selected layer of every pass with the name of its
-            hook point and its code `[B, T, k]`, edited, on the device (by a `DecodeLoop` of the same
-            `lm` after each step); `resae.StrongestLatents` is one such function.
+            hook point and its code `[B, T, k]`, edited, on the device; in a `DecodeLoop` of the
+            same `lm` after each step. `resae.StrongestLatents` is one such function.
         transport_bytes: online, closed loop: where the L(L−1)/2 dictionaries carried to later
             layers take no more than this, they are made now, and passes of up to 16 tokens predict
             by gathering their rows instead of multiplying by the maps. They do not follow later
