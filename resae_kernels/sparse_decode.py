@@ -11,8 +11,8 @@ kernels.
 Where k is a large share of M, each of the three is faster as a dense product over the code
 scattered into `[n, M]`, chunk of rows by chunk: the `form` "dense", with as fixed an order of sums.
 
-Both implementations do this: `torch` with the compiled CPU library or `embedding_bag`, `triton` with
-the kernels at the end.
+Both implementations do this: `torch` with the compiled CPU library or `embedding_bag`, `triton`
+with the kernels at the end.
 """
 
 import itertools
@@ -258,9 +258,9 @@ def _reconstruct(
     wide = accumulation_dtype(dtype)
     codes = list(zip(acts, indices, W_dec, strict=True))
     dense = [_is_dense(form, i, W.shape[0], dtype) for _, i, W in codes]
-    if chosen == "torch" and target is None and not any(dense):
-        if native.takes(*acts, *W_dec, bias, base):
-            return native.decode(acts, indices, W_dec, bias, base), None
+    compiled = chosen == "torch" and target is None and not any(dense)
+    if compiled and native.takes(*acts, *W_dec, bias, base):
+        return native.decode(acts, indices, W_dec, bias, base), None
     gathered: list[tuple[Tensor, Tensor, Tensor]] = []
     total = base
     for code, is_dense in zip(codes, dense, strict=True):
