@@ -143,6 +143,18 @@ def test_parts_without_data_are_left_out(tmp_path):
     assert "Training" not in page
 
 
+def test_the_folder_may_be_named_by_a_string(tmp_path):
+    save_json(tmp_path / "report.json", report_of())
+    assert write_report(str(tmp_path)) == tmp_path / "report.html"
+
+
+def test_without_matplotlib_the_remedy_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
+    save_json(tmp_path / "report.json", report_of())
+    monkeypatch.setattr("resae.report.find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"resae\[plots\]"):
+        write_report(tmp_path)
+
+
 def test_drawing_twice_gives_the_same_bytes(tmp_path):
     save_json(tmp_path / "report.json", report_of())
     first = write_report(tmp_path).read_bytes()
