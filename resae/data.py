@@ -19,6 +19,7 @@ import json
 from codecs import getincrementaldecoder
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -150,6 +151,7 @@ def _require_utf8(path: Path) -> None:
 
 def _load_dataset(data: str, path: Path, split: str, streaming: bool, files: Sequence[Path]) -> Any:
     import datasets  # heavy, and absent where only kernels are used
+    from datasets.exceptions import DatasetsError
 
     if path.is_file():
         source: dict[str, Any] = {"path": READERS[path.suffix], "data_files": str(path)}
@@ -160,7 +162,7 @@ def _load_dataset(data: str, path: Path, split: str, streaming: bool, files: Seq
         return datasets.load_dataset(**source, split=split, streaming=streaming)
     except OSError as error:  # not there, or the hub cannot be reached
         raise FileNotFoundError(_not_found(data, _first_line(error))) from None
-    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, RuntimeError, DatasetsError) as error:
         if type(error) is ValueError:
             raise FileNotFoundError(
                 f"dataset {data!r}: cannot read split {split!r} ({_first_line(error)})"
@@ -275,6 +277,18 @@ def _require_train_split(data: str, split: str) -> None:
         raise FileNotFoundError(
             f"dataset {data!r} is one file or folder and has no split {split!r}"
         )
+
+
+def fingerprint(texts: Iterable[str], documents: int = 256) -> dict[str, Any]:
+    """What tells one text from another in a record: number, length in characters and SHA-256 of
+    the first documents in their shuffled order, which follows from the seed and from how many there
+    are in all."""
+    found, characters, digest = 0, 0, sha256()
+    for text in islice(texts, documents):
+        found += 1
+        characters += len(text)
+        digest.update(f"{len(text)}:{text}".encode(errors="surrogatepass"))
+    return {"documents": found, "characters": characters, "sha256": digest.hexdigest()}
 
 
 class TokenRows:

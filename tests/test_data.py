@@ -12,6 +12,7 @@ from resae.data import (
     TokenRows,
     _reading_again,
     capture_tokens,
+    fingerprint,
     load_texts,
     train_and_held_out,
 )
@@ -205,6 +206,17 @@ def test_the_damaged_line_and_the_null_row_are_named(tmp_path):
 def test_rows_longer_than_the_context_are_refused_before_the_text_is_read(lm):
     with pytest.raises(ValueError, match="rows of 65 tokens are longer than its context of 64"):
         train_and_held_out("no/such.txt", lm, context_tokens=65, held_out_rows=4)
+
+
+def test_a_fingerprint_follows_from_content_number_and_order():
+    texts = ["one", "two", "three"]
+    same = fingerprint(list(texts))
+    assert same == fingerprint(texts)
+    assert (same["documents"], same["characters"]) == (3, 11)
+    others = (["two", "one", "three"], ["onet", "wo", "three"], texts[:2])
+    for other in others:
+        assert fingerprint(other)["sha256"] != same["sha256"]
+    assert fingerprint(iter(texts * 200))["documents"] == 256
 
 
 def test_held_out_rows_are_of_the_validation_split_or_set_apart(lm, tmp_path):
