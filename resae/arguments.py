@@ -141,10 +141,3 @@ def device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise ArgumentTypeError(f"{text!r}: expected auto, cpu, cuda or cuda:1")
     return text
-
-
-def gpu(text: str) -> str:
-    """`cuda` or `cuda:1`."""
-    if text == "auto" or device(text) == "cpu":
-        raise ArgumentTypeError(f"{text!r}: expected a GPU, cuda or cuda:1")
-    return text

@@ -957,7 +957,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    device = torch.device(options.device)
+    device = torch.device("cuda" if options.device == "auto" else options.device)
     if options.show:
         print(tiles_in_force(device if torch.cuda.is_available() else torch.device("cpu")))
         return 0
@@ -1295,7 +1295,9 @@ def _parser() -> argparse.ArgumentParser:
         "but speed (and rounding) depends on it. The result is kept in ~/.cache/resae/tiles.json, "
         "by GPU; remove that file to go back to the tiles that come with resae.",
     )
-    tuning.add_argument("--device", type=types.gpu, default="cuda", help="which GPU: cuda, cuda:1")
+    tuning.add_argument(
+        "--device", type=types.device, default="cuda", help="which GPU: cuda, cuda:1"
+    )
     tuning.add_argument(
         "--rounds", type=types.whole(1), default=20, help="calls per tile and shape"
     )

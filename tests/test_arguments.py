@@ -24,7 +24,6 @@ from resae import arguments
         (arguments.peaks, "312e12,2e12", (312e12, 2e12)),
         (arguments.device, "cuda:1", "cuda:1"),
         (arguments.device, "auto", "auto"),
-        (arguments.gpu, "cuda", "cuda"),
     ],
 )
 def test_good_values_are_read(parse, text, value):
@@ -56,8 +55,6 @@ def test_good_values_are_read(parse, text, value):
         (arguments.peaks, "1e12,0", "FLOP/s and bytes/s"),
         (arguments.device, "gpu", "expected auto, cpu, cuda or cuda:1"),
         (arguments.device, "meta", "expected auto, cpu, cuda or cuda:1"),
-        (arguments.gpu, "auto", "expected a GPU"),
-        (arguments.gpu, "cpu", "expected a GPU"),
     ],
 )
 def test_other_values_say_what_is_expected(parse, text, message):

@@ -553,7 +553,7 @@ def bad(material, tmp_path):
         "trace": (["profile", "encode", "--trace", str(material)], "is a folder"),
         "device": ([*train, "--device", "gpu", *out], "auto, cpu, cuda or cuda:1"),
         "device-of-profile": (["profile", "encode", "--device", "gpu"], "auto, cpu, cuda or"),
-        "device-of-tune": (["tune", "--device", "cpu"], "expected a GPU"),
+        "device-of-tune": (["tune", "--device", "gpu"], "auto, cpu, cuda or"),
         "device-99": ([*train, "--device", "cuda:99", *out], "device 'cuda:99': torch .* finds"),
         "model-device": ([*train, "--model-device", "gpu", *out], "auto, cpu, cuda or cuda:1"),
         **{
