@@ -315,6 +315,13 @@ def _train_config(
     return TrainConfig(**chosen)
 
 
+def _require_rank(config: TrainConfig, lm: HookedLM) -> None:
+    if config.rank is not None and config.rank > lm.d_model:
+        raise ValueError(
+            f"--rank {config.rank} exceeds the width of {lm.name}, {lm.d_model}; lower it"
+        )
+
+
 RECORDED = (
     "model",
     "data",
@@ -391,6 +398,7 @@ def _fit(options: argparse.Namespace) -> int:
         seed=options.seed,
         **{name: value for name, value in chosen.items() if value is not None},
     )
+    _require_rank(config, shapes)
     rows, held_out = _data(options, shapes)
     lm = _load_model(options, options.model)
     batches, unseen = _captured(lm, rows, points), _captured(lm, held_out, points)
@@ -419,6 +427,8 @@ def _train(options: argparse.Namespace) -> int:
             "--model-device auto, where all devices hold one model, with several ranks or "
             "--eval-steps; leave these out, and use `resae eval` on the run"
         )
+    if options.cache_dtype is not None and options.cache is None:
+        raise ValueError("--cache-dtype without --cache; name the folder of the cache too")
     if options.eval_steps and not options.held_out_rows:
         raise ValueError("--eval-steps with --held-out-rows 0; hold rows out to measure on")
     shapes = _described(options.model)
@@ -435,6 +445,7 @@ def _train(options: argparse.Namespace) -> int:
             f"--boost: {options.boost} has layers {', '.join(base.hook_points)}; leave --layers out"
         )
     config = _train_config(options, shapes, points, base)
+    _require_rank(config, shapes)
     require_divisible(config, ranks)
     calibrated = out / "calibration.safetensors"
     resumed = options.resume and calibrated.exists()
@@ -990,7 +1001,7 @@ def _parser() -> argparse.ArgumentParser:
             help=text,
             description=text,
             epilog=details,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=types.HelpFormatter,
         )
         command.set_defaults(run=run)
         command.add_argument(
@@ -1355,7 +1366,7 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rank", type=types.whole(1), help="of the form low_rank")
     command.add_argument(
         "--calibration-tokens",
-        type=types.whole(1),
+        type=types.whole(2),
         help="tokens to fit the maps on (default: 100000)",
     )
     command.add_argument(

@@ -479,6 +479,9 @@ def write_report(folder: str | Path) -> Path:
             f"no {path}; write it first with `resae eval {folder}` or `resae demo --out {folder}`"
         )
     report = load_json(path, "report")
+    absent = sorted({"title", "config", "replacement", "environment"} - set(report))
+    if absent:
+        raise ValueError(f"{path} is no report of resae: it has no {', '.join(absent)}")
     figures = draw(report)
     for name, (svg, _) in figures.items():
         target = folder / "figures" / f"{name}.svg"

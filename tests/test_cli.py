@@ -580,6 +580,11 @@ def bad(material, tmp_path):
             [*train, "--eval-steps", "4", "--held-out-rows", "0", *out],
             "hold rows out",
         ),
+        "rank-above-width": (
+            [*train, "--form", "low_rank", "--rank", "33", *out],
+            "--rank 33 exceeds the width",
+        ),
+        "cache-dtype-alone": ([*train, "--cache-dtype", "bfloat16", *out], "without --cache"),
         "hook-point": ([*train, "--layers", "0,blocks.1.hook_x", *out], "unknown hook point"),
         "eval-twice": (["eval", *[str(material / "run")] * 2], "named twice"),
         "eval-rows": (["eval", str(material / "run"), "--held-out-rows", "0"], "from 1 on"),

@@ -148,6 +148,12 @@ def test_the_folder_may_be_named_by_a_string(tmp_path):
     assert write_report(str(tmp_path)) == tmp_path / "report.html"
 
 
+def test_a_file_of_something_else_is_named(tmp_path):
+    save_json(tmp_path / "report.json", {"title": "x"})
+    with pytest.raises(ValueError, match="no report of resae: it has no config, environment, repl"):
+        write_report(tmp_path)
+
+
 def test_without_matplotlib_the_remedy_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
     save_json(tmp_path / "report.json", report_of())
     monkeypatch.setattr("resae.report.find_spec", lambda _: None)
