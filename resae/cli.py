@@ -450,8 +450,14 @@ def _train(options: argparse.Namespace) -> int:
     calibrated = out / "calibration.safetensors"
     resumed = options.resume and calibrated.exists()
     if resumed:
-        _require_same_run(load_json(out / "run.json", "run"), options, config, out)
+        began = load_json(out / "run.json", "run")
+        _require_same_run(began, options, config, out)
     rows, held_out = _data(options, shapes)
+    if resumed and began.get("data_fingerprint") not in (None, fingerprint(rows.texts)):
+        raise ValueError(
+            f"--resume: {options.data} holds other text than the run in {out} began with; bring it "
+            f"back, or choose another --out"
+        )
     if maps is not None:
         maps.require_fit(options, config, shapes, rows)
     lm = _load_model(options, options.model)

@@ -179,7 +179,7 @@ def _damaged(data: str, error: BaseException, files: Sequence[Path] = ()) -> str
 
 
 def _damaged_line(path: Path) -> str | None:
-    """Where a .jsonl file is first not JSON."""
+    """Name and number of the first line of a .jsonl file that is not JSON; None without one."""
     if path.suffix != ".jsonl":
         return None
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -280,9 +280,8 @@ def _require_train_split(data: str, split: str) -> None:
 
 
 def fingerprint(texts: Iterable[str], documents: int = 256) -> dict[str, Any]:
-    """What tells one text from another in a record: number, length in characters and SHA-256 of
-    the first documents in their shuffled order, which follows from the seed and from how many there
-    are in all."""
+    """Identify a text in a record: number, length in characters and SHA-256 of the first documents
+    in their shuffled order, which follows from the seed and from how many there are in all."""
     found, characters, digest = 0, 0, sha256()
     for text in islice(texts, documents):
         found += 1

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from resae.storage import load_json, write_atomically
+from resae.storage import load_json, require_writable, write_atomically
 
 Row = dict[str, Any]
 
@@ -470,6 +470,7 @@ def write_report(folder: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: no report.json. ModuleNotFoundError: no matplotlib.
+        ValueError: another file than resae's. OSError: the folder cannot be written into.
     """
     require_matplotlib()
     folder = Path(folder)
@@ -482,6 +483,7 @@ def write_report(folder: str | Path) -> Path:
     absent = sorted({"title", "config", "replacement", "environment"} - set(report))
     if absent:
         raise ValueError(f"{path} is no report of resae: it has no {', '.join(absent)}")
+    require_writable(folder)
     figures = draw(report)
     for name, (svg, _) in figures.items():
         target = folder / "figures" / f"{name}.svg"

@@ -664,6 +664,18 @@ def test_a_truncated_safetensors_file_is_named(run, material, capsys):
     assert "truncated" in capsys.readouterr().err
 
 
+def test_a_run_does_not_go_on_with_text_that_was_changed(material, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    shutil.copy(material / "text.txt", text)
+    arguments = ["train", str(material / "model"), str(text), *TRAIN, *SMALL]
+    arguments += ["--train-tokens", "256", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--resume"]) == 0
+    text.write_text(text.read_text().replace("cat", "cow"))
+    assert main([*arguments, "--resume"]) == 2
+    assert "text.txt holds other text than the run in" in capsys.readouterr().err
+
+
 def test_truncated_weights_of_a_model_are_named(material, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(material / "model", model)

@@ -154,6 +154,18 @@ def test_a_file_of_something_else_is_named(tmp_path):
         write_report(tmp_path)
 
 
+def test_a_folder_that_takes_no_files_is_found_before_anything_is_drawn(tmp_path, monkeypatch):
+    save_json(tmp_path / "report.json", report_of())
+
+    def refuse(dir):
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("resae.storage.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("resae.report.draw", None)
+    with pytest.raises(OSError, match="cannot write into .*Read-only file system"):
+        write_report(tmp_path)
+
+
 def test_without_matplotlib_the_remedy_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
     save_json(tmp_path / "report.json", report_of())
     monkeypatch.setattr("resae.report.find_spec", lambda _: None)
