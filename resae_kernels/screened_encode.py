@@ -390,7 +390,8 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 def _sample(tensor: Tensor) -> Any:
     """An entry of each of a hundred rows, or of all; a view, as a numpy array. More would cost a
     token what it saves: each lies in memory by itself."""
-    some = tensor[:: max(1, len(tensor) // 128)]
+    memory = torch._neg_view(tensor) if tensor.is_neg() else tensor
+    some = memory[:: max(1, len(memory) // 128)]
     some = some if some.ndim == 1 else some[:, some.shape[1] // 2]
     return (some if some.dtype != torch.bfloat16 else some.view(torch.int16)).numpy()
 

@@ -44,6 +44,7 @@ class NativeCopy:
         dimensions: Sequence[int] = (),
     ):
         weight = native.rows(weight)
+        live_bias = None if bias is None else native.packed(bias)
         (M, D), multiple = weight.shape, native.LATENTS
         latents, depth = -(-M // multiple) * multiple, -(-D // native.DEPTH) * native.DEPTH
         dither, weight_dither = torch.zeros(2, depth, dtype=torch.float32)
@@ -57,7 +58,7 @@ class NativeCopy:
             *((error, norm) if certain else (None, None)),
         )  # fmt: skip
         all_bias = torch.full((latents,), -math.inf, dtype=torch.float32)
-        all_bias[:M] = 0.0 if bias is None else bias
+        all_bias[:M] = 0.0 if live_bias is None else live_bias
         largest_bias = 0.0 if bias is None else float(all_bias[:M].abs().max())
         self.finite = math.isfinite(largest_bias) and bool(size.isfinite().all())
         if not self.finite:
@@ -67,7 +68,6 @@ class NativeCopy:
         )
         terms = bounds.terms.contiguous()
         self._weight = weight
-        live_bias = None if bias is None else native.packed(bias)
         self._tensors = (live_bias, start, steps, shift, all_bias, terms, dither, weight_dither)
         self._struct = native.Copy(
             M=M,
