@@ -202,6 +202,8 @@ def real(folder: Path) -> tuple[list[Case], Callable[[Case, torch.device], Input
             "W_dec": [sae.W_dec],
             "b_dec": [sae.b_dec],
             "codes": [sae.encode(x)],
+            "A": [],
+            "c": [],
         }
 
     return cases, inputs

@@ -1,15 +1,15 @@
 """Measure the ops against what else there is, and against what the machine could do at best.
 
-    case | provider | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | TFLOP/s | % of the roof
+    case | provider | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | TFLOP/s | % of roof
 
 A *case* is an op at one shape and dtype. Every provider gets the same inputs and must give the
 reference's answer before it is timed. Providers are timed in turns, one call each per round, so
 that a slow phase of the machine hits all of them; where an op scores every latent, the encode's
 bare product takes its turn too ("× product": how many times its time; "× peer": how many times that
-of the fastest peer). Roofs are measured in the
-same process: copy bandwidth and the rate of a large matrix product; the roof of a case is the
-slower of moving the bytes that must move and computing the product that must be computed. "Cold"
-empties the last-level cache before each call, "hot" makes the same call for 10 ms before.
+of the fastest peer). Roofs are measured in the same process: copy bandwidth and the rate of a large
+matrix product; the roof of a case is the slower of moving the bytes that must move and computing
+the product that must be computed. "Cold" empties the last-level cache before each call, "hot" makes
+the same call for 10 ms before.
 """
 
 import json
@@ -576,8 +576,8 @@ def trace(case: Case, *, device: torch.device, path: Path) -> list[dict[str, Any
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, one line per row."""
     lines = [
-        "| case | provider | cache | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | TFLOP/s "
-        "| % of roof | peak MiB |",
+        "| case | provider | cache | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | "
+        "TFLOP/s | % of roof | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
