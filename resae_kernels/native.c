@@ -1108,10 +1108,10 @@ INLINE void decode_row(const code *codes, i64 n_codes, i64 n, const void *bias, 
 #undef STRIPS
 }
 
-/* out [N, D] = Σ over codes, + bias [D] + base [N, D]. Everything has one dtype and unit stride
-   along a row. Returns BAD_INDEX if an index lies outside its dictionary. */
+/* out [N, D] = Σ over codes, + bias [D] + base [N, D]. Everything has one dtype and is contiguous
+   but for the dictionaries, whose rows are. Returns BAD_INDEX if an index lies outside its dictionary. */
 int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const void *bias,
-                 const void *base, i64 base_stride, int threads, void *out) {
+                 const void *base, int threads, void *out) {
   i64 entries = 0;
   for (const code *m = codes; m < codes + n_codes; m++) {
     entries += m->k;
@@ -1121,7 +1121,7 @@ int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const 
   threads = (int)LARGER(1, SMALLER(threads, SMALLER(N, N * entries * D / (1 << 17))));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 n = 0; n < N; n++) {
-    const void *from = base ? row_at(base, n, base_stride, dtype) : 0;
+    const void *from = base ? row_at(base, n, D, dtype) : 0;
     void *to = (char *)out + n * D * size_of(dtype);
     BY_DTYPE(dtype, decode_row(codes, n_codes, n, bias, from, to, D, F32),
              decode_row(codes, n_codes, n, bias, from, to, D, BF16),
@@ -1196,16 +1196,15 @@ INLINE void score_panel(const copy *c, const float *residuals, i64 n, i64 latent
   }
 }
 
-/* Encode N residuals by all their scores, as `topk_encode` does: float32 sums, rounded to the dtype
-   of everything given. For few rows: every score is held at once. */
-int resae_exact_encode(const void *x, i64 x_stride, const void *base, i64 base_stride,
-                       const void *pre_bias, const void *weight, i64 weight_stride,
-                       const void *bias, int dtype, i64 N, i64 M, i64 D, i64 k, int sorted,
-                       int threads, void *acts, i64 *indices) {
+/* Encode x − base − pre_bias [N, D] by all scores: float32 sums, rounded to the dtype of everything
+   given. For few rows: every score is held at once. Contiguous but for the rows of the weight. */
+int resae_exact_encode(const void *x, const void *base, const void *pre_bias, const void *weight,
+                       i64 weight_stride, const void *bias, int dtype, i64 N, i64 M, i64 D, i64 k,
+                       int sorted, int threads, void *acts, i64 *indices) {
   copy fake = {.M = M, .D = D, .weight = weight, .weight_stride = weight_stride, .bias = bias};
   const copy *c = &fake;
-  job w = {.c = c, .x = x, .base = base, .pre_bias = pre_bias, .x_stride = x_stride,
-           .base_stride = base_stride};
+  job w = {.c = c, .x = x, .base = base, .pre_bias = pre_bias, .x_stride = D,
+           .base_stride = D};
   i64 depth = padded_depth(D), panels = (M + PANEL - 1) / PANEL, capacity = roomy(k);
   i64 words = 3 * (capacity + PANEL) + 2 * k;
   float *residuals = malloc((N * (depth + padded_latents(M)) + words) * sizeof *residuals);

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels import _launch, onednn
+from resae_kernels import _launch, native, onednn
 from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import TopK, accumulation_dtype
 from resae_kernels.sparse_decode import latent_outer, latent_sum
@@ -123,6 +123,10 @@ def topk_encode(
         `torch.backends.cuda.matmul`. Its selection takes fp32, bf16 and fp16 with k ≤ 1024,
         M ≤ 2¹⁹ and next_power_of_2(k) · M ≤ 2²⁶; other scores are selected as in "torch".
     """
+    if workspace_bytes is None and implementation is None and not check_nan:
+        code = _encode_at_once(x, weight, bias, k, pre_bias, base, sorted)
+        if code is not None:
+            return code
     x, weight, bias, pre_bias, base = _launch.under_autocast(x, weight, bias, pre_bias, base)  # type: ignore[assignment]
     _check(x, weight, bias, k, pre_bias, base, workspace_bytes)
     D = weight.shape[1]
@@ -147,6 +151,47 @@ def topk_encode(
         )
     code_shape = (*x.shape[:-1], k)
     return TopK(acts.reshape(code_shape), indices.reshape(code_shape))
+
+
+def fits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+) -> bool:
+    """Would `_check` let these shapes and this k pass? Without a word about what does not fit."""
+    if weight.ndim != 2 or x.ndim == 0:
+        return False
+    (M, D), shape = weight.shape, x.shape
+    return (
+        shape[-1] == D
+        and 1 <= k <= M
+        and (bias is None or bias.shape == (M,))
+        and (pre_bias is None or pre_bias.shape == (D,))
+        and (base is None or base.shape == shape)
+    )
+
+
+def _encode_at_once(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    sorted: bool,
+) -> TopK | None:
+    """The code of few tokens by one call of the compiled library; None: not the way for these
+    arguments, or one of them is wrong (`_check` tells which)."""
+    if not native.direct(x, weight, bias, pre_bias, base) or not fits(
+        x, weight, bias, k, pre_bias, base
+    ):
+        return None
+    if x.shape[:-1].numel() > native.EXACT_ROWS[x.dtype]:
+        return None
+    return TopK(*native.exact_encode(x, weight, bias, k, pre_bias, base, sorted))
 
 
 def _check(
@@ -213,6 +258,8 @@ def _encode(
     if implementation == "triton":
         return _encode_triton(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes)
     N, M = x.shape[0], weight.shape[0]
+    if native.takes(x, weight, bias, pre_bias, base) and native.EXACT_ROWS[x.dtype] >= N:
+        return native.exact_encode(x, weight, bias, k, pre_bias, base, sorted)
     wide = accumulation_dtype(x.dtype)
     weight = weight.to(wide)
     bias = None if bias is None else bias.to(wide)
