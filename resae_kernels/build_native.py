@@ -55,7 +55,9 @@ if __name__ == "__main__":
     sys.exit(compile_library())
 else:
     try:
-        from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+        from hatchling.builders.hooks.plugin.interface import (  # pyright: ignore[reportMissingImports]
+            BuildHookInterface,
+        )
     except ModuleNotFoundError:
         pass
     else:

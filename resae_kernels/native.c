@@ -341,6 +341,7 @@ typedef struct {
   const void *weight; /* [M, D], rows `weight_stride` entries apart */
   i64 weight_stride;
   i64 weight_dtype;
+  const void *live_bias;      /* [M] in the weight's dtype, or null: as it is now */
   const int8_t *packed;       /* [M'/16, D'/4, 16, 4]: q of the weight, as VNNI and AMX read it */
   const int32_t *start;       /* [M'], −128 Σ q: undoes the unsigned levels of VNNI */
   const float *steps;         /* [M'], s: the step of each row */
@@ -680,6 +681,8 @@ __attribute__((target("amx-tile,amx-int8"))) static void screen_by_amx(const job
     uint8_t rows[16];
   } config = {.palette = 1};
   for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+  /* The compiler's own declaration of the next line says that it reads 8 bytes. */
+  __asm__ volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
   int32_t products[4][16][16] __attribute__((aligned(64))); /* [row tile · 2 + panel] */
   for (i64 panel = from; panel < to; panel += 2) {
@@ -763,7 +766,7 @@ static void dot_four_of(const float *r, const void *const *rows, i64 D, int dtyp
 /* Scratch of one row's end, `capacity` entries each. */
 typedef struct {
   float *width, *scores;
-  int32_t *which, *spare;
+  int32_t *which, *spare, *keys;
 } scratch;
 
 /* Score the `count` candidates named by `s->which` exactly; false if a score lies outside its
@@ -788,7 +791,9 @@ static int score_some(const list *row, const job *w, residual *r, const float *v
     for (i64 j = 0; j < AT_ONCE && i + j < count; j++) {
       i64 at = s->which[i + j];
       i64 latent = row->latents[at];
-      float score = out[j] + c->bias[latent];
+      float score = out[j];
+      if (c->live_bias)
+        score += _mm512_cvtss_f32(load(c->live_bias, latent, 1, (int)c->weight_dtype));
       if (!isfinite(score)) {
         r->exact = 1;
         return 1;
@@ -889,11 +894,10 @@ static int allocate(workspace *to, const job *w, i64 n, i64 parts) {
   to->ends = take(&at, parts * sizeof *to->ends);
   for (i64 p = 0; p < parts; p++) {
     scratch *s = to->ends + p;
-    int32_t *keys = take(&at, most * 4);
     *s = (scratch){take(&at, most * 4), take(&at, most * 4), take(&at, most * 4),
-                   take(&at, 2 * w->k * 4)};
+                   take(&at, 2 * w->k * 4), take(&at, most * 4)};
     for (i64 i = 0; i < n; i++)
-      to->lists[p * n + i] = make_list(take(&at, list_words(w->capacity) * 4), keys, w->capacity);
+      to->lists[p * n + i] = make_list(take(&at, list_words(w->capacity) * 4), s->keys, w->capacity);
   }
   return OK;
 }
@@ -930,9 +934,10 @@ static int prepare(const job *w, block *b, i64 first_row, int amx, float *relati
   return outlying;
 }
 
-static void begin_lists(const job *w, list *lists, const block *b) {
+static void begin_lists(const job *w, list *lists, int32_t *keys, const block *b) {
   for (i64 i = 0; i < b->n; i++) {
     list *row = lists + i;
+    row->keys = keys;
     row->n = row->overflow = 0;
     row->limit = next_limit(0, w->k, row->capacity);
     row->least = b->rows[i].exact ? INFINITY : -b->rows[i].slack;
@@ -1011,7 +1016,7 @@ i64 n = space.b.n, found = 0, given_up = 0;
 #pragma omp parallel for num_threads((int)parts) if (parts > 1)
       for (i64 part = 0; part < parts; part++) {
         list *lists = space.lists + part * n;
-        begin_lists(w, lists, &space.b);
+        begin_lists(w, lists, space.ends[part].keys, &space.b);
         i64 begin = panels / 2 * part / parts * 2, end = panels / 2 * (part + 1) / parts * 2;
         if (amx) screen_by_amx(w, &space.b, lists, begin, end);
         else screen_by_vnni(w, &space.b, lists, begin, end);
@@ -1022,7 +1027,7 @@ i64 n = space.b.n, found = 0, given_up = 0;
         residual *r = space.b.rows + i;
         list *row = space.lists + i;
         scratch *end = space.ends + (parts > 1 ? omp_get_thread_num() : 0);
-        row->keys = space.lists[(end - space.ends) * n].keys;
+        for (i64 part = 0; part < parts; part++) row[part * n].keys = end->keys; /* this thread's */
         if (parts > 1) join_lists(row, n, parts, w, r);
         int ended = finish_row(row, w, r, space.b.residuals + i * padded_depth(c->D), end, sorted,
                                (char *)acts + at * k * size_of(dtype), indices + at * k, &found);

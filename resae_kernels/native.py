@@ -13,10 +13,9 @@ from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from resae_kernels.build_native import LIBRARY, SOURCE, source_version
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 EXACT_ROWS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
@@ -43,6 +42,7 @@ class Copy(ctypes.Structure):
         *((name, c_int64) for name in ("M", "D")),
         ("weight", c_void_p),
         *((name, c_int64) for name in ("weight_stride", "weight_dtype")),
+        ("live_bias", c_void_p),
         *(
             (name, c_void_p)
             for name in (
@@ -56,6 +56,9 @@ class Copy(ctypes.Structure):
             for name in ("ratio", "largest_bias", "largest_bound", "outlier", "rounding")
         ),
     ]
+
+
+_Counts = c_int64 * 2
 
 
 class _Code(ctypes.Structure):
@@ -92,6 +95,8 @@ _SIGNATURES: dict[str, list[Any]] = {
 @cache
 def _load() -> tuple[Any, str | None]:
     """The library, or why there is none."""
+    from resae_kernels.build_native import LIBRARY, SOURCE, source_version
+
     if not LIBRARY.exists():
         return None, (
             "the package was installed without its compiled CPU library; install a C compiler, "
@@ -292,3 +297,84 @@ def exact_encode(
     )
     _require_memory(status)
     return acts, indices
+
+
+def quantise(
+    weight: Tensor,
+    levels: int,
+    dither: Tensor,
+    weight_dither: Tensor,
+    packed: Tensor,
+    start: Tensor,
+    steps: Tensor,
+    shift: Tensor,
+    size: Tensor,
+    error: Tensor | None,
+    norm: Tensor | None,
+) -> None:
+    """Fill the 8-bit copy of `weight [M, D]`, with unit stride along a row, and what belongs to it
+    (`native.c`, `copy`)."""
+    library, _ = _load()
+    status = library.resae_quantise(
+        weight.data_ptr(),
+        weight.stride(0),
+        DTYPES[weight.dtype],
+        *weight.shape,
+        levels,
+        dither.data_ptr(),
+        weight_dither.data_ptr(),
+        torch.get_num_threads(),
+        packed.data_ptr(),
+        start.data_ptr(),
+        steps.data_ptr(),
+        shift.data_ptr(),
+        size.data_ptr(),
+        _address(error),
+        _address(norm),
+    )
+    _require_memory(status)
+
+
+def screened_encode(
+    copy: Copy,
+    x: Tensor,
+    base: Tensor | None,
+    pre_bias: Tensor | None,
+    k: int,
+    sorted: bool,
+    amx: bool,
+    accept_outliers: bool,
+    acts: Tensor,
+    indices: Tensor,
+    left: np.ndarray,
+    relative: np.ndarray,
+) -> tuple[int, int, int]:
+    """Write the codes of `x − base − pre_bias` `[N, D]` into acts and indices `[N, k]`: the status,
+    the number of exact scores, and of rows left to the exact path, which are 1 in `left [N]`."""
+    library, _ = _load()
+    x = rows(x)
+    base = None if base is None else rows(base)
+    pre_bias = None if pre_bias is None else packed(pre_bias)
+    counts = _Counts()
+    status = library.resae_screened_encode(
+        copy,
+        x.data_ptr(),
+        x.stride(0),
+        _address(base),
+        0 if base is None else base.stride(0),
+        _address(pre_bias),
+        DTYPES[x.dtype],
+        x.shape[0],
+        k,
+        sorted,
+        amx,
+        accept_outliers,
+        torch.get_num_threads(),
+        acts.data_ptr(),
+        indices.data_ptr(),
+        left.ctypes.data,
+        relative.ctypes.data,
+        counts,
+    )
+    _require_memory(status)
+    return status, counts[0], counts[1]

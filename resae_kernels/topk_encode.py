@@ -289,6 +289,8 @@ GROUPED_SCORES = 131_072
 
 def _select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     """Exact TopK of `relu(scores)`, `[n, M]`: ties to the lower index, NaN first, padding last."""
+    if native.takes(scores):
+        return native.select(scores, k, sorted)
     if scores.device.type == "cpu" and scores.dtype.itemsize == 2:  # numpy has no bfloat16
         acts, indices = _select(scores.float(), k, sorted)
         return acts.to(scores.dtype), indices
