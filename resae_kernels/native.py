@@ -7,13 +7,11 @@ VNNI, and multiplies by AMX where there is that too. Threads are torch's.
 """
 
 import ctypes
-import math
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -183,6 +181,11 @@ def packed(tensor: Tensor) -> Tensor:
     )
 
 
+def new_code(x: Tensor, N: int, k: int) -> tuple[Tensor, Tensor]:
+    """Acts in x's dtype and indices, `[N, k]`, not yet written."""
+    return x.new_empty(N, k), _INTEGERS.new_empty(N, k)
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -197,7 +200,7 @@ def select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     last."""
     scores = rows(scores)
     (N, M), (library, _) = scores.shape, _load()
-    acts, indices = scores.new_empty(N, k), _INTEGERS.new_empty(N, k)
+    acts, indices = new_code(scores, N, k)
     status = library.resae_select(
         scores.data_ptr(),
         scores.stride(0),
@@ -268,16 +271,16 @@ def exact_encode(
     base: Tensor | None,
     sorted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """TopK of relu((x − base − pre_bias) weightᵀ + bias), `[..., D]` → acts and indices
-    `[..., k]`: all N·M scores are summed in float32, held at once and rounded to the dtype of
+    """TopK of relu((x − base − pre_bias) weightᵀ + bias), `[N, D]` → acts and indices
+    `[N, k]`: all N·M scores are summed in float32, held at once and rounded to the dtype of
     everything given."""
     library = _load()[0]
     x, weight = packed(x), rows(weight)
     bias = None if bias is None else packed(bias)
     pre_bias = None if pre_bias is None else packed(pre_bias)
     base = None if base is None else packed(base)
-    (*leading, D), M = x.shape, weight.shape[0]
-    acts, indices = x.new_empty(*leading, k), _INTEGERS.new_empty(*leading, k)
+    (N, D), M = x.shape, weight.shape[0]
+    acts, indices = new_code(x, N, k)
     status = library.resae_exact_encode(
         x.data_ptr(),
         _address(base),
@@ -286,7 +289,7 @@ def exact_encode(
         weight.stride(0),
         _address(bias),
         DTYPES[x.dtype],
-        math.prod(leading),
+        N,
         M,
         D,
         k,
@@ -346,8 +349,8 @@ def screened_encode(
     accept_outliers: bool,
     acts: Tensor,
     indices: Tensor,
-    left: np.ndarray,
-    relative: np.ndarray,
+    left: ctypes.Array,
+    relative: ctypes.Array,
 ) -> tuple[int, int, int]:
     """Write the codes of `x − base − pre_bias` `[N, D]` into acts and indices `[N, k]`: the status,
     the number of exact scores, and of rows left to the exact path, which are 1 in `left [N]`."""
@@ -372,8 +375,8 @@ def screened_encode(
         torch.get_num_threads(),
         acts.data_ptr(),
         indices.data_ptr(),
-        left.ctypes.data,
-        relative.ctypes.data,
+        left,
+        relative,
         counts,
     )
     _require_memory(status)

@@ -33,13 +33,17 @@ from resae_kernels import _launch, native, screening_torch
 from resae_kernels.reference import TopK
 from resae_kernels.screening import ScreeningCopy, StaleCopyError
 from resae_kernels.screening_native import NativeCopy
-from resae_kernels.topk_encode import _backward, _check, _setup_context, topk_encode
+from resae_kernels.topk_encode import _backward, _check, _setup_context, fits, topk_encode
 
 log = logging.getLogger(__name__)
 
 ROW_REASON = "not finite, all zero, or too many candidates"
 MARGINS = ("statistical", "certain")
 IMPLEMENTATIONS = ("native", "torch")
+
+
+LEAST_LATENTS = 16
+"""Latents per active one below which too many of them are candidates."""
 
 
 class Rule(NamedTuple):
@@ -200,7 +204,42 @@ class ScreenedEncoder:
     ) -> TopK:
         """The code of `topk_encode` with this weight and bias: arguments, returns and errors are
         the same, gradients too."""
+        code = self._encode_at_once(x, k, pre_bias, base, sorted)
+        if code is not None:
+            return code
         return self.explain(x, k, pre_bias=pre_bias, base=base, sorted=sorted).code
+
+    def _encode_at_once(
+        self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
+    ) -> TopK | None:
+        """The code by one call of the compiled library, of arguments that have nothing to be said
+        about, with a copy that is there and current; None: `explain` says what is the matter, or
+        makes a copy."""
+        state, weight, bias = self._state, self.weight, self.bias
+        if (
+            state is None  # there is one only for a weight that is worth screening
+            or type(state.copy) is not NativeCopy
+            or not native.direct(x, weight, bias, pre_bias, base)
+            or not fits(x, weight, bias, k, pre_bias, base)
+            or LEAST_LATENTS * k > weight.shape[0]
+            or not state.is_current(self._versions())
+        ):
+            return None
+        leading, D = x.shape[:-1], x.shape[-1]
+        N = leading.numel()
+        if N == 0:
+            return None
+        flat = x if len(leading) == 1 else x.reshape(N, D)
+        flat_base = base if base is None or len(leading) == 1 else base.reshape(N, D)
+        try:
+            acts, indices, left, _ = state.copy.encode(flat, k, pre_bias, flat_base, sorted)
+        except StaleCopyError:
+            return None
+        if left is not None or self._versions() != state.versions:
+            return None
+        if len(leading) == 1:
+            return TopK(acts, indices)
+        return TopK(acts.view(*leading, k), indices.view(*leading, k))
 
     def explain(
         self,
@@ -224,8 +263,7 @@ class ScreenedEncoder:
                 x, self.weight, self.bias, k, pre_bias=pre_bias, base=base, sorted=sorted
             )
             return Screening(code, 0, N, 0, reason, None)
-        if not _fits(x, self.weight, k, pre_bias, base):
-            _check(x, self.weight, self.bias, k, pre_bias, base, None)
+        _check(x, self.weight, self.bias, k, pre_bias, base, None)
         flat = x if x.ndim == 2 else x.reshape(N, D)
         flat_base = base if base is None or base.ndim == 2 else base.reshape(N, D)
         info = _Info()
@@ -346,7 +384,7 @@ class ScreenedEncoder:
         if weight.is_inference():
             return "the weight was made in inference mode, where changes are not counted"
         few_groups = implementation == "torch" and screening_torch.group_size(M, k) is None
-        if rule.entries > M * D or rule.width > D or 16 * k > M or few_groups:
+        if rule.entries > M * D or rule.width > D or LEAST_LATENTS * k > M or few_groups:
             return f"screening does not pay at M={M}, D={D}, k={k}"
         if N == 0:
             return "there are no rows"
@@ -364,23 +402,6 @@ class ScreenedEncoder:
         elif self._current_state() is None:
             cannot = "the weight or bias is not finite"
         return cannot
-
-
-def _fits(x: Tensor, weight: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None) -> bool:
-    """Whether `_check` would find nothing: what it asks, without its messages."""
-    (M, D), dtype = weight.shape, weight.dtype
-    return (
-        x.is_cpu
-        and x.ndim > 0
-        and x.shape[-1] == D
-        and 1 <= k <= M
-        and (pre_bias is None or (pre_bias.shape == (D,) and _alike(pre_bias, dtype)))
-        and (base is None or (base.shape == x.shape and _alike(base, dtype)))
-    )
-
-
-def _alike(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.dtype == dtype and tensor.is_cpu
 
 
 def _require_gradient(*tensors: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ bounds are widened by that rounding.
 
 import math
 from collections.abc import Sequence
+from ctypes import c_float, c_uint8
 
 import numpy as np
 import torch
@@ -125,8 +126,8 @@ class NativeCopy:
         """As `ScreeningCopy.encode`; x, pre_bias and base in the weight's dtype. `amx` False keeps
         to the VNNI instructions where AMX could multiply."""
         N, D = x.shape
-        acts, indices = x.new_empty(N, k), torch.empty(N, k, dtype=torch.int64)
-        left, relative = np.empty(N, np.uint8), np.zeros(D, np.float32)
+        acts, indices = native.new_code(x, N, k)
+        left, relative = (c_uint8 * N)(), (c_float * D)()
         while True:
             struct, dimensions, kept = self._held
             status, candidates, rows_left = native.screened_encode(
@@ -146,11 +147,11 @@ class NativeCopy:
             del kept
             if status != native.NEW_COLUMNS:
                 break
-            self._held = self._columns(_with_largest(dimensions, relative))
-            relative[:] = 0.0
+            self._held = self._columns(_with_largest(dimensions, np.array(relative)))
+            relative = (c_float * D)()
         if status == native.STALE_COPY:
             raise StaleCopyError
-        exact = torch.from_numpy(left.nonzero()[0]) if rows_left else None
+        exact = torch.from_numpy(np.array(left).nonzero()[0]) if rows_left else None
         return ScreenedRows(acts, indices, exact, candidates)
 
 

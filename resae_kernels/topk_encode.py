@@ -189,9 +189,15 @@ def _encode_at_once(
         x, weight, bias, k, pre_bias, base
     ):
         return None
-    if x.shape[:-1].numel() > native.EXACT_ROWS[x.dtype]:
+    leading, D = x.shape[:-1], x.shape[-1]
+    N = leading.numel()
+    if native.EXACT_ROWS[x.dtype] < N:
         return None
-    return TopK(*native.exact_encode(x, weight, bias, k, pre_bias, base, sorted))
+    if len(leading) == 1:
+        return TopK(*native.exact_encode(x, weight, bias, k, pre_bias, base, sorted))
+    base = None if base is None else base.reshape(N, D)
+    acts, indices = native.exact_encode(x.reshape(N, D), weight, bias, k, pre_bias, base, sorted)
+    return TopK(acts.view(*leading, k), indices.view(*leading, k))
 
 
 def _check(
