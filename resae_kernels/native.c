@@ -22,7 +22,7 @@
 typedef int64_t i64;
 enum { F32, BF16, F16 };
 enum { PANEL = 16, DEPTH = 64, ROW_BLOCK = 256, MOST_COLUMNS = 16 };
-enum { OK, NO_MEMORY, BAD_INDEX, STALE_COPY, NEW_COLUMNS };
+enum { OK, NO_MEMORY, BAD_INDEX, STALE_COPY, NEW_COLUMNS, ROWS_LEFT };
 
 #define INLINE static inline __attribute__((always_inline))
 #define SMALLER(a, b) ((a) < (b) ? (a) : (b))
@@ -354,8 +354,27 @@ typedef struct {
   const float *columns;       /* [n_columns, M']: the weight's columns at outlier dimensions */
   const int32_t *column_dimensions;
   i64 n_columns;
+  /* Entries of the weight as they were when it was copied, one of every `sample_step` rows. */
+  const void *samples;
+  i64 sample_step;
   float ratio, largest_bias, largest_bound, outlier, rounding;
 } copy;
+
+/* Do the weight and bias still hold their samples? */
+static int holds_samples(const copy *c) {
+  i64 size = size_of((int)c->weight_dtype), n = 0;
+  int same = 1;
+  for (i64 m = 0; c->live_bias && m < c->M; m += c->sample_step)
+    same &= _mm512_cvtss_f32(load(c->live_bias, m, 1, (int)c->weight_dtype)) == c->bias[m];
+  for (i64 m = 0; m < c->M; m += c->sample_step, n++) {
+    const char *now = (const char *)row_at(c->weight, m, c->weight_stride, (int)c->weight_dtype) +
+                      c->D / 2 * size;
+    const char *then = (const char *)c->samples + n * size;
+    same &= size == 4 ? *(const int32_t *)now == *(const int32_t *)then
+                      : *(const int16_t *)now == *(const int16_t *)then;
+  }
+  return same;
+}
 
 INLINE i64 padded_depth(i64 D) { return (D + DEPTH - 1) / DEPTH * DEPTH; }
 INLINE i64 padded_latents(i64 M) { return (M + 31) / 32 * 32; }
@@ -981,6 +1000,7 @@ int resae_screened_encode(const copy *c, const void *x, i64 x_stride, const void
               x_stride,    base_stride,   k,     dtype,
               dtype == F32 ? 0.0f : dtype == BF16 ? 1.0f / 128 : 1.0f / 1024, 0};
   const job *w = &work;
+  if (!holds_samples(c)) return STALE_COPY;
   i64 panels = padded_latents(c->M) / PANEL;
   work.capacity = LARGER(2048, 8 * k) + PANEL;
   threads = (int)LARGER(1, SMALLER(threads, N * panels * c->D / (1 << 16)));
@@ -1237,4 +1257,25 @@ int resae_exact_encode(const void *x, const void *base, const void *pre_bias, co
   }
   free(residuals);
   return OK;
+}
+
+/* -- online step ------------------------------------------------------------------------------- */
+
+/* One layer while the model runs: the code of x − base − b_dec [N, D] by screening, in order of
+   latent, and x_hat = base + b_dec + its decode. Everything is contiguous but the rows of W_dec.
+   ROWS_LEFT: a row wants the exact path; otherwise as `resae_screened_encode`. */
+int resae_online_step(const copy *c, const void *x, const void *base, const void *b_dec, int dtype,
+                      i64 N, i64 k, int use_amx, const void *W_dec, i64 W_dec_stride, int threads,
+                      void *acts, i64 *indices, void *x_hat) {
+  float *relative = calloc(c->D + N, sizeof *relative);
+  if (!relative) return NO_MEMORY;
+  i64 counts[2];
+  int status = resae_screened_encode(c, x, c->D, base, c->D, b_dec, dtype, N, k, 0, use_amx,
+                                     c->n_columns == MOST_COLUMNS, threads, acts, indices,
+                                     (uint8_t *)(relative + c->D), relative, counts);
+  free(relative);
+  if (status != OK) return status;
+  if (counts[1]) return ROWS_LEFT;
+  code its = {acts, indices, W_dec, k, c->M, W_dec_stride};
+  return resae_decode(&its, 1, N, c->D, dtype, b_dec, base, threads, x_hat);
 }

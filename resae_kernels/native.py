@@ -30,7 +30,7 @@ _transform: Any = torch._C._functorch.maybe_current_level
 """Level of the innermost transform of `torch.func`, whose tensors have no memory; None: none."""
 _INTEGERS = torch.empty(0, dtype=torch.int64)
 """What indices are allocated like: naming the dtype takes torch a microsecond longer."""
-_OK, _NO_MEMORY, _BAD_INDEX, STALE_COPY, NEW_COLUMNS = range(5)
+_OK, _NO_MEMORY, _BAD_INDEX, STALE_COPY, NEW_COLUMNS, ROWS_LEFT = range(6)
 
 
 class Copy(ctypes.Structure):
@@ -49,6 +49,8 @@ class Copy(ctypes.Structure):
             )
         ),
         ("n_columns", c_int64),
+        ("samples", c_void_p),
+        ("sample_step", c_int64),
         *(
             (name, c_float)
             for name in ("ratio", "largest_bias", "largest_bound", "outlier", "rounding")
@@ -82,6 +84,10 @@ _SIGNATURES: dict[str, list[Any]] = {
     "resae_decode": [
         *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
         c_void_p,
+    ],
+    "resae_online_step": [
+        *(POINTER(Copy), c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int, c_void_p),
+        *(c_int64, c_int, c_void_p, c_void_p, c_void_p),
     ],
     "resae_exact_encode": [
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int),
@@ -136,19 +142,23 @@ def takes(*tensors: Tensor | None) -> bool:
     )
 
 
-def direct(first: Tensor, *others: Tensor | None) -> bool:
-    """May the library be called with these tensors at once, past the dispatcher?
-
-    That is: plain CPU tensors of one dtype, no gradient wanted, nothing that casts, traces or
-    transforms what is called. For few tokens the dispatcher takes longer than the work.
-    """
-    if (
+def is_eager() -> bool:
+    """Does nothing trace, transform or cast what is called?"""
+    return not (
         torch.compiler.is_compiling()
-        or _load()[1] is not None
         or _dispatch_modes()
         or _transform() is not None
         or torch.is_autocast_enabled("cpu")
-    ):
+    )
+
+
+def direct(first: Tensor, *others: Tensor | None) -> bool:
+    """May the library be called with these tensors at once, past the dispatcher?
+
+    That is: plain CPU tensors of one dtype, no gradient wanted, eager. For few tokens the
+    dispatcher takes longer than the work.
+    """
+    if not is_eager() or _load()[1] is not None:
         return False
     wants_gradient, dtype = torch.is_grad_enabled(), getattr(first, "dtype", None)
     if dtype not in DTYPES:
@@ -158,6 +168,7 @@ def direct(first: Tensor, *others: Tensor | None) -> bool:
             type(t) not in _PLAIN
             or t.dtype is not dtype
             or not t.is_cpu
+            or t.is_neg()
             or (wants_gradient and t.requires_grad)
         ):
             return False
@@ -381,3 +392,47 @@ def screened_encode(
     )
     _require_memory(status)
     return status, counts[0], counts[1]
+
+
+def online_step(
+    copy: Copy,
+    x: Tensor,
+    base: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    W_dec: Tensor,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """x̂ `[..., D]`, acts and indices `[..., k]` of `x [..., D]`, the indices ascending; None where
+    one call does not do: a layout that is not contiguous, rows left to the exact path, new outlier
+    dimensions, or a weight that has changed."""
+    if not (
+        x.is_contiguous()
+        and W_dec.is_contiguous()
+        and (base is None or base.is_contiguous())
+        and (b_dec is None or b_dec.is_contiguous())
+    ):
+        return None
+    shape = x.shape
+    *leading, D = shape
+    x_hat, acts = x.new_empty(shape), x.new_empty(*leading, k)
+    indices = _INTEGERS.new_empty(*leading, k)
+    status = _load()[0].resae_online_step(
+        copy,
+        x.data_ptr(),
+        None if base is None else base.data_ptr(),
+        None if b_dec is None else b_dec.data_ptr(),
+        DTYPES[x.dtype],
+        x.numel() // D,
+        k,
+        has_amx(),
+        W_dec.data_ptr(),
+        D,
+        torch.get_num_threads(),
+        acts.data_ptr(),
+        indices.data_ptr(),
+        x_hat.data_ptr(),
+    )
+    if status == _OK:
+        return x_hat, acts, indices
+    _require_memory(status)
+    return None

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from resae_kernels import _launch, native, screening_torch
 from resae_kernels.reference import TopK
-from resae_kernels.screening import ScreeningCopy, StaleCopyError
+from resae_kernels.screening import SAMPLES, ScreeningCopy, StaleCopyError
 from resae_kernels.screening_native import NativeCopy
 from resae_kernels.topk_encode import _backward, _check, _setup_context, fits, topk_encode
 
@@ -209,37 +209,64 @@ class ScreenedEncoder:
             return code
         return self.explain(x, k, pre_bias=pre_bias, base=base, sorted=sorted).code
 
+    def online_step(
+        self, x: Tensor, k: int, b_dec: Tensor | None, base: Tensor | None, W_dec: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x̂, acts and indices of `resae_kernels.online_step` by one call of the compiled library,
+        where that is possible: without gradients, with arguments that fit, and a copy that is there
+        and current. None: encode and decode instead."""
+        state = self._state
+        if not self._is_ready(state, x, k, b_dec, base, W_dec) or not x.numel():
+            return None
+        held = state.copy.held  # type: ignore[union-attr]
+        step = native.online_step(held[0], x, base, b_dec, k, W_dec)
+        return None if self._versions() != state.versions else step  # type: ignore[union-attr]
+
     def _encode_at_once(
         self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
     ) -> TopK | None:
         """The code by one call of the compiled library, of arguments that have nothing to be said
         about, with a copy that is there and current; None: `explain` says what is the matter, or
         makes a copy."""
-        state, weight, bias = self._state, self.weight, self.bias
-        if (
-            state is None  # there is one only for a weight that is worth screening
-            or type(state.copy) is not NativeCopy
-            or not native.direct(x, weight, bias, pre_bias, base)
-            or not fits(x, weight, bias, k, pre_bias, base)
-            or LEAST_LATENTS * k > weight.shape[0]
-            or not state.is_current(self._versions())
-        ):
+        state = self._state
+        if not self._is_ready(state, x, k, pre_bias, base) or not x.numel():
             return None
         leading, D = x.shape[:-1], x.shape[-1]
-        N = leading.numel()
-        if N == 0:
-            return None
-        flat = x if len(leading) == 1 else x.reshape(N, D)
-        flat_base = base if base is None or len(leading) == 1 else base.reshape(N, D)
+        flat = x if len(leading) == 1 else x.reshape(-1, D)
+        flat_base = base if base is None or len(leading) == 1 else base.reshape(-1, D)
         try:
-            acts, indices, left, _ = state.copy.encode(flat, k, pre_bias, flat_base, sorted)
+            acts, indices, left, _ = state.copy.encode(  # type: ignore[union-attr]
+                flat, k, pre_bias, flat_base, sorted
+            )
         except StaleCopyError:
             return None
-        if left is not None or self._versions() != state.versions:
+        if left is not None or self._versions() != state.versions:  # type: ignore[union-attr]
             return None
         if len(leading) == 1:
             return TopK(acts, indices)
         return TopK(acts.view(*leading, k), indices.view(*leading, k))
+
+    def _is_ready(
+        self,
+        state: "_State | None",
+        x: Tensor,
+        k: int,
+        pre_bias: Tensor | None,
+        base: Tensor | None,
+        W_dec: Tensor | None = None,
+    ) -> bool:
+        """May the compiled copy of `state`, which sees itself whether the weight holds its samples,
+        be given these arguments as they are?"""
+        weight, bias = self.weight, self.bias
+        return (
+            state is not None  # there is one only for a weight that is worth screening
+            and type(state.copy) is NativeCopy
+            and native.direct(x, weight, bias, pre_bias, base, W_dec)
+            and fits(x, weight, bias, k, pre_bias, base)
+            and (W_dec is None or W_dec.shape == weight.shape)
+            and LEAST_LATENTS * k <= weight.shape[0]
+            and self._versions() == state.versions
+        )
 
     def explain(
         self,
@@ -409,9 +436,8 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _sample(tensor: Tensor) -> Any:
-    """An entry of each of a hundred rows, or of all; a view, as a numpy array. More would cost a
-    token what it saves: each lies in memory by itself."""
-    some = tensor[:: max(1, len(tensor) // 128)]
+    """A view of `SAMPLES` entries as a numpy array."""
+    some = tensor[:: max(1, len(tensor) // SAMPLES)]
     some = some if some.ndim == 1 else some[:, some.shape[1] // 2]
     return (some if some.dtype != torch.bfloat16 else some.view(torch.int16)).numpy()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from resae_kernels import native
 from resae_kernels.screening import (
     ROUNDING,
+    SAMPLES,
     STEPS,
     ScreenedRows,
     StaleCopyError,
@@ -68,8 +69,20 @@ class NativeCopy:
         )
         terms = bounds.terms.contiguous()
         self._weight = weight
+        every = max(1, M // SAMPLES)
+        samples = weight[::every, D // 2].clone()
         live_bias = None if bias is None else native.packed(bias)
-        self._tensors = (live_bias, start, steps, shift, all_bias, terms, dither, weight_dither)
+        self._tensors = (
+            samples,
+            live_bias,
+            start,
+            steps,
+            shift,
+            all_bias,
+            terms,
+            dither,
+            weight_dither,
+        )
         self._struct = native.Copy(
             M=M,
             D=D,
@@ -86,17 +99,21 @@ class NativeCopy:
             norm_bounds=terms[1].data_ptr() if certain else None,
             dither=dither.data_ptr(),
             weight_dither=weight_dither.data_ptr(),
+            samples=samples.data_ptr(),
+            sample_step=every,
             ratio=bounds.ratio,
             largest_bias=largest_bias,
             largest_bound=float(terms[-1].max()),
             outlier=OUTLIER,
             rounding=ROUNDING,
         )
-        self._held = self._columns(dimensions)
+        self.held = self._columns(dimensions)
+        """What the library reads, its outlier dimensions, and what its addresses need to be
+        kept."""
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        return self._held[1]
+        return self.held[1]
 
     def _columns(
         self, dimensions: Sequence[int]
@@ -129,7 +146,7 @@ class NativeCopy:
         acts, indices = native.new_code(x, N, k)
         left, relative = (c_uint8 * N)(), (c_float * D)()
         while True:
-            struct, dimensions, kept = self._held
+            struct, dimensions, kept = self.held
             status, candidates, rows_left = native.screened_encode(
                 struct,
                 x,
@@ -147,7 +164,7 @@ class NativeCopy:
             del kept
             if status != native.NEW_COLUMNS:
                 break
-            self._held = self._columns(_with_largest(dimensions, np.array(relative)))
+            self.held = self._columns(_with_largest(dimensions, np.array(relative)))
             relative = (c_float * D)()
         if status == native.STALE_COPY:
             raise StaleCopyError
