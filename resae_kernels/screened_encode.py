@@ -261,6 +261,7 @@ class ScreenedEncoder:
         return (
             state is not None  # there is one only for a weight that is worth screening
             and type(state.copy) is NativeCopy
+            and state.copy.is_live
             and native.direct(x, weight, bias, pre_bias, base, W_dec)
             and fits(x, weight, bias, k, pre_bias, base)
             and (W_dec is None or W_dec.shape == weight.shape)
@@ -437,7 +438,8 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 
 def _sample(tensor: Tensor) -> Any:
     """A view of `SAMPLES` entries as a numpy array."""
-    some = tensor[:: max(1, len(tensor) // SAMPLES)]
+    memory = torch._neg_view(tensor) if tensor.is_neg() else tensor
+    some = memory[:: max(1, len(memory) // SAMPLES)]
     some = some if some.ndim == 1 else some[:, some.shape[1] // 2]
     return (some if some.dtype != torch.bfloat16 else some.view(torch.int16)).numpy()
 

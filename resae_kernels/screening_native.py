@@ -45,7 +45,8 @@ class NativeCopy:
         seed: int,
         dimensions: Sequence[int] = (),
     ):
-        weight = native.rows(weight)
+        given, weight = weight, native.rows(weight)
+        live_bias = None if bias is None else native.packed(bias)
         (M, D), multiple = weight.shape, native.LATENTS
         latents, depth = -(-M // multiple) * multiple, -(-D // native.DEPTH) * native.DEPTH
         dither, weight_dither = torch.zeros(2, depth, dtype=torch.float32)
@@ -59,7 +60,7 @@ class NativeCopy:
             *((error, norm) if certain else (None, None)),
         )  # fmt: skip
         all_bias = torch.full((latents,), -math.inf, dtype=torch.float32)
-        all_bias[:M] = 0.0 if bias is None else bias
+        all_bias[:M] = 0.0 if live_bias is None else live_bias
         largest_bias = 0.0 if bias is None else float(all_bias[:M].abs().max())
         self.finite = math.isfinite(largest_bias) and bool(size.isfinite().all())
         if not self.finite:
@@ -72,6 +73,8 @@ class NativeCopy:
         every = max(1, M // SAMPLES)
         samples = weight[::every, D // 2].clone()
         live_bias = None if bias is None else native.packed(bias)
+        self.is_live = weight is given and live_bias is bias
+        """Whether the library reads the weight and bias themselves, or contiguous copies."""
         self._tensors = (
             samples,
             live_bias,

@@ -266,17 +266,19 @@ def _encode(
     N, M = x.shape[0], weight.shape[0]
     if native.takes(x, weight, bias, pre_bias, base) and native.EXACT_ROWS[x.dtype] >= N:
         return native.exact_encode(x, weight, bias, k, pre_bias, base, sorted)
-    wide = accumulation_dtype(x.dtype)
-    weight = weight.to(wide)
-    bias = None if bias is None else bias.to(wide)
-    rows = max(1, min(N, workspace_bytes // (M * wide.itemsize)))
+    # 16-bit weights are multiplied as they are where the processor can: sums are float32 there too.
+    narrow = x.device.type == "cpu" and onednn.multiplies(x.dtype)
+    dtype = x.dtype if narrow else accumulation_dtype(x.dtype)
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    rows = max(1, min(N, workspace_bytes // (M * dtype.itemsize)))
     acts = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
     by_onednn = weight.shape[1] <= onednn.MOST_DEPTH and onednn.pays(rows, weight)
-    scores = None if by_onednn else torch.empty(rows, M, dtype=wide, device=x.device)
+    scores = None if by_onednn else torch.empty(rows, M, dtype=dtype, device=x.device)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
-        residual = _residual(x[chunk], pre_bias, None if base is None else base[chunk]).to(wide)
+        residual = _residual(x[chunk], pre_bias, None if base is None else base[chunk]).to(dtype)
         if scores is None:
             chunk_scores = onednn.linear(residual, weight, bias)
         else:
