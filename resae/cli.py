@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from itertools import chain
@@ -49,7 +49,7 @@ from resae.profile import OPS, Case, Clock, measure_roofs, profile, table, trace
 from resae.replace import Generated, generate
 from resae.report import LABELS, whole_selection, write_report
 from resae.stack import AffineOnly, Loop, ModelIdentity, ReSAE
-from resae.storage import load_json, save_json
+from resae.storage import is_unused, load_json, locked, save_json
 from resae.train import (
     Calibration,
     Progress,
@@ -334,8 +334,13 @@ def _demo(options: argparse.Namespace) -> int:
     if not find_spec("matplotlib"):
         raise ModuleNotFoundError('the demo draws figures; pip install "resae[plots]"')
     out = Path(options.out)
-    if out.exists() and any(out.iterdir()) and not (out / "report.json").exists():
-        raise ValueError(f"{out} exists and is not an earlier demo; choose another --out")
+    with locked(out):
+        if not is_unused(out) and not (out / "report.json").exists():
+            raise ValueError(f"{out} exists and is not an earlier demo; choose another --out")
+        return _demo_into(out, options)
+
+
+def _demo_into(out: Path, options: argparse.Namespace) -> int:
     _quiet_libraries()
     # The model is so small that a second thread gains a third, and loses far more than that where
     # another process is using its core.
@@ -365,12 +370,17 @@ def _demo_sizes(options: argparse.Namespace) -> dict[str, int]:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    with locked(out):
+        if not is_unused(out):
+            raise ValueError(f"{out} exists and is not empty; choose another --out")
+        return _fit_into(out, options)
+
+
+def _fit_into(out: Path, options: argparse.Namespace) -> int:
     display = Display()
     lm = _load_model(options, options.model)
     points = lm.hook_points(options.layers)
-    out = Path(options.out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty; choose another --out")
     config = TrainConfig(
         layers=tuple(p.name for p in points),
         k=(1,) * len(points),
@@ -398,12 +408,27 @@ def _train(options: argparse.Namespace) -> int:
         return _plan(options)
     _require_followers(options)
     ranks, options.device = Ranks.launched(options.parallel, options.device)
-    display = Display(silent=ranks.rank > 0)
     out = Path(options.out)
-    if not options.resume and out.exists() and any(out.iterdir()):
+    with locked(out) if ranks.rank == 0 else nullcontext():
+        _require_startable(out, options.resume)
+        return _train_into(out, options, ranks)
+
+
+def _require_startable(out: Path, resume: bool) -> None:
+    """Refuse to start where there is something, and to resume where there is nothing."""
+    if not resume and not is_unused(out):
         raise ValueError(
             f"{out} exists and is not empty; go on with --resume, or choose another --out"
         )
+    if resume and not (out / "run.json").exists():
+        raise FileNotFoundError(
+            f"--resume: no run in {out} to go on with (no run.json there); give the --out that the "
+            f"run began with, or leave --resume out to begin one"
+        )
+
+
+def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
+    display = Display(silent=ranks.rank > 0)
     if options.model_device == "auto" and (ranks.size > 1 or options.eval_steps):
         raise ValueError(
             "--model-device auto, where all devices hold one model, with several ranks or "
@@ -438,8 +463,9 @@ def _train(options: argparse.Namespace) -> int:
         stored=stored,
     )
     calibrated = out / "calibration.safetensors"
-    if options.resume and calibrated.exists():
+    if options.resume:
         _require_same_run(load_json(out / "run.json", "run"), options, config, out)
+    if options.resume and calibrated.exists():
         calibration = Calibration.load(calibrated, config.predictor)
     else:
         batches = source.in_order()

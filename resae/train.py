@@ -603,7 +603,8 @@ def train(
     Args:
         source: batches of L raw activations `[batch_tokens / ranks, D]`.
         identity: the model, as recorded with the stack.
-        resume: go on from the newest readable checkpoint of `out` (from step 0 if there is none).
+        resume: go on from the newest readable checkpoint of `out`, a folder that exists (from step
+            0 if there is no checkpoint).
         checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
         keep_checkpoints: so many, the newest, stay; one more is on the disk while it is written.
         eval_steps: interval at which `delta_ce` measures a copy of the stack, for raw activations,
@@ -616,9 +617,12 @@ def train(
         ValueError: the loss or the weights stopped being finite (no such state is saved; the batch
             is, in `nan_batch.safetensors`), or a checkpoint of another configuration.
         OSError: the disk is full; the checkpoints there are intact.
+        FileNotFoundError: `resume`, and no folder `out`.
     """
     if keep_checkpoints < 1:
         raise ValueError(f"train: keep_checkpoints={keep_checkpoints}, expected at least 1")
+    if resume and not out.exists():
+        raise FileNotFoundError(f"train: no folder {out} to resume from; look for the right one")
     _require_divisible(config, ranks)
     begun = initial_state(config, calibration, identity, "cpu" if ranks.by_layers else device)
     state, step_config = _state_of_rank(begun, config, ranks, device)

@@ -283,10 +283,12 @@ def train_until(arguments, written):
 def test_killed_at_any_moment_and_resumed_ends_in_the_same_bits(run, material, processes):
     out = material / "killed"
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
-    arguments += ["--out", str(out), "--log-steps", "1", "--checkpoint-steps", "4", "--resume"]
-    moments = ["calibration", 6, "step_00000012", 17, "resae.json"]
+    arguments += ["--out", str(out), "--log-steps", "1", "--checkpoint-steps", "4"]
+    moments = ["run.json", "calibration", 6, "step_00000012", 17, "resae.json"]
     for moment in moments:
         written = moment if isinstance(moment, str) else None
+        if (out / "run.json").exists():
+            arguments = [*arguments, "--resume"]
         process = processes.Process(target=train_until, args=(arguments, written))
         process.start()
         log = out / "log.jsonl"
@@ -305,6 +307,52 @@ def test_killed_at_any_moment_and_resumed_ends_in_the_same_bits(run, material, p
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     lines = (out / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 33))
+
+
+HOLDS = """import sys, time
+from pathlib import Path
+from resae.storage import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)"""
+
+
+def holder_of(folder):
+    """Another process that writes into a folder until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(
+    run, material, tmp_path, capsys
+):
+    text = [str(material / "model"), str(material / "text.txt")]
+    train = ["train", *text, *TRAIN, *SMALL]
+    fit = ["fit", *text, "--layers", "0,1", *TRAIN[4:], "--calibration-tokens", "256"]
+    out = ["--out", str(tmp_path / "out")]
+    resume = [*train, "--out", str(run), "--resume"]
+    for folder, commands in (
+        (tmp_path / "out", ([*fit, *out], [*train, *out], ["demo", *out])),
+        (run, [resume]),
+    ):
+        process = holder_of(folder)
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for arguments in commands:
+            assert main(arguments) == 2
+            said = capsys.readouterr().err
+            assert f"process {process.pid} on {socket.gethostname()}, started 2" in said
+            assert said.count("\n") == 1
+        assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        process.kill()
+        process.communicate()
+        assert (folder / ".lock").exists()
+    assert main([*fit, *out]) == 0
+    assert main(resume) == 0
+    assert not list(tmp_path.rglob(".lock"))
+    assert not list(run.rglob(".lock"))
 
 
 def test_a_model_spread_over_devices_trains_the_same(run, material, capsys):
@@ -417,6 +465,7 @@ def bad(material, tmp_path):
             [*train, "--layers", "0,1", "--boost", str(material / "run"), *out],
             "leave --layers out",
         ),
+        "resume-nothing": ([*train, "--resume", *out], "no run in"),
         "run-exists": ([*train, "--out", str(material / "run")], "--resume"),
         "not-a-run": (["eval", str(tmp_path)], "not a run directory"),
         "generate-not-a-run": (["generate", str(tmp_path), "--prompt", "x"], "not a run"),

@@ -223,6 +223,9 @@ def test_resuming_a_finished_run_changes_nothing(xs, tmp_path):
 def test_resuming_without_a_checkpoint_says_that_it_starts_over(xs, tmp_path, caplog):
     run(xs, tmp_path, resume=True)
     assert "no checkpoint" in caplog.text
+    with pytest.raises(FileNotFoundError, match="no folder .*mistyped to resume from"):
+        run(xs, tmp_path / "mistyped", resume=True)
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_resuming_with_other_settings_is_refused(xs, tmp_path):
