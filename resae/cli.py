@@ -26,6 +26,7 @@ from resae.data import (
     ActivationBatches,
     ModelActivations,
     TokenRows,
+    WithRows,
     capture_tokens,
     in_order,
     train_and_held_out,
@@ -50,6 +51,14 @@ from resae.replace import Generated, generate
 from resae.report import LABELS, whole_selection, write_report
 from resae.stack import AffineOnly, Loop, ModelIdentity, ReSAE
 from resae.storage import is_unused, load_json, locked, save_json
+from resae.text_record import (
+    Overlap,
+    RunText,
+    TrainedText,
+    held_out_by_all,
+    in_rows_of,
+    save_held_out,
+)
 from resae.train import (
     Calibration,
     Progress,
@@ -71,6 +80,7 @@ HELD_OUT_DEFAULTS: dict[str, Any] = {
     "held_out_rows": 64,
 }
 """What `eval` takes where neither the command nor the run says otherwise."""
+ROW_SHAPE = ("context_tokens", "held_out_rows")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -448,10 +458,12 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
         )
     config = _train_config(options, lm, points, base)
     rows, held_out = _data(options, lm)
+    text = _trained_text(out, options, display, ranks)
+    noted = rows if text is None else rows.noted(text.add)
     stored = _stored(options, lm, points, rows, "train", display, config.train_tokens, ranks=ranks)
     source = ActivationBatches(
         lm,
-        rows,
+        noted,
         points,
         batch_tokens=config.batch_tokens,
         buffer_tokens=config.buffer_tokens,
@@ -460,7 +472,7 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
         device=options.device,
         rank=ranks.rank,
         world=ranks.size,
-        stored=stored,
+        stored=stored and WithRows(stored, noted.shard(ranks.rank, ranks.size)),
     )
     calibrated = out / "calibration.safetensors"
     if options.resume:
@@ -481,7 +493,13 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
             moments = _moments(lm, points, batches, config, display, ranks)
             calibration, affine = boost_calibration(base, moments), []
         if ranks.rank == 0:
-            save_json(out / "run.json", _run_record(options, config, affine))
+            split = {"held_out_split": "train" if rows.skip else "validation"}
+            save_json(out / "run.json", _run_record(options, config, affine) | split)
+            save_held_out(out, held_out)
+        ranks.meet()  # nobody else writes into a folder that is not begun
+        if text is not None:
+            text.save(out, ranks.rank, ranks.size)
+        if ranks.rank == 0:
             calibration.save(calibrated)
     display.say(
         f"{len(points)} autoencoders of {config.d_sae} latents on {lm.name}: {config.steps:,} "
@@ -512,6 +530,7 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
             eval_steps=options.eval_steps,
             delta_ce=lambda stack: delta_ce(lm, stack.to(lm.device), unseen),
             on_progress=progress,
+            on_checkpoint=lambda: text and text.save(out, ranks.rank, ranks.size),
             should_stop=interrupt.asked,
             ranks=ranks,
         )
@@ -520,6 +539,25 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
         return 130
     display.say(f"written to {out}; next: resae eval {out}")
     return 0
+
+
+def _trained_text(
+    out: Path, options: argparse.Namespace, display: Display, ranks: Ranks
+) -> TrainedText | None:
+    """What a run notes its text in; None where the text of an earlier part is not known."""
+    if options.resume and (out / "calibration.safetensors").exists():
+        return TrainedText.load(out, ranks.rank, ranks.size)
+    text = TrainedText()
+    if options.boost is not None:
+        of_base = TrainedText.load(Path(options.boost))
+        if of_base is None:
+            display.say(
+                f"--boost: {options.boost} has no record of the text that it was trained on, so "
+                f"that this run gets none: `resae eval` will not know which text is new to it"
+            )
+            return None
+        text.include(of_base)
+    return text
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -684,15 +722,7 @@ def _eval(options: argparse.Namespace) -> int:
     lm = _load_model(options, _model_of(options, record, runs[0][2]))
     for _, _, stack in runs:
         stack.require_model(lm)
-    for name, default in HELD_OUT_DEFAULTS.items():
-        if getattr(options, name) is None:
-            setattr(options, name, record.get(name, default))
-    if options.data is None:
-        raise ValueError(
-            f"{runs[0][0]} does not say which text to evaluate on; name it with --data"
-        )
-    options.seed = record.get("train", {}).get("seed", 0)
-    _, held_out = _data(options, lm)
+    ids, overlaps = _unseen(options, [(folder, record) for folder, record, _ in runs], lm, display)
     methods: list[Method] = []
     for folder, _, stack in runs:
         for k in options.k or (stack.sae(0).config.k,):
@@ -703,10 +733,9 @@ def _eval(options: argparse.Namespace) -> int:
     chained = next((stack for _, _, stack in runs if stack.chained), None)
     if chained is not None:
         methods.append(Method("affine_only", AffineOnly(chained), None))
-    batches = list(held_out.batches(MODEL_ROWS))
-    tokens = sum(b.numel() for b in batches)
+    batches = list(ids.split(MODEL_ROWS))
     display.say(
-        f"{forward_passes(methods)} passes over {tokens:,} held-out tokens of {options.data}"
+        f"{forward_passes(methods)} passes over {ids.numel():,} held-out tokens of {options.data}"
     )
     began = time.perf_counter()
 
@@ -723,6 +752,9 @@ def _eval(options: argparse.Namespace) -> int:
         "d_sae": runs[0][2].sae(0).config.d_sae,
         "train_tokens": record.get("train", {}).get("train_tokens", 0),
         "runs": [str(folder) for folder, _, _ in runs],
+        "held_out_rows": len(ids),
+        "context_tokens": ids.shape[1],
+        "trained_on": overlaps,
     }
     training = [
         {"method": m.name, "k": m.k, "log": _log(folder)}
@@ -737,13 +769,107 @@ def _eval(options: argparse.Namespace) -> int:
             "config": config,
             "environment": environment(),
             **report,
-            "affine": list(chain.from_iterable(r.get("affine", []) for _, r, _ in runs[:1])),
+            "affine": _affine([record for _, record, _ in runs]),
             "training": training,
         },
     )
     _print_table(display, whole_selection(report["replacement"]))
     display.say(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
+
+
+def _unseen(
+    options: argparse.Namespace,
+    runs: Sequence[tuple[Path, dict[str, Any]]],
+    lm: HookedLM,
+    display: Display,
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Rows `[R, T]` to evaluate on, and per run how much of them it was trained on.
+
+    Raises:
+        ValueError: text that a run was trained on, or may have been, unless that is allowed.
+    """
+    texts = [RunText.load(folder) for folder, _ in runs]
+    unknown = [str(folder) for (folder, _), text in zip(runs, texts, strict=True) if text is None]
+    if unknown and not options.allow_trained_text:
+        raise ValueError(
+            f"{unknown[0]} has no record of the text that it was trained on (a run of an earlier "
+            f"version, or a stack without its run), so that no text is known to be new to it; "
+            f"evaluate all the same with --allow-trained-text"
+        )
+    ids = _rows_to_evaluate(options, runs, [text for text in texts if text is not None], lm)
+    overlaps = []
+    for (folder, _), text in zip(runs, texts, strict=True):
+        known = None if text is None else text.overlap(ids)
+        row = {"run": str(folder), "held_out": text is not None and known is None}
+        overlaps.append(row if known is None else row | known._asdict())
+        if text is None:
+            display.say(f"{folder}: not known whether it was trained on this text")
+        elif known is not None:
+            _require_new(options, folder, known, display)
+    return ids, overlaps
+
+
+def _require_new(
+    options: argparse.Namespace, folder: Path, known: Overlap, display: Display
+) -> None:
+    """Say how much of the text a run was trained on; refuse more than chance unless allowed."""
+    share = f"{known.known:,} of {known.compared:,} compared pieces of 16 tokens"
+    if known.new or options.allow_trained_text:
+        display.say(f"{folder} was trained on {share} of this text")
+        return
+    if known.new is None:
+        raise ValueError(
+            f"too little of this text can be compared with what {folder} was trained on "
+            f"({known.compared} pieces of 16 tokens) to tell whether it is new; give more rows, "
+            f"longer ones, or --allow-trained-text"
+        )
+    raise ValueError(
+        f"{folder} was trained on this text ({share} are in its training text); evaluate it "
+        f"apart, give other text with --data, or take this with --allow-trained-text"
+    )
+
+
+def _rows_to_evaluate(
+    options: argparse.Namespace,
+    runs: Sequence[tuple[Path, dict[str, Any]]],
+    texts: Sequence[RunText],
+    lm: HookedLM,
+) -> torch.Tensor:
+    """`[R, T]`: those that were held out by the runs, as they recorded them; or of the text that is
+    given, or of a validation split, which is never trained on, any that are asked for."""
+    folder, record = runs[0]
+    given = options.data is not None
+    for name, default in HELD_OUT_DEFAULTS.items():
+        if getattr(options, name) is None and (given or name not in ROW_SHAPE):
+            setattr(options, name, record.get(name, default))
+    if options.data is None:
+        raise ValueError(f"{folder} does not say which text to evaluate on; name it with --data")
+    kept = None if given or len(texts) < len(runs) else held_out_by_all(texts)
+    if kept is not None:
+        headed = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id) != (None, None)
+        kept = in_rows_of(kept, options.context_tokens or kept.shape[1], headed)
+        kept = kept[: options.held_out_rows]
+        if len(kept) and len(kept) >= (options.held_out_rows or 0):
+            return kept
+        if record.get("held_out_split") != "validation":
+            raise ValueError(
+                f"{folder} held out {len(kept)} rows of {kept.shape[1]} tokens and trained on the "
+                f"rest of {options.data}; ask for at most so many, or give other text with --data"
+            )
+    for name in ROW_SHAPE:
+        if getattr(options, name) is None:
+            setattr(options, name, record.get(name, HELD_OUT_DEFAULTS[name]))
+    options.seed = record.get("train", {}).get("seed", 0)
+    return torch.stack(list(_data(options, lm)[1]))
+
+
+def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """R² per method and hop, of the first run that has it."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in chain.from_iterable(record.get("affine", []) for record in records):
+        rows.setdefault((row["method"], row["hop"]), row)
+    return list(rows.values())
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
@@ -1084,6 +1210,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--context-tokens", type=int, help="tokens per row")
     evaluation.add_argument("--held-out-rows", type=int, help="rows to evaluate on")
+    evaluation.add_argument(
+        "--allow-trained-text",
+        action="store_true",
+        help="evaluate even where a run was trained on the text, or where that is not known "
+        "(default: an error)",
+    )
     _add_machine(evaluation)
 
     writing = add("generate", _generate, "continue a prompt with and without the layers replaced")

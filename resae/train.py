@@ -595,6 +595,7 @@ def train(
     eval_steps: int | None = None,
     delta_ce: Callable[[ReSAE], Mapping[str, float]] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_checkpoint: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> ReSAE | None:
@@ -609,6 +610,8 @@ def train(
         keep_checkpoints: so many, the newest, stay; one more is on the disk while it is written.
         eval_steps: interval at which `delta_ce` measures a copy of the stack, for raw activations,
             on `device` (in the place that gradients take in a step); the run is the same without.
+        on_checkpoint: called on every rank before a checkpoint is written: what belongs to it and
+            is not of the weights.
         should_stop: asked after every step; if true, a checkpoint is written and None returned.
         ranks: several processes that train together, in a folder that all of them see; rank 0
             writes and reports, and all stop together.
@@ -679,6 +682,7 @@ def train(
                 if on_progress is not None:
                     on_progress(progress)
         if stop or due:
+            on_checkpoint()
             _save_checkpoint(checkpoints, state, config, keep_checkpoints, ranks)
         if stop:
             return None
