@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -69,6 +70,7 @@ from resae.train import (
     train,
 )
 from resae.tune import tiles_in_force, tune
+from resae.watch import Watch
 from resae_kernels import _launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,11 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if options.traceback:
             raise
-        print(f"resae {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(options, " ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
-        print(f"resae {options.command}: interrupted", file=sys.stderr)
+        _complain(options, "interrupted")
         return 130
+
+
+def _complain(options: argparse.Namespace, line: str) -> None:
+    print(f"resae {options.command}: {line}", file=sys.stderr, flush=True)
 
 
 # -- what the commands share -----------------------------------------------------------------------
@@ -419,7 +425,11 @@ def _train(options: argparse.Namespace) -> int:
     _require_followers(options)
     ranks, options.device = Ranks.launched(options.parallel, options.device)
     out = Path(options.out)
-    with locked(out) if ranks.rank == 0 else nullcontext():
+    complain = partial(_complain, options)
+    with (
+        Watch(ranks.rank, ranks.size, complain, with_traceback=options.traceback),
+        locked(out) if ranks.rank == 0 else nullcontext(),
+    ):
         _require_startable(out, options.resume)
         return _train_into(out, options, ranks)
 
