@@ -66,6 +66,7 @@ from resae.train import (
     TrainConfig,
     boost_calibration,
     calibrate,
+    resumed_config,
     sum_moments,
     train,
 )
@@ -467,6 +468,9 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
             f"--boost: {options.boost} has layers {', '.join(base.hook_points)}; leave --layers out"
         )
     config = _train_config(options, lm, points, base)
+    if options.resume:
+        _require_same_run(load_json(out / "run.json", "run"), options, config, out)
+        config = resumed_config(config, out)
     rows, held_out = _data(options, lm)
     text = _trained_text(out, options, display, ranks)
     noted = rows if text is None else rows.noted(text.add)
@@ -485,10 +489,11 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
         stored=stored and WithRows(stored, noted.shard(ranks.rank, ranks.size)),
     )
     calibrated = out / "calibration.safetensors"
-    if options.resume:
-        _require_same_run(load_json(out / "run.json", "run"), options, config, out)
     if options.resume and calibrated.exists():
         calibration = Calibration.load(calibrated, config.predictor)
+        record = load_json(out / "run.json", "run")
+        if ranks.rank == 0 and record["train"]["train_tokens"] != config.train_tokens:
+            save_json(out / "run.json", record | {"train": asdict(config)})
     else:
         batches = source.in_order()
         if base is None:
@@ -1088,7 +1093,12 @@ def _parser() -> argparse.ArgumentParser:
         "--k", type=_numbers, required=True, help="active latents: one, or per layer"
     )
     training.add_argument("--out", required=True, help="the run directory")
-    training.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    training.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint; with more --train-tokens, from one before the "
+        "learning rate fell, as a run of that length would have but for its warm-up",
+    )
     training.add_argument(
         "--d-sae", type=int, help="latents per layer (default: expansion × width)"
     )
@@ -1134,6 +1144,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--lr", type=float, help="of Adam (default: 8e-3 · sqrt(512 / d_sae))")
     training.add_argument(
+        "--warmup-steps", type=float, help="steps of a rising rate (default: a twentieth of all)"
+    )
+    training.add_argument(
         "--auxk-coefficient", type=float, default=1 / 32, help="weight of the dead-latent loss"
     )
     training.add_argument(
@@ -1173,7 +1186,13 @@ def _parser() -> argparse.ArgumentParser:
         "every batch, or the autoencoders of some layers (open loop only)",
     )
     training.add_argument("--checkpoint-steps", type=int, default=1_000, help="between checkpoints")
-    training.add_argument("--keep-checkpoints", type=int, default=2, help="so many, the newest")
+    training.add_argument(
+        "--keep-checkpoints",
+        type=int,
+        default=2,
+        help="number of checkpoints to keep: the newest, and of two or more one from before the "
+        "learning rate falls, from which --resume can go on to more tokens",
+    )
     training.add_argument("--log-steps", type=int, default=50, help="between lines of the log")
     training.add_argument(
         "--eval-steps",

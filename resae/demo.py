@@ -382,6 +382,7 @@ def _train(
         calibration,
         folder,
         identity=ModelIdentity.of(lm),
+        keep_checkpoints=1,
         log_steps=10,
         on_progress=note,
     )

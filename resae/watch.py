@@ -71,7 +71,7 @@ class Watch:
         if self.rank == 0:
             hearing = threading.Thread(target=self._hear_all, args=(server, door[1]), daemon=True)
         else:
-            connection = _connect(*door, self.rank)
+            connection = _connect(door[0], door[1], self.rank)
             self._peers = {} if connection is None else {0: connection}
             hearing = threading.Thread(target=self._hear_first, daemon=True)
         hearing.start()

@@ -315,6 +315,23 @@ def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_finished_run_goes_on_to_more_tokens(run, material, tmp_path, capsys):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    more = [*arguments, "--train-tokens", "8192"]
+    begun = ["--warmup-steps", str(0.05 * 32), "--dead-after-tokens", str(4096 // 8)]
+    assert main([*more, *begun, "--out", str(tmp_path / "whole")]) == 0
+    shutil.copytree(run, tmp_path / "run")
+    assert main([*more, "--resume", "--out", str(tmp_path / "run")]) == 0
+    whole, resumed = (ReSAE.load(tmp_path / name).state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    records = [load_json(tmp_path / name / "run.json", "run") for name in ("whole", "run")]
+    assert records[0]["train"] == records[1]["train"]
+    assert same_text(tmp_path / "whole", tmp_path / "run")
+    capsys.readouterr()
+    assert main([*arguments, "--resume", "--out", str(tmp_path / "run")]) == 2
+    assert "train_tokens=8192" in capsys.readouterr().err
+
+
 class Stand:
     """In the place of a module, a class and what it makes: remembers what was called."""
 
