@@ -840,8 +840,8 @@ def _require_new(
             f"longer ones, or --allow-trained-text"
         )
     raise ValueError(
-        f"{folder} was trained on this text ({share} are in its training text); evaluate it "
-        f"apart, give other text with --data, or take this with --allow-trained-text"
+        f"{folder} was trained on this text ({share} are in its training text); evaluate runs "
+        f"apart, or on other text with --data, or take this with --allow-trained-text"
     )
 
 

@@ -166,13 +166,14 @@ class RunText(NamedTuple):
         return cls(load_tensors(path, "held-out rows")["rows"].long(), trained)
 
     def overlap(self, rows: Tensor) -> Overlap | None:
-        """How much of rows `[R, T]` was trained on, those aside that were held out as they are;
+        """How much of rows `[R, T]` was trained on, none of those that were held out as they are;
         None where all of them were."""
         kept = set(map(tuple, self.held_out.tolist()))
         others = [row for row in rows.tolist() if tuple(row) not in kept]
         if not others:
             return None
-        return self.trained.overlap(torch.tensor(others))
+        known = self.trained.overlap(torch.tensor(others)).known
+        return Overlap(known, self.trained.overlap(rows).compared)
 
 
 def save_held_out(folder: Path, rows: Iterable[Tensor]) -> None:

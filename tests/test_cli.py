@@ -127,7 +127,7 @@ def test_eval_takes_only_text_that_the_run_held_out(run, material, evaluated, ca
         assert re.search(r"held out [84] rows of (24|47) tokens", capsys.readouterr().err)
     same = ["--data", str(material / "text.txt"), "--held-out-rows"]
     assert main(["eval", str(run), *same, "9"]) == 2
-    assert "was trained on this text (8 of 8 compared" in capsys.readouterr().err
+    assert "was trained on this text (8 of 72 compared" in capsys.readouterr().err
     assert not evaluated
     assert main(["eval", str(run), *same, "8"]) == 2
     assert torch.equal(evaluated.pop(), every[:8])

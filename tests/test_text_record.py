@@ -72,6 +72,8 @@ def test_rows_that_a_run_held_out_are_not_trained_on_though_their_text_comes_aga
     assert record.held_out.tolist() == rows[:2].tolist()
     assert record.overlap(rows[:1]) is None
     assert record.overlap(rows[:1, :40]).new is False
+    new = torch.cat([rows[:1], tiny.ids(2, 48, seed=9), rows[:1, :].roll(1, 1)])
+    assert record.overlap(new) == (31, 4 * 32)
 
 
 def test_rows_held_out_by_every_run_are_taken_where_there_are_some():
