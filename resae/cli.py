@@ -6,6 +6,7 @@ Only this file prints. Bad input ends in one line, what was wrong and what to do
 
 import argparse
 import logging
+import shlex
 import signal
 import sys
 import time
@@ -16,10 +17,11 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from resae import arguments as types
 from resae.activation_cache import ActivationCache
 from resae.affine import FORMS, KINDS, Moments, r2_per_layer, routing_shares
 from resae.data import (
@@ -29,12 +31,13 @@ from resae.data import (
     TokenRows,
     WithRows,
     capture_tokens,
+    fingerprint,
     in_order,
     train_and_held_out,
 )
 from resae.demo import EXTRA_METHODS, DemoConfig, run_demo
 from resae.distributed import ALONE, WAYS, Ranks
-from resae.environment import environment, keep_freed_memory
+from resae.environment import describe_device, environment, find_device, keep_freed_memory
 from resae.evaluate import (
     Method,
     delta_ce,
@@ -44,14 +47,14 @@ from resae.evaluate import (
     method_name,
     predictor_name,
 )
-from resae.intervene import Interventions, StrongestLatents
+from resae.intervene import ActiveEdits, Interventions, StrongestLatents
 from resae.model import HookedLM, HookPoint
 from resae.plan import Device, ModelSizes, plan
 from resae.profile import OPS, Case, Clock, measure_roofs, profile, table, trace
-from resae.replace import Generated, generate
-from resae.report import LABELS, whole_selection, write_report
+from resae.replace import Generated, generate, prompt_ids
+from resae.report import LABELS, require_matplotlib, whole_selection, write_report
 from resae.stack import AffineOnly, Loop, ModelIdentity, ReSAE
-from resae.storage import is_unused, load_json, locked, save_json
+from resae.storage import is_unused, load_json, locked, require_writable, save_json
 from resae.text_record import (
     Overlap,
     RunText,
@@ -66,6 +69,7 @@ from resae.train import (
     TrainConfig,
     boost_calibration,
     calibrate,
+    require_divisible,
     resumed_config,
     sum_moments,
     train,
@@ -84,12 +88,17 @@ HELD_OUT_DEFAULTS: dict[str, Any] = {
 }
 """What `eval` takes where neither the command nor the run says otherwise."""
 ROW_SHAPE = ("context_tokens", "held_out_rows")
+FITTED = ("predictor", "form", "rank", "calibration_tokens", "ridge")
+"""Settings of the affine maps, which a folder of maps records and `--maps` takes from it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    options.command_line = shlex.join(
+        ["resae", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     keep_freed_memory()
     try:
@@ -139,31 +148,24 @@ class Display:
             self._last = time.monotonic()
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _choose_devices(options: argparse.Namespace, display: Display) -> None:
+    """Settle where to run, and say so."""
+    options.device = find_device(options.device)
+    line = f"device: {describe_device(options.device)}"
+    apart = getattr(options, "model_device", None)
+    if apart is not None and apart != "auto":
+        options.model_device = find_device(apart)
+    display.say(line if apart is None else f"{line}; language model: {apart}")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected numbers, for example 4,8,32"
-        ) from None
-
-
-def _peaks(text: str) -> tuple[float, float]:
-    try:
-        product, bandwidth = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected FLOP/s and bytes/s, for example 312e12,2e12"
-        ) from None
-    return product, bandwidth
+def _described(name: str) -> HookedLM:
+    """A model without its weights, by which layers, sizes and text are judged before they are
+    read."""
+    _quiet_libraries()
+    return HookedLM.described(name, tokenizer=True)
 
 
 def _load_model(options: argparse.Namespace, name: str) -> HookedLM:
-    _quiet_libraries()
     device = getattr(options, "model_device", None) or options.device
     return HookedLM.from_pretrained(name, dtype=DTYPES[options.dtype], device=device)
 
@@ -177,6 +179,8 @@ def _quiet_libraries() -> None:
         import datasets
 
         datasets.disable_progress_bars()
+        # It logs what it then raises, as an error that takes one line.
+        datasets.logging.set_verbosity(logging.CRITICAL)
 
 
 def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRows]:
@@ -314,14 +318,13 @@ def _stored(
 def _train_config(
     options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint], base: ReSAE | None
 ) -> TrainConfig:
-    k = options.k
     chosen = {
         f.name: getattr(options, f.name)
         for f in fields(TrainConfig)
         if getattr(options, f.name, None) is not None
     }
     chosen["layers"] = tuple(point.name for point in points)
-    chosen["k"] = k * len(points) if len(k) == 1 else k
+    chosen["k"] = options.k_per_layer or (options.k,) * len(points)
     chosen["d_sae"] = options.d_sae or options.expansion * lm.d_model
     if base is not None:
         maps = base.predictor
@@ -329,16 +332,31 @@ def _train_config(
     return TrainConfig(**chosen)
 
 
-def _run_record(options: argparse.Namespace, config: TrainConfig, affine: Any) -> dict[str, Any]:
+def _require_rank(config: TrainConfig, lm: HookedLM) -> None:
+    if config.rank is not None and config.rank > lm.d_model:
+        raise ValueError(
+            f"--rank {config.rank} exceeds the width of {lm.name}, {lm.d_model}; lower it"
+        )
+
+
+RECORDED = (
+    "model",
+    "data",
+    "text_column",
+    "streaming",
+    "context_tokens",
+    "held_out_rows",
+    "dtype",
+)
+"""Options that say what a run read."""
+
+
+def _run_record(options: argparse.Namespace, rows: TokenRows, affine: Any) -> dict[str, Any]:
     return {
-        "model": options.model,
-        "data": options.data,
-        "text_column": options.text_column,
-        "streaming": options.streaming,
-        "context_tokens": options.context_tokens,
-        "held_out_rows": options.held_out_rows,
-        "dtype": options.dtype,
-        "train": asdict(config),
+        "command": options.command_line,
+        **{name: getattr(options, name) for name in RECORDED},
+        "data_fingerprint": fingerprint(rows.texts),
+        "device": str(options.device),
         "affine": affine,
         "environment": environment(),
     }
@@ -348,8 +366,7 @@ def _run_record(options: argparse.Namespace, config: TrainConfig, affine: Any) -
 
 
 def _demo(options: argparse.Namespace) -> int:
-    if not find_spec("matplotlib"):
-        raise ModuleNotFoundError('the demo draws figures; pip install "resae[plots]"')
+    require_matplotlib()
     out = Path(options.out)
     with locked(out):
         if not is_unused(out) and not (out / "report.json").exists():
@@ -363,6 +380,7 @@ def _demo_into(out: Path, options: argparse.Namespace) -> int:
     # another process is using its core.
     torch.set_num_threads(options.threads)
     display = Display()
+    display.say(f"device: {describe_device('cpu')}, where the demo always runs")
     methods = EXTRA_METHODS if options.methods == ("all",) else options.methods
     config = DemoConfig(
         layers=options.layers,
@@ -396,27 +414,29 @@ def _fit(options: argparse.Namespace) -> int:
 
 def _fit_into(out: Path, options: argparse.Namespace) -> int:
     display = Display()
-    lm = _load_model(options, options.model)
-    points = lm.hook_points(options.layers)
+    _choose_devices(options, display)
+    shapes = _described(options.model)
+    points = shapes.hook_points(options.layers)
+    chosen = {name: getattr(options, name) for name in FITTED}
     config = TrainConfig(
         layers=tuple(p.name for p in points),
         k=(1,) * len(points),
         d_sae=1,
-        predictor=options.predictor,
-        form=options.form,
-        rank=options.rank,
-        calibration_tokens=options.calibration_tokens,
-        ridge=options.ridge,
         seed=options.seed,
+        **{name: value for name, value in chosen.items() if value is not None},
     )
-    rows, held_out = _data(options, lm)
-    batches, unseen = _captured(lm, rows, points), _captured(lm, held_out, points)
+    _require_rank(config, shapes)
+    rows, held_out = _data(options, shapes)
+    lm = _load_model(options, options.model)
+    text = TrainedText()
+    batches = _captured(lm, rows.noted(text.add), points)
+    unseen = _captured(lm, held_out, points)
     calibration, affine = _calibrate(lm, points, batches, unseen, config, display)
     calibration.save(out / "calibration.safetensors")
-    record = _run_record(options, config, affine)
-    del record["train"]
-    save_json(out / "fit.json", {**record, "layers": config.layers, "predictor": config.predictor})
-    display.say(f"written to {out}")
+    text.save(out)
+    fitted = {name: getattr(config, name) for name in ("layers", *FITTED, "seed")}
+    save_json(out / "fit.json", {**_run_record(options, rows, affine), **fitted})
+    display.say(f"written to {out}; next: resae train … --maps {out}")
     return 0
 
 
@@ -424,7 +444,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.plan:
         return _plan(options)
     _require_followers(options)
-    ranks, options.device = Ranks.launched(options.parallel, options.device)
+    ranks, options.device = Ranks.launched(options.parallel, find_device(options.device))
     out = Path(options.out)
     complain = partial(_complain, options)
     with (
@@ -450,28 +470,46 @@ def _require_startable(out: Path, resume: bool) -> None:
 
 def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
     display = Display(silent=ranks.rank > 0)
+    _choose_devices(options, display)
     if options.model_device == "auto" and (ranks.size > 1 or options.eval_steps):
         raise ValueError(
             "--model-device auto, where all devices hold one model, with several ranks or "
             "--eval-steps; leave these out, and use `resae eval` on the run"
         )
-    lm = _load_model(options, options.model)
+    if options.cache_dtype is not None and options.cache is None:
+        raise ValueError("--cache-dtype without --cache; name the folder of the cache too")
+    if options.eval_steps and not options.held_out_rows:
+        raise ValueError("--eval-steps with --held-out-rows 0; hold rows out to measure on")
+    shapes = _described(options.model)
+    maps = None if options.maps is None else _Maps.open(options)
     base = None if options.boost is None else _open_run(Path(options.boost), "cpu")[1]
     if base is not None:
-        base.require_model(lm)
+        base.require_model(shapes)
         options.layers = options.layers or base.hook_points
     if not options.layers:
         raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
-    points = lm.hook_points(options.layers)
+    points = shapes.hook_points(options.layers)
     if base is not None and [point.name for point in points] != base.hook_points:
         raise ValueError(
             f"--boost: {options.boost} has layers {', '.join(base.hook_points)}; leave --layers out"
         )
-    config = _train_config(options, lm, points, base)
+    config = _train_config(options, shapes, points, base)
+    _require_rank(config, shapes)
+    require_divisible(config, ranks)
+    began: dict[str, Any] = {}
     if options.resume:
-        _require_same_run(load_json(out / "run.json", "run"), options, config, out)
+        began = load_json(out / "run.json", "run")
+        _require_same_run(began, options, config, out)
         config = resumed_config(config, out)
-    rows, held_out = _data(options, lm)
+    rows, held_out = _data(options, shapes)
+    if began.get("data_fingerprint") not in (None, fingerprint(rows.texts)):
+        raise ValueError(
+            f"--resume: {options.data} holds other text than the run in {out} began with; bring it "
+            f"back, or choose another --out"
+        )
+    if maps is not None:
+        maps.require_fit(options, config, shapes, rows)
+    lm = _load_model(options, options.model)
     text = _trained_text(out, options, display, ranks)
     noted = rows if text is None else rows.noted(text.add)
     stored = _stored(options, lm, points, rows, "train", display, config.train_tokens, ranks=ranks)
@@ -491,12 +529,14 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
     calibrated = out / "calibration.safetensors"
     if options.resume and calibrated.exists():
         calibration = Calibration.load(calibrated, config.predictor)
-        record = load_json(out / "run.json", "run")
-        if ranks.rank == 0 and record["train"]["train_tokens"] != config.train_tokens:
-            save_json(out / "run.json", record | {"train": asdict(config)})
+        if ranks.rank == 0 and began["train"]["train_tokens"] != config.train_tokens:
+            save_json(out / "run.json", began | {"train": asdict(config.resolved())})
     else:
         batches = source.in_order()
-        if base is None:
+        if maps is not None:
+            calibration, affine = maps.calibration, maps.record["affine"]
+            display.say(f"affine maps: those of {options.maps}")
+        elif base is None:
             hop_batches: Iterable[list[torch.Tensor]] = []
             if ranks.rank == 0:  # who writes down what comes of it
                 kept = _stored(options, lm, points, held_out, "held_out", display)
@@ -509,8 +549,9 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
             calibration, affine = boost_calibration(base, moments), []
         if ranks.rank == 0:
             split = {"held_out_split": "train" if rows.skip else "validation"}
-            save_json(out / "run.json", _run_record(options, config, affine) | split)
-            save_held_out(out, held_out)
+            settings = {"maps": options.maps, "train": asdict(config.resolved())} | split
+            save_json(out / "run.json", {**_run_record(options, rows, affine), **settings})
+            save_held_out(out, held_out, options.context_tokens)
         ranks.meet()  # nobody else writes into a folder that is not begun
         if text is not None:
             text.save(out, ranks.rank, ranks.size)
@@ -563,16 +604,83 @@ def _trained_text(
     if options.resume and (out / "calibration.safetensors").exists():
         return TrainedText.load(out, ranks.rank, ranks.size)
     text = TrainedText()
-    if options.boost is not None:
-        of_base = TrainedText.load(Path(options.boost))
-        if of_base is None:
+    for option, folder in (("--boost", options.boost), ("--maps", options.maps)):
+        if folder is None:
+            continue
+        earlier = TrainedText.load(Path(folder))
+        if earlier is None:
             display.say(
-                f"--boost: {options.boost} has no record of the text that it was trained on, so "
-                f"that this run gets none: `resae eval` will not know which text is new to it"
+                f"{option}: {folder} has no record of the text that it was fitted on, so that this "
+                f"run gets none: `resae eval` will not know which text is new to it"
             )
             return None
-        text.include(of_base)
+        text.include(earlier)
     return text
+
+
+class _Maps(NamedTuple):
+    """Maps that were fitted before, by `resae fit` or in a run, and what is recorded of them."""
+
+    record: dict[str, Any]
+    calibration: Calibration
+
+    @classmethod
+    def open(cls, options: argparse.Namespace) -> "_Maps":
+        """Open `--maps`, and take from it the layers and settings that the command leaves open."""
+        if options.boost is not None:
+            raise ValueError("--maps with --boost, which keeps the maps of its run; leave one out")
+        folder = Path(options.maps)
+        files = [folder / name for name in ("fit.json", "run.json")]
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
+            raise FileNotFoundError(
+                f"--maps: {folder} holds no maps (no fit.json); make them with `resae fit`"
+            )
+        record = load_json(file, "maps")
+        record |= record.get("train", {})
+        if not record.keys() >= {"layers", *FITTED}:
+            raise ValueError(f"--maps: {file} was written by an earlier resae; fit the maps anew")
+        for name in FITTED:
+            asked = getattr(options, name)
+            if asked is not None and asked != record[name]:
+                raise ValueError(
+                    f"--maps: those of {folder} have {name}={record[name]}, asked for {asked}; "
+                    f"leave the option out, or fit other maps"
+                )
+            setattr(options, name, record[name])
+        options.layers = options.layers or tuple(record["layers"])
+        return cls(
+            record, Calibration.load(folder / "calibration.safetensors", record["predictor"])
+        )
+
+    def require_fit(
+        self,
+        options: argparse.Namespace,
+        config: TrainConfig,
+        shapes: HookedLM,
+        rows: TokenRows,
+    ) -> None:
+        """Raise ValueError for maps of another model, of other layers, or that were fitted on rows
+        that are now held out."""
+        began, now = self.record["model"], options.model
+        same = began == now or (Path(began).is_dir() and Path(began).samefile(now))
+        if not same or len(self.calibration.mean[0]) != shapes.d_model:
+            raise ValueError(
+                f"--maps: fitted on model {began}, here is {now}; fit them on this one"
+            )
+        if tuple(self.record["layers"]) != config.layers:
+            raise ValueError(
+                f"--maps: of layers {', '.join(self.record['layers'])}, here are "
+                f"{', '.join(config.layers)}; leave --layers out"
+            )
+        # Without a split for validation the first rows are held out: which, these options say.
+        names = ("text_column", "streaming", "context_tokens", "held_out_rows", "seed")
+        other = [name for name in names if self.record[name] != getattr(options, name)]
+        if rows.skip and self.record["data"] == options.data and other:
+            raise ValueError(
+                f"--maps: fitted with {', '.join(f'{n}={self.record[n]}' for n in other)} on this "
+                f"text, of which other rows are held out here; use the same, or fit them anew"
+            )
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -580,6 +688,7 @@ def _plan(options: argparse.Namespace) -> int:
     lm = HookedLM.described(options.model)
     if options.boost is not None or not options.layers:
         raise ValueError("--plan: name the layers; a boost is planned like an SAE of its own")
+    lm.require_context(options.context_tokens)
     config = _train_config(options, lm, lm.hook_points(options.layers), None)
     device = Device()
     if options.plan_device is not None:
@@ -657,20 +766,11 @@ def _require_same_run(
     record: dict[str, Any], options: argparse.Namespace, config: TrainConfig, out: Path
 ) -> None:
     """A run goes on with the model, text and maps that it began with, or not at all."""
-    here = _run_record(options, config, None)
-    names = (
-        "model",
-        "data",
-        "text_column",
-        "streaming",
-        "context_tokens",
-        "held_out_rows",
-        "dtype",
-    )
-    began = {name: record[name] for name in names}
+    names = (*RECORDED, "maps")
+    began = {name: record.get(name) for name in names}
     fitted = ("layers", "predictor", "form", "rank")
     began |= {name: record["train"].get(name) for name in fitted}
-    now = {name: here[name] for name in names}
+    now = {name: getattr(options, name) for name in names}
     now |= {name: getattr(config, name) for name in fitted} | {"layers": list(config.layers)}
     changed = [name for name in began if began[name] != now[name]]
     if changed:
@@ -729,25 +829,27 @@ def _model_of(options: argparse.Namespace, record: dict[str, Any], stack: ReSAE)
 
 def _eval(options: argparse.Namespace) -> int:
     display = Display()
-    runs = [
-        (Path(folder), *_open_run(Path(folder), options.device))
-        for folder in options.run_directories
-    ]
+    _choose_devices(options, display)
+    folders = [Path(folder) for folder in options.run_directories]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("a run is named twice; name each once")
+    runs = [(folder, *_open_run(folder, options.device)) for folder in folders]
+    out = Path(options.out or folders[0])
+    require_writable(out)
+    methods = _methods(runs, options.k)
     record = runs[0][1]
-    lm = _load_model(options, _model_of(options, record, runs[0][2]))
-    for _, _, stack in runs:
-        stack.require_model(lm)
-    ids, overlaps = _unseen(options, [(folder, record) for folder, record, _ in runs], lm, display)
-    methods: list[Method] = []
+    shapes = _described(_model_of(options, record, runs[0][2]))
     for folder, _, stack in runs:
-        for k in options.k or (stack.sae(0).config.k,):
-            name = method_name(stack)
-            if any((m.name, m.k) == (name, k) for m in methods):
-                name = f"{name} ({folder.name})"
-            methods.append(Method(name, stack.at_k(k) if options.k else stack, k))
-    chained = next((stack for _, _, stack in runs if stack.chained), None)
-    if chained is not None:
-        methods.append(Method("affine_only", AffineOnly(chained), None))
+        stack.require_model(shapes)
+        if stack.hook_points != runs[0][2].hook_points:
+            raise ValueError(
+                f"{folder} has layers {', '.join(stack.hook_points)}, {folders[0]} has "
+                f"{', '.join(runs[0][2].hook_points)}; evaluate them apart"
+            )
+    ids, overlaps = _unseen(
+        options, [(folder, record) for folder, record, _ in runs], shapes, display
+    )
+    lm = _load_model(options, shapes.name)
     batches = list(ids.split(MODEL_ROWS))
     display.say(
         f"{forward_passes(methods)} passes over {ids.numel():,} held-out tokens of {options.data}"
@@ -759,7 +861,6 @@ def _eval(options: argparse.Namespace) -> int:
         display.show(f"{done}/{len(batches)} batches, about {left:.0f} s left")
 
     report = evaluate(lm, methods, batches, on_batch=progress)
-    out = Path(options.out or runs[0][0])
     config = {
         "model": lm.name,
         "data": options.data,
@@ -863,7 +964,9 @@ def _rows_to_evaluate(
     kept = None if given or len(texts) < len(runs) else held_out_by_all(texts)
     if kept is not None:
         headed = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id) != (None, None)
-        kept = in_rows_of(kept, options.context_tokens or kept.shape[1], headed)
+        context = options.context_tokens or kept.shape[1]
+        lm.require_context(context)
+        kept = in_rows_of(kept, context, headed)
         kept = kept[: options.held_out_rows]
         if len(kept) and len(kept) >= (options.held_out_rows or 0):
             return kept
@@ -887,6 +990,23 @@ def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def _methods(
+    runs: Sequence[tuple[Path, dict[str, Any], ReSAE]], ks: Sequence[int] | None
+) -> list[Method]:
+    """Every run, at every k asked for; and the maps alone."""
+    methods: list[Method] = []
+    for folder, _, stack in runs:
+        for k in ks or (stack.sae(0).config.k,):
+            name = method_name(stack)
+            if any((m.name, m.k) == (name, k) for m in methods):
+                name = f"{name} ({folder.name})"
+            methods.append(Method(name, stack.at_k(k) if ks else stack, k))
+    chained = next((stack for _, _, stack in runs if stack.chained), None)
+    if chained is not None:
+        methods.append(Method("affine_only", AffineOnly(chained), None))
+    return methods
+
+
 def _log(folder: Path) -> list[dict[str, Any]]:
     import json
 
@@ -907,10 +1027,16 @@ def _print_table(display: Display, rows: Sequence[dict[str, Any]]) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     display = Display()
+    _choose_devices(options, display)
     folder = Path(options.run_directory)
     record, stack = _open_run(folder, options.device)
-    lm = _load_model(options, _model_of(options, record, stack))
-    stack.require_model(lm)
+    asked = None if options.intervene is None else Interventions.parse(options.intervene)
+    if asked is not None:
+        ActiveEdits(asked, stack, stack.hook_points)  # raises for latents that there are not
+    shapes = _described(_model_of(options, record, stack))
+    stack.require_model(shapes)
+    prompt_ids(shapes, options.prompt, options.max_new_tokens)  # raises where they do not fit
+    lm = _load_model(options, shapes.name)
     settings = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
@@ -922,7 +1048,6 @@ def _generate(options: argparse.Namespace) -> int:
     display.say(options.prompt + plain.text)
     settings["loop"] = options.loop
     keep = StrongestLatents(options.show_latents) if options.show_latents else None
-    asked = None if options.intervene is None else Interventions.parse(options.intervene)
     replaced = generate(
         lm, options.prompt, stack, on_codes=keep if asked is None else None, **settings
     )
@@ -989,6 +1114,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
+    _choose_devices(options, Display())
     device = torch.device(options.device)
     tokens = options.tokens
     if tokens is None:
@@ -1020,7 +1146,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    device = torch.device(options.device)
+    device = torch.device("cuda" if options.device == "auto" else options.device)
     if options.show:
         print(tiles_in_force(device if torch.cuda.is_available() else torch.device("cpu")))
         return 0
@@ -1037,7 +1163,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = types.Parser(
         prog="resae",
         description="Sparse autoencoders for several layers of a language model at once: fit "
         "affine maps between the layers, train an autoencoder on what each map leaves, replace "
@@ -1053,7 +1179,7 @@ def _parser() -> argparse.ArgumentParser:
             help=text,
             description=text,
             epilog=details,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=types.HelpFormatter,
         )
         command.set_defaults(run=run)
         command.add_argument(
@@ -1064,35 +1190,50 @@ def _parser() -> argparse.ArgumentParser:
     demo = add(
         "demo", _demo, "everything on the embedded model and corpus, with a report to look at"
     )
-    demo.add_argument("--out", default="resae-demo", help="where to write")
+    demo.add_argument("--out", type=types.writable, default="resae-demo", help="where to write")
     demo.add_argument(
-        "--seed", type=int, default=0, help="initial directions and order of the data"
+        "--seed", type=types.seed, default=0, help="initial directions and order of the data"
     )
-    demo.add_argument("--k", type=_numbers, default=(4, 8, 32), help="active latents, compared")
-    demo.add_argument("--layers", type=_names, default=("1", "3", "5"), help="blocks to replace")
+    demo.add_argument(
+        "--k", type=types.compared, default=(4, 8, 32), help="active latents per layer, compared"
+    )
+    demo.add_argument(
+        "--layers", type=types.names, default=("1", "3", "5"), help="blocks to replace"
+    )
     demo.add_argument(
         "--methods",
-        type=_names,
+        type=types.names,
         default=(),
         help=f"further methods, beside raw SAEs, identity residuals and ReSAE: all, or of "
         f"{', '.join(EXTRA_METHODS)}",
     )
-    demo.add_argument("--train-tokens", type=int, help="fewer for a quick look (default: 200000)")
-    demo.add_argument("--held-out-rows", type=int, help="rows to evaluate on (default: 64)")
+    demo.add_argument(
+        "--train-tokens", type=types.whole(1), help="fewer for a quick look (default: 200000)"
+    )
+    demo.add_argument(
+        "--held-out-rows", type=types.whole(1), help="rows to evaluate on (default: 64)"
+    )
 
-    demo.add_argument("--threads", type=int, default=1, help="of torch; more gain little here")
+    demo.add_argument(
+        "--threads", type=types.whole(1), default=1, help="of torch; more gain little here"
+    )
 
     fit = add("fit", _fit, "fit the affine maps between layers and say how well they predict")
     _add_model_and_data(fit)
-    fit.add_argument("--out", required=True, help="where to write")
+    fit.add_argument("--out", type=types.writable, required=True, help="where to write")
     _add_fit(fit)
 
     training = add("train", _train, "fit the affine maps and train one autoencoder per layer")
     _add_model_and_data(training, layers_required=False)
-    training.add_argument(
-        "--k", type=_numbers, required=True, help="active latents: one, or per layer"
+    of_k = training.add_mutually_exclusive_group(required=True)
+    of_k.add_argument("--k", type=types.one_k, help="active latents in every layer")
+    of_k.add_argument(
+        "--k-per-layer",
+        type=types.numbers,
+        metavar="K,K,…",
+        help="active latents of each layer, in the order of --layers",
     )
-    training.add_argument("--out", required=True, help="the run directory")
+    training.add_argument("--out", type=types.writable, required=True, help="the run directory")
     training.add_argument(
         "--resume",
         action="store_true",
@@ -1100,9 +1241,11 @@ def _parser() -> argparse.ArgumentParser:
         "learning rate fell, as a run of that length would have but for its warm-up",
     )
     training.add_argument(
-        "--d-sae", type=int, help="latents per layer (default: expansion × width)"
+        "--d-sae", type=types.whole(1), help="latents per layer (default: expansion × width)"
     )
-    training.add_argument("--expansion", type=int, default=4, help="latents per dimension")
+    training.add_argument(
+        "--expansion", type=types.whole(1), default=4, help="latents per dimension"
+    )
     training.add_argument(
         "--loop",
         choices=("open", "closed"),
@@ -1111,58 +1254,85 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--boost",
+        type=types.filled,
         metavar="RUN",
         help="leave the stack of this run as it is and train, on this data, a second autoencoder "
         "beside each of its own (SAE Boost); layers and maps are the run's",
     )
     training.add_argument(
         "--boost-keep",
-        type=float,
+        type=types.real(above=0, most=1),
         default=0.1,
         help="share of the second ones' acts in training that their threshold lets through",
+    )
+    training.add_argument(
+        "--maps",
+        type=types.filled,
+        metavar="DIR",
+        help="take the affine maps that `resae fit` (or a run) left there, of the same model and "
+        "layers, and fit none; their settings are taken too",
     )
     training.add_argument(
         "--shared", action="store_true", help="one dictionary for all layers (MLSAE)"
     )
     training.add_argument(
         "--prefixes",
-        type=_numbers,
+        type=types.compared,
         help="good at each of these numbers of active latents, up to k (HierarchicalTopK), for "
         "example 1,2,4,8 (default: at k alone)",
     )
     training.add_argument(
         "--prefix-gain",
-        type=float,
+        type=types.real(least=0, most=1),
         default=1 / 8,
         help="with --prefixes, the acts of the j strongest latents alone are taken (k/j)^this "
         "times; 0: as they are",
     )
-    training.add_argument("--train-tokens", type=int, default=1_000_000, help="tokens to train on")
-    training.add_argument("--batch-tokens", type=int, default=1_024, help="tokens per step")
     training.add_argument(
-        "--buffer-tokens", type=int, default=65_536, help="activations shuffled together"
-    )
-    training.add_argument("--lr", type=float, help="of Adam (default: 8e-3 · sqrt(512 / d_sae))")
-    training.add_argument(
-        "--warmup-steps", type=float, help="steps of a rising rate (default: a twentieth of all)"
+        "--train-tokens", type=types.whole(1), default=1_000_000, help="tokens to train on"
     )
     training.add_argument(
-        "--auxk-coefficient", type=float, default=1 / 32, help="weight of the dead-latent loss"
+        "--batch-tokens", type=types.whole(1), default=1_024, help="tokens per step"
     )
     training.add_argument(
-        "--dead-after-tokens", type=int, help="dead: unfired so long (default: train-tokens / 8)"
+        "--buffer-tokens", type=types.whole(1), default=65_536, help="activations shuffled together"
     )
     training.add_argument(
-        "--clip-norm", type=float, help="scale the gradient of all layers down to this norm"
+        "--lr", type=types.real(above=0), help="of Adam (default: 8e-3 · sqrt(512 / d_sae))"
     )
     training.add_argument(
-        "--accumulation-steps", type=int, default=1, help="pieces that a batch is cut into"
+        "--warmup-steps",
+        type=types.real(least=0),
+        help="steps over which the rate rises (default: a twentieth of all)",
+    )
+    training.add_argument(
+        "--auxk-coefficient",
+        type=types.real(least=0),
+        default=1 / 32,
+        help="weight of the dead-latent loss",
+    )
+    training.add_argument(
+        "--dead-after-tokens",
+        type=types.whole(1),
+        help="dead: unfired so long (default: train-tokens / 8)",
+    )
+    training.add_argument(
+        "--clip-norm",
+        type=types.real(above=0),
+        help="scale the gradient of all layers down to this norm",
+    )
+    training.add_argument(
+        "--accumulation-steps",
+        type=types.whole(1),
+        default=1,
+        help="pieces that a batch is cut into",
     )
     training.add_argument(
         "--autocast", action="store_true", help="products in bfloat16, weights in float32"
     )
     training.add_argument(
         "--cache",
+        type=types.writable,
         metavar="DIR",
         help="keep the activations of the language model there, and read them where they are "
         "there already",
@@ -1175,6 +1345,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--model-device",
+        type=types.device,
         help="where the language model runs, if not with the autoencoders: cpu, cuda:1, or auto: "
         "spread over all devices (accelerate)",
     )
@@ -1185,18 +1356,22 @@ def _parser() -> argparse.ArgumentParser:
         help="of several processes started by torchrun: each has all autoencoders and a share of "
         "every batch, or the autoencoders of some layers (open loop only)",
     )
-    training.add_argument("--checkpoint-steps", type=int, default=1_000, help="between checkpoints")
+    training.add_argument(
+        "--checkpoint-steps", type=types.whole(1), default=1_000, help="between checkpoints"
+    )
     training.add_argument(
         "--keep-checkpoints",
-        type=int,
+        type=types.whole(1),
         default=2,
         help="number of checkpoints to keep: the newest, and of two or more one from before the "
         "learning rate falls, from which --resume can go on to more tokens",
     )
-    training.add_argument("--log-steps", type=int, default=50, help="between lines of the log")
+    training.add_argument(
+        "--log-steps", type=types.whole(1), default=50, help="between lines of the log"
+    )
     training.add_argument(
         "--eval-steps",
-        type=int,
+        type=types.whole(1),
         help="between measurements of what replacing all layers costs on the held-out rows, online "
         "and teacher-forced (default: never)",
     )
@@ -1208,17 +1383,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--plan-device",
-        type=_peaks,
+        type=types.peaks,
         metavar="FLOPS,BYTES",
         help="peak FLOP/s of products and bytes/s of memory, such as 312e12,2e12 (default: the "
         "data sheet of an H200)",
     )
     training.add_argument(
-        "--plan-utilisation", type=float, default=0.5, help="share of the peaks to assume"
+        "--plan-utilisation",
+        type=types.real(above=0, most=1),
+        default=0.5,
+        help="share of the peaks to assume",
     )
-    training.add_argument("--plan-ranks", type=int, default=1, help="processes to assume")
+    training.add_argument(
+        "--plan-ranks", type=types.whole(1), default=1, help="processes to assume"
+    )
     training.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
-    training.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    training.add_argument(
+        "--wandb", type=types.filled, metavar="PROJECT", help="log to Weights & Biases too"
+    )
     _add_fit(training)
 
     evaluation = add("eval", _eval, "replace layers on held-out text and measure what it costs")
@@ -1226,19 +1408,25 @@ def _parser() -> argparse.ArgumentParser:
         "run_directories", nargs="+", metavar="RUN", help="run directories of the same layers"
     )
     evaluation.add_argument(
-        "--k", type=_numbers, help="run with so many active latents (default: all of the training)"
+        "--k",
+        type=types.compared,
+        help="compare the runs with so many active latents (default: all of the training)",
     )
-    evaluation.add_argument("--out", help="where report.json goes (default: the first run)")
-    evaluation.add_argument("--model", help="another path of the same model")
     evaluation.add_argument(
-        "--data", help="other text (default: the held-out part of the training's)"
+        "--out", type=types.writable, help="where report.json goes (default: the first run)"
+    )
+    evaluation.add_argument("--model", type=types.filled, help="another path of the same model")
+    evaluation.add_argument(
+        "--data",
+        type=types.filled,
+        help="other text (default: the held-out part of the training's)",
     )
     evaluation.add_argument("--text-column", help="column of the data that holds the text")
     evaluation.add_argument(
         "--streaming", action="store_true", default=None, help="stream the data"
     )
-    evaluation.add_argument("--context-tokens", type=int, help="tokens per row")
-    evaluation.add_argument("--held-out-rows", type=int, help="rows to evaluate on")
+    evaluation.add_argument("--context-tokens", type=types.whole(2), help="tokens per row")
+    evaluation.add_argument("--held-out-rows", type=types.whole(1), help="rows to evaluate on")
     evaluation.add_argument(
         "--allow-trained-text",
         action="store_true",
@@ -1250,25 +1438,33 @@ def _parser() -> argparse.ArgumentParser:
     writing = add("generate", _generate, "continue a prompt with and without the layers replaced")
     writing.add_argument("run_directory", metavar="RUN", help="a run directory")
     writing.add_argument("--prompt", required=True, help="text to continue")
-    writing.add_argument("--max-new-tokens", type=int, default=64, help="how much to write")
-    writing.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token")
-    writing.add_argument("--seed", type=int, default=0, help="of the sampling")
+    writing.add_argument(
+        "--max-new-tokens", type=types.whole(1), default=64, help="how much to write"
+    )
+    writing.add_argument(
+        "--temperature", type=types.real(least=0), default=0.8, help="0: the most likely token"
+    )
+    writing.add_argument("--seed", type=types.seed, default=0, help="of the sampling")
     writing.add_argument("--loop", choices=("closed", "open"), default="closed", help="see train")
     writing.add_argument(
         "--intervene",
+        type=types.filled,
         metavar="FILE|JSON",
         help='edit latents meanwhile: [{"layer": 3, "action": "ablate", "latents": [17, 40]}, …], '
         "actions ablate, clamp, scale, add; see resae.Interventions",
     )
     writing.add_argument(
-        "--show-latents", type=int, metavar="N", help="print the N strongest of each new token"
+        "--show-latents",
+        type=types.whole(1),
+        metavar="N",
+        help="print the N strongest of each new token",
     )
     writing.add_argument(
         "--fast",
         action="store_true",
         help="write the same text with a static cache and, on a GPU, a compiled step",
     )
-    writing.add_argument("--model", help="another path of the same model")
+    writing.add_argument("--model", type=types.filled, help="another path of the same model")
     _add_machine(writing)
 
     page = add("report", _report, "draw report.json as a page with figures")
@@ -1281,13 +1477,22 @@ def _parser() -> argparse.ArgumentParser:
         help="encode, decode, forward (both), train (its gradients; train+adam: and the update), "
         "step (online) or chain",
     )
-    measuring.add_argument("--tokens", type=int, help="N (default: 1024; step: 1, at most 16)")
-    measuring.add_argument("--width", type=int, default=768, help="D")
-    measuring.add_argument("--latents", type=int, default=8192, help="M")
-    measuring.add_argument("--k", type=int, default=32, help="active latents per token")
-    measuring.add_argument("--layers", type=int, default=1, help="L, of a chain")
-    measuring.add_argument("--rounds", type=int, default=10, help="calls per provider, at most")
-    measuring.add_argument("--trace", metavar="FILE", help="write a Chrome trace of our op here")
+    measuring.add_argument(
+        "--tokens", type=types.whole(1), help="N (default: 1024; step: 1, at most 16)"
+    )
+    measuring.add_argument("--width", type=types.whole(1), default=768, help="D")
+    measuring.add_argument("--latents", type=types.whole(1), default=8192, help="M")
+    measuring.add_argument("--k", type=types.whole(1), default=32, help="active latents per token")
+    measuring.add_argument("--layers", type=types.whole(1), default=1, help="L, of a chain")
+    measuring.add_argument(
+        "--rounds", type=types.whole(1), default=10, help="calls per provider, at most"
+    )
+    measuring.add_argument(
+        "--trace",
+        type=types.writable_file,
+        metavar="FILE",
+        help="write a Chrome trace of our op here",
+    )
     _add_machine(measuring)
 
     tuning = add(
@@ -1299,8 +1504,12 @@ def _parser() -> argparse.ArgumentParser:
         "but speed (and rounding) depends on it. The result is kept in ~/.cache/resae/tiles.json, "
         "by GPU; remove that file to go back to the tiles that come with resae.",
     )
-    tuning.add_argument("--device", default="cuda", help="which GPU: cuda, cuda:1")
-    tuning.add_argument("--rounds", type=int, default=20, help="calls per tile and shape")
+    tuning.add_argument(
+        "--device", type=types.device, default="cuda", help="which GPU: cuda, cuda:1"
+    )
+    tuning.add_argument(
+        "--rounds", type=types.whole(1), default=20, help="calls per tile and shape"
+    )
     tuning.add_argument(
         "--show", action="store_true", help="only print the tiles in use and where they come from"
     )
@@ -1308,46 +1517,70 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_and_data(command: argparse.ArgumentParser, *, layers_required: bool = True) -> None:
-    command.add_argument("model", metavar="MODEL", help="hub name, local folder, or `embedded`")
+    command.add_argument(
+        "model", type=types.filled, metavar="MODEL", help="hub name, local folder, or `embedded`"
+    )
     command.add_argument(
         "data",
+        type=types.filled,
         metavar="DATA",
         help="hub dataset (name or name:configuration), local folder or file, or `embedded`",
     )
     command.add_argument(
         "--layers",
-        type=_names,
+        type=types.names,
         required=layers_required,
         help="blocks or hook points, for example 1,3,5",
     )
-    command.add_argument("--text-column", default="text", help="column that holds the text")
+    command.add_argument(
+        "--text-column", type=types.filled, default="text", help="column that holds the text"
+    )
     command.add_argument(
         "--streaming", action="store_true", help="read the data while it downloads"
     )
-    command.add_argument("--context-tokens", type=int, default=128, help="tokens per row")
-    command.add_argument("--held-out-rows", type=int, default=64, help="rows kept for evaluation")
-    command.add_argument("--seed", type=int, default=0, help="directions and order of the data")
+    command.add_argument(
+        "--context-tokens", type=types.whole(2), default=128, help="tokens per row"
+    )
+    command.add_argument(
+        "--held-out-rows", type=types.whole(0), default=64, help="rows kept for evaluation"
+    )
+    command.add_argument(
+        "--seed", type=types.seed, default=0, help="directions and order of the data"
+    )
     _add_machine(command)
 
 
 def _add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--predictor", choices=KINDS, default="previous", help="what predicts a layer from others"
+        "--predictor",
+        choices=KINDS,
+        help="what predicts a layer from others (default: previous)",
     )
     command.add_argument(
-        "--form", choices=tuple(FORMS), default="full", help="of the maps of (all_)previous"
+        "--form",
+        choices=tuple(FORMS),
+        help="of the maps of (all_)previous (default: full)",
     )
-    command.add_argument("--rank", type=int, help="of the form low_rank")
+    command.add_argument("--rank", type=types.whole(1), help="of the form low_rank")
     command.add_argument(
-        "--calibration-tokens", type=int, default=100_000, help="tokens to fit the maps on"
+        "--calibration-tokens",
+        type=types.whole(2),
+        help="tokens to fit the maps on (default: 100000)",
     )
     command.add_argument(
-        "--ridge", type=float, default=1e-4, help="relative to the mean eigenvalue of the sources"
+        "--ridge",
+        type=types.real(least=0),
+        help="relative to the mean eigenvalue of the sources (default: 1e-4)",
     )
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="cpu", help="where to run: cpu, cuda, cuda:1")
+    command.add_argument(
+        "--device",
+        type=types.device,
+        default="auto",
+        help="where to run: cpu, cuda, cuda:1, or auto: the GPU where there is one",
+    )
     command.add_argument(
         "--dtype", choices=tuple(DTYPES), default="float32", help="of weights and activations"
     )

@@ -72,8 +72,15 @@ class DemoConfig:
             )
         if len(self.layers) < 2:
             raise ValueError("demo: it compares layers; name at least two, for example 1,3,5")
-        if not self.k or list(self.k) != sorted(set(self.k)):
-            raise ValueError(f"demo: k={self.k}, expected rising numbers, for example 4,8,32")
+        if not self.k or list(self.k) != sorted(set(self.k)) or self.k[0] < 1:
+            raise ValueError(
+                f"demo: k={self.k}, expected rising numbers from 1 on, for example 4,8,32"
+            )
+        if self.train_tokens < self.batch_tokens or self.held_out_rows < 1:
+            raise ValueError(
+                f"demo: train_tokens={self.train_tokens}, held_out_rows={self.held_out_rows}; "
+                f"expected at least a batch of {self.batch_tokens} tokens, and 1 row"
+            )
         if self.k[-1] * len(self.layers) > self.d_sae:
             raise ValueError(
                 f"demo: k={self.k[-1]} on {len(self.layers)} layers means raw SAEs with "
@@ -222,7 +229,7 @@ def run_demo(
         calibration = _calibration(recipe, moments, settings)
         stack, log = _train(settings, calibration, source, folder, lm, plan)
         text.save(folder)
-        save_held_out(folder, eval_rows)
+        save_held_out(folder, eval_rows, config.context_tokens)
         # The last layer alone, beside all of them, shows what teacher-forcing hides.
         subsets = ((names[-1],),) if recipe.name in ("raw", "resae") else ()
         for lower in config.k if recipe.nested else ():

@@ -1,9 +1,12 @@
 """The process that a result was measured in: versions and hardware, its allocator."""
 
 import ctypes
+import json
 import platform
+import subprocess
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +21,63 @@ def environment() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "resae": _version("resae"),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": _version("transformers"),
+        "datasets": _version("datasets"),
+        "safetensors": _version("safetensors"),
         "triton": _version("triton"),
         "platform": f"{platform.system()} {platform.machine()}",
         "gpu": gpu,
         "threads": torch.get_num_threads(),
     }
+
+
+def commit() -> str | None:
+    """The commit of the resae that runs, with `-dirty` where its files were changed since; None
+    where it was installed without one."""
+    source = Path(__file__).resolve().parents[1]
+    if (source / ".git").exists():
+        command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
+            )
+            return done.stdout.strip()
+    with suppress(PackageNotFoundError, KeyError):
+        installed_from = distribution("resae").read_text("direct_url.json")
+        return json.loads(installed_from or "{}")["vcs_info"]["commit_id"]
+    return None
+
+
+def find_device(name: str) -> str:
+    """`auto` → `cuda` where there is a GPU, otherwise `cpu`; other names as they are.
+
+    Raises:
+        ValueError: a GPU that is not there.
+    """
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if there else "cpu"
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and int(number or 0) >= there:
+        raise ValueError(
+            f"device {name!r}: torch {torch.__version__} finds {there} GPUs; choose cpu"
+            + (f" or cuda:0 to cuda:{there - 1}" if there else ", or look for driver and build")
+        )
+    return name
+
+
+def describe_device(name: str) -> str:
+    """`cuda (NVIDIA H100)` or `cpu (2 threads)`."""
+    import torch
+
+    if name.startswith("cuda"):
+        return f"{name} ({torch.cuda.get_device_name(name)})"
+    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 def keep_freed_memory() -> None:

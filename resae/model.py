@@ -20,6 +20,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -122,6 +123,7 @@ class HookedLM:
         Raises:
             FileNotFoundError: no such model, neither local nor on the hub.
             ModuleNotFoundError: `auto` without accelerate.
+            ValueError: a model without tokenizer, or of an architecture that is not in `FAMILIES`.
         """
         spread = device == "auto"
         if spread and not find_spec("accelerate"):
@@ -130,36 +132,39 @@ class HookedLM:
         try:
             config = AutoConfig.from_pretrained(path)
             _family_of(config, name)  # an unknown one is an error before gigabytes are read
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = _tokenizer(path, name)
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, device_map="auto" if spread else None
             )
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise FileNotFoundError(
-                f"model {name!r} not found ({reason}); give a hub name, a local folder with "
-                f"config.json, or {EMBEDDED!r} for the model that comes with resae"
+            raise _not_found(name, error) from None
+        except SafetensorError as error:
+            raise ValueError(
+                f"model {name!r}: its weights are truncated or not safetensors ({error}); copy or "
+                f"download them again"
             ) from None
         return cls((model if spread else model.to(device)).eval(), tokenizer, name)  # type: ignore[arg-type]
 
     @classmethod
-    def described(cls, name: str) -> "HookedLM":
-        """The shapes of a model, from its config alone: on the meta device, without tokenizer.
+    def described(cls, name: str, *, tokenizer: bool = False) -> "HookedLM":
+        """The shapes of a model, from its config alone: on the meta device, without weights.
+
+        Args:
+            tokenizer: whether to load the tokenizer too.
 
         Raises:
             FileNotFoundError: no such config, neither local nor on the hub.
+            ValueError: no tokenizer, or an architecture that is not in `FAMILIES`.
         """
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
+            _family_of(config, name)
+            words = _tokenizer(path, name) if tokenizer else None
         except OSError as error:
-            raise FileNotFoundError(
-                f"model {name!r} not found ({str(error).splitlines()[0]}); give a hub name, or a "
-                f"local folder with config.json"
-            ) from None
-        _family_of(config, name)
+            raise _not_found(name, error) from None
         with torch.device("meta"):
-            return cls(AutoModelForCausalLM.from_config(config), None, name)
+            return cls(AutoModelForCausalLM.from_config(config), words, name)
 
     @property
     def d_model(self) -> int:
@@ -172,6 +177,16 @@ class HookedLM:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def require_context(self, tokens: int) -> None:
+        """Raise ValueError if the model was not made for rows of so many tokens. Some families fail
+        beyond their context, others go on with positions that they never saw in training."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise ValueError(
+                f"model {self.name}: rows of {tokens} tokens are longer than its context of "
+                f"{limit} tokens; lower context_tokens (--context-tokens)"
+            )
 
     @property
     def special_ids(self) -> tuple[int, ...]:
@@ -315,6 +330,7 @@ class HookedLM:
 
     def logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """`[B, T, V]` of one uncached forward pass, without gradient."""
+        self.require_context(input_ids.shape[1])
         with torch.no_grad():
             return self.model(input_ids=input_ids, use_cache=False, **kwargs).logits
 
@@ -326,6 +342,7 @@ class HookedLM:
 
         A compiled model runs uncompiled here.
         """
+        self.require_context(input_ids.shape[1])
         captured: dict[HookPoint, Tensor] = {}
         last = max(points)
 
@@ -363,6 +380,31 @@ def _family_of(config: Any, name: str) -> Family:
             f"resae.model.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
         )
     return FAMILIES[config.model_type]
+
+
+def _not_found(name: str, error: OSError) -> FileNotFoundError:
+    reason = str(error).strip().splitlines()[0]
+    return FileNotFoundError(
+        f"model {name!r} not found ({reason}); give a hub name, a local folder with config.json, "
+        f"or {EMBEDDED!r} for the model that comes with resae"
+    )
+
+
+def _tokenizer(path: str, name: str) -> Any:
+    """The tokenizer of a model. Of a folder without one transformers makes, depending on the
+    family, a tokenizer without words, or an error that names everything but the folder."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
+        reason = "only special tokens"
+    except ValueError as error:
+        empty, reason = True, str(error).strip().splitlines()[0]
+    if empty:
+        raise ValueError(
+            f"model {name!r} has no tokenizer ({reason}): save it there too, with "
+            f"tokenizer.save_pretrained; for token ids alone, HookedLM(model) needs none"
+        )
+    return tokenizer
 
 
 class _Splice:

@@ -38,6 +38,7 @@ from resae_kernels import (
     topk_encode,
     transport,
 )
+from resae_kernels.online_step import FEW_TOKENS
 
 TRAINING = ("train", "train+adam")
 OPS = ("encode", "decode", "forward", *TRAINING, "step", "chain")
@@ -74,6 +75,8 @@ class Case:
                 raise ValueError(f"profile: {name}={getattr(self, name)}, expected at least 1")
         if self.k > self.M:
             raise ValueError(f"profile: k={self.k} exceeds M={self.M}; lower k")
+        if self.op == "step" and self.N > FEW_TOKENS:
+            raise ValueError(f"profile: step takes at most {FEW_TOKENS} tokens, got N={self.N}")
 
     @property
     def name(self) -> str:

@@ -509,6 +509,29 @@ class Generated(NamedTuple):
     """What interventions changed."""
 
 
+def prompt_ids(lm: HookedLM, prompt: str, max_new_tokens: int) -> list[int]:
+    """The token ids of a prompt, BOS first where the model has one.
+
+    Raises:
+        ValueError: the model has no tokenizer, the prompt no tokens, or the text would outgrow the
+            model's context.
+    """
+    if lm.tokenizer is None:
+        raise ValueError(f"model {lm.name} has no tokenizer; load it with HookedLM.from_pretrained")
+    ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    bos = lm.tokenizer.bos_token_id
+    ids = ids if bos is None else [bos, *ids]
+    limit = getattr(lm.config, "max_position_embeddings", None)
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        raise ValueError(
+            f"generate: prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the "
+            f"context of {limit} tokens; shorten one"
+        )
+    if not ids:
+        raise ValueError("generate: the prompt is empty and the model has no BOS; give a prompt")
+    return ids
+
+
 def generate(
     lm: HookedLM,
     prompt: str,
@@ -543,19 +566,7 @@ def generate(
         )
     if fast:
         _require_fast(lm, temperature)
-    if lm.tokenizer is None:
-        raise ValueError(f"model {lm.name} has no tokenizer; load it with HookedLM.from_pretrained")
-    ids = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    bos = lm.tokenizer.bos_token_id
-    ids = torch.tensor([ids if bos is None else [bos, *ids]], device=lm.device)
-    limit = getattr(lm.config, "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] + max_new_tokens > limit:
-        raise ValueError(
-            f"generate: prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} exceed "
-            f"the context of {limit} tokens; shorten one"
-        )
-    if not ids.shape[1]:
-        raise ValueError("generate: the prompt is empty and the model has no BOS; give a prompt")
+    ids = torch.tensor([prompt_ids(lm, prompt, max_new_tokens)], device=lm.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}

@@ -6,10 +6,11 @@ Reads what `resae demo` and `resae eval` write; draws what is there and leaves o
 import html
 import io
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from resae.storage import load_json, write_atomically
+from resae.storage import load_json, require_writable, write_atomically
 
 Row = dict[str, Any]
 
@@ -68,11 +69,15 @@ def whole_selection(rows: Sequence[Row]) -> list[Row]:
 # -- figures ---------------------------------------------------------------------------------------
 
 
+def require_matplotlib() -> None:
+    """Raise ModuleNotFoundError, with the remedy, unless figures can be drawn."""
+    if not find_spec("matplotlib"):
+        raise ModuleNotFoundError('figures need matplotlib; pip install "resae[plots]"')
+
+
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError('figures need matplotlib; pip install "resae[plots]"') from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
@@ -459,18 +464,26 @@ def _page(report: Row, figures: dict[str, tuple[str, str]]) -> str:
     )
 
 
-def write_report(folder: Path) -> Path:
-    """Draw `folder/report.json` into `folder/figures/*.svg` and `folder/report.html`.
+def write_report(folder: str | Path) -> Path:
+    """Draw `folder/report.json` into `folder/figures/*.svg` and `folder/report.html`; returns the
+    path of the page.
 
     Raises:
         FileNotFoundError: no report.json. ModuleNotFoundError: no matplotlib.
+        ValueError: another file than resae's. OSError: the folder cannot be written into.
     """
+    require_matplotlib()
+    folder = Path(folder)
     path = folder / "report.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"no {path}; write it first with `resae eval {folder}` or `resae demo --out {folder}`"
         )
     report = load_json(path, "report")
+    absent = sorted({"title", "config", "replacement", "environment"} - set(report))
+    if absent:
+        raise ValueError(f"{path} is no report of resae: it has no {', '.join(absent)}")
+    require_writable(folder)
     figures = draw(report)
     for name, (svg, _) in figures.items():
         target = folder / "figures" / f"{name}.svg"

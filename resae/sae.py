@@ -210,20 +210,29 @@ class TopKSAE(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "TopKSAE":
-        """Read a folder in sparsify's layout, for use: in eval mode.
+        """Read a folder in sparsify's layout, for use: in eval mode. sparsify wrote no `activation`
+        before February 2025, when all of its autoencoders were TopK after ReLU.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or tensors do not fit the configuration.
+            ValueError: a file is damaged, the folder is of SAELens, or the autoencoder is not a
+                plain TopK one.
         """
         folder = Path(folder)
+        _require_sparsify(folder)
         cfg = load_json(folder / "cfg.json", "SAE")
-        if cfg.get("transcode") or cfg.get("skip_connection") or cfg.get("activation") != "topk":
+        activation = cfg.get("activation", "topk")
+        if activation != "topk" or any(map(cfg.get, ("transcode", "skip_connection", "signed"))):
             raise ValueError(
-                f"SAE {folder}: a transcoder, skip connection or activation "
-                f"{cfg.get('activation')!r}; expected a plain TopK autoencoder"
+                f"SAE {folder}: a transcoder, skip connection, signed latents or activation "
+                f"{activation!r}; expected a plain TopK autoencoder"
             )
-        d_sae = cfg["num_latents"] or cfg["d_in"] * cfg["expansion_factor"]
+        absent = [name for name in ("d_in", "k") if name not in cfg]
+        if absent:
+            raise ValueError(
+                f"SAE {folder}: cfg.json has no {', '.join(absent)}; expected sparsify's cfg.json"
+            )
+        d_sae = cfg.get("num_latents") or cfg["d_in"] * cfg.get("expansion_factor", 0)
         gain = (cfg.get("metadata") or {}).get("prefix_gain", 0.0)
         sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], gain))
         tensors = load_tensors(folder / "sae.safetensors", "SAE")
@@ -235,6 +244,17 @@ class TopKSAE(nn.Module):
             )
         sae.to(tensors["W_dec"].dtype).load_state_dict(tensors)
         return sae.eval()
+
+
+def _require_sparsify(folder: Path) -> None:
+    """Raise ValueError for a folder of SAELens, which shares the name cfg.json and nothing else."""
+    if (folder / "sae_weights.safetensors").exists():
+        raise ValueError(
+            f"SAE {folder}: a folder of SAELens (cfg.json, sae_weights.safetensors); expected one "
+            f"of sparsify or resae (cfg.json, sae.safetensors). Of a SAELens TopK autoencoder copy "
+            f"the four tensors by hand into TopKSAE(SAEConfig(d_in, d_sae, k)): encoder.weight = "
+            f"W_enc.T, encoder.bias = b_enc, W_dec, b_dec"
+        )
 
 
 class BoostedSAE(nn.Module):

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from resae.affine import KINDS, AffinePredictor
@@ -58,13 +59,7 @@ class StackOutput(NamedTuple):
     """L codes; empty for a stack without autoencoders."""
 
 
-class ReSAE(
-    nn.Module,
-    ModelHubMixin,
-    library_name="resae",
-    license="apache-2.0",
-    tags=["sparse-autoencoder"],
-):
+class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoencoder"]):
     """Autoencoders of several layers of one model, each (but the first) on what the affine maps
     from the layers before it leave.
 
@@ -316,11 +311,12 @@ class ReSAE(
         )
 
     def generate_model_card(self, *_arguments: Any, **_options: Any) -> ModelCard:
-        """The README that `save_pretrained` and `push_to_hub` put beside the weights."""
+        """The README that `save_pretrained` and `push_to_hub` put beside the weights. It names no
+        licence: that is for the owner of the weights to choose."""
         identity = self.model_identity
         model = "an unnamed model" if identity is None else identity.name
         k = ", ".join(str(self.sae(i).config.k) for i in range(self.n_layers))
-        header = ModelCardData(library_name="resae", license="apache-2.0").to_yaml()
+        header = ModelCardData(library_name="resae").to_yaml()
         return ModelCard(
             f"---\n{header}\n---\n\n# TopK autoencoders of {self.n_layers} layers of {model}\n\n"
             f"Layers {', '.join(self.hook_points)}; {self.sae(0).config.d_sae} latents per layer, "
@@ -332,34 +328,28 @@ class ReSAE(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "ReSAE":  # type: ignore[override]
-        """Open a local folder, or a repository of the hub (`revision`, `token`, `cache_dir`, …)."""
-        if Path(pretrained_model_name_or_path).is_dir():
-            return cls.load(pretrained_model_name_or_path)
-        return super().from_pretrained(str(pretrained_model_name_or_path), **options)
+        """Open a local folder, or a repository of the hub.
 
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **_options: Any,
-    ) -> "ReSAE":
-        return cls.load(
-            snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-                allow_patterns=["*.json", "*.safetensors"],
-            )
-        )
+        Args:
+            options: for a repository, those of `huggingface_hub.snapshot_download`: `revision`,
+                `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            FileNotFoundError: neither such a folder nor such a repository, or a file is missing.
+            ValueError: a file is damaged or of an unknown format.
+        """
+        name = str(pretrained_model_name_or_path)
+        if name and Path(name).is_dir():
+            return cls.load(name)
+        try:
+            folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **options)
+        except (OSError, HFValidationError) as error:
+            raise FileNotFoundError(
+                f"stack {name!r}: there is no such folder, and no repository of that name could be "
+                f"read from the hub ({str(error).strip().splitlines()[0]}); give a folder written "
+                f"by `resae train` or `save_pretrained`, or a repository, owner/name"
+            ) from None
+        return cls.load(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ReSAE":

@@ -53,6 +53,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def require_writable(folder: Path) -> None:
+    """Raise OSError unless files can be written into a folder, or into the nearest one above it
+    that is there; nothing is made."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, expected a folder; choose another")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(
+            f"cannot write into {there} ({error.strerror}); choose another folder, or look for "
+            f"permissions"
+        ) from None
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what writes that were killed left in a folder and below; nobody may be writing."""
     for left_over in folder.rglob(f".*{PARTIAL}"):

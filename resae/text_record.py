@@ -176,8 +176,10 @@ class RunText(NamedTuple):
         return Overlap(known, self.trained.overlap(rows).compared)
 
 
-def save_held_out(folder: Path, rows: Iterable[Tensor]) -> None:
-    save_tensors(folder / "held_out.safetensors", {"rows": torch.stack(list(rows)).int()})
+def save_held_out(folder: Path, rows: Iterable[Tensor], context_tokens: int) -> None:
+    """Save rows `[context_tokens]` of token ids, of which there may be none."""
+    stacked = torch.stack([torch.zeros(context_tokens, dtype=torch.int64), *rows])[1:]
+    save_tensors(folder / "held_out.safetensors", {"rows": stacked.int()})
 
 
 def held_out_by_all(records: Sequence[RunText]) -> Tensor:
@@ -187,7 +189,7 @@ def held_out_by_all(records: Sequence[RunText]) -> Tensor:
     for record in records[1:]:
         kept = set(map(tuple, record.held_out.tolist()))
         rows = [row for row in rows if tuple(row) in kept]
-    return torch.tensor(rows) if rows else records[0].held_out
+    return torch.tensor(rows, dtype=torch.int64) if rows else records[0].held_out
 
 
 def in_rows_of(rows: Tensor, context_tokens: int, headed: bool) -> Tensor:

@@ -145,9 +145,15 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: boost_keep={self.boost_keep}, expected above 0, up to 1"
             )
-        for name in ("train_tokens", "calibration_tokens", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig: {name}={getattr(self, name)}, expected at least 1")
+        for name in ("train_tokens", "calibration_tokens", "batch_tokens", "dead_after_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"TrainConfig: {name}={value}, expected at least 1")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"TrainConfig: lr={self.lr}, expected above 0, or None")
+        for name in ("auxk_coefficient", "ridge", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"TrainConfig: {name}={getattr(self, name)}, expected from 0 on")
         if self.buffer_tokens < self.batch_tokens:
             raise ValueError(
                 f"TrainConfig: buffer_tokens={self.buffer_tokens} is below "
@@ -192,6 +198,15 @@ class TrainConfig:
         per_buffer = self.buffer_tokens // self.batch_tokens
         before_the_fall = math.floor(self.steps - self.falling_steps) + 1
         return min(before_the_fall, self.steps // per_buffer * per_buffer)
+
+    def resolved(self) -> "TrainConfig":
+        """The same with the values that None stands for, for a record of what was trained."""
+        return replace(
+            self,
+            lr=self.peak_lr,
+            warmup_steps=self.rising_steps,
+            dead_after_tokens=self.dead_tokens,
+        )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, …: linear up, flat, linear down."""
@@ -511,7 +526,8 @@ def _state_of_rank(
     return begun, replace(config, layers=names, k=ks, **alone)
 
 
-def _require_divisible(config: TrainConfig, ranks: Ranks) -> None:
+def require_divisible(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError unless so many ranks can share this training in their way."""
     problem = None
     if config.batch_tokens % ranks.size:
         problem = f"batch_tokens={config.batch_tokens}; make it a multiple of the ranks"
@@ -647,13 +663,20 @@ def train(
         OSError: the disk is full; the checkpoints there are intact.
         FileNotFoundError: `resume`, and no folder `out`.
     """
-    if keep_checkpoints < 1:
-        raise ValueError(f"train: keep_checkpoints={keep_checkpoints}, expected at least 1")
+    intervals = {
+        "keep_checkpoints": keep_checkpoints,
+        "checkpoint_steps": checkpoint_steps,
+        "log_steps": log_steps,
+        "eval_steps": eval_steps,
+    }
+    for name, value in intervals.items():
+        if value is not None and value < 1:
+            raise ValueError(f"train: {name}={value}, expected at least 1")
     if resume and not out.exists():
         raise FileNotFoundError(f"train: no folder {out} to resume from; look for the right one")
     if resume:
         config = resumed_config(config, out)
-    _require_divisible(config, ranks)
+    require_divisible(config, ranks)
     begun = initial_state(config, calibration, identity, "cpu" if ranks.by_layers else device)
     state, step_config = _state_of_rank(begun, config, ranks, device)
     maps = begun.stack.predictor.to(device)

@@ -11,7 +11,8 @@ kernels.
 Where k is a large share of M, each of the three is faster as a dense product over the code
 scattered into `[n, M]`, chunk of rows by chunk: the `form` "dense", with as fixed an order of sums.
 
-Both implementations do this: `torch` with `embedding_bag`, `triton` with the kernels at the end.
+Both implementations do this: `torch` with the compiled CPU library or `embedding_bag`, `triton`
+with the kernels at the end.
 """
 
 import itertools
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resae_kernels import _launch
+from resae_kernels import _launch, native
 from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import ReconstructionError, accumulation_dtype
 
@@ -255,10 +256,15 @@ def _reconstruct(
     chosen = _launch.implementation_for("sparse_decode", W_dec[0], implementation or None)
     dtype = W_dec[0].dtype
     wide = accumulation_dtype(dtype)
+    codes = list(zip(acts, indices, W_dec, strict=True))
+    dense = [_is_dense(form, i, W.shape[0], dtype) for _, i, W in codes]
+    compiled = chosen == "torch" and target is None and not any(dense)
+    if compiled and native.takes(*acts, *W_dec, bias, base):
+        return native.decode(acts, indices, W_dec, bias, base), None
     gathered: list[tuple[Tensor, Tensor, Tensor]] = []
     total = base
-    for code in zip(acts, indices, W_dec, strict=True):
-        if _is_dense(form, code[1], code[2].shape[0], dtype):
+    for code, is_dense in zip(codes, dense, strict=True):
+        if is_dense:
             total = _dense_sum(*code, total, chosen)
         else:
             gathered.append(code)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels import _launch, onednn
+from resae_kernels import _launch, native, onednn
 from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import TopK, accumulation_dtype
 from resae_kernels.sparse_decode import latent_outer, latent_sum
@@ -213,17 +213,19 @@ def _encode(
     if implementation == "triton":
         return _encode_triton(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes)
     N, M = x.shape[0], weight.shape[0]
-    wide = accumulation_dtype(x.dtype)
-    weight = weight.to(wide)
-    bias = None if bias is None else bias.to(wide)
-    rows = max(1, min(N, workspace_bytes // (M * wide.itemsize)))
+    # 16-bit weights are multiplied as they are where the processor can: sums are float32 there too.
+    narrow = x.device.type == "cpu" and onednn.multiplies(x.dtype)
+    dtype = x.dtype if narrow else accumulation_dtype(x.dtype)
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    rows = max(1, min(N, workspace_bytes // (M * dtype.itemsize)))
     acts = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
     by_onednn = weight.shape[1] <= onednn.MOST_DEPTH and onednn.pays(rows, weight)
-    scores = None if by_onednn else torch.empty(rows, M, dtype=wide, device=x.device)
+    scores = None if by_onednn else torch.empty(rows, M, dtype=dtype, device=x.device)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
-        residual = _residual(x[chunk], pre_bias, None if base is None else base[chunk]).to(wide)
+        residual = _residual(x[chunk], pre_bias, None if base is None else base[chunk]).to(dtype)
         if scores is None:
             chunk_scores = onednn.linear(residual, weight, bias)
         else:
@@ -242,6 +244,8 @@ GROUPED_SCORES = 131_072
 
 def _select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     """Exact TopK of `relu(scores)`, `[n, M]`: ties to the lower index, NaN first, padding last."""
+    if native.takes(scores):
+        return native.select(scores, k, sorted)
     if scores.device.type == "cpu" and scores.dtype.itemsize == 2:  # numpy has no bfloat16
         acts, indices = _select(scores.float(), k, sorted)
         return acts.to(scores.dtype), indices

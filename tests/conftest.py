@@ -51,18 +51,32 @@ def poisoned_memory(request):
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
+@pytest.fixture(params=["native", "torch"])
+def screened_at_any_size(request, monkeypatch):
+    """Let the screened encoder screen what its rules leave to the exact path: small shapes. By
+    both implementations."""
+    screen_at_any_size(request.param, monkeypatch)
+    return request.param
+
+
 @pytest.fixture
-def screened_at_any_size(monkeypatch):
-    """Let the screened encoder screen what its rules leave to the exact path: small shapes."""
+def screened_by_torch_at_any_size(monkeypatch):
+    screen_at_any_size("torch", monkeypatch)
+
+
+def screen_at_any_size(implementation: str, monkeypatch) -> None:
     from resae_kernels import screened_encode
 
-    reason = screened_encode.unavailable()
+    reason = screened_encode.unavailable(implementation)
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(screened_encode, "SMALLEST", 0)
-    monkeypatch.setattr(screened_encode, "NARROWEST", 0)
-    monkeypatch.setattr(screened_encode, "TRAINING_ROWS", 0)
-    monkeypatch.setattr(screened_encode, "CERTAIN_ROWS", 10**9)
+    rule = screened_encode.RULES[implementation]._replace(
+        entries=0, width=0, training_rows=0, certain_rows=1 << 62
+    )
+    monkeypatch.setitem(screened_encode.RULES, implementation, rule)
+    monkeypatch.setattr(
+        screened_encode.ScreenedEncoder, "implementation", property(lambda _: implementation)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import torch
 
 from resae import HookedLM, ReSAE, activation_cache
 from resae.cli import Display, main
-from resae.data import TokenRows, load_texts
+from resae.data import TokenRows, fingerprint, load_texts
 from resae.storage import load_json, load_tensors
 from resae.text_record import RunText
 
@@ -43,6 +43,14 @@ def material(tmp_path_factory):
     words = " ".join(f"The {w} sat by number {i}." for i, w in enumerate(["cat", "dog"] * 900))
     (folder / "text.txt").write_text(words)
     (folder / "empty.txt").write_text("")
+    (folder / "latin1.txt").write_bytes("Wörter ".encode("latin1") * 900)
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b')
+    (folder / "integers.jsonl").write_text('{"text": 1}\n')
+    (folder / "nulls.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "a.txt").write_text(words)
+    (folder / "mixed" / "b.jsonl").write_text('{"text": "a"}\n')
+    lm.model.save_pretrained(folder / "no-tokenizer")
     return folder
 
 
@@ -63,6 +71,14 @@ def test_a_run_directory_holds_the_stack_the_log_and_what_was_asked(run, materia
     assert stack.model_identity.name == str(material / "model")
     record = json.loads((run / "run.json").read_text())
     assert record["train"]["k"] == [4, 4, 4]
+    assert record["train"]["lr"] == pytest.approx(8e-3 * (512 / 64) ** 0.5)
+    assert record["train"]["dead_after_tokens"] == 4096 // 8
+    assert record["command"].startswith(f"resae train {material / 'model'} ")
+    assert "--log-steps 8" in record["command"]
+    assert record["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    text = (material / "text.txt").read_text()
+    assert record["data_fingerprint"] == fingerprint([text])
+    assert {"commit", "torch", "datasets"} <= record["environment"].keys()
     assert {row["method"] for row in record["affine"]} == {"identity", "resae"}
     lines = (run / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [8, 16, 24, 32]
@@ -277,7 +293,62 @@ def test_fit_writes_maps_and_their_r2(material, tmp_path, capsys):
     )
     assert code == 0
     assert capsys.readouterr().out.count("R² blocks") == 4
-    assert sorted(p.name for p in out.iterdir()) == ["calibration.safetensors", "fit.json"]
+    names = ["calibration.safetensors", "fit.json", "trained_text.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == names
+
+
+@pytest.fixture(scope="module")
+def fitted(material):
+    out = material / "fitted"
+    arguments = ["fit", str(material / "model"), str(material / "text.txt"), "--layers", "0,1,3"]
+    arguments += ["--context-tokens", "24", "--held-out-rows", "8", "--calibration-tokens", "2048"]
+    arguments += ["--predictor", "all_previous", "--form", "diagonal", "--out", str(out)]
+    assert main(arguments) == 0
+    return out
+
+
+def test_train_takes_the_maps_of_fit_and_fits_none(material, fitted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("resae.cli._moments", None)
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), "--k", "4"]
+    arguments += ["--context-tokens", "24", "--held-out-rows", "8", "--d-sae", "64"]
+    arguments += ["--train-tokens", "512", "--batch-tokens", "128", "--maps", str(fitted)]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert f"affine maps: those of {fitted}" in capsys.readouterr().out
+    name = "calibration.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (fitted / name).read_bytes()
+    record, of_fit = (load_json(p, "") for p in (tmp_path / "run/run.json", fitted / "fit.json"))
+    assert record["affine"] == of_fit["affine"]
+    assert record["maps"] == str(fitted)
+    settings = {n: record["train"][n] for n in ("predictor", "form", "rank", "calibration_tokens")}
+    assert settings == {
+        "predictor": "all_previous",
+        "form": "diagonal",
+        "rank": None,
+        "calibration_tokens": 2048,
+    }
+    assert ReSAE.load(tmp_path / "run").predictor.form == "diagonal"
+    resumed = [*arguments, "--out", str(tmp_path / "run"), "--resume"]
+    assert main(resumed) == 0
+    resumed.remove("--maps")
+    resumed.remove(str(fitted))
+    resumed += ["--layers", "0,1,3", "--predictor", "all_previous", "--form", "diagonal"]
+    assert main([*resumed, "--calibration-tokens", "2048"]) == 2
+    assert f"began with maps={fitted}" in capsys.readouterr().err
+
+
+def test_the_maps_of_a_run_give_the_same_run_again(run, material, tmp_path):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    assert main([*arguments, "--maps", str(run), "--out", str(tmp_path / "again")]) == 0
+    one, other = (ReSAE.load(folder).state_dict() for folder in (run, tmp_path / "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_k_per_layer_gives_each_layer_its_own(material, tmp_path):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN[:2]]
+    arguments += [*TRAIN[4:], *SMALL, "--k-per-layer", "6,4,2", "--train-tokens", "512"]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    stack = ReSAE.load(tmp_path / "run")
+    assert [stack.sae(layer).config.k for layer in range(3)] == [6, 4, 2]
 
 
 def test_fit_says_where_the_prediction_comes_from(material, tmp_path, capsys):
@@ -597,6 +668,10 @@ def bad(material, tmp_path):
     model, text = str(material / "model"), str(material / "text.txt")
     out = ["--out", str(tmp_path / "new")]
     train = ["train", model, text, *TRAIN, *SMALL]
+    layered = ["train", model, text, *TRAIN[:2], *TRAIN[4:], *SMALL, "--k-per-layer"]
+    below_a_file = ["--out", str(material / "text.txt" / "new")]
+    writing = ["generate", str(material / "run"), "--prompt", "x"]
+    maps = ["train", model, text, *TRAIN[2:], *SMALL, *out, "--maps", str(material / "fitted")]
     return {
         "missing-model": (["train", "/no/such/model", text, *TRAIN, *out], "not found"),
         "empty-dataset": (["train", model, str(material / "empty.txt"), *TRAIN, *out], "empty"),
@@ -624,6 +699,120 @@ def bad(material, tmp_path):
             ["eval", str(material / "run"), "--model", str(material / "other")],
             "different models",
         ),
+        "several-k": ([*train, "--k", "4,8,32", *out], "--k-per-layer 4,8,32"),
+        "k-twice": ([*train, "--k-per-layer", "4,4,4", *out], "not allowed with"),
+        "k-of-two-layers": ([*layered, "4,4", *out], "2 k for 3 layers"),
+        "k-0": ([*train, "--k", "0", *out], "argument --k: '0': expected"),
+        "demo-k-0": (["demo", "--k", "0", *out], "from 1 on"),
+        "demo-k-falls": (["demo", "--k", "8,4", *out], "rising"),
+        "demo-too-few-tokens": (["demo", "--train-tokens", "10", *out], "a batch of 1024"),
+        "demo-layer": (["demo", "--layers", "1,,3", *out], "expected names"),
+        "context-of-train": ([*train, "--context-tokens", "65", *out], "65 tokens .* 64 tokens"),
+        "context-of-plan": (
+            [*train, "--context-tokens", "65", "--plan", *out],
+            "65 tokens .* 64 tokens",
+        ),
+        "context-of-eval": (
+            ["eval", str(material / "run"), "--context-tokens", "65"],
+            "65 tokens .* 64 tokens",
+        ),
+        "not-utf8": (
+            ["train", model, str(material / "latin1.txt"), *TRAIN, *out],
+            r"latin1.txt: byte 0xf6 at offset 1 is not UTF-8",
+        ),
+        "mixed-folder": (
+            ["fit", model, str(material / "mixed"), "--layers", "0,1", *TRAIN[4:], *out],
+            r"1 \.txt \(a.txt\), 1 \.jsonl \(b.jsonl\)",
+        ),
+        "no-tokenizer": (
+            ["train", str(material / "no-tokenizer"), text, *TRAIN, *out],
+            "has no tokenizer",
+        ),
+        "broken-jsonl": (
+            ["train", model, str(material / "broken.jsonl"), *TRAIN, *out],
+            "broken.jsonl, line 2",
+        ),
+        "integer-column": (
+            ["train", model, str(material / "integers.jsonl"), *TRAIN, *out],
+            "holds int64, expected strings",
+        ),
+        "null-column": (
+            ["train", model, str(material / "nulls.jsonl"), *TRAIN, *out],
+            "1 of 2 entries of column 'text' are null",
+        ),
+        "no-data": (["train", model, "", *TRAIN, *out], "argument DATA: is empty"),
+        "no-model": (["train", "", text, *TRAIN, *out], "argument MODEL: is empty"),
+        "no-out": ([*train, "--out", ""], "argument --out: is empty"),
+        "train-out": ([*train, *below_a_file], "text.txt is a file, expected a folder"),
+        "fit-out": (["fit", model, text, "--layers", "0,1", *below_a_file], "text.txt is a file"),
+        "demo-out": (["demo", *below_a_file], "text.txt is a file"),
+        "eval-out": (["eval", str(material / "run"), *below_a_file], "text.txt is a file"),
+        "cache": ([*train, "--cache", str(material / "text.txt"), *out], "text.txt is a file"),
+        "trace": (["profile", "encode", "--trace", str(material)], "is a folder"),
+        "device": ([*train, "--device", "gpu", *out], "auto, cpu, cuda or cuda:1"),
+        "device-of-profile": (["profile", "encode", "--device", "gpu"], "auto, cpu, cuda or"),
+        "device-of-tune": (["tune", "--device", "gpu"], "auto, cpu, cuda or"),
+        "device-99": ([*train, "--device", "cuda:99", *out], "device 'cuda:99': torch .* finds"),
+        "model-device": ([*train, "--model-device", "gpu", *out], "auto, cpu, cuda or cuda:1"),
+        **{
+            f"{option}-{value}": ([*train, f"--{option}", value, *out], f"--{option}: '{value}'")
+            for option, value in (
+                ("log-steps", "0"),
+                ("checkpoint-steps", "0"),
+                ("eval-steps", "0"),
+                ("keep-checkpoints", "0"),
+                ("d-sae", "0"),
+                ("expansion", "-1"),
+                ("lr", "0"),
+                ("lr", "nan"),
+                ("ridge", "-1"),
+                ("auxk-coefficient", "-1"),
+                ("dead-after-tokens", "0"),
+                ("seed", "-1"),
+                ("held-out-rows", "-1"),
+                ("context-tokens", "1"),
+                ("plan-ranks", "0"),
+            )
+        },
+        "eval-steps-without-rows": (
+            [*train, "--eval-steps", "4", "--held-out-rows", "0", *out],
+            "hold rows out",
+        ),
+        "rank-above-width": (
+            [*train, "--form", "low_rank", "--rank", "33", *out],
+            "--rank 33 exceeds the width",
+        ),
+        "cache-dtype-alone": ([*train, "--cache-dtype", "bfloat16", *out], "without --cache"),
+        "hook-point": ([*train, "--layers", "0,blocks.1.hook_x", *out], "unknown hook point"),
+        "eval-twice": (["eval", *[str(material / "run")] * 2], "named twice"),
+        "eval-rows": (["eval", str(material / "run"), "--held-out-rows", "0"], "from 1 on"),
+        "intervene-file": ([*writing, "--intervene", "no/such.json"], "no file no/such.json"),
+        "intervene-latent": (
+            [*writing, "--intervene", '[{"layer": 0, "action": "ablate", "latents": [64]}]'],
+            "64",
+        ),
+        "intervene-layer": (
+            [*writing, "--intervene", '[{"layer": 2, "action": "ablate", "latents": [1]}]'],
+            "not a replaced layer",
+        ),
+        "no-new-tokens": ([*writing, "--max-new-tokens", "0"], "from 1 on"),
+        "prompt-beyond-context": ([*writing, "--max-new-tokens", "63"], "context of 64 tokens"),
+        "temperature": ([*writing, "--temperature", "-1"], "from 0 on"),
+        "no-maps": ([*train, "--maps", str(tmp_path), *out], "holds no maps"),
+        "maps-and-boost": (
+            [*train, "--maps", str(material / "fitted"), "--boost", str(material / "run"), *out],
+            "leave one out",
+        ),
+        "maps-of-another-predictor": (
+            [*maps, "--predictor", "previous"],
+            "have predictor=all_previous, asked for previous",
+        ),
+        "maps-of-other-layers": ([*maps[:-2], "--layers", "0,1,2", *maps[-2:]], "of layers blocks"),
+        "maps-of-another-model": (
+            ["train", str(material / "other"), *maps[2:]],
+            "fitted on model",
+        ),
+        "maps-of-another-split": ([*maps, "--seed", "1"], "fitted with seed=0 on this text"),
         "resume-other-model": (
             ["train", str(material / "other"), *train[2:], "--resume"]
             + ["--out", str(material / "run")],
@@ -639,15 +828,25 @@ def bad(material, tmp_path):
 CASES = sorted(bad(Path("material"), Path("elsewhere")))
 
 
+def exit_code(arguments):
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.usefixtures("fitted")
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line_with_the_remedy_and_exit_code_2(
-    case, run, material, tmp_path, capsys
+    case, run, material, tmp_path, capsys, monkeypatch
 ):
+    """All of it is judged before the weights of a model are read."""
+    monkeypatch.setattr(HookedLM, "from_pretrained", None)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     arguments, message = bad(material, tmp_path)[case]
-    assert main(arguments) == 2
+    assert exit_code(arguments) == 2
     said = capsys.readouterr().err.strip()
-    assert message in said
+    assert re.search(message, said)
     assert said.startswith(f"resae {arguments[0]}: ")
     assert "\n" not in said
     assert not (tmp_path / "new").exists()
@@ -661,6 +860,34 @@ def test_a_truncated_safetensors_file_is_named(run, material, capsys):
     weights.write_bytes(weights.read_bytes()[:-100])
     assert main(["eval", str(damaged)]) == 2
     assert "truncated" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_text_that_was_changed(material, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    shutil.copy(material / "text.txt", text)
+    arguments = ["train", str(material / "model"), str(text), *TRAIN, *SMALL]
+    arguments += ["--train-tokens", "256", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--resume"]) == 0
+    text.write_text(text.read_text().replace("cat", "cow"))
+    assert main([*arguments, "--resume"]) == 2
+    assert "text.txt holds other text than the run in" in capsys.readouterr().err
+
+
+def test_truncated_weights_of_a_model_are_named(material, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(material / "model", model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    arguments = ["train", str(model), str(material / "text.txt"), *TRAIN, *SMALL]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert re.search(r"model '.*': its weights are truncated", capsys.readouterr().err)
+
+
+def test_the_device_is_said_first(run, capsys):
+    arguments = ["generate", str(run), "--prompt", "x", "--device", "cpu"]
+    assert main([*arguments, "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("device: cpu (1 threads)\n")
 
 
 def test_nan_activations_stop_before_anything_is_written(material, tmp_path, capsys):

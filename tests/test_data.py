@@ -12,6 +12,7 @@ from resae.data import (
     TokenRows,
     _reading_again,
     capture_tokens,
+    fingerprint,
     load_texts,
     train_and_held_out,
 )
@@ -122,6 +123,100 @@ def test_order_depends_on_the_seed_and_streaming_gives_the_same_texts(tmp_path):
 def test_unreadable_data_is_named_with_the_remedy(data, options, error, message):
     with pytest.raises(error, match=message):
         list(load_texts(data, **options))
+
+
+def test_several_kinds_of_files_in_one_folder_are_an_error(tmp_path):
+    import datasets
+
+    (tmp_path / "notes.txt").write_text("not the data")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "hidden.csv").write_text("text\nx\n")
+    assert list(load_texts(str(tmp_path))) == ["not the data"]
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict({"text": ["the data"]}).to_parquet(tmp_path / "data" / "a.parquet")
+    with pytest.raises(
+        ValueError, match=r"1 \.txt \(notes\.txt\), 1 \.parquet \(a\.parquet\).*pass"
+    ):
+        load_texts(str(tmp_path))
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert list(load_texts(str(tmp_path))) == ["the data"]
+    (tmp_path / "data" / "b.csv").write_text("text\nx\n")
+    with pytest.raises(ValueError, match=r"several kinds: 1 \.parquet .*1 \.csv"):
+        load_texts(str(tmp_path))
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "csv"])
+@pytest.mark.parametrize("offset", [0, 7, (1 << 24) - 1, (1 << 24) + 5])
+def test_bytes_that_are_not_utf8_are_named_with_their_place(tmp_path, ending, offset):
+    path = tmp_path / f"a.{ending}"
+    good = "ä".encode() * (offset // 2) + b"a" * (offset % 2)
+    path.write_bytes(good + "ü".encode("latin1") + b"bc")
+    with pytest.raises(
+        ValueError, match=rf"a\.{ending}: byte 0xfc at offset {offset:,} is not UTF"
+    ):
+        load_texts(str(path))
+
+
+def test_a_file_that_ends_inside_a_character_is_not_utf8(tmp_path):
+    (tmp_path / "a.txt").write_bytes("aä".encode()[:-1])
+    with pytest.raises(ValueError, match="byte 0xc3 at offset 1 "):
+        load_texts(str(tmp_path))
+
+
+GOOD = '{"text": "a"}\n'
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", GOOD + '{"text": "b', "JSON"),
+        ("a.jsonl", GOOD + "hello\n" + GOOD, "JSON"),
+        ("a.jsonl", GOOD + '{"text": null}\n', "null|None"),
+        ("a.jsonl", GOOD + '{"txt": "b"}\n', "null|None"),
+        ("a.jsonl", '{"text": 1}\n', "holds int64, expected strings"),
+        ("a.jsonl", GOOD + '{"text": 1}\n', "holds values of several types|1, expected"),
+        ("a.csv", "text,n\n,1\nb,2\n", "null|None"),
+        ("a.csv", "text,n\n3,1\n4,2\n", "int64|holds [34], expected a string"),
+        ("a.parquet", "junk", "cannot be read: Parquet"),
+        ("a.jsonl", "", "is empty"),
+        ("a.csv", "", "is empty"),
+    ],
+)
+def test_damaged_files_and_columns_of_other_things_are_named(
+    tmp_path, name, content, message, streaming
+):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}'.*({message})") as raised:
+        list(load_texts(str(tmp_path / name), streaming=streaming))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_damaged_line_and_the_null_row_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD * 2 + "\n" + GOOD + "hello\n")
+    with pytest.raises(ValueError, match=r"\(a\.jsonl, line 5\)"):
+        load_texts(str(path))
+    path.write_text(GOOD * 2 + '{"text": null}\n' * 3)
+    with pytest.raises(ValueError, match=r"3 of 5 entries of column 'text' are null.*row 2"):
+        load_texts(str(path))
+
+
+def test_rows_longer_than_the_context_are_refused_before_the_text_is_read(lm):
+    with pytest.raises(ValueError, match="rows of 65 tokens are longer than its context of 64"):
+        train_and_held_out("no/such.txt", lm, context_tokens=65, held_out_rows=4)
+
+
+def test_a_fingerprint_follows_from_content_number_and_order():
+    texts = ["one", "two", "three"]
+    same = fingerprint(list(texts))
+    assert same == fingerprint(texts)
+    assert (same["documents"], same["characters"]) == (3, 11)
+    others = (["two", "one", "three"], ["onet", "wo", "three"], texts[:2])
+    for other in others:
+        assert fingerprint(other)["sha256"] != same["sha256"]
+    assert fingerprint(iter(texts * 200))["documents"] == 256
 
 
 def test_held_out_rows_are_of_the_validation_split_or_set_apart(lm, tmp_path):

@@ -200,11 +200,17 @@ def test_plan_corrects_its_estimate_by_the_speed_it_meets(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "k", [(), (8, 4), (8, 8), (200,)], ids=["none", "falling", "twice", "large"]
+    "k", [(), (8, 4), (8, 8), (200,), (0,)], ids=["none", "falling", "twice", "large", "zero"]
 )
 def test_impossible_k_are_refused_before_any_work(k):
     with pytest.raises(ValueError, match="demo: k="):
         DemoConfig(k=k)
+
+
+@pytest.mark.parametrize("size", [{"train_tokens": 1_023}, {"held_out_rows": 0}], ids=str)
+def test_impossible_sizes_are_refused_before_any_work(size):
+    with pytest.raises(ValueError, match="demo: train_tokens="):
+        DemoConfig(**size)
 
 
 def test_one_layer_is_refused():

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import tiny
 import torch
@@ -303,3 +305,25 @@ def test_a_missing_model_and_an_unknown_architecture_say_what_to_do(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="bert.*FAMILIES"):
         HookedLM.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["pythia", "gpt2", "llama", "qwen2", "gemma2"])
+def test_a_model_without_tokenizer_is_an_error_and_no_empty_tokenizer(family, tmp_path):
+    lm = tiny.FAMILIES[family]()
+    lm.model.save_pretrained(tmp_path)
+    for load in (HookedLM.from_pretrained, partial(HookedLM.described, tokenizer=True)):
+        with pytest.raises(ValueError, match=r"has no tokenizer.*save_pretrained"):
+            load(str(tmp_path))
+    assert HookedLM.described(str(tmp_path)).n_layers == lm.n_layers
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_rows_longer_than_the_context_are_an_error_in_every_family(family):
+    lm = tiny.FAMILIES[family]()
+    points = lm.hook_points([1])
+    longest, too_long = tiny.ids(1, 64), tiny.ids(1, 65)
+    lm.capture(longest, points)
+    lm.logits(longest)
+    for run in (lambda ids: lm.capture(ids, points), lm.logits, lambda ids: lm.replace(ids, {})):
+        with pytest.raises(ValueError, match="rows of 65 tokens .* context of 64 tokens"):
+            run(too_long)

@@ -146,6 +146,7 @@ def test_work_of_a_worked_example():
         pytest.param(("fly", 1, 1, 1, 1), "unknown op 'fly'", id="op"),
         pytest.param(("encode", 0, 1, 1, 1), "N=0", id="tokens"),
         pytest.param(("encode", 1, 1, 2, 3), "k=3 exceeds M=2", id="k"),
+        pytest.param(("step", 17, 1, 2, 1), "at most 16 tokens, got N=17", id="step"),
         pytest.param(("encode", 1, 1, 1, 1, "int8"), "unknown dtype", id="dtype"),
     ],
 )

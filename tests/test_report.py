@@ -143,6 +143,36 @@ def test_parts_without_data_are_left_out(tmp_path):
     assert "Training" not in page
 
 
+def test_the_folder_may_be_named_by_a_string(tmp_path):
+    save_json(tmp_path / "report.json", report_of())
+    assert write_report(str(tmp_path)) == tmp_path / "report.html"
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    save_json(tmp_path / "report.json", {"title": "x"})
+    with pytest.raises(ValueError, match="no report of resae: it has no config, environment, repl"):
+        write_report(tmp_path)
+
+
+def test_a_folder_that_takes_no_files_is_found_before_anything_is_drawn(tmp_path, monkeypatch):
+    save_json(tmp_path / "report.json", report_of())
+
+    def refuse(dir):
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("resae.storage.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("resae.report.draw", None)
+    with pytest.raises(OSError, match="cannot write into .*Read-only file system"):
+        write_report(tmp_path)
+
+
+def test_without_matplotlib_the_remedy_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
+    save_json(tmp_path / "report.json", report_of())
+    monkeypatch.setattr("resae.report.find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"resae\[plots\]"):
+        write_report(tmp_path)
+
+
 def test_drawing_twice_gives_the_same_bytes(tmp_path):
     save_json(tmp_path / "report.json", report_of())
     first = write_report(tmp_path).read_bytes()

@@ -169,6 +169,44 @@ def test_files_of_others_that_say_nothing_of_a_gain_have_none(tmp_path, metadata
     assert TopKSAE.load(tmp_path).config == small().config
 
 
+def old_sparsify_folder(folder, **changes):
+    """As sparsify wrote it before February 2025: without `activation`."""
+    sae = small(seed=4)
+    sae.save(folder)
+    cfg = {"expansion_factor": 32, "normalize_decoder": True, "num_latents": 20, "k": 3}
+    cfg |= {"multi_topk": False, "skip_connection": False, "d_in": 8, **changes}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    return sae
+
+
+def test_a_sparsify_folder_without_activation_is_topk(tmp_path):
+    sae = old_sparsify_folder(tmp_path)
+    x = torch.randn(5, 8)
+    assert torch.equal(TopKSAE.load(tmp_path)(x).x_hat, sae.eval()(x).x_hat)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"signed": True}, "signed latents"),
+        ({"skip_connection": True}, "skip connection"),
+        ({"activation": "groupmax"}, "groupmax"),
+    ],
+    ids=str,
+)
+def test_an_old_sparsify_folder_of_another_kind_is_refused(tmp_path, changes, message):
+    old_sparsify_folder(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        TopKSAE.load(tmp_path)
+
+
+def test_a_saelens_folder_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "cfg.json").write_text(json.dumps({"architecture": "topk", "d_in": 8, "d_sae": 20}))
+    (tmp_path / "sae_weights.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"SAELens.*encoder\.weight = W_enc\.T"):
+        TopKSAE.load(tmp_path)
+
+
 def test_unreadable_autoencoders_are_named(tmp_path):
     small().save(tmp_path)
     cfg = (tmp_path / "cfg.json").read_text()
@@ -177,6 +215,9 @@ def test_unreadable_autoencoders_are_named(tmp_path):
         TopKSAE.load(tmp_path)
     (tmp_path / "cfg.json").write_text(cfg.replace('"transcode": false', '"transcode": true'))
     with pytest.raises(ValueError, match="transcoder"):
+        TopKSAE.load(tmp_path)
+    (tmp_path / "cfg.json").write_text(cfg.replace('"d_in"', '"width"'))
+    with pytest.raises(ValueError, match="has no d_in"):
         TopKSAE.load(tmp_path)
 
 

@@ -4,7 +4,7 @@ from unittest.mock import MagicMock
 import pytest
 import tiny
 import torch
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
 from resae.affine import KINDS
@@ -128,14 +128,24 @@ def test_a_hub_name_is_downloaded_and_opened(lm, tmp_path, monkeypatch):
         asked.append((name, options["revision"], options["allow_patterns"]))
         return str(tmp_path / "snapshot")
 
-    def no_config(*_arguments, **_options):  # the mixin looks for a config.json, which we have not
-        raise RemoteEntryNotFoundError("config.json", response=MagicMock())
-
-    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", no_config)
     monkeypatch.setattr("resae.stack.snapshot_download", snapshot_download)
     loaded = ReSAE.from_pretrained("someone/some-stack", revision="v1")
     assert asked == [("someone/some-stack", "v1", ["*.json", "*.safetensors"])]
     assert torch.equal(loaded.sae(2).W_dec, stack.sae(2).W_dec)
+
+
+@pytest.mark.parametrize("name", ["typo", "runs/typo", "./runs/typo", "a/b/c", ""])
+def test_a_name_that_is_nowhere_is_called_no_folder_first(name, tmp_path, monkeypatch):
+    """The hub refuses the form of the last three before it is asked, and has none of the others."""
+    monkeypatch.chdir(tmp_path)
+    if name in ("typo", "runs/typo"):
+        error = RepositoryNotFoundError("404: no such repository", response=MagicMock())
+        monkeypatch.setattr("resae.stack.snapshot_download", MagicMock(side_effect=error))
+    with pytest.raises(FileNotFoundError) as raised:
+        ReSAE.from_pretrained(name)
+    said = str(raised.value)
+    assert said.startswith(f"stack {name!r}: there is no such folder, and no repository")
+    assert "\n" not in said
 
 
 def test_each_layer_folder_is_an_autoencoder_of_its_own(lm, tmp_path):
@@ -155,6 +165,7 @@ def test_model_card_says_what_it_is(lm, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "library_name: resae" in card
     assert "blocks.1.hook_resid_post" in card
+    assert "license" not in card  # of the weights: for their owner to choose
     assert not (tmp_path / "config.json").exists()
 
 

@@ -67,7 +67,7 @@ def test_rows_that_a_run_held_out_are_not_trained_on_though_their_text_comes_aga
     rows = tiny.ids(1, 48).expand(5, 48)
     text_of(rows).save(tmp_path)
     assert RunText.load(tmp_path) is None
-    save_held_out(tmp_path, rows[:2])
+    save_held_out(tmp_path, rows[:2], 48)
     record = RunText.load(tmp_path)
     assert record.held_out.tolist() == rows[:2].tolist()
     assert record.overlap(rows[:1]) is None

@@ -210,8 +210,40 @@ def test_only_the_last_checkpoints_are_kept(xs, tmp_path):
         run(xs, tmp_path / str(keep), checkpoint_steps=4, keep_checkpoints=keep)
         names = sorted(p.name for p in (tmp_path / str(keep) / "checkpoints").iterdir())
         assert names == [f"step_000000{n}.safetensors" for n in (16, 20, 24)[-keep:]]
-    with pytest.raises(ValueError, match="keep_checkpoints=0"):
-        run(xs, tmp_path, keep_checkpoints=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["keep_checkpoints", "checkpoint_steps", "log_steps", "eval_steps"]
+)
+def test_intervals_of_nothing_are_refused_before_anything_is_written(xs, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}=0, expected at least 1"):
+        run(xs, tmp_path / "run", **{name: 0})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("ridge", -1.0),
+        ("auxk_coefficient", math.inf),
+        ("dead_after_tokens", 0),
+        ("seed", -1),
+    ],
+)
+def test_settings_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}, expected"):
+        config_of(**{name: value})
+
+
+def test_a_resolved_configuration_trains_the_same_and_says_with_what():
+    config = config_of()
+    resolved = config.resolved()
+    assert config.lr is config.dead_after_tokens is None
+    assert resolved.lr == pytest.approx(8e-3 * math.sqrt(512 / 64))
+    assert resolved.dead_after_tokens == 64 * 24 // 8
+    assert [resolved.lr_at(step) for step in range(24)] == [config.lr_at(s) for s in range(24)]
 
 
 def test_resuming_a_finished_run_changes_nothing(xs, tmp_path):
