@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from resae.metrics import VarianceUnexplained
 from resae.storage import load_tensors, save_tensors
-from resae_kernels.reference import accumulation_dtype, affine_predict
+from resae_kernels.reference import accumulation_dtype
 
 KINDS = ("none", "identity", "previous", "all_previous")
 FORMS = {
@@ -143,7 +143,8 @@ class AffinePredictor(nn.Module):
         return self._parts(1)[1].shape[0] if self.form == "low_rank" else None
 
     def _parts(self, layer: int) -> tuple[Tensor, ...]:
-        return tuple(self.get_buffer(f"{name}_{layer}") for name in FORMS[self.form])
+        # Not by get_buffer, which takes as long as a prediction for one token.
+        return tuple(getattr(self, f"{name}_{layer}") for name in FORMS[self.form])
 
     def _dense(self, layer: int) -> Tensor:
         parts = self._parts(layer)
@@ -164,16 +165,20 @@ class AffinePredictor(nn.Module):
         """
         if layer == 0 or self.kind == "none":
             return None
-        parts, c = self._parts(layer), self.get_buffer(f"c_{layer}")
+        parts, c = self._parts(layer), getattr(self, f"c_{layer}")
         if self.form != "full":
             sources = [previous[j] for j in sources_of(self.kind, layer)]
             return (_moved(parts, sources) + c.to(accumulation_dtype(c.dtype))).to(c.dtype)
         A = parts[0]
+        width, D = A.shape
+        recent = previous[layer - 1]
+        if width != D:
+            recent = torch.cat(list(previous[layer - width // D : layer]), dim=-1)
         if A.dtype.itemsize > 2:
-            return affine_predict(previous[:layer], A, c)
+            flat = recent.reshape(-1, width).to(A.dtype)
+            return torch.addmm(c, flat, A).view(*recent.shape[:-1], D)
         # A product of half-precision numbers is summed in float32 and rounded once by itself; the
         # specification would first make a wide copy of A at every call.
-        recent = torch.cat(list(previous[layer - len(A) // A.shape[1] : layer]), dim=-1)
         return torch.nn.functional.linear(recent.to(A.dtype), A.T, c)
 
     def rescaled(self, factors: Sequence[float]) -> "AffinePredictor":

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from resae.decode_loop import DecodeLoop
 from resae.intervene import ActiveEdits, EditCount, Interventions, PassTokens
-from resae.model import HookedLM, HookPoint
+from resae.model import HookedLM, HookPoint, kv_cache
 from resae.stack import AffineOnly, Loop, ReSAE
 from resae_kernels import TopK, Transported
 
@@ -125,6 +125,8 @@ class Replacement:
         self._counts = [
             torch.zeros(2, 3, dtype=torch.int64, device=lm.device) for _ in self._points
         ]
+        # The same of passes on a CPU that are not compiled.
+        self._host_counts = [[[0, 0, 0], [0, 0, 0]] for _ in self._points]
         # A CUDA graph knows addresses, not tensors: `torch.compile` copies each input to an address
         # of the graph's own at every replay, and makes no graph at all where a pass writes to an
         # input, but for inputs that it takes to stay where they are. It takes to stay whatever it
@@ -136,11 +138,11 @@ class Replacement:
     def counts(self) -> list[LayerCounts]:
         """Per layer at which something is put in: calls, tokens replaced, tokens left alone."""
         counts = []
-        for point, puts, sums in zip(self._points, self._puts, self._counts, strict=True):
+        both = zip(self._counts, self._host_counts, strict=True)
+        for point, puts, (sums, on_host) in zip(self._points, self._puts, both, strict=True):
             if puts:
-                kinds = [
-                    PassCounts(calls, tokens - left, left) for calls, tokens, left in sums.tolist()
-                ]
+                totals = (sums.cpu() + torch.tensor(on_host)).tolist()
+                kinds = [PassCounts(calls, tokens - left, left) for calls, tokens, left in totals]
                 counts.append(LayerCounts(point.name, *kinds))
         return counts
 
@@ -235,10 +237,12 @@ class Replacement:
             # may look. One that may look nowhere, not even at itself, is padding.
             visible = mask if mask.dtype == torch.bool else mask == 0
             keep = keep | ~visible[:, 0].any(-1)
+        if _on_host(keep) and not keep.any():
+            return None  # as for most tokens that a model writes: nothing to pick, nothing to count
         return keep.unsqueeze(-1)
 
     def _capture(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> list[Tensor]:
-        cache = kwargs.get("past_key_values")
+        cache = kv_cache(kwargs)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 f"replacement: mode {self._mode!r} needs the whole sequence in one forward pass; "
@@ -336,11 +340,24 @@ class Replacement:
         counts = self._counts[layer]
         if counts.device != stream.device:  # of a model spread over devices, in its first pass
             counts = self._counts[layer] = counts.to(stream.device)
+        row = 0 if T > 1 else 1
+        if _on_host(counts):  # in numbers: a tensor would take longer than a prediction
+            left = 0 if self._keep is None else int(self._keep.sum())
+            sums = self._host_counts[layer][row]
+            sums[0] += 1
+            sums[1] += B * T
+            sums[2] += left
+            return
         if self._tally is None:
             left = counts.new_zeros(()) if self._keep is None else self._keep.sum()
             calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
             self._tally = torch.stack([calls, tokens, left])
-        counts[0 if T > 1 else 1].add_(self._tally.to(stream.device))
+        counts[row].add_(self._tally.to(stream.device))
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Can the tensor be looked into without waiting for a GPU or breaking a graph?"""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 _REPLACED: WeakKeyDictionary[nn.Module, set[HookPoint]] = WeakKeyDictionary()

@@ -203,24 +203,29 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     ) -> tuple[Tensor, TopK]:
         """One layer, online: `(x̂_l, z_l)` of `x [..., D]` given what came before it.
 
-        On a GPU, closed loop, up to 16 tokens take the fused `online_step`: at most three launches.
+        Closed loop, up to 16 tokens take the fused `online_step`: on a GPU at most three launches,
+        on a CPU one call of the compiled library.
 
         Args:
             seen: the activations `[..., D]` of earlier selected layers that the residual is taken
                 against: the reconstructions (closed loop), or the activations they replaced (open).
             put_in: the reconstructions of earlier selected layers.
             codes, carried: the codes of all earlier selected layers, and the dictionaries from
-                `transported`, by which up to 16 tokens are predicted in place of `put_in`.
+                `transported`, by which up to 16 tokens are predicted in place of `put_in`; on a CPU
+                where they are at most D active latents: more rows than a map has take longer.
         """
-        sae = self.sae(layer)
-        few = x.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
-        fused = few and seen is put_in and (carried is not None or x.is_cuda)
-        if fused and isinstance(sae, TopKSAE):  # a boosted one is two encodes
-            weights = (sae.encoder.weight, sae.encoder.bias, sae.config.k, sae.W_dec)
-            if carried is not None:
-                return online_step(x, *weights, codes=codes, transported=carried)
-            base = self.predictor(layer, seen)
-            return online_step(x, *weights, b_dec=sae.b_dec, base=base)
+        sae, N = self.sae(layer), x.shape[:-1].numel()
+        few = N <= FEW_TOKENS and not torch.is_grad_enabled()
+        if few and seen is put_in and isinstance(sae, TopKSAE):  # a boosted one is two encodes
+            on_cpu = x.is_cpu and not torch.compiler.is_compiling()
+            encoder = sae.screened if on_cpu else None
+            held = sae.encoder if encoder is None else encoder  # the same weight and bias
+            weights = (held.weight, held.bias, sae.config.k, sae.W_dec)
+            if carried is not None and not (on_cpu and _maps_are_faster(N, x.shape[-1], codes)):
+                return online_step(x, *weights, codes=codes, transported=carried, encoder=encoder)
+            if x.is_cuda or encoder is not None:
+                base = self.predictor(layer, seen)
+                return online_step(x, *weights, b_dec=sae.b_dec, base=base, encoder=encoder)
         base = self.predictor(layer, seen)
         code = sae.encode(x, base=base)
         if seen is not put_in:
@@ -448,6 +453,12 @@ class AffineOnly:
     ) -> tuple[Tensor, None]:
         prediction = self.predictor(layer, put_in)
         return x if prediction is None else prediction, None
+
+
+def _maps_are_faster(N: int, D: int, codes: Sequence[TopK]) -> bool:
+    """Than gathering the carried rows of N tokens, on a CPU: the maps are read once for all of
+    them."""
+    return N * sum(code.acts.shape[-1] for code in codes) > D
 
 
 def _check_loop(loop: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resae_kernels import _launch, reference
+from resae_kernels import _launch
 from resae_kernels.reference import TopK, Transported, accumulation_dtype
 from resae_kernels.sparse_decode import code_gradients, product, sparse_decode
 
@@ -120,7 +120,32 @@ def transport(
     _check([], W_dec, A, c, b_dec)
     # Detached inputs, not no_grad: a table that is W_dec itself would still require its gradient.
     W_dec, A, c, b_dec = ([t.detach() for t in tensors] for tensors in (W_dec, A, c, b_dec))
-    return reference.transport(W_dec, A, c, b_dec=b_dec)
+    (D, dtype), L = (W_dec[0].shape[1], W_dec[0].dtype), len(W_dec)
+    wide = accumulation_dtype(dtype)
+    tables: list[list[Tensor]] = []
+    constants: list[Tensor] = []
+    for m in range(L):
+        maps = A[m - 1].to(wide).split(D) if m else ()
+        sources = list(zip(range(m - len(maps), m), maps, strict=True))
+        constant = b_dec[m].to(wide)
+        if m:
+            constant = constant + c[m - 1].to(wide)
+        for j, A_mj in sources:
+            constant = constant + constants[j] @ A_mj
+        constants.append(constant)
+        carried = []
+        for layer in range(m):
+            total = None
+            for j, A_mj in sources:
+                if layer <= j:
+                    total = product(tables[j][layer], A_mj, total)
+            carried.append(
+                W_dec[layer].new_zeros(W_dec[layer].shape, dtype=wide) if total is None else total
+            )
+        tables.append([*carried, W_dec[m].to(wide)])
+    return Transported(
+        [[table.to(dtype) for table in row] for row in tables], [v.to(dtype) for v in constants]
+    )
 
 
 def _check(codes, W_dec, A, c, b_dec) -> None:

@@ -22,7 +22,7 @@
 typedef int64_t i64;
 enum { F32, BF16, F16 };
 enum { PANEL = 16, DEPTH = 64, ROW_BLOCK = 256, MOST_COLUMNS = 16 };
-enum { OK, NO_MEMORY, BAD_INDEX, STALE_COPY, NEW_COLUMNS };
+enum { OK, NO_MEMORY, BAD_INDEX, STALE_COPY, NEW_COLUMNS, ROWS_LEFT };
 
 #define INLINE static inline __attribute__((always_inline))
 #define SMALLER(a, b) ((a) < (b) ? (a) : (b))
@@ -354,8 +354,27 @@ typedef struct {
   const float *columns;       /* [n_columns, M']: the weight's columns at outlier dimensions */
   const int32_t *column_dimensions;
   i64 n_columns;
+  /* Entries of the weight as they were when it was copied, one of every `sample_step` rows. */
+  const void *samples;
+  i64 sample_step;
   float ratio, largest_bias, largest_bound, outlier, rounding;
 } copy;
+
+/* Do the weight and bias still hold their samples? */
+static int holds_samples(const copy *c) {
+  i64 size = size_of((int)c->weight_dtype), n = 0;
+  int same = 1;
+  for (i64 m = 0; c->live_bias && m < c->M; m += c->sample_step)
+    same &= _mm512_cvtss_f32(load(c->live_bias, m, 1, (int)c->weight_dtype)) == c->bias[m];
+  for (i64 m = 0; m < c->M; m += c->sample_step, n++) {
+    const char *now = (const char *)row_at(c->weight, m, c->weight_stride, (int)c->weight_dtype) +
+                      c->D / 2 * size;
+    const char *then = (const char *)c->samples + n * size;
+    same &= size == 4 ? *(const int32_t *)now == *(const int32_t *)then
+                      : *(const int16_t *)now == *(const int16_t *)then;
+  }
+  return same;
+}
 
 INLINE i64 padded_depth(i64 D) { return (D + DEPTH - 1) / DEPTH * DEPTH; }
 INLINE i64 padded_latents(i64 M) { return (M + 31) / 32 * 32; }
@@ -981,6 +1000,7 @@ int resae_screened_encode(const copy *c, const void *x, i64 x_stride, const void
               x_stride,    base_stride,   k,     dtype,
               dtype == F32 ? 0.0f : dtype == BF16 ? 1.0f / 128 : 1.0f / 1024, 0};
   const job *w = &work;
+  if (!holds_samples(c)) return STALE_COPY;
   i64 panels = padded_latents(c->M) / PANEL;
   work.capacity = LARGER(2048, 8 * k) + PANEL;
   threads = (int)LARGER(1, SMALLER(threads, N * panels * c->D / (1 << 16)));
@@ -1060,29 +1080,39 @@ typedef struct {
   i64 k, M, stride;
 } code;
 
+/* Rows ahead of the one being added that are prefetched: rows lie anywhere in the dictionary. */
+enum { ROWS_AHEAD = 6 };
+
+INLINE void prefetch_strip(const void *row, i64 d, int C, int dtype) {
+  const char *at = (const char *)row + d * size_of(dtype);
+  for (i64 byte = 0; byte < 16 * C * size_of(dtype); byte += 64) _mm_prefetch(at + byte, _MM_HINT_T0);
+}
+
 /* out[d …] = Σ acts · W + base + bias, of 16·C entries from d (`mask`: of the last 16); summed in
-   float32 in two halves, the even and the odd slots, and rounded once. */
+   float32 and rounded once. */
 INLINE void decode_strip(const code *codes, i64 n_codes, i64 n, const void *bias, const void *base,
                          void *out, i64 d, int C, __mmask16 mask, int dtype) {
-  __m512 sums[2][12];
-  for (int c = 0; c < C; c++) sums[0][c] = sums[1][c] = _mm512_setzero_ps();
+  __m512 sums[24];
+  for (int c = 0; c < C; c++) sums[c] = _mm512_setzero_ps();
   for (const code *m = codes; m < codes + n_codes; m++) {
     const i64 *indices = m->indices + n * m->k;
     const char *acts = (const char *)m->acts + n * m->k * size_of(dtype);
-    for (i64 j = 0; j < m->k; j += 2) {
-      for (int odd = 0; odd < 2 && j + odd < m->k; odd++) {
-        float act = _mm512_cvtss_f32(load(acts, j + odd, 1, dtype));
-        if (act == 0.0f) continue; /* padding */
-        const void *row = row_at(m->W, indices[j + odd], m->stride, dtype);
-        __m512 a = _mm512_set1_ps(act);
-        for (int c = 0; c < C; c++)
-          sums[odd][c] = _mm512_fmadd_ps(a, load(row, d + 16 * c, mask, dtype), sums[odd][c]);
-      }
+    for (i64 j = 0; j < SMALLER(m->k, ROWS_AHEAD); j++)
+      prefetch_strip(row_at(m->W, indices[j], m->stride, dtype), d, C, dtype);
+    for (i64 j = 0; j < m->k; j++) {
+      if (j + ROWS_AHEAD < m->k)
+        prefetch_strip(row_at(m->W, indices[j + ROWS_AHEAD], m->stride, dtype), d, C, dtype);
+      float act = _mm512_cvtss_f32(load(acts, j, 1, dtype));
+      if (act == 0.0f) continue; /* padding */
+      const void *row = row_at(m->W, indices[j], m->stride, dtype);
+      __m512 a = _mm512_set1_ps(act);
+      for (int c = 0; c < C; c++)
+        sums[c] = _mm512_fmadd_ps(a, load(row, d + 16 * c, mask, dtype), sums[c]);
     }
   }
   for (int c = 0; c < C; c++) {
     i64 at = d + 16 * c;
-    __m512 sum = _mm512_add_ps(sums[0][c], sums[1][c]);
+    __m512 sum = sums[c];
     if (base) sum = _mm512_add_ps(sum, load(base, at, mask, dtype));
     if (bias) sum = _mm512_add_ps(sum, load(bias, at, mask, dtype));
     store(out, at, mask, sum, dtype);
@@ -1095,17 +1125,18 @@ INLINE void decode_row(const code *codes, i64 n_codes, i64 n, const void *bias, 
   for (; d + 16 * (C) <= D; d += 16 * (C))                                                         \
     decode_strip(codes, n_codes, n, bias, base, out, d, C, 0xFFFF, dtype)
   i64 d = 0;
-  STRIPS(12);
+  STRIPS(24);
+  STRIPS(8);
   STRIPS(4);
   STRIPS(1);
   if (d < D) decode_strip(codes, n_codes, n, bias, base, out, d, 1, first(D - d), dtype);
 #undef STRIPS
 }
 
-/* out [N, D] = Σ over codes, + bias [D] + base [N, D]. Everything has one dtype and unit stride
-   along a row. Returns BAD_INDEX if an index lies outside its dictionary. */
+/* out [N, D] = Σ over codes, + bias [D] + base [N, D]. Everything has one dtype and is contiguous
+   but for the dictionaries, whose rows are. Returns BAD_INDEX if an index lies outside its dictionary. */
 int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const void *bias,
-                 const void *base, i64 base_stride, int threads, void *out) {
+                 const void *base, int threads, void *out) {
   i64 entries = 0;
   for (const code *m = codes; m < codes + n_codes; m++) {
     entries += m->k;
@@ -1115,11 +1146,136 @@ int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const 
   threads = (int)LARGER(1, SMALLER(threads, SMALLER(N, N * entries * D / (1 << 17))));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 n = 0; n < N; n++) {
-    const void *from = base ? row_at(base, n, base_stride, dtype) : 0;
+    const void *from = base ? row_at(base, n, D, dtype) : 0;
     void *to = (char *)out + n * D * size_of(dtype);
     BY_DTYPE(dtype, decode_row(codes, n_codes, n, bias, from, to, D, F32),
              decode_row(codes, n_codes, n, bias, from, to, D, BF16),
              decode_row(codes, n_codes, n, bias, from, to, D, F16));
   }
   return OK;
+}
+
+/* -- exact encode of few rows ------------------------------------------------------------------ */
+
+/* Sums over the lanes of each of 16 registers. */
+INLINE __m512 lane_sums(const __m512 *v) {
+  __m512 pairs[8], quads[4], halves[2];
+  for (int i = 0; i < 8; i++)
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                             _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; i++) {
+    __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int i = 0; i < 2; i++)
+    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
+                              _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xDD));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                       _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD));
+}
+
+/* out[r · L + l] = ⟨residuals[r], weight[latent + l]⟩ of L latents and R rows, L · R = 16. Latents
+   past the last one repeat it. */
+INLINE void dot_tile(const copy *c, const float *residuals, i64 latent, int L, int R, int dtype,
+                     float *out) {
+  i64 depth = padded_depth(c->D), d = 0;
+  const void *rows[16];
+  __m512 sums[16];
+  for (int l = 0; l < L; l++)
+    rows[l] = row_at(c->weight, SMALLER(latent + l, c->M - 1), c->weight_stride, dtype);
+  for (int i = 0; i < 16; i++) sums[i] = _mm512_setzero_ps();
+#define STEP(mask)                                                                                 \
+  for (int r = 0; r < R; r++) {                                                                    \
+    __m512 x = _mm512_loadu_ps(residuals + r * depth + d); /* 0 past D */                          \
+    for (int l = 0; l < L; l++)                                                                    \
+      sums[r * L + l] = _mm512_fmadd_ps(x, load(rows[l], d, mask, dtype), sums[r * L + l]);        \
+  }
+  for (; d + 16 <= c->D; d += 16) STEP(0xFFFF)
+  if (d < c->D) STEP(first(c->D - d))
+#undef STEP
+  _mm512_storeu_ps(out, lane_sums(sums));
+}
+
+/* Scores of 16 latents from `latent` for n residuals, rounded to `dtype`: into scores [n, M']. */
+INLINE void score_panel(const copy *c, const float *residuals, i64 n, i64 latent, int dtype,
+                        float *scores) {
+  i64 depth = padded_depth(c->D), M = padded_latents(c->M), row = 0;
+  __mmask16 mask = first(c->M - latent);
+  __m512 bias = _mm512_setzero_ps();
+  if (c->bias) bias = load(c->bias, latent, mask, dtype);
+  float sums[4][4][4];
+  for (; row + 4 <= n; row += 4) {
+    for (int i = 0; i < 4; i++)
+      dot_tile(c, residuals + row * depth, latent + 4 * i, 4, 4, dtype, sums[i][0]);
+    for (int r = 0; r < 4; r++) {
+      float *to = scores + (row + r) * M + latent;
+      for (int i = 0; i < 4; i++) memcpy(to + 4 * i, sums[i][r], 16);
+      _mm512_storeu_ps(to, rounded(_mm512_add_ps(_mm512_loadu_ps(to), bias), dtype));
+    }
+  }
+  for (; row < n; row++) {
+    dot_tile(c, residuals + row * depth, latent, 16, 1, dtype, sums[0][0]);
+    __m512 panel = _mm512_add_ps(_mm512_loadu_ps(sums[0][0]), bias);
+    _mm512_storeu_ps(scores + row * M + latent, rounded(panel, dtype));
+  }
+}
+
+/* Encode x − base − pre_bias [N, D] by all scores: float32 sums, rounded to the dtype of everything
+   given. For few rows: every score is held at once. Contiguous but for the rows of the weight. */
+int resae_exact_encode(const void *x, const void *base, const void *pre_bias, const void *weight,
+                       i64 weight_stride, const void *bias, int dtype, i64 N, i64 M, i64 D, i64 k,
+                       int sorted, int threads, void *acts, i64 *indices) {
+  copy fake = {.M = M, .D = D, .weight = weight, .weight_stride = weight_stride, .bias = bias};
+  const copy *c = &fake;
+  job w = {.c = c, .x = x, .base = base, .pre_bias = pre_bias, .x_stride = D,
+           .base_stride = D};
+  i64 depth = padded_depth(D), panels = (M + PANEL - 1) / PANEL, capacity = roomy(k);
+  i64 words = 3 * (capacity + PANEL) + 2 * k;
+  float *residuals = malloc((N * (depth + padded_latents(M)) + words) * sizeof *residuals);
+  if (!residuals) return NO_MEMORY;
+  float *scores = residuals + N * depth, squares, peak;
+  for (i64 n = 0; n < N; n++) {
+    float *r = residuals + n * depth;
+    BY_DTYPE(dtype, form_residual(&w, n, r, F32, &squares, &peak),
+             form_residual(&w, n, r, BF16, &squares, &peak),
+             form_residual(&w, n, r, F16, &squares, &peak));
+  }
+  threads = (int)LARGER(1, SMALLER(threads, N * M * D / (1 << 18)));
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (i64 p = 0; p < panels; p++)
+    BY_DTYPE(dtype, score_panel(c, residuals, N, p * PANEL, F32, scores),
+             score_panel(c, residuals, N, p * PANEL, BF16, scores),
+             score_panel(c, residuals, N, p * PANEL, F16, scores));
+  int32_t *memory = (int32_t *)(scores + N * padded_latents(M));
+  int32_t *keys = memory + list_words(capacity);
+  list row = make_list(memory, keys, capacity);
+  for (i64 n = 0; n < N; n++) {
+    select_row(&row, scores + n * padded_latents(M), M, k, F32);
+    write_code(row.latents, row.keys, row.n, k, sorted, keys + capacity + PANEL,
+               (char *)acts + n * k * size_of(dtype), indices + n * k, dtype);
+  }
+  free(residuals);
+  return OK;
+}
+
+/* -- online step ------------------------------------------------------------------------------- */
+
+/* One layer while the model runs: the code of x − base − b_dec [N, D] by screening, in order of
+   latent, and x_hat = base + b_dec + its decode. Everything is contiguous but the rows of W_dec.
+   ROWS_LEFT: a row wants the exact path; otherwise as `resae_screened_encode`. */
+int resae_online_step(const copy *c, const void *x, const void *base, const void *b_dec, int dtype,
+                      i64 N, i64 k, int use_amx, const void *W_dec, i64 W_dec_stride, int threads,
+                      void *acts, i64 *indices, void *x_hat) {
+  float *relative = calloc(c->D + N, sizeof *relative);
+  if (!relative) return NO_MEMORY;
+  i64 counts[2];
+  int status = resae_screened_encode(c, x, c->D, base, c->D, b_dec, dtype, N, k, 0, use_amx,
+                                     c->n_columns == MOST_COLUMNS, threads, acts, indices,
+                                     (uint8_t *)(relative + c->D), relative, counts);
+  free(relative);
+  if (status != OK) return status;
+  if (counts[1]) return ROWS_LEFT;
+  code its = {acts, indices, W_dec, k, c->M, W_dec_stride};
+  return resae_decode(&its, 1, N, c->D, dtype, b_dec, base, threads, x_hat);
 }

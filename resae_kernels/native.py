@@ -7,20 +7,30 @@ VNNI, and multiplies by AMX where there is that too. Threads are torch's.
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+EXACT_ROWS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
+"""Rows up to which `exact_encode` is faster than torch's product and `select`, by dtype: measured
+on one core of an Intel Xeon with AMX at 1 to 16 rows, D from 128 to 768, M from 512 to 24,576."""
 LATENTS, DEPTH = 32, 64
 """Latents and entries of a row are padded to multiples of these in the 8-bit copy."""
 MOST_COLUMNS = 16
 """Outlier dimensions that a copy can hold."""
-_OK, _NO_MEMORY, _BAD_INDEX, STALE_COPY, NEW_COLUMNS = range(5)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes: Any = torch._C._len_torch_dispatch_stack
+"""How many modes (fake tensors, tracing, counting of FLOPs) see what the dispatcher is given."""
+_transform: Any = torch._C._functorch.maybe_current_level
+"""Level of the innermost transform of `torch.func`, whose tensors have no memory; None: none."""
+_INTEGERS = torch.empty(0, dtype=torch.int64)
+"""What indices are allocated like: naming the dtype takes torch a microsecond longer."""
+_OK, _NO_MEMORY, _BAD_INDEX, STALE_COPY, NEW_COLUMNS, ROWS_LEFT = range(6)
 
 
 class Copy(ctypes.Structure):
@@ -39,6 +49,8 @@ class Copy(ctypes.Structure):
             )
         ),
         ("n_columns", c_int64),
+        ("samples", c_void_p),
+        ("sample_step", c_int64),
         *(
             (name, c_float)
             for name in ("ratio", "largest_bias", "largest_bound", "outlier", "rounding")
@@ -70,8 +82,16 @@ _SIGNATURES: dict[str, list[Any]] = {
         *(c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     ],
     "resae_decode": [
-        *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int64, c_int),
+        *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
         c_void_p,
+    ],
+    "resae_online_step": [
+        *(POINTER(Copy), c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int, c_void_p),
+        *(c_int64, c_int, c_void_p, c_void_p, c_void_p),
+    ],
+    "resae_exact_encode": [
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int),
+        *(c_int64, c_int64, c_int64, c_int64, c_int, c_int, c_void_p, c_void_p),
     ],
 }
 
@@ -122,16 +142,59 @@ def takes(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_eager() -> bool:
+    """Does nothing trace, transform or cast what is called?"""
+    return not (
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _transform() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def direct(first: Tensor, *others: Tensor | None) -> bool:
+    """May the library be called with these tensors at once, past the dispatcher?
+
+    That is: plain CPU tensors of one dtype, no gradient wanted, eager. For few tokens the
+    dispatcher takes longer than the work.
+    """
+    if not is_eager() or _load()[1] is not None:
+        return False
+    wants_gradient, dtype = torch.is_grad_enabled(), getattr(first, "dtype", None)
+    if dtype not in DTYPES:
+        return False
+    for t in (first, *others):
+        if t is not None and (
+            type(t) not in _PLAIN
+            or t.dtype is not dtype
+            or not t.is_cpu
+            or t.is_neg()
+            or (wants_gradient and t.requires_grad)
+        ):
+            return False
+    return True
+
+
 def rows(tensor: Tensor) -> Tensor:
     """The tensor with unit stride along its last dimension: itself, if it has."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    tensor = tensor.resolve_neg()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def packed(tensor: Tensor) -> Tensor:
     """The tensor with all its entries side by side."""
-    return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
+    return (
+        tensor
+        if tensor.is_contiguous() and not tensor.is_neg()
+        else tensor.resolve_neg().contiguous()
+    )
+
+
+def new_code(x: Tensor, N: int, k: int) -> tuple[Tensor, Tensor]:
+    """Acts in x's dtype and indices, `[N, k]`, not yet written."""
+    return x.new_empty(N, k), _INTEGERS.new_empty(N, k)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -148,7 +211,7 @@ def select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     last."""
     scores = rows(scores)
     (N, M), (library, _) = scores.shape, _load()
-    acts, indices = scores.new_empty(N, k), torch.empty(N, k, dtype=torch.int64)
+    acts, indices = new_code(scores, N, k)
     status = library.resae_select(
         scores.data_ptr(),
         scores.stride(0),
@@ -166,38 +229,37 @@ def select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
 
 
 def decode(
-    acts: list[Tensor],
-    indices: list[Tensor],
-    W_dec: list[Tensor],
+    acts: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    W_dec: Sequence[Tensor],
     bias: Tensor | None,
     base: Tensor | None,
 ) -> Tensor:
-    """`Σ acts · W_dec + base + bias`, `[N, D]`, summed in float32 and rounded once; acts of 0 are
-    left out.
+    """`Σ acts · W_dec + base + bias`: codes `[..., k]` to `[..., D]`, summed in float32 and rounded
+    once; acts of 0 are left out.
 
     Raises:
         RuntimeError: an index outside its dictionary.
     """
-    library, _ = _load()
-    N, D = acts[0].shape[0], W_dec[0].shape[1]
+    library = _load()[0]
+    leading, D = acts[0].shape[:-1], W_dec[0].shape[1]
     kept, codes = [], (_Code * len(acts))()
     for code, a, i, W in zip(codes, acts, indices, W_dec, strict=True):
         a, i, W = packed(a), packed(i), rows(W)
-        kept += [a, i, W]
+        kept.append((a, i, W))
         code.acts, code.indices, code.W = a.data_ptr(), i.data_ptr(), W.data_ptr()
-        code.k, code.M, code.stride = a.shape[1], W.shape[0], W.stride(0)
+        code.k, (code.M, _), code.stride = a.shape[-1], W.shape, W.stride(0)
     bias = None if bias is None else packed(bias)
-    base = None if base is None else rows(base)
-    out = W_dec[0].new_empty(N, D)
+    base = None if base is None else packed(base)
+    out = W_dec[0].new_empty(*leading, D)
     status = library.resae_decode(
         codes,
         len(acts),
-        N,
+        leading.numel(),
         D,
         DTYPES[out.dtype],
         _address(bias),
         _address(base),
-        0 if base is None else base.stride(0),
         torch.get_num_threads(),
         out.data_ptr(),
     )
@@ -209,6 +271,46 @@ def decode(
                     f"{W.shape[0] - 1} (W_dec is {list(W.shape)})"
                 )
     return out
+
+
+def exact_encode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    sorted: bool,
+) -> tuple[Tensor, Tensor]:
+    """TopK of relu((x − base − pre_bias) weightᵀ + bias), `[N, D]` → acts and indices
+    `[N, k]`: all N·M scores are summed in float32, held at once and rounded to the dtype of
+    everything given."""
+    library = _load()[0]
+    x, weight = packed(x), rows(weight)
+    bias = None if bias is None else packed(bias)
+    pre_bias = None if pre_bias is None else packed(pre_bias)
+    base = None if base is None else packed(base)
+    (N, D), M = x.shape, weight.shape[0]
+    acts, indices = new_code(x, N, k)
+    status = library.resae_exact_encode(
+        x.data_ptr(),
+        _address(base),
+        _address(pre_bias),
+        weight.data_ptr(),
+        weight.stride(0),
+        _address(bias),
+        DTYPES[x.dtype],
+        N,
+        M,
+        D,
+        k,
+        sorted,
+        torch.get_num_threads(),
+        acts.data_ptr(),
+        indices.data_ptr(),
+    )
+    _require_memory(status)
+    return acts, indices
 
 
 def quantise(
@@ -258,8 +360,8 @@ def screened_encode(
     accept_outliers: bool,
     acts: Tensor,
     indices: Tensor,
-    left: np.ndarray,
-    relative: np.ndarray,
+    left: ctypes.Array,
+    relative: ctypes.Array,
 ) -> tuple[int, int, int]:
     """Write the codes of `x − base − pre_bias` `[N, D]` into acts and indices `[N, k]`: the status,
     the number of exact scores, and of rows left to the exact path, which are 1 in `left [N]`."""
@@ -284,9 +386,53 @@ def screened_encode(
         torch.get_num_threads(),
         acts.data_ptr(),
         indices.data_ptr(),
-        left.ctypes.data,
-        relative.ctypes.data,
+        left,
+        relative,
         counts,
     )
     _require_memory(status)
     return status, counts[0], counts[1]
+
+
+def online_step(
+    copy: Copy,
+    x: Tensor,
+    base: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    W_dec: Tensor,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """x̂ `[..., D]`, acts and indices `[..., k]` of `x [..., D]`, the indices ascending; None where
+    one call does not do: a layout that is not contiguous, rows left to the exact path, new outlier
+    dimensions, or a weight that has changed."""
+    if not (
+        x.is_contiguous()
+        and W_dec.is_contiguous()
+        and (base is None or base.is_contiguous())
+        and (b_dec is None or b_dec.is_contiguous())
+    ):
+        return None
+    shape = x.shape
+    *leading, D = shape
+    x_hat, acts = x.new_empty(shape), x.new_empty(*leading, k)
+    indices = _INTEGERS.new_empty(*leading, k)
+    status = _load()[0].resae_online_step(
+        copy,
+        x.data_ptr(),
+        None if base is None else base.data_ptr(),
+        None if b_dec is None else b_dec.data_ptr(),
+        DTYPES[x.dtype],
+        x.numel() // D,
+        k,
+        has_amx(),
+        W_dec.data_ptr(),
+        D,
+        torch.get_num_threads(),
+        acts.data_ptr(),
+        indices.data_ptr(),
+        x_hat.data_ptr(),
+    )
+    if status == _OK:
+        return x_hat, acts, indices
+    _require_memory(status)
+    return None

@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from resae_kernels import _launch
+from resae_kernels import _launch, native
 from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import OnlineStep, TopK, Transported
-from resae_kernels.sparse_decode import _launch_decode, _sum_entries
+from resae_kernels.screened_encode import ScreenedEncoder
+from resae_kernels.sparse_decode import _launch_decode, _sum_entries, sparse_decode
 from resae_kernels.topk_encode import (
     FEW_TOKENS,
     GROUP_SIZES,
@@ -92,6 +94,7 @@ def online_step(
     base: Tensor | None = None,  # [..., D]
     codes: Sequence[TopK | tuple[Tensor, Tensor]] = (),  # m × ([..., k_j], [..., k_j])
     transported: Transported | None = None,
+    encoder: ScreenedEncoder | None = None,
     out: StepWorkspace | None = None,
     implementation: str | None = None,
 ) -> OnlineStep:
@@ -111,6 +114,8 @@ def online_step(
         codes: of the m layers before, in order; with `transported` alone.
         transported: from `transport()`. Its `constants[m]` hold the prediction's constant and this
             layer's b_dec together, so neither is given again.
+        encoder: of this weight and bias, by which a CPU encodes. None: one is made at the first
+            step (a quarter more memory than the weight) and kept as long as the weight.
         out: from `StepWorkspace.allocate`: all that the step writes, so that nothing is allocated
             (contiguous inputs). The result is views of it, valid until the next step that is given
             it.
@@ -132,6 +137,12 @@ def online_step(
         is cast under autocast. "triton" waits for nothing on the host: it can be captured in a CUDA
         graph, after one call that compiles its kernels.
     """
+    if x.is_cpu and implementation != "triton" and not torch.compiler.is_compiling():
+        step = _step_on_cpu(
+            x, weight, bias, k, W_dec, b_dec, base, codes, transported, encoder, out
+        )
+        if step is not None:
+            return step
     codes = [TopK(*code) for code in codes]
     _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported)
     N, (M, D) = x.shape[:-1].numel(), weight.shape
@@ -163,6 +174,70 @@ def online_step(
     code_shape = (*x.shape[:-1], k)
     code = TopK(out.acts.view(code_shape), out.indices.view(code_shape))
     return OnlineStep(out.x_hat.view(x.shape), code)
+
+
+_ENCODERS: "WeakIdKeyDictionary[Tensor, ScreenedEncoder]" = WeakIdKeyDictionary()
+"""By weight: what encodes on a CPU where the caller has none."""
+
+
+def _encoder_of(weight: Tensor, bias: Tensor | None) -> ScreenedEncoder:
+    held = _ENCODERS.get(weight)
+    if held is None or _addresses(held.weight, held.bias) != _addresses(weight, bias):
+        # Of other tensors of the same memory: it must not keep the weight alive that keeps it.
+        detached = weight.detach(), None if bias is None else bias.detach()
+        held = _ENCODERS[weight] = ScreenedEncoder(*detached)
+    return held
+
+
+def _addresses(weight: Tensor, bias: Tensor | None) -> tuple[int, int | None]:
+    return weight.data_ptr(), None if bias is None else bias.data_ptr()
+
+
+def _step_on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    base: Tensor | None,
+    codes: Sequence[TopK | tuple[Tensor, Tensor]],
+    transported: Transported | None,
+    encoder: ScreenedEncoder | None,
+    out: StepWorkspace | None,
+) -> OnlineStep | None:
+    """The step by a `ScreenedEncoder`, where that can in one call of the compiled library; None:
+    what is called is traced, transformed or cast."""
+    if encoder is None:
+        if not native.is_eager():
+            return None
+        encoder = _encoder_of(weight, bias)
+    elif encoder.weight is not weight or encoder.bias is not bias:
+        raise ValueError("online_step: encoder was made of another weight or bias; give it those")
+    plain = not codes and transported is None and out is None
+    if plain and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_TOKENS:
+        step = encoder.online_step(x, k, b_dec, base, W_dec)
+        if step is not None:
+            return OnlineStep(step[0], TopK(*step[1:]))
+    if not native.is_eager():
+        return None
+    codes = [TopK(*code) for code in codes]
+    _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported)
+    if transported is not None:
+        b_dec = transported.constants[len(codes)]
+        if codes:
+            acts, indices = zip(*codes, strict=True)
+            dictionaries = transported.dictionaries[len(codes)][:-1]
+            base, b_dec = sparse_decode(acts, indices, dictionaries, bias=b_dec), None
+    step = encoder.online_step(x, k, b_dec, base, W_dec)
+    if step is None:
+        code = encoder.encode(x, k, pre_bias=b_dec, base=base, sorted=False)
+        step = sparse_decode(*code, W_dec, bias=b_dec, base=base), *code
+    if out is not None:
+        _check_workspace(out, x.shape[:-1].numel(), weight.shape[0], k, weight.shape[1], x)
+        written = (out.x_hat, out.acts, out.indices)
+        step = tuple(to.view(t.shape).copy_(t) for to, t in zip(written, step, strict=True))
+    return OnlineStep(step[0], TopK(*step[1:]))
 
 
 def _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported) -> None:

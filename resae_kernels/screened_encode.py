@@ -31,15 +31,19 @@ from torch import Tensor
 
 from resae_kernels import _launch, native, screening_torch
 from resae_kernels.reference import TopK
-from resae_kernels.screening import ScreeningCopy, StaleCopyError
+from resae_kernels.screening import SAMPLES, ScreeningCopy, StaleCopyError
 from resae_kernels.screening_native import NativeCopy
-from resae_kernels.topk_encode import _backward, _check, _setup_context, topk_encode
+from resae_kernels.topk_encode import _backward, _check, _setup_context, fits, topk_encode
 
 log = logging.getLogger(__name__)
 
 ROW_REASON = "not finite, all zero, or too many candidates"
 MARGINS = ("statistical", "certain")
 IMPLEMENTATIONS = ("native", "torch")
+
+
+LEAST_LATENTS = 16
+"""Latents per active one below which too many of them are candidates."""
 
 
 class Rule(NamedTuple):
@@ -199,7 +203,70 @@ class ScreenedEncoder:
     ) -> TopK:
         """The code of `topk_encode` with this weight and bias: arguments, returns and errors are
         the same, gradients too."""
+        code = self._encode_at_once(x, k, pre_bias, base, sorted)
+        if code is not None:
+            return code
         return self.explain(x, k, pre_bias=pre_bias, base=base, sorted=sorted).code
+
+    def online_step(
+        self, x: Tensor, k: int, b_dec: Tensor | None, base: Tensor | None, W_dec: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x̂, acts and indices of `resae_kernels.online_step` by one call of the compiled library,
+        where that is possible: without gradients, with arguments that fit, and a copy that is there
+        and current. None: encode and decode instead."""
+        state = self._state
+        if not self._is_ready(state, x, k, b_dec, base, W_dec) or not x.numel():
+            return None
+        held = state.copy.held  # type: ignore[union-attr]
+        step = native.online_step(held[0], x, base, b_dec, k, W_dec)
+        return None if self._versions() != state.versions else step  # type: ignore[union-attr]
+
+    def _encode_at_once(
+        self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
+    ) -> TopK | None:
+        """The code by one call of the compiled library, of arguments that have nothing to be said
+        about, with a copy that is there and current; None: `explain` says what is the matter, or
+        makes a copy."""
+        state = self._state
+        if not self._is_ready(state, x, k, pre_bias, base) or not x.numel():
+            return None
+        leading, D = x.shape[:-1], x.shape[-1]
+        flat = x if len(leading) == 1 else x.reshape(-1, D)
+        flat_base = base if base is None or len(leading) == 1 else base.reshape(-1, D)
+        try:
+            acts, indices, left, _ = state.copy.encode(  # type: ignore[union-attr]
+                flat, k, pre_bias, flat_base, sorted
+            )
+        except StaleCopyError:
+            return None
+        if left is not None or self._versions() != state.versions:  # type: ignore[union-attr]
+            return None
+        if len(leading) == 1:
+            return TopK(acts, indices)
+        return TopK(acts.view(*leading, k), indices.view(*leading, k))
+
+    def _is_ready(
+        self,
+        state: "_State | None",
+        x: Tensor,
+        k: int,
+        pre_bias: Tensor | None,
+        base: Tensor | None,
+        W_dec: Tensor | None = None,
+    ) -> bool:
+        """May the compiled copy of `state`, which sees itself whether the weight holds its samples,
+        be given these arguments as they are?"""
+        weight, bias = self.weight, self.bias
+        return (
+            state is not None  # there is one only for a weight that is worth screening
+            and type(state.copy) is NativeCopy
+            and state.copy.is_live
+            and native.direct(x, weight, bias, pre_bias, base, W_dec)
+            and fits(x, weight, bias, k, pre_bias, base)
+            and (W_dec is None or W_dec.shape == weight.shape)
+            and LEAST_LATENTS * k <= weight.shape[0]
+            and self._versions() == state.versions
+        )
 
     def explain(
         self,
@@ -223,8 +290,7 @@ class ScreenedEncoder:
                 x, self.weight, self.bias, k, pre_bias=pre_bias, base=base, sorted=sorted
             )
             return Screening(code, 0, N, 0, reason, None)
-        if not _fits(x, self.weight, k, pre_bias, base):
-            _check(x, self.weight, self.bias, k, pre_bias, base, None)
+        _check(x, self.weight, self.bias, k, pre_bias, base, None)
         flat = x if x.ndim == 2 else x.reshape(N, D)
         flat_base = base if base is None or base.ndim == 2 else base.reshape(N, D)
         info = _Info()
@@ -346,7 +412,7 @@ class ScreenedEncoder:
         if weight.is_inference():
             return "the weight was made in inference mode, where changes are not counted"
         few_groups = implementation == "torch" and screening_torch.group_size(M, k) is None
-        if rule.entries > M * D or rule.width > D or 16 * k > M or few_groups:
+        if rule.entries > M * D or rule.width > D or LEAST_LATENTS * k > M or few_groups:
             return f"screening does not pay at M={M}, D={D}, k={k}"
         if N == 0:
             return "there are no rows"
@@ -366,32 +432,14 @@ class ScreenedEncoder:
         return cannot
 
 
-def _fits(x: Tensor, weight: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None) -> bool:
-    """Whether `_check` would find nothing: what it asks, without its messages."""
-    (M, D), dtype = weight.shape, weight.dtype
-    return (
-        x.is_cpu
-        and x.ndim > 0
-        and x.shape[-1] == D
-        and 1 <= k <= M
-        and (pre_bias is None or (pre_bias.shape == (D,) and _alike(pre_bias, dtype)))
-        and (base is None or (base.shape == x.shape and _alike(base, dtype)))
-    )
-
-
-def _alike(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.dtype == dtype and tensor.is_cpu
-
-
 def _require_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _sample(tensor: Tensor) -> Any:
-    """An entry of each of a hundred rows, or of all; a view, as a numpy array. More would cost a
-    token what it saves: each lies in memory by itself."""
+    """A view of `SAMPLES` entries as a numpy array."""
     memory = torch._neg_view(tensor) if tensor.is_neg() else tensor
-    some = memory[:: max(1, len(memory) // 128)]
+    some = memory[:: max(1, len(memory) // SAMPLES)]
     some = some if some.ndim == 1 else some[:, some.shape[1] // 2]
     return (some if some.dtype != torch.bfloat16 else some.view(torch.int16)).numpy()
 

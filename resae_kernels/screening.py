@@ -14,6 +14,9 @@ ROUNDING = 2.0**-20
 room to spare."""
 STEPS = 126
 """Quantisation steps on either side of zero; one less than int8 has, for the dither."""
+SAMPLES = 128
+"""Entries by which a write to the weight is noticed that torch does not count: one of every so many
+rows, or of all. More would cost a token what it saves: each lies in memory by itself."""
 LANES = 32
 """Latents are padded to a multiple of this in the 8-bit copy."""
 

@@ -7,6 +7,7 @@ bounds are widened by that rounding.
 
 import math
 from collections.abc import Sequence
+from ctypes import c_float, c_uint8
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from resae_kernels import native
 from resae_kernels.screening import (
     ROUNDING,
+    SAMPLES,
     STEPS,
     ScreenedRows,
     StaleCopyError,
@@ -43,7 +45,7 @@ class NativeCopy:
         seed: int,
         dimensions: Sequence[int] = (),
     ):
-        weight = native.rows(weight)
+        given, weight = weight, native.rows(weight)
         live_bias = None if bias is None else native.packed(bias)
         (M, D), multiple = weight.shape, native.LATENTS
         latents, depth = -(-M // multiple) * multiple, -(-D // native.DEPTH) * native.DEPTH
@@ -68,7 +70,22 @@ class NativeCopy:
         )
         terms = bounds.terms.contiguous()
         self._weight = weight
-        self._tensors = (live_bias, start, steps, shift, all_bias, terms, dither, weight_dither)
+        every = max(1, M // SAMPLES)
+        samples = weight[::every, D // 2].clone()
+        live_bias = None if bias is None else native.packed(bias)
+        self.is_live = weight is given and live_bias is bias
+        """Whether the library reads the weight and bias themselves, or contiguous copies."""
+        self._tensors = (
+            samples,
+            live_bias,
+            start,
+            steps,
+            shift,
+            all_bias,
+            terms,
+            dither,
+            weight_dither,
+        )
         self._struct = native.Copy(
             M=M,
             D=D,
@@ -85,17 +102,21 @@ class NativeCopy:
             norm_bounds=terms[1].data_ptr() if certain else None,
             dither=dither.data_ptr(),
             weight_dither=weight_dither.data_ptr(),
+            samples=samples.data_ptr(),
+            sample_step=every,
             ratio=bounds.ratio,
             largest_bias=largest_bias,
             largest_bound=float(terms[-1].max()),
             outlier=OUTLIER,
             rounding=ROUNDING,
         )
-        self._held = self._columns(dimensions)
+        self.held = self._columns(dimensions)
+        """What the library reads, its outlier dimensions, and what its addresses need to be
+        kept."""
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        return self._held[1]
+        return self.held[1]
 
     def _columns(
         self, dimensions: Sequence[int]
@@ -125,10 +146,10 @@ class NativeCopy:
         """As `ScreeningCopy.encode`; x, pre_bias and base in the weight's dtype. `amx` False keeps
         to the VNNI instructions where AMX could multiply."""
         N, D = x.shape
-        acts, indices = x.new_empty(N, k), torch.empty(N, k, dtype=torch.int64)
-        left, relative = np.empty(N, np.uint8), np.zeros(D, np.float32)
+        acts, indices = native.new_code(x, N, k)
+        left, relative = (c_uint8 * N)(), (c_float * D)()
         while True:
-            struct, dimensions, kept = self._held
+            struct, dimensions, kept = self.held
             status, candidates, rows_left = native.screened_encode(
                 struct,
                 x,
@@ -146,11 +167,11 @@ class NativeCopy:
             del kept
             if status != native.NEW_COLUMNS:
                 break
-            self._held = self._columns(_with_largest(dimensions, relative))
-            relative[:] = 0.0
+            self.held = self._columns(_with_largest(dimensions, np.array(relative)))
+            relative = (c_float * D)()
         if status == native.STALE_COPY:
             raise StaleCopyError
-        exact = torch.from_numpy(left.nonzero()[0]) if rows_left else None
+        exact = torch.from_numpy(np.array(left).nonzero()[0]) if rows_left else None
         return ScreenedRows(acts, indices, exact, candidates)
 
 

@@ -92,6 +92,10 @@ def sparse_decode(
         (no code of `topk_encode` has such) are rounded once more, as their sum.
     """
     op = "sparse_decode"
+    if form is None and implementation is None:
+        out = _decode_at_once(acts, indices, W_dec, bias, base)
+        if out is not None:
+            return out
     if form not in (None, "gather", "dense"):
         raise ValueError(
             f"{op}: form={form!r}, expected 'gather', 'dense' or None (by the number of tokens "
@@ -99,27 +103,44 @@ def sparse_decode(
         )
     offsets = {"bias": bias, "base": base}
     *codes, leading = _check(op, acts, indices, W_dec, offsets)
-    # One token on a CPU: to pass through the dispatcher would take longer than to gather its rows.
-    alone = leading.numel() == 1 and _without_dispatch(*codes[0], *codes[2], *offsets.values())
-    decode: Any = _decode if alone else torch.ops.resae.sparse_decode
-    out = decode(*codes, **offsets, implementation=implementation or "", form=form or "")
+    out = torch.ops.resae.sparse_decode(
+        *codes, **offsets, implementation=implementation or "", form=form or ""
+    )
     return out.reshape(*leading, out.shape[-1])
 
 
-def _without_dispatch(*tensors: Tensor | None) -> bool:
-    """May the op's implementation be called itself? Plain CPU tensors, no gradient, no tracing."""
-    if torch.compiler.is_compiling():
-        return False
-    wants_gradient = torch.is_grad_enabled()
-    return all(
-        t is None
-        or (
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.device.type == "cpu"
-            and not (wants_gradient and t.requires_grad)
-        )
-        for t in tensors
-    )
+def _decode_at_once(
+    acts: Any, indices: Any, W_dec: Any, bias: Tensor | None, base: Tensor | None
+) -> Tensor | None:
+    """The decode of fewer than DENSE_TOKENS tokens by one call of the compiled library; None: not
+    the way for these arguments, or one of them is wrong (`_check` tells which)."""
+    if type(acts) is Tensor:
+        acts, indices, W_dec = (acts,), (indices,), (W_dec,)
+    elif not all(type(t) in (list, tuple) for t in (acts, indices, W_dec)):
+        return None
+    if len(indices) != len(acts) or len(W_dec) != len(acts):
+        return None
+    if not native.direct(*acts, *W_dec, bias, base):
+        return None
+    leading, D = acts[0].shape[:-1], W_dec[0].shape[-1:]
+    for a, i, W in zip(acts, indices, W_dec, strict=True):
+        shape = a.shape
+        if (
+            type(i) is not Tensor
+            or i.dtype is not torch.int64
+            or not i.is_cpu
+            or i.shape != shape
+            or not shape
+            or shape[:-1] != leading
+            or W.ndim != 2
+            or W.shape[1:] != D
+        ):
+            return None
+    if leading.numel() >= DENSE_TOKENS:
+        return None
+    if bias is not None and bias.shape != D or base is not None and base.shape != leading + D:
+        return None
+    return native.decode(acts, indices, W_dec, bias, base)
 
 
 def reconstruction_error(

@@ -123,6 +123,10 @@ def topk_encode(
         `torch.backends.cuda.matmul`. Its selection takes fp32, bf16 and fp16 with k ≤ 1024,
         M ≤ 2¹⁹ and next_power_of_2(k) · M ≤ 2²⁶; other scores are selected as in "torch".
     """
+    if workspace_bytes is None and implementation is None and not check_nan:
+        code = _encode_at_once(x, weight, bias, k, pre_bias, base, sorted)
+        if code is not None:
+            return code
     x, weight, bias, pre_bias, base = _launch.under_autocast(x, weight, bias, pre_bias, base)  # type: ignore[assignment]
     _check(x, weight, bias, k, pre_bias, base, workspace_bytes)
     D = weight.shape[1]
@@ -147,6 +151,53 @@ def topk_encode(
         )
     code_shape = (*x.shape[:-1], k)
     return TopK(acts.reshape(code_shape), indices.reshape(code_shape))
+
+
+def fits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+) -> bool:
+    """Would `_check` let these shapes and this k pass? Without a word about what does not fit."""
+    if weight.ndim != 2 or x.ndim == 0:
+        return False
+    (M, D), shape = weight.shape, x.shape
+    return (
+        shape[-1] == D
+        and 1 <= k <= M
+        and (bias is None or bias.shape == (M,))
+        and (pre_bias is None or pre_bias.shape == (D,))
+        and (base is None or base.shape == shape)
+    )
+
+
+def _encode_at_once(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    sorted: bool,
+) -> TopK | None:
+    """The code of few tokens by one call of the compiled library; None: not the way for these
+    arguments, or one of them is wrong (`_check` tells which)."""
+    if not native.direct(x, weight, bias, pre_bias, base) or not fits(
+        x, weight, bias, k, pre_bias, base
+    ):
+        return None
+    leading, D = x.shape[:-1], x.shape[-1]
+    N = leading.numel()
+    if native.EXACT_ROWS[x.dtype] < N:
+        return None
+    if len(leading) == 1:
+        return TopK(*native.exact_encode(x, weight, bias, k, pre_bias, base, sorted))
+    base = None if base is None else base.reshape(N, D)
+    acts, indices = native.exact_encode(x.reshape(N, D), weight, bias, k, pre_bias, base, sorted)
+    return TopK(acts.view(*leading, k), indices.view(*leading, k))
 
 
 def _check(
@@ -213,6 +264,8 @@ def _encode(
     if implementation == "triton":
         return _encode_triton(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes)
     N, M = x.shape[0], weight.shape[0]
+    if native.takes(x, weight, bias, pre_bias, base) and native.EXACT_ROWS[x.dtype] >= N:
+        return native.exact_encode(x, weight, bias, k, pre_bias, base, sorted)
     # 16-bit weights are multiplied as they are where the processor can: sums are float32 there too.
     narrow = x.device.type == "cpu" and onednn.multiplies(x.dtype)
     dtype = x.dtype if narrow else accumulation_dtype(x.dtype)

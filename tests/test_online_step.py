@@ -1,4 +1,7 @@
+import gc
 import math
+import weakref
+from importlib import import_module
 
 import pytest
 import torch
@@ -7,13 +10,17 @@ from torch import Tensor
 
 from resae_kernels import (
     OnlineStep,
+    ScreenedEncoder,
     StepWorkspace,
     TopK,
     _launch,
+    native,
     online_step,
     reference,
     transport,
 )
+
+online_step_module = import_module("resae_kernels.online_step")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -396,3 +403,76 @@ def test_what_does_not_fit_is_an_error_that_says_so(given, error, message):
     inputs |= {"weight": torch.zeros(8, 4), "W_dec": torch.zeros(8, 4)} | given
     with pytest.raises(error, match=f"^online_step: .*{message}"):
         step(online_step, **inputs)
+
+
+# -- on a CPU --------------------------------------------------------------------------------------
+
+
+def large_step(dtype=torch.float32) -> dict[str, Tensor]:
+    """Of a weight that is worth screening."""
+    return step_inputs((4,), 128, 1024, dtype=dtype)
+
+
+needs_native = pytest.mark.skipif(
+    native.unavailable() is not None, reason=str(native.unavailable())
+)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cpu_screens_in_one_call_and_follows_the_weight(dtype, monkeypatch):
+    inputs = large_step(dtype)
+    calls = []
+    monkeypatch.setattr(
+        native, "exact_encode", lambda *_: pytest.fail("the whole product was computed")
+    )
+    compiled = native.online_step
+    monkeypatch.setattr(native, "online_step", lambda *a: calls.append(a) or compiled(*a))
+    for _ in range(3):
+        with torch.no_grad():
+            step(online_step, 6, **inputs)  # makes the copy
+            calls.clear()
+            ours = step(online_step, 6, **inputs)
+        assert len(calls) == 1
+        wide = {name: t.double() for name, t in inputs.items()}
+        theirs = step(reference.online_step, 6, **wide)
+        if dtype == torch.float32:  # in 16 bit other latents of equal score may be taken
+            assert torch.equal(ours.code.indices, theirs.code.indices)
+        loose = 1e-5 if dtype == torch.float32 else 0.02
+        top = [code.acts.double().sort(-1).values for code in (ours.code, theirs.code)]
+        torch.testing.assert_close(*top, atol=0, rtol=loose)
+        inputs["weight"].mul_(-1.0)  # in place: the next step must see it
+        inputs["x"] = torch.randn_like(inputs["x"])
+
+
+@needs_native
+def test_what_is_kept_for_a_weight_goes_with_it():
+    inputs = large_step()
+    step(online_step, 6, **inputs)
+    kept = weakref.ref(online_step_module._ENCODERS[inputs["weight"]])
+    again = step(online_step, 6, **inputs)
+    assert online_step_module._ENCODERS[inputs["weight"]] is kept()
+    del inputs["weight"], again
+    gc.collect()
+    assert kept() is None
+
+
+def test_an_encoder_of_another_weight_is_refused():
+    inputs = large_step()
+    encoder = ScreenedEncoder(inputs["weight"].clone(), inputs["bias"])
+    with pytest.raises(ValueError, match="encoder was made of another weight or bias"):
+        step(online_step, 6, **inputs, encoder=encoder)
+
+
+@needs_native
+def test_a_written_sample_makes_the_copy_anew():
+    """A write that torch does not count, to every latent."""
+    inputs = large_step()
+    encoder = ScreenedEncoder(inputs["weight"], inputs["bias"])
+    with torch.no_grad():
+        step(online_step, 6, **inputs, encoder=encoder)
+        inputs["weight"].numpy()[:] *= 1.0001
+        assert encoder.online_step(inputs["x"], 6, None, None, inputs["W_dec"]) is None
+        inputs["weight"].numpy()[:] /= 1.0001
+        ours = step(online_step, 6, **inputs, encoder=encoder)
+    assert torch.equal(ours.code.indices, step(reference.online_step, 6, **inputs).code.indices)

@@ -10,8 +10,8 @@ import torch
 from transformers import CompileConfig, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-import resae.stack as stack_module
 from resae import AffineOnly, HookedLM, ReSAE, SAEConfig, TopKSAE, generate, replacement
+from resae.model import kv_cache_name
 from resae.replace import MODES
 from resae.sae import BoostedSAE
 
@@ -778,23 +778,23 @@ def test_what_cannot_be_done_while_running_is_refused(neox):
 
 @pytest.mark.parametrize("kind", ["previous", "all_previous", "identity"])
 def test_carried_dictionaries_predict_what_the_maps_do(lm, kind, monkeypatch):
-    """Through the fused step, for single tokens and, above its 16, through the maps."""
+    """By their rows for single tokens; by the maps above 16 tokens and, on a CPU, where a token's
+    rows so far times the tokens are more than a map has."""
     stack, ids = tiny.stack(lm, kind), tiny.ids(1, 6)
-    steps = []
-    fused = stack_module.online_step
-    monkeypatch.setattr(
-        stack_module, "online_step", lambda x, *a, **k: steps.append(x.shape) or fused(x, *a, **k)
-    )
+    steps = tiny.carried_steps(monkeypatch)
     by_maps = logits(lm, stack, ids)
     assert not steps
+    D, k = lm.d_model, stack.sae(0).config.k
+    of_prompt = sum(6 * layer * k <= D for layer in range(3))
+    assert 0 < of_prompt < 3
     with replacement(lm, stack, transport_bytes=1 << 20) as active:
         torch.testing.assert_close(lm.logits(ids), by_maps, atol=2e-4, rtol=2e-4)
-        assert len(steps) == 3
+        assert len(steps) == of_prompt
         out = greedy(lm, ids, 8)
-        assert len(steps) == 6 + 3 * 7
+        assert len(steps) == 2 * of_prompt + 3 * 7
         active.assert_replaced(decode_steps=7)
         many = lm.logits(tiny.ids(3, 12))
-        assert len(steps) == 6 + 3 * 7
+        assert len(steps) == 2 * of_prompt + 3 * 7
     torch.testing.assert_close(many, logits(lm, stack, tiny.ids(3, 12)))
     with replacement(lm, stack):
         assert torch.equal(greedy(lm, ids, 8), out)
@@ -838,8 +838,8 @@ def test_a_boosted_stack_is_replaced_read_and_edited_like_any_other():
             codes = dict(arrived)
             cache, parts = None, []
             for token in ids.split(1, 1):
-                out = lm.model(token, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = lm.model(token, use_cache=True, **{kv_cache_name(): cache})
+                cache = out[kv_cache_name()]
                 parts.append(out.logits)
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-3, rtol=1e-3)
         assert int(codes[tiny.NAMES[1]].indices.max()) >= 64

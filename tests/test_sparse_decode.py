@@ -15,6 +15,7 @@ from measured import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resae_kernels import (
     _launch,
@@ -1171,3 +1172,34 @@ def test_sorting_by_latent_is_stable(M, entries):
     values, order = _sorted_stably(latents)
     assert torch.equal(values, expected.values)
     assert torch.equal(order, expected.indices)
+
+
+def test_modes_see_the_decode_of_one_token():
+    """It does not bypass the dispatcher where something looks at what the dispatcher is given."""
+    acts, indices, W = torch.rand(1, 4), torch.randint(9, (1, 4)), torch.randn(9, 5)
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Log():
+        sparse_decode(acts, indices, W)
+    assert "resae.sparse_decode.default" in seen
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("D", [1, 15, 64, 130, 400, 785])
+def test_every_width_is_decoded(D, k):
+    """Strips of every length, several dictionaries, any layout: against float64."""
+    acts = [torch.randn(2, 3, k), torch.randn(3, 2, k + 1).transpose(0, 1)]
+    indices = [torch.randint(50, a.shape) for a in acts]
+    W = [torch.randn(50, D), torch.randn(50, 2 * D)[:, ::2]]
+    bias, base = torch.randn(2 * D)[::2], torch.randn(3, 2, D).transpose(0, 1)
+    exact = reference.sparse_decode(
+        [a.double() for a in acts], indices, [w.double() for w in W],
+        bias=bias.double(), base=base.double(),
+    )  # fmt: skip
+    got = sparse_decode(acts, indices, W, bias=bias, base=base)
+    torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=1e-5)

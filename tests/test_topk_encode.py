@@ -892,3 +892,21 @@ def test_triton_scores_may_pass_2_to_the_31():
     last = {name: t[-5:] if name in ("x", "base") else t for name, t in inputs.items()}
     expected = encode(reference.topk_encode, 8, **last)
     assert_same_code(TopK(code.acts[-5:], code.indices[-5:]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "M", "D", "k"), [(1, 33, 19, 33), (3, 512, 128, 8), (4, 100, 70, 9)])
+def test_few_tokens_of_any_layout(N, M, D, k, dtype):
+    """The compiled path of few tokens on a CPU, in whole numbers: ties, strides, expansion."""
+
+    def whole(*shape):
+        return torch.randint(-2, 3, shape).to(dtype)
+
+    x, base = whole(N, 2 * D)[:, ::2], whole(D, N).T
+    weight, bias, pre_bias = whole(D, M).T, whole(M, 2)[:, 0], whole(1).expand(D)
+    for sorted in (True, False):
+        arguments = {"pre_bias": pre_bias, "base": base, "sorted": sorted}
+        ours = topk_encode(x, weight, bias, k, **arguments)
+        theirs = reference.topk_encode(x, weight, bias, k, **arguments)
+        assert torch.equal(ours.acts, theirs.acts)
+        assert torch.equal(ours.indices, theirs.indices)

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import resae.stack as stack_module
 from resae import AffinePredictor, HookedLM, Moments, ReSAE, fit_predictor
 from resae.assets import TINY_PYTHIA
 from resae.data import capture_tokens
@@ -248,3 +249,17 @@ def exact_stack(lm: HookedLM, kind: str = "previous") -> ReSAE:
         made.sae(layer).encoder.weight.data.copy_(axes)
         made.sae(layer).W_dec.data.copy_(axes)
     return made.eval()
+
+
+def carried_steps(monkeypatch) -> list[torch.Size]:
+    """What `ReSAE.step` will have given to `online_step` together with carried dictionaries."""
+    steps: list[torch.Size] = []
+    fused = stack_module.online_step
+
+    def step(x, *args, transported=None, **options):
+        if transported is not None:
+            steps.append(x.shape)
+        return fused(x, *args, transported=transported, **options)
+
+    monkeypatch.setattr(stack_module, "online_step", step)
+    return steps
