@@ -29,9 +29,25 @@ def environment() -> dict[str, Any]:
         "safetensors": _version("safetensors"),
         "triton": _version("triton"),
         "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
     }
+
+
+def processor() -> str | None:
+    """Model name, and what there is of the instructions that the ops gain by; None where Linux does
+    not tell."""
+    facts: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+    if "model name" not in facts:
+        return None
+    flags = facts.get("flags", "").split()
+    wanted = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    return ", ".join([facts["model name"], *(flag for flag in wanted if flag in flags)])
 
 
 def commit() -> str | None:
