@@ -112,8 +112,8 @@ def sparse_decode(
 def _decode_at_once(
     acts: Any, indices: Any, W_dec: Any, bias: Tensor | None, base: Tensor | None
 ) -> Tensor | None:
-    """The decode of fewer than DENSE_TOKENS tokens by one call of the compiled library; None: not
-    the way for these arguments, or one of them is wrong (`_check` tells which)."""
+    """The decode by one call of the compiled library; None: not the way for these arguments, or one
+    of them is wrong (`_check` tells which)."""
     if type(acts) is Tensor:
         acts, indices, W_dec = (acts,), (indices,), (W_dec,)
     elif not all(type(t) in (list, tuple) for t in (acts, indices, W_dec)):
@@ -136,7 +136,11 @@ def _decode_at_once(
             or W.shape[1:] != D
         ):
             return None
-    if leading.numel() >= DENSE_TOKENS:
+    N = leading.numel()
+    if N >= DENSE_TOKENS and any(
+        _is_dense("", i.reshape(N, -1), W.shape[0], W.dtype)
+        for i, W in zip(indices, W_dec, strict=True)
+    ):
         return None
     if bias is not None and bias.shape != D or base is not None and base.shape != leading + D:
         return None

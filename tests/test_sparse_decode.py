@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resae_kernels import (
     _launch,
     affine_chain,
+    native,
     reconstruction_error,
     reference,
     sparse_decode,
@@ -1162,6 +1163,18 @@ def test_one_token_on_a_cpu_is_decoded_as_any_other():
         assert not sparse_decode(acts[:1], indices[:1], weight).requires_grad
     meta = (t[:1].to("meta") for t in (acts, indices))
     assert sparse_decode(*meta, W.to("meta")).shape == (1, 6)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="without the compiled library")
+def test_many_tokens_of_a_sparse_code_take_one_compiled_call(monkeypatch):
+    """Those of a code that pays in the dense form do not."""
+    N, M = module.DENSE_TOKENS, 4096
+    acts, indices, W = torch.rand(N, 2), torch.randint(M, (N, 2)), torch.randn(M, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_check", lambda *_: pytest.fail("passed through the dispatcher"))
+        x_hat = sparse_decode(acts, indices, W)
+    torch.testing.assert_close(x_hat, reference.sparse_decode(acts, indices, W))
+    assert dense_sums_used(monkeypatch, lambda: sparse_decode(acts, indices % 4, W[:4]))
 
 
 @pytest.mark.parametrize("M", [1, 300, 70_000, 2**17])
