@@ -541,7 +541,7 @@ def main() -> int:
     facts = {
         **environment(),
         "commit": commit(),
-        "data": options.data,
+        "data": Path(options.data).name,
         "peers": peer_versions(),
         "roofs": {d: {"copy_gb_per_s": r.copy / 1e9, "tflop_per_s": r.product / 1e12}
                   for d, r in roofs.items()},
