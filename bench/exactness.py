@@ -50,8 +50,9 @@ def main() -> int:
         parser.error(f"nothing is screened here: {reason}")
     pairs = 1e6 if options.dry else options.pairs
     # Screen also where, by the rule, it would not pay.
-    for name, rule in screened_encode.RULES.items():
-        screened_encode.RULES[name] = rule._replace(entries=0, width=0, certain_rows=CHUNK)
+    for rules in screened_encode.RULES.values():
+        for dtype, rule in rules.items():
+            rules[dtype] = rule._replace(entries=0, width=0, certain_rows=CHUNK)
     lines = [f"- {key}: {value}" for key, value in environment().items()]
     lines += [
         "",

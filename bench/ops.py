@@ -2,10 +2,12 @@
 
     python bench/ops.py --out DIR                      (--only "encode N=1 ": some of the cases)
     python bench/ops.py --out DIR --data embedded      (a real model's activations)
+    python bench/ops.py --out DIR --data FOLDER        (autoencoders that bench/real.py has trained)
 
 Writes `ops.csv`, `ops.md` and `ops.svg` (time as a multiple of ours, per case) with versions and
 hardware. The measuring is `resae.profile`; this file holds the shapes and the peers, each taken if
-it is installed (`pip install "resae[peers]"`): eai-sparsify, sae-lens, dictionary-learning.
+it is installed (`pip install "resae[peers]"`): eai-sparsify, sae-lens, dictionary-learning. On a
+CPU "oneDNN" is the fastest plain PyTorch: oneDNN's product, `torch.topk`, `embedding_bag`.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resae.affine import AffinePredictor
@@ -30,6 +34,7 @@ from resae.environment import environment
 from resae.model import EMBEDDED, HookedLM
 from resae.profile import (
     CASE_SECONDS,
+    DTYPES,
     LEAST_ROUNDS,
     OPS,
     PRODUCT,
@@ -44,7 +49,7 @@ from resae.profile import (
     table,
 )
 from resae.sae import TopKSAE
-from resae.storage import save_json, write_atomically
+from resae.storage import load_tensors, save_json, write_atomically
 from resae.train import Calibration, TrainConfig, sum_moments, train
 
 GPU_CASES = [
@@ -91,6 +96,8 @@ EMBEDDED_CASES = [
     for D, M in ((128, 4096), (1024, 8192))
     for N in (1, 16, 256, 2048)
 ]
+
+REAL_TOKENS = (1, 16, 256, 2048)
 
 
 class SideBySide:
@@ -168,6 +175,40 @@ def embedded(train_tokens: int) -> Callable[[Case, torch.device], Inputs]:
     return inputs
 
 
+def real(folder: Path) -> tuple[list[Case], Callable[[Case, torch.device], Inputs]]:
+    """Cases of the autoencoders in a folder that `bench/real.py` has written, in float32, and their
+    inputs in place of `make_inputs`."""
+    sizes: dict[tuple[int, int, int], Path] = {}
+    for cfg in sorted(folder.glob("*/cfg.json")):
+        config = TopKSAE.load(cfg.parent).config
+        sizes[config.d_in, config.d_sae, config.k] = cfg.parent
+    cases = [
+        Case(op, N, *size)
+        for size in sizes
+        for op in ("encode", "decode", "forward")
+        for N in REAL_TOKENS
+    ]
+
+    def inputs(case: Case, device: torch.device) -> Inputs:
+        one = sizes[case.D, case.M, case.k]
+        dtype = DTYPES[case.dtype]
+        sae = TopKSAE.load(one).requires_grad_(False).to(device, dtype)
+        unseen = load_tensors(one / "activations.safetensors", "activations")["x"]
+        x = unseen[: case.N].to(device, dtype)
+        return {
+            "x": x,
+            "weight": sae.encoder.weight,
+            "bias": sae.encoder.bias,
+            "W_dec": [sae.W_dec],
+            "b_dec": [sae.b_dec],
+            "codes": [sae.encode(x)],
+            "A": [],
+            "c": [],
+        }
+
+    return cases, inputs
+
+
 def compiled_reference(case: Case, inputs: Inputs) -> Provider | None:
     """The reference through torch.compile, for the two ops people would compile."""
     from resae_kernels import reference
@@ -199,8 +240,8 @@ def as_provider(
     encode: Callable[[Tensor], Sequence[Tensor]],
     decode: Callable[..., Tensor],
     code: Sequence[Tensor],
-    loss: Callable[[], Tensor],
-    parameters: Sequence[Tensor],
+    loss: Callable[[], Tensor] | None = None,
+    parameters: Sequence[Tensor] = (),
     transposed: Sequence[int] = (),
 ) -> Provider:
     """A peer's call for the case.
@@ -208,7 +249,7 @@ def as_provider(
     Args:
         encode, decode: x `[N, D]` to a code in the peer's form, and that code to `[N, D]`.
         code: in that form, what the case decodes.
-        loss: of a training step, on the scale of ours (mean squared error).
+        loss: of a training step, on the scale of ours (mean squared error); None: not trained.
         parameters: encoder's weight and bias, W_dec, b_dec.
         transposed: which of them the peer stores the other way round.
     """
@@ -221,11 +262,34 @@ def as_provider(
     if case.op in inference:
         return inference[case.op]
 
+    assert loss is not None
+
     def gradients() -> list[Tensor]:
         found = torch.autograd.grad(loss(), parameters)
         return [g.mT if i in transposed else g for i, g in enumerate(found)]
 
     return gradients
+
+
+def plain_onednn(case: Case, inputs: Inputs) -> Provider | None:
+    """A few lines of PyTorch with the fastest product that it has on a CPU."""
+    x, weight, bias, b_dec = (inputs[name] for name in ("x", "weight", "bias", "b_dec"))
+    (b_dec,), (W_dec,) = b_dec, inputs["W_dec"]
+    if x.is_cuda or case.op not in ("encode", "decode", "forward"):
+        return None
+
+    def encode(x: Tensor) -> Sequence[Tensor]:
+        if x.dtype == torch.float32:
+            scores = torch.ops.mkldnn._linear_pointwise(x - b_dec, weight, bias, "none", [], "")
+        else:
+            scores = F.linear(x - b_dec, weight, bias)
+        acts, indices = scores.topk(case.k, dim=-1, sorted=False)
+        return acts.relu_(), indices
+
+    def decode(acts: Tensor, indices: Tensor) -> Tensor:
+        return F.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum") + b_dec
+
+    return as_provider(case, inputs, encode=encode, decode=decode, code=inputs["codes"][0])
 
 
 def sparsify(case: Case, inputs: Inputs) -> Provider | None:
@@ -356,6 +420,7 @@ def dictionary_learning(case: Case, inputs: Inputs) -> Provider | None:
 
 
 PEERS: dict[str, Peer] = {
+    "oneDNN": plain_onednn,
     "sparsify": sparsify,
     "SAELens": partial(saelens, sparse=False),
     "SAELens sparse": partial(saelens, sparse=True),
@@ -432,11 +497,12 @@ def main() -> int:
     )
     parser.add_argument(
         "--data",
-        choices=("random", EMBEDDED),
         default="random",
-        help="random numbers at the shapes that matter, or activations of the embedded model and "
-        "an autoencoder trained on them",
+        help="random: numbers at the shapes that matter; embedded: activations of the embedded "
+        "model and an autoencoder trained on them; or a folder that bench/real.py has written",
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the cases, in place of their own")
+    parser.add_argument("--providers", nargs="+", help="these, and ours; default: all")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--compile", action="store_true", help="also the compiled reference")
     parser.add_argument("--dry", action="store_true", help="tiny shapes: does everything run?")
@@ -447,9 +513,13 @@ def main() -> int:
     if options.data == EMBEDDED:
         cases = EMBEDDED_CASES
         make = embedded(train_tokens=4_096 if options.dry else 250_000)
+    elif options.data != "random":
+        cases, make = real(Path(options.data))
+    if options.dtype:
+        cases = [replace(case, dtype=options.dtype) for case in cases]
     cases = [case for case in cases if options.only in case.name]
     if not cases:
-        parser.error(f"no case contains {options.only!r}")
+        parser.error(f"no case of {options.data} contains {options.only!r}")
     peers = {"compiled reference": compiled_reference, **PEERS} if options.compile else PEERS
     clock = Clock(device)
     roofs = {dtype: measure_roofs(clock, dtype) for dtype in {case.dtype for case in cases}}
@@ -463,6 +533,7 @@ def main() -> int:
             clock=clock,
             rounds=options.rounds,
             peers=peers,
+            only=options.providers,
             inputs=make(case, device),
         )
     facts = {

@@ -11,8 +11,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ from resae.data import (
     ActivationBatches,
     ModelActivations,
     TokenRows,
+    WithRows,
     capture_tokens,
     fingerprint,
     in_order,
@@ -52,7 +54,15 @@ from resae.profile import OPS, Case, Clock, measure_roofs, profile, table, trace
 from resae.replace import Generated, generate, prompt_ids
 from resae.report import LABELS, require_matplotlib, whole_selection, write_report
 from resae.stack import AffineOnly, Loop, ModelIdentity, ReSAE
-from resae.storage import load_json, require_writable, save_json
+from resae.storage import is_unused, load_json, locked, require_writable, save_json
+from resae.text_record import (
+    Overlap,
+    RunText,
+    TrainedText,
+    held_out_by_all,
+    in_rows_of,
+    save_held_out,
+)
 from resae.train import (
     Calibration,
     Progress,
@@ -60,10 +70,12 @@ from resae.train import (
     boost_calibration,
     calibrate,
     require_divisible,
+    resumed_config,
     sum_moments,
     train,
 )
 from resae.tune import tiles_in_force, tune
+from resae.watch import Watch
 from resae_kernels import _launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,6 +87,7 @@ HELD_OUT_DEFAULTS: dict[str, Any] = {
     "held_out_rows": 64,
 }
 """What `eval` takes where neither the command nor the run says otherwise."""
+ROW_SHAPE = ("context_tokens", "held_out_rows")
 FITTED = ("predictor", "form", "rank", "calibration_tokens", "ridge")
 """Settings of the affine maps, which a folder of maps records and `--maps` takes from it."""
 
@@ -93,11 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if options.traceback:
             raise
-        print(f"resae {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(options, " ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
-        print(f"resae {options.command}: interrupted", file=sys.stderr)
+        _complain(options, "interrupted")
         return 130
+
+
+def _complain(options: argparse.Namespace, line: str) -> None:
+    print(f"resae {options.command}: {line}", file=sys.stderr, flush=True)
 
 
 # -- what the commands share -----------------------------------------------------------------------
@@ -351,8 +368,13 @@ def _run_record(options: argparse.Namespace, rows: TokenRows, affine: Any) -> di
 def _demo(options: argparse.Namespace) -> int:
     require_matplotlib()
     out = Path(options.out)
-    if out.exists() and any(out.iterdir()) and not (out / "report.json").exists():
-        raise ValueError(f"{out} exists and is not an earlier demo; choose another --out")
+    with locked(out):
+        if not is_unused(out) and not (out / "report.json").exists():
+            raise ValueError(f"{out} exists and is not an earlier demo; choose another --out")
+        return _demo_into(out, options)
+
+
+def _demo_into(out: Path, options: argparse.Namespace) -> int:
     _quiet_libraries()
     # The model is so small that a second thread gains a third, and loses far more than that where
     # another process is using its core.
@@ -383,10 +405,15 @@ def _demo_sizes(options: argparse.Namespace) -> dict[str, int]:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    display = Display()
     out = Path(options.out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty; choose another --out")
+    with locked(out):
+        if not is_unused(out):
+            raise ValueError(f"{out} exists and is not empty; choose another --out")
+        return _fit_into(out, options)
+
+
+def _fit_into(out: Path, options: argparse.Namespace) -> int:
+    display = Display()
     _choose_devices(options, display)
     shapes = _described(options.model)
     points = shapes.hook_points(options.layers)
@@ -401,9 +428,12 @@ def _fit(options: argparse.Namespace) -> int:
     _require_rank(config, shapes)
     rows, held_out = _data(options, shapes)
     lm = _load_model(options, options.model)
-    batches, unseen = _captured(lm, rows, points), _captured(lm, held_out, points)
+    text = TrainedText()
+    batches = _captured(lm, rows.noted(text.add), points)
+    unseen = _captured(lm, held_out, points)
     calibration, affine = _calibrate(lm, points, batches, unseen, config, display)
     calibration.save(out / "calibration.safetensors")
+    text.save(out)
     fitted = {name: getattr(config, name) for name in ("layers", *FITTED, "seed")}
     save_json(out / "fit.json", {**_run_record(options, rows, affine), **fitted})
     display.say(f"written to {out}; next: resae train … --maps {out}")
@@ -415,13 +445,32 @@ def _train(options: argparse.Namespace) -> int:
         return _plan(options)
     _require_followers(options)
     ranks, options.device = Ranks.launched(options.parallel, find_device(options.device))
-    display = Display(silent=ranks.rank > 0)
-    _choose_devices(options, display)
     out = Path(options.out)
-    if not options.resume and out.exists() and any(out.iterdir()):
+    complain = partial(_complain, options)
+    with (
+        Watch(ranks.rank, ranks.size, complain, with_traceback=options.traceback),
+        locked(out) if ranks.rank == 0 else nullcontext(),
+    ):
+        _require_startable(out, options.resume)
+        return _train_into(out, options, ranks)
+
+
+def _require_startable(out: Path, resume: bool) -> None:
+    """Refuse to start where there is something, and to resume where there is nothing."""
+    if not resume and not is_unused(out):
         raise ValueError(
             f"{out} exists and is not empty; go on with --resume, or choose another --out"
         )
+    if resume and not (out / "run.json").exists():
+        raise FileNotFoundError(
+            f"--resume: no run in {out} to go on with (no run.json there); give the --out that the "
+            f"run began with, or leave --resume out to begin one"
+        )
+
+
+def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
+    display = Display(silent=ranks.rank > 0)
+    _choose_devices(options, display)
     if options.model_device == "auto" and (ranks.size > 1 or options.eval_steps):
         raise ValueError(
             "--model-device auto, where all devices hold one model, with several ranks or "
@@ -447,13 +496,13 @@ def _train(options: argparse.Namespace) -> int:
     config = _train_config(options, shapes, points, base)
     _require_rank(config, shapes)
     require_divisible(config, ranks)
-    calibrated = out / "calibration.safetensors"
-    resumed = options.resume and calibrated.exists()
-    if resumed:
+    began: dict[str, Any] = {}
+    if options.resume:
         began = load_json(out / "run.json", "run")
         _require_same_run(began, options, config, out)
+        config = resumed_config(config, out)
     rows, held_out = _data(options, shapes)
-    if resumed and began.get("data_fingerprint") not in (None, fingerprint(rows.texts)):
+    if began.get("data_fingerprint") not in (None, fingerprint(rows.texts)):
         raise ValueError(
             f"--resume: {options.data} holds other text than the run in {out} began with; bring it "
             f"back, or choose another --out"
@@ -461,10 +510,12 @@ def _train(options: argparse.Namespace) -> int:
     if maps is not None:
         maps.require_fit(options, config, shapes, rows)
     lm = _load_model(options, options.model)
+    text = _trained_text(out, options, display, ranks)
+    noted = rows if text is None else rows.noted(text.add)
     stored = _stored(options, lm, points, rows, "train", display, config.train_tokens, ranks=ranks)
     source = ActivationBatches(
         lm,
-        rows,
+        noted,
         points,
         batch_tokens=config.batch_tokens,
         buffer_tokens=config.buffer_tokens,
@@ -473,10 +524,13 @@ def _train(options: argparse.Namespace) -> int:
         device=options.device,
         rank=ranks.rank,
         world=ranks.size,
-        stored=stored,
+        stored=stored and WithRows(stored, noted.shard(ranks.rank, ranks.size)),
     )
-    if resumed:
+    calibrated = out / "calibration.safetensors"
+    if options.resume and calibrated.exists():
         calibration = Calibration.load(calibrated, config.predictor)
+        if ranks.rank == 0 and began["train"]["train_tokens"] != config.train_tokens:
+            save_json(out / "run.json", began | {"train": asdict(config.resolved())})
     else:
         batches = source.in_order()
         if maps is not None:
@@ -494,8 +548,14 @@ def _train(options: argparse.Namespace) -> int:
             moments = _moments(lm, points, batches, config, display, ranks)
             calibration, affine = boost_calibration(base, moments), []
         if ranks.rank == 0:
-            settings = {"maps": options.maps, "train": asdict(config.resolved())}
+            split = {"held_out_split": "train" if rows.skip else "validation"}
+            settings = {"maps": options.maps, "train": asdict(config.resolved())} | split
             save_json(out / "run.json", {**_run_record(options, rows, affine), **settings})
+            save_held_out(out, held_out, options.context_tokens)
+        ranks.meet()  # nobody else writes into a folder that is not begun
+        if text is not None:
+            text.save(out, ranks.rank, ranks.size)
+        if ranks.rank == 0:
             calibration.save(calibrated)
     display.say(
         f"{len(points)} autoencoders of {config.d_sae} latents on {lm.name}: {config.steps:,} "
@@ -526,6 +586,7 @@ def _train(options: argparse.Namespace) -> int:
             eval_steps=options.eval_steps,
             delta_ce=lambda stack: delta_ce(lm, stack.to(lm.device), unseen),
             on_progress=progress,
+            on_checkpoint=lambda: text and text.save(out, ranks.rank, ranks.size),
             should_stop=interrupt.asked,
             ranks=ranks,
         )
@@ -534,6 +595,27 @@ def _train(options: argparse.Namespace) -> int:
         return 130
     display.say(f"written to {out}; next: resae eval {out}")
     return 0
+
+
+def _trained_text(
+    out: Path, options: argparse.Namespace, display: Display, ranks: Ranks
+) -> TrainedText | None:
+    """What a run notes its text in; None where the text of an earlier part is not known."""
+    if options.resume and (out / "calibration.safetensors").exists():
+        return TrainedText.load(out, ranks.rank, ranks.size)
+    text = TrainedText()
+    for option, folder in (("--boost", options.boost), ("--maps", options.maps)):
+        if folder is None:
+            continue
+        earlier = TrainedText.load(Path(folder))
+        if earlier is None:
+            display.say(
+                f"{option}: {folder} has no record of the text that it was fitted on, so that this "
+                f"run gets none: `resae eval` will not know which text is new to it"
+            )
+            return None
+        text.include(earlier)
+    return text
 
 
 class _Maps(NamedTuple):
@@ -764,22 +846,13 @@ def _eval(options: argparse.Namespace) -> int:
                 f"{folder} has layers {', '.join(stack.hook_points)}, {folders[0]} has "
                 f"{', '.join(runs[0][2].hook_points)}; evaluate them apart"
             )
-    for name, default in HELD_OUT_DEFAULTS.items():
-        if getattr(options, name) is None:
-            setattr(options, name, record.get(name, default))
-    if options.data is None:
-        raise ValueError(
-            f"{runs[0][0]} does not say which text to evaluate on; name it with --data"
-        )
-    if options.held_out_rows < 1:
-        raise ValueError(f"{runs[0][0]} holds no rows out; give --held-out-rows")
-    options.seed = record.get("train", {}).get("seed", 0)
-    _, held_out = _data(options, shapes)
+    ids, overlaps = _unseen(
+        options, [(folder, record) for folder, record, _ in runs], shapes, display
+    )
     lm = _load_model(options, shapes.name)
-    batches = list(held_out.batches(MODEL_ROWS))
-    tokens = sum(b.numel() for b in batches)
+    batches = list(ids.split(MODEL_ROWS))
     display.say(
-        f"{forward_passes(methods)} passes over {tokens:,} held-out tokens of {options.data}"
+        f"{forward_passes(methods)} passes over {ids.numel():,} held-out tokens of {options.data}"
     )
     began = time.perf_counter()
 
@@ -795,6 +868,9 @@ def _eval(options: argparse.Namespace) -> int:
         "d_sae": runs[0][2].sae(0).config.d_sae,
         "train_tokens": record.get("train", {}).get("train_tokens", 0),
         "runs": [str(folder) for folder, _, _ in runs],
+        "held_out_rows": len(ids),
+        "context_tokens": ids.shape[1],
+        "trained_on": overlaps,
     }
     training = [
         {"method": m.name, "k": m.k, "log": _log(folder)}
@@ -809,13 +885,109 @@ def _eval(options: argparse.Namespace) -> int:
             "config": config,
             "environment": environment(),
             **report,
-            "affine": list(chain.from_iterable(r.get("affine", []) for _, r, _ in runs[:1])),
+            "affine": _affine([record for _, record, _ in runs]),
             "training": training,
         },
     )
     _print_table(display, whole_selection(report["replacement"]))
     display.say(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
+
+
+def _unseen(
+    options: argparse.Namespace,
+    runs: Sequence[tuple[Path, dict[str, Any]]],
+    lm: HookedLM,
+    display: Display,
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Rows `[R, T]` to evaluate on, and per run how much of them it was trained on.
+
+    Raises:
+        ValueError: text that a run was trained on, or may have been, unless that is allowed.
+    """
+    texts = [RunText.load(folder) for folder, _ in runs]
+    unknown = [str(folder) for (folder, _), text in zip(runs, texts, strict=True) if text is None]
+    if unknown and not options.allow_trained_text:
+        raise ValueError(
+            f"{unknown[0]} has no record of the text that it was trained on (a run of an earlier "
+            f"version, or a stack without its run), so that no text is known to be new to it; "
+            f"evaluate all the same with --allow-trained-text"
+        )
+    ids = _rows_to_evaluate(options, runs, [text for text in texts if text is not None], lm)
+    overlaps = []
+    for (folder, _), text in zip(runs, texts, strict=True):
+        known = None if text is None else text.overlap(ids)
+        row = {"run": str(folder), "held_out": text is not None and known is None}
+        overlaps.append(row if known is None else row | known._asdict())
+        if text is None:
+            display.say(f"{folder}: not known whether it was trained on this text")
+        elif known is not None:
+            _require_new(options, folder, known, display)
+    return ids, overlaps
+
+
+def _require_new(
+    options: argparse.Namespace, folder: Path, known: Overlap, display: Display
+) -> None:
+    """Say how much of the text a run was trained on; refuse more than chance unless allowed."""
+    share = f"{known.known:,} of {known.compared:,} compared pieces of 16 tokens"
+    if known.new or options.allow_trained_text:
+        display.say(f"{folder} was trained on {share} of this text")
+        return
+    if known.new is None:
+        raise ValueError(
+            f"too little of this text can be compared with what {folder} was trained on "
+            f"({known.compared} pieces of 16 tokens) to tell whether it is new; give more rows, "
+            f"longer ones, or --allow-trained-text"
+        )
+    raise ValueError(
+        f"{folder} was trained on this text ({share} are in its training text); evaluate runs "
+        f"apart, or on other text with --data, or take this with --allow-trained-text"
+    )
+
+
+def _rows_to_evaluate(
+    options: argparse.Namespace,
+    runs: Sequence[tuple[Path, dict[str, Any]]],
+    texts: Sequence[RunText],
+    lm: HookedLM,
+) -> torch.Tensor:
+    """`[R, T]`: those that were held out by the runs, as they recorded them; or of the text that is
+    given, or of a validation split, which is never trained on, any that are asked for."""
+    folder, record = runs[0]
+    given = options.data is not None
+    for name, default in HELD_OUT_DEFAULTS.items():
+        if getattr(options, name) is None and (given or name not in ROW_SHAPE):
+            setattr(options, name, record.get(name, default))
+    if options.data is None:
+        raise ValueError(f"{folder} does not say which text to evaluate on; name it with --data")
+    kept = None if given or len(texts) < len(runs) else held_out_by_all(texts)
+    if kept is not None:
+        headed = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id) != (None, None)
+        context = options.context_tokens or kept.shape[1]
+        lm.require_context(context)
+        kept = in_rows_of(kept, context, headed)
+        kept = kept[: options.held_out_rows]
+        if len(kept) and len(kept) >= (options.held_out_rows or 0):
+            return kept
+        if record.get("held_out_split") != "validation":
+            raise ValueError(
+                f"{folder} held out {len(kept)} rows of {kept.shape[1]} tokens and trained on the "
+                f"rest of {options.data}; ask for at most so many, or give other text with --data"
+            )
+    for name in ROW_SHAPE:
+        if getattr(options, name) is None:
+            setattr(options, name, record.get(name, HELD_OUT_DEFAULTS[name]))
+    options.seed = record.get("train", {}).get("seed", 0)
+    return torch.stack(list(_data(options, lm)[1]))
+
+
+def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """R² per method and hop, of the first run that has it."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in chain.from_iterable(record.get("affine", []) for record in records):
+        rows.setdefault((row["method"], row["hop"]), row)
+    return list(rows.values())
 
 
 def _methods(
@@ -1062,7 +1234,12 @@ def _parser() -> argparse.ArgumentParser:
         help="active latents of each layer, in the order of --layers",
     )
     training.add_argument("--out", type=types.writable, required=True, help="the run directory")
-    training.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    training.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint; with more --train-tokens, from one before the "
+        "learning rate fell, as a run of that length would have but for its warm-up",
+    )
     training.add_argument(
         "--d-sae", type=types.whole(1), help="latents per layer (default: expansion × width)"
     )
@@ -1124,6 +1301,11 @@ def _parser() -> argparse.ArgumentParser:
         "--lr", type=types.real(above=0), help="of Adam (default: 8e-3 · sqrt(512 / d_sae))"
     )
     training.add_argument(
+        "--warmup-steps",
+        type=types.real(least=0),
+        help="steps over which the rate rises (default: a twentieth of all)",
+    )
+    training.add_argument(
         "--auxk-coefficient",
         type=types.real(least=0),
         default=1 / 32,
@@ -1178,7 +1360,11 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint-steps", type=types.whole(1), default=1_000, help="between checkpoints"
     )
     training.add_argument(
-        "--keep-checkpoints", type=types.whole(1), default=2, help="so many, the newest"
+        "--keep-checkpoints",
+        type=types.whole(1),
+        default=2,
+        help="number of checkpoints to keep: the newest, and of two or more one from before the "
+        "learning rate falls, from which --resume can go on to more tokens",
     )
     training.add_argument(
         "--log-steps", type=types.whole(1), default=50, help="between lines of the log"
@@ -1241,6 +1427,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--context-tokens", type=types.whole(2), help="tokens per row")
     evaluation.add_argument("--held-out-rows", type=types.whole(1), help="rows to evaluate on")
+    evaluation.add_argument(
+        "--allow-trained-text",
+        action="store_true",
+        help="evaluate even where a run was trained on the text, or where that is not known "
+        "(default: an error)",
+    )
     _add_machine(evaluation)
 
     writing = add("generate", _generate, "continue a prompt with and without the layers replaced")

@@ -19,6 +19,7 @@ import json
 from codecs import getincrementaldecoder
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -317,8 +318,7 @@ class TokenRows:
     ):
         if context_tokens < 2:
             raise ValueError(f"context_tokens={context_tokens}, expected at least 2")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank={rank} of world={world}, expected 0 ≤ rank < world")
+        _require_rank(rank, world)
         self.texts = texts
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
@@ -326,6 +326,13 @@ class TokenRows:
         self.take = take
         self.rank = rank
         self.world = world
+        self._note: Callable[[list[int]], None] | None = None
+
+    def noted(self, note: Callable[[list[int]], None]) -> "TokenRows":
+        """The same rows; `note` is called with the token ids of each that is read."""
+        rows = copy(self)
+        rows._note = note
+        return rows
 
     def shard(self, rank: int, world: int) -> "TokenRows":
         """The share of one of `world` processes: disjoint, and every row is in one of them.
@@ -335,17 +342,18 @@ class TokenRows:
         document is downloaded or tokenized twice, and rows are other rows than those of one
         process.
         """
-        if world == 1 and rank == 0:
+        _require_rank(rank, world)
+        if world == 1:
             return self
         if self.world != 1:
             raise ValueError(f"rows of rank {self.rank} of {self.world} are a share already")
         deal = getattr(self.texts, "shard", None)
+        share = copy(self)
         if deal is not None and self.skip == 0 and self.take is None:
-            return TokenRows(deal(rank, world), self.tokenizer, self.context_tokens)
-        limits = {"skip": self.skip, "take": self.take}
-        return TokenRows(
-            self.texts, self.tokenizer, self.context_tokens, **limits, rank=rank, world=world
-        )
+            share.texts = deal(rank, world)
+        else:
+            share.rank, share.world = rank, world
+        return share
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.from_row(0)
@@ -354,7 +362,10 @@ class TokenRows:
         """The rows from this one on."""
         first = self.skip + self.rank + row * self.world
         stop = None if self.take is None else self.skip + self.take
-        return map(torch.tensor, islice(self._pack(), first, stop, self.world))
+        for ids in islice(self._pack(), first, stop, self.world):
+            if self._note is not None:
+                self._note(ids)
+            yield torch.tensor(ids)
 
     def _pack(self) -> Iterator[list[int]]:
         eos = self.tokenizer.eos_token_id
@@ -392,6 +403,11 @@ class TokenRows:
                 f"{self.context_tokens} tokens, expected at least {needed}; give more text or a "
                 f"smaller context"
             )
+
+
+def _require_rank(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank} of world={world}, expected 0 ≤ rank < world")
 
 
 def train_and_held_out(
@@ -482,6 +498,25 @@ class ModelActivations:
         def read(n: int) -> tuple[list[int], list[Tensor]]:
             ids = list(islice(rows, n))
             return _captured(self.lm, torch.stack(ids), self.points) if ids else ([], [])
+
+        return read
+
+
+class WithRows:
+    """Activations from elsewhere, such as a cache, whose rows are read along with them: for what
+    `TokenRows.noted` does."""
+
+    def __init__(self, activations: RowActivations, rows: TokenRows):
+        self.activations = activations
+        self.rows = rows
+
+    def reader(self, row: int) -> Read:
+        activations, rows = self.activations.reader(row), self.rows.from_row(row)
+
+        def read(n: int) -> tuple[list[int], list[Tensor]]:
+            taken = activations(n)
+            deque(islice(rows, len(taken[0])), maxlen=0)
+            return taken
 
         return read
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from resae.model import HookedLM
+from resae.model import HookedLM, kv_cache_name
 
 LOOK_EVERY = 16
 """Tokens between two looks at whether every row has ended: a look waits for a GPU."""
@@ -56,6 +56,7 @@ class DecodeLoop:
         self.lm = lm
         self.max_length = max_length
         self._cache: Cache | None = None
+        self._cache_name = kv_cache_name()
         self._rows = 0
         self._on_gpu = lm.device.type == "cuda"
         self._step = self._forward
@@ -176,8 +177,8 @@ class DecodeLoop:
             input_ids=input_ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
         )
         return out.logits[:, -1]
 

@@ -31,6 +31,7 @@ from resae.replace import generate
 from resae.sae import BoostedSAE
 from resae.stack import AffineOnly, ModelIdentity, ReSAE
 from resae.storage import save_json
+from resae.text_record import TrainedText, save_held_out
 from resae.train import (
     Calibration,
     Progress,
@@ -202,7 +203,8 @@ def run_demo(
         held_out_rows=config.held_out_rows + HOP_HELD_OUT_ROWS,
         seed=config.seed,
     )
-    xs = _capture(lm, rows, points, config.train_tokens, plan)
+    text = TrainedText()
+    xs = _capture(lm, rows.noted(text.add), points, config.train_tokens, plan)
     unseen = list(held_out.batches(16))
     eval_rows, hop_rows = torch.cat(unseen).split([config.held_out_rows, HOP_HELD_OUT_ROWS])
 
@@ -226,6 +228,8 @@ def run_demo(
         settings = _settings(recipe, k, config, names, lm)
         calibration = _calibration(recipe, moments, settings)
         stack, log = _train(settings, calibration, source, folder, lm, plan)
+        text.save(folder)
+        save_held_out(folder, eval_rows, config.context_tokens)
         # The last layer alone, beside all of them, shows what teacher-forcing hides.
         subsets = ((names[-1],),) if recipe.name in ("raw", "resae") else ()
         for lower in config.k if recipe.nested else ():
@@ -389,6 +393,7 @@ def _train(
         calibration,
         folder,
         identity=ModelIdentity.of(lm),
+        keep_checkpoints=1,
         log_steps=10,
         on_progress=note,
     )

@@ -23,7 +23,7 @@ from resae.metrics import (
     recovered,
     redundancy,
 )
-from resae.model import HookedLM, HookPoint
+from resae.model import HookedLM, HookPoint, kv_cache_name
 from resae.replace import Mode, replacement
 from resae.stack import AffineOnly, Loop, ReSAE
 
@@ -409,7 +409,8 @@ def _arrivals(
     ):
         cache = None
         for part in parts:
-            cache = lm.model(part, past_key_values=cache, use_cache=True).past_key_values
+            out = lm.model(part, use_cache=True, **{kv_cache_name(): cache})
+            cache = out[kv_cache_name()]
             changes = [None] * stack.n_layers if active.edits is None else active.edits.changes
             for layer, effect in enumerate(predicted_effects(stack, changes)):
                 own = changes[layer]

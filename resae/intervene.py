@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from resae.model import kv_cache
 from resae.stack import ReSAE
 from resae.storage import load_json
 from resae_kernels import TopK, transport
@@ -245,7 +246,7 @@ class PassTokens:
     ) -> "PassTokens":
         """Of a pass over `tokens [B, T, ...]` with these keyword arguments of an HF model."""
         B, T = tokens.shape[:2]
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = kv_cache(kwargs), kwargs.get("attention_mask")
         past = 0 if cache is None else cache.get_seq_length()
         attended = None
         positions = past + torch.arange(T, device=tokens.device)

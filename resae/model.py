@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from operator import itemgetter
 from typing import Any
@@ -30,6 +31,23 @@ EMBEDDED = "embedded"
 """The name of the model and of the corpus that come with the package."""
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+
+
+@cache
+def kv_cache_name() -> str:
+    """Name of the KV cache among the arguments and outputs of Hugging Face models: `cache` since
+    transformers 5.24, `past_key_values` before."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    known = CausalLMOutputWithPast.__dataclass_fields__
+    return "cache" if "cache" in known else "past_key_values"
+
+
+def kv_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The KV cache among the keyword arguments of a model, under either name; None if there is
+    none."""
+    found = kwargs.get("cache")
+    return kwargs.get("past_key_values") if found is None else found
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Measure the ops against what else there is, and against what the machine could do at best.
 
-    case | provider | ms p50 (p20–p80) | rounds | × product | GB/s | TFLOP/s | % of the roof | MiB
+    case | provider | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | TFLOP/s | % of roof
 
 A *case* is an op at one shape and dtype. Every provider gets the same inputs and must give the
 reference's answer before it is timed. Providers are timed in turns, one call each per round, so
 that a slow phase of the machine hits all of them; where an op scores every latent, the encode's
-bare product takes its turn too ("× product": how many times its time). Roofs are measured in the
-same process: copy bandwidth and the rate of a large matrix product; the roof of a case is the
-slower of moving the bytes that must move and computing the product that must be computed. "Cold"
-empties the last-level cache before each call, "hot" makes the same call for 10 ms before.
+bare product takes its turn too ("× product": how many times its time; "× peer": how many times that
+of the fastest peer). Roofs are measured in the same process: copy bandwidth and the rate of a large
+matrix product; the roof of a case is the slower of moving the bytes that must move and computing
+the product that must be computed. "Cold" empties the last-level cache before each call, "hot" makes
+the same call for 10 ms before.
 """
 
 import json
@@ -401,7 +402,8 @@ def check(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]) -> N
 
 
 class Clock:
-    """Times calls on one device: CUDA events, or the wall clock of a CPU."""
+    """Times calls on one device: CUDA events, or on a CPU the wall clock, and with one thread its
+    CPU time, which other load on the machine disturbs less."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -422,9 +424,10 @@ class Clock:
                 if time.perf_counter() - began > WARM_SECONDS:
                     break
         if self.device.type != "cuda":
-            began = time.perf_counter()
+            now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+            began = now()
             call()
-            return time.perf_counter() - began
+            return now() - began
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -466,6 +469,7 @@ def profile(
     clock: Clock,
     rounds: int = 20,
     peers: Mapping[str, Peer] | None = None,
+    only: Sequence[str] | None = None,
     inputs: Inputs | None = None,
 ) -> list[dict[str, Any]]:
     """Check and time every provider of a case; one flat row per provider and cache state.
@@ -473,6 +477,7 @@ def profile(
     Args:
         rounds: calls per provider and cache state; fewer, but `LEAST_ROUNDS`, once the case has
             taken `CASE_SECONDS`.
+        only: names of providers beside "resae"; None: all.
         inputs: in place of those of `make_inputs`.
 
     Raises:
@@ -480,6 +485,8 @@ def profile(
     """
     inputs = inputs or make_inputs(case, device)
     calls = providers(case, inputs, peers or {})
+    if only is not None:
+        calls = {name: call for name, call in calls.items() if name in ("resae", *only)}
     for name, call in calls.items():
         if name != PRODUCT:
             check(case, inputs, name, call())
@@ -498,6 +505,7 @@ def profile(
         p20, p50, p80 = _quantiles(taken)
         peak = peaks[name]
         product = times.get((PRODUCT, cold))
+        rivals = [statistics.median(times[n, cold]) for n in peers or () if n in calls]
         rows.append(
             {
                 **asdict(case),
@@ -508,6 +516,7 @@ def profile(
                 "ms_p80": p80 * 1e3,
                 "rounds": len(taken),
                 "x_product": p50 / statistics.median(product) if product else None,
+                "x_peer": p50 / min(rivals) if rivals else None,
                 "gb_per_s": moved / p50 / 1e9,
                 "tflop_per_s": computed / p50 / 1e12,
                 "percent_of_roof": 100 * bound / p50,
@@ -567,17 +576,19 @@ def trace(case: Case, *, device: torch.device, path: Path) -> list[dict[str, Any
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, one line per row."""
     lines = [
-        "| case | provider | cache | ms p50 (p20–p80) | rounds | × product | GB/s | TFLOP/s | "
-        "% of roof | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| case | provider | cache | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | "
+        "TFLOP/s | % of roof | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         case = Case(**{name: row[name] for name in ("op", "N", "D", "M", "k", "dtype", "L")})
         peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        product = "–" if row["x_product"] is None else f"{row['x_product']:.2f}"
+        product, peer = (
+            "–" if row[ratio] is None else f"{row[ratio]:.2f}" for ratio in ("x_product", "x_peer")
+        )
         lines.append(
             f"| {case.name} | {row['provider']} | {row['cache']} | {row['ms_p50']:.3f} "
-            f"({row['ms_p20']:.3f}–{row['ms_p80']:.3f}) | {row['rounds']} | {product} | "
+            f"({row['ms_p20']:.3f}–{row['ms_p80']:.3f}) | {row['rounds']} | {product} | {peer} | "
             f"{row['gb_per_s']:.1f} | {row['tflop_per_s']:.3f} | "
             f"{row['percent_of_roof']:.0f} | {peak} |"
         )

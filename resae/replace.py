@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from resae.decode_loop import DecodeLoop
 from resae.intervene import ActiveEdits, EditCount, Interventions, PassTokens
-from resae.model import HookedLM, HookPoint
+from resae.model import HookedLM, HookPoint, kv_cache
 from resae.stack import AffineOnly, Loop, ReSAE
 from resae_kernels import TopK, Transported
 
@@ -242,7 +242,7 @@ class Replacement:
         return keep.unsqueeze(-1)
 
     def _capture(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> list[Tensor]:
-        cache = kwargs.get("past_key_values")
+        cache = kv_cache(kwargs)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 f"replacement: mode {self._mode!r} needs the whole sequence in one forward pass; "

@@ -1,9 +1,15 @@
-"""Files that are whole or absent: everything is written under a temporary name and then renamed."""
+"""Files that are whole or absent: everything is written under a temporary name and then renamed;
+and a lock that lets one process at a time write into a folder."""
 
+import errno
 import json
+import logging
 import os
+import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 PARTIAL = ".partial"
 """Ending of the temporary names."""
+LOCK = ".lock"
+"""File in a folder that a process is writing into: its process id, host and start time."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems without locks."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -62,6 +74,89 @@ def remove_partial(folder: Path) -> None:
     """Remove what writes that were killed left in a folder and below; nobody may be writing."""
     for left_over in folder.rglob(f".*{PARTIAL}"):
         left_over.unlink(missing_ok=True)
+
+
+def is_unused(folder: Path) -> bool:
+    """True for a folder that is absent or empty, but for a lock and what killed writes left."""
+    if not folder.exists():
+        return True
+    return all(path.name == LOCK or path.name.endswith(PARTIAL) for path in folder.iterdir())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold its lock, so that no other process writes there.
+
+    The operating system keeps the lock and releases it when the process ends, however that happens:
+    a lock file that a killed process or an earlier boot left behind holds nobody up. A folder that
+    nothing was written into is removed again.
+
+    Raises:
+        BlockingIOError: another process is writing there; the message says which.
+        OSError: the folder cannot be made or written.
+    """
+    path = folder.resolve() / LOCK
+    made = [parent for parent in path.parents if not parent.exists()]
+    descriptor = _open_locked(folder, path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        with suppress(OSError):  # not empty
+            for parent in made:
+                parent.rmdir()
+
+
+def _open_locked(folder: Path, path: Path) -> int:
+    """A descriptor of the lock file that holds its lock as long as it is open."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OSError(
+            f"cannot write into {folder} ({error}); choose another folder, or look for permissions"
+        ) from error
+    if not _take(descriptor, folder):
+        os.close(descriptor)
+        raise BlockingIOError(
+            f"{_holder(path)} is writing into {folder}; wait for it, or choose another folder"
+        )
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "started": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
+            }
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            return descriptor
+    os.close(descriptor)  # its holder removed it while we opened it
+    return _open_locked(folder, path)
+
+
+def _take(descriptor: int, folder: Path) -> bool:
+    """Lock an open file, if nobody has."""
+    try:
+        import fcntl  # POSIX alone has it
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ModuleNotFoundError, OSError) as error:
+        if isinstance(error, BlockingIOError):
+            return False
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s cannot be locked (%s): start no second run into it", folder, error)
+    return True
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']}, started {holder['started']},"
+    except (OSError, ValueError, KeyError):  # gone, or about to be written
+        return "another process"
 
 
 def save_json(path: Path, content: Any) -> None:

@@ -9,7 +9,8 @@ training needs before the first step (maps, scales, means) is a `Calibration`.
 A run directory: `run.json` (configuration), `calibration.safetensors`, `log.jsonl`, `checkpoints/`,
 and at the end the stack itself (`ReSAE.from_pretrained(run)`). Checkpoints are one safetensors file
 each: weights, optimiser, counters, positions in the data; schedule and shuffles follow from the
-step, the seed and these. On a CPU a resumed run ends in the bits of an uninterrupted one.
+step, the seed and these. On a CPU a resumed run ends in the bits of an uninterrupted one. With more
+tokens than it began with it goes on from before its learning rate fell (`resumed_config`).
 """
 
 import copy
@@ -19,10 +20,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +40,7 @@ from resae.storage import load_tensors, remove_partial, save_tensors, write_atom
 log = logging.getLogger(__name__)
 
 WARMUP = 0.05
-"""Share of the steps over which the learning rate rises from 0."""
+"""Share of the steps over which the learning rate rises from 0, where no number is given."""
 DECAY = 0.2
 """Share of the steps, at the end, over which it falls back to 0."""
 
@@ -80,7 +81,8 @@ class TrainConfig:
     boost_keep: float = 0.1
     """Share of the second ones' acts in training that their threshold in use lets through."""
     train_tokens: int = 1_000_000
-    """Tokens to train on; the data starts over if it is shorter."""
+    """Tokens to train on; the data starts over if it is shorter. A run can be resumed with more:
+    see `resumed_config`."""
     calibration_tokens: int = 100_000
     """Tokens that the affine maps are fitted on."""
     batch_tokens: int = 1_024
@@ -89,6 +91,8 @@ class TrainConfig:
     """Tokens whose activations are shuffled together."""
     lr: float | None = None
     """Peak learning rate of Adam; None: 8e-3 · sqrt(512 / d_sae)."""
+    warmup_steps: float | None = None
+    """Steps over which the learning rate rises from 0; None: a twentieth of all."""
     auxk_coefficient: float = 1 / 32
     """Weight of the loss that revives dead latents."""
     dead_after_tokens: int | None = None
@@ -155,6 +159,10 @@ class TrainConfig:
                 f"TrainConfig: buffer_tokens={self.buffer_tokens} is below "
                 f"batch_tokens={self.batch_tokens}; raise it"
             )
+        if self.warmup_steps is not None and not self.warmup_steps >= 0:
+            raise ValueError(
+                f"TrainConfig: warmup_steps={self.warmup_steps}, expected at least 0 or None"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"TrainConfig: clip_norm={self.clip_norm}, expected above 0 or None")
         if not 1 <= self.accumulation_steps <= self.batch_tokens:
@@ -175,14 +183,35 @@ class TrainConfig:
     def dead_tokens(self) -> int:
         return self.dead_after_tokens or max(1, self.train_tokens // 8)
 
+    @property
+    def rising_steps(self) -> float:
+        return WARMUP * self.steps if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def falling_steps(self) -> float:
+        return max(1.0, DECAY * self.steps)
+
+    @property
+    def common_steps(self) -> int:
+        """First steps that a run of more tokens, else the same, takes alike: those before the
+        learning rate falls, on buffers of full size (the last one is smaller)."""
+        per_buffer = self.buffer_tokens // self.batch_tokens
+        before_the_fall = math.floor(self.steps - self.falling_steps) + 1
+        return min(before_the_fall, self.steps // per_buffer * per_buffer)
+
     def resolved(self) -> "TrainConfig":
         """The same with the values that None stands for, for a record of what was trained."""
-        return replace(self, lr=self.peak_lr, dead_after_tokens=self.dead_tokens)
+        return replace(
+            self,
+            lr=self.peak_lr,
+            warmup_steps=self.rising_steps,
+            dead_after_tokens=self.dead_tokens,
+        )
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, …: linear up, flat, linear down."""
-        rise = (step + 1) / max(1.0, WARMUP * self.steps)
-        fall = (self.steps - step) / max(1.0, DECAY * self.steps)
+        rise = (step + 1) / max(1.0, self.rising_steps)
+        fall = (self.steps - step) / self.falling_steps
         return self.peak_lr * min(1.0, rise, fall)
 
 
@@ -606,6 +635,7 @@ def train(
     eval_steps: int | None = None,
     delta_ce: Callable[[ReSAE], Mapping[str, float]] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_checkpoint: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> ReSAE | None:
@@ -614,11 +644,15 @@ def train(
     Args:
         source: batches of L raw activations `[batch_tokens / ranks, D]`.
         identity: the model, as recorded with the stack.
-        resume: go on from the newest readable checkpoint of `out` (from step 0 if there is none).
+        resume: go on from the newest readable checkpoint of `out`, a folder that exists (from step
+            0 if there is no checkpoint); with more `train_tokens` than before see `resumed_config`.
         checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
-        keep_checkpoints: so many, the newest, stay; one more is on the disk while it is written.
+        keep_checkpoints: so many stay, and one more while it is written: the newest, and of two or
+            more one from before the learning rate falls.
         eval_steps: interval at which `delta_ce` measures a copy of the stack, for raw activations,
             on `device` (in the place that gradients take in a step); the run is the same without.
+        on_checkpoint: called on every rank before a checkpoint is written: what belongs to it and
+            is not of the weights.
         should_stop: asked after every step; if true, a checkpoint is written and None returned.
         ranks: several processes that train together, in a folder that all of them see; rank 0
             writes and reports, and all stop together.
@@ -627,6 +661,7 @@ def train(
         ValueError: the loss or the weights stopped being finite (no such state is saved; the batch
             is, in `nan_batch.safetensors`), or a checkpoint of another configuration.
         OSError: the disk is full; the checkpoints there are intact.
+        FileNotFoundError: `resume`, and no folder `out`.
     """
     intervals = {
         "keep_checkpoints": keep_checkpoints,
@@ -637,6 +672,10 @@ def train(
     for name, value in intervals.items():
         if value is not None and value < 1:
             raise ValueError(f"train: {name}={value}, expected at least 1")
+    if resume and not out.exists():
+        raise FileNotFoundError(f"train: no folder {out} to resume from; look for the right one")
+    if resume:
+        config = resumed_config(config, out)
     require_divisible(config, ranks)
     begun = initial_state(config, calibration, identity, "cpu" if ranks.by_layers else device)
     state, step_config = _state_of_rank(begun, config, ranks, device)
@@ -651,9 +690,13 @@ def train(
             logged.unlink(missing_ok=True)
     ranks.meet()  # nobody reads before
     if resume:
-        _load_newest(checkpoints, state, config, ranks)
+        left_behind = _load_newest(checkpoints, state, config, ranks)
         if first:
             _truncate_log(logged, state.step)
+            for path in left_behind:
+                path.unlink()
+            if state.step < config.steps:  # the stack there is of fewer tokens
+                (out / "resae.json").unlink(missing_ok=True)
     inverse = [1.0 / s for s in calibration.scale]
     batches = source.batches(state.position)
     pace = _Pace(config, state.step)
@@ -666,6 +709,7 @@ def train(
         loss, measured = train_step(state, step_config, xs, ranks)
         last = state.step == config.steps
         due = last or state.step % checkpoint_steps == 0
+        due |= state.step == config.common_steps and keep_checkpoints > 1
         measure = eval_steps is not None and (last or state.step % eval_steps == 0)
         report = measure or last or state.step % log_steps == 0
         # Asking for a loss waits for the device: while it works on this step, the host asks for the
@@ -693,6 +737,7 @@ def train(
                 if on_progress is not None:
                     on_progress(progress)
         if stop or due:
+            on_checkpoint()
             _save_checkpoint(checkpoints, state, config, keep_checkpoints, ranks)
         if stop:
             return None
@@ -840,7 +885,11 @@ def _save_checkpoint(
         kept = [path.name for path in _checkpoints(folder)]
         intact = f"{kept[-1]} is intact, go on from it with --resume" if kept else "there is none"
         raise OSError(f"{error}; of the earlier checkpoints {intact}") from error
-    for old in _checkpoints(folder)[:-keep]:
+    there = _checkpoints(folder)
+    kept, common = there[-keep:], [p for p in there if _step_in(p) <= config.common_steps]
+    if keep > 1 and common:  # from there a run of more tokens can go on
+        kept = [common[-1], *kept[1:]] if common[-1] not in kept else kept
+    for old in set(there) - set(kept):
         old.unlink()
 
 
@@ -879,9 +928,73 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if named.fullmatch(p.name))
 
 
-def _load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
-    """Bring `state` to the newest checkpoint that can be read; a damaged one is named and passed
-    over."""
+def _step_in(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("step_"))
+
+
+def resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
+    """`config` as the run in `out` goes on with it.
+
+    With more `train_tokens` the run goes on from its newest checkpoint that the longer run shares:
+    from before the learning rate fell. It ends as a run of that length from the start would have,
+    with the `warmup_steps` and `dead_after_tokens` of the shorter one.
+
+    Returns:
+        `config`, with these two as the run has them where `config` leaves them open.
+
+    Raises:
+        ValueError: the run has other settings, or no checkpoint that the longer run shares.
+    """
+    found = [(path, begun) for path in _checkpoints(out / "checkpoints") if (begun := _begun(path))]
+    if not found:
+        return config
+    path, begun = found[-1]
+    longer = config.train_tokens > begun.train_tokens
+    warmup = begun.rising_steps if longer else begun.warmup_steps
+    dead_after = begun.dead_tokens if longer else begun.dead_after_tokens
+    if config.warmup_steps is None:
+        config = replace(config, warmup_steps=warmup)
+    if config.dead_after_tokens is None:
+        config = replace(config, dead_after_tokens=dead_after)
+    of_run = replace(begun, warmup_steps=warmup, dead_after_tokens=dead_after)
+    if longer:
+        of_run = replace(of_run, train_tokens=config.train_tokens)
+    changed = [f.name for f in fields(config) if getattr(of_run, f.name) != getattr(config, f.name)]
+    if changed:
+        raise ValueError(
+            f"--resume: {path} was trained with other settings "
+            f"({', '.join(f'{name}={getattr(of_run, name)}' for name in sorted(changed))}); use "
+            f"the same (train_tokens may rise), or another --out"
+        )
+    common = begun.common_steps
+    if longer and common and not any(_step_in(p) <= begun.common_steps for p, begun in found):
+        raise ValueError(
+            f"--resume: no checkpoint of {out} is from before step {common}, after which a run of "
+            f"more than {begun.train_tokens:,} tokens differs (its learning rate falls later); "
+            f"train anew, with --keep-checkpoints 2 or more"
+        )
+    return config
+
+
+def _begun(checkpoint: Path) -> TrainConfig | None:
+    """The configuration that a checkpoint was trained with; None if it is damaged."""
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            saved = json.loads(file.metadata()["config"])
+    except SafetensorError:
+        return None
+    settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()}
+    return TrainConfig(**settings)
+
+
+def _load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ranks) -> list[Path]:
+    """Bring `state` to the newest checkpoint that can be read and that `config` shares; a damaged
+    one is named and passed over.
+
+    Returns:
+        Checkpoints of a shorter run that come after it.
+    """
+    left_behind = []
     for path in reversed(_checkpoints(folder)):
         try:
             with safe_open(path, framework="pt") as file:
@@ -890,15 +1003,11 @@ def _load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ra
         except SafetensorError as error:
             log.warning("checkpoint %s is damaged (%s); using the one before it", path, error)
             continue
-        trained = json.loads(metadata["config"])
-        wanted = json.loads(json.dumps(asdict(config)))
-        changed = sorted(name for name in wanted if trained.get(name) != wanted[name])
-        if changed:
-            raise ValueError(
-                f"--resume: {path} was trained with other settings "
-                f"({', '.join(f'{n}={trained.get(n)}' for n in changed)}); use the same, or "
-                f"another --out"
-            )
+        begun = _begun(path)
+        assert begun is not None
+        if begun.train_tokens < config.train_tokens and _step_in(path) > begun.common_steps:
+            left_behind.append(path)
+            continue
         positions = json.loads(metadata["positions"])
         if len(positions) != ranks.size:
             raise ValueError(
@@ -910,9 +1019,10 @@ def _load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ra
         state.position = Position(*positions[ranks.rank])
         break
     else:
-        log.warning("no checkpoint in %s: training starts from step 0", folder)
+        log.warning("no checkpoint in %s to go on from: training starts from step 0", folder)
     if len({step for (step,) in ranks.every([state.step])}) > 1:
         raise ValueError(f"--resume: ranks see different checkpoints in {folder}; share the folder")
+    return left_behind
 
 
 @torch.no_grad()

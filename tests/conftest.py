@@ -70,10 +70,11 @@ def screen_at_any_size(implementation: str, monkeypatch) -> None:
     reason = screened_encode.unavailable(implementation)
     if reason is not None:
         pytest.skip(reason)
-    rule = screened_encode.RULES[implementation]._replace(
-        entries=0, width=0, training_rows=0, certain_rows=1 << 62
-    )
-    monkeypatch.setitem(screened_encode.RULES, implementation, rule)
+    rules = {
+        dtype: rule._replace(entries=0, width=0, training_rows=0, certain_rows=screened_encode.ANY)
+        for dtype, rule in screened_encode.RULES[implementation].items()
+    }
+    monkeypatch.setitem(screened_encode.RULES, implementation, rules)
     monkeypatch.setattr(
         screened_encode.ScreenedEncoder, "implementation", property(lambda _: implementation)
     )

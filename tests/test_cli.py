@@ -9,7 +9,9 @@ import sys
 import time
 from contextlib import ExitStack
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
+from string import ascii_letters
 
 import pytest
 import tiny
@@ -17,8 +19,9 @@ import torch
 
 from resae import HookedLM, ReSAE, activation_cache
 from resae.cli import Display, main
-from resae.data import fingerprint
-from resae.storage import load_json
+from resae.data import TokenRows, fingerprint, load_texts
+from resae.storage import load_json, load_tensors
+from resae.text_record import RunText
 
 training = import_module("resae.train")  # resae.train is also the function
 TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
@@ -97,9 +100,118 @@ def test_runs_are_compared_in_one_table(run, material, tmp_path):
     raw = tmp_path / "raw"
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
     assert main([*arguments, "--predictor", "none", "--out", str(raw)]) == 0
-    assert main(["eval", str(run), str(raw), "--out", str(tmp_path / "both")]) == 0
-    report = json.loads((tmp_path / "both" / "report.json").read_text())
-    assert {r["method"] for r in report["replacement"]} == {"resae", "raw", "affine_only"}
+    for runs in ([run, raw], [raw, run]):
+        assert main(["eval", *map(str, runs), "--out", str(tmp_path / "both")]) == 0
+        report = json.loads((tmp_path / "both" / "report.json").read_text())
+        assert {r["method"] for r in report["replacement"]} == {"resae", "raw", "affine_only"}
+        # Also where the first of the runs has no maps.
+        assert [r["method"] for r in report["affine"]] == ["identity"] * 2 + ["resae"] * 2
+        assert report["config"]["trained_on"] == [
+            {"run": str(folder), "held_out": True} for folder in runs
+        ]
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """The rows that `resae eval` would evaluate on; evaluating itself ends there."""
+    rows = []
+
+    def evaluate(*arguments, **_):
+        rows.append(torch.cat(list(arguments[2])))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("resae.cli.evaluate", evaluate)
+    return rows
+
+
+def rows_of_text(path, context_tokens):
+    (text,) = load_texts(str(path))
+    return torch.stack(list(TokenRows([text], tiny.tokenizer(), context_tokens)))
+
+
+def test_eval_takes_only_text_that_the_run_held_out(run, material, evaluated, capsys):
+    every = rows_of_text(material / "text.txt", 24)
+    assert main(["eval", str(run)]) == 2
+    assert torch.equal(evaluated.pop(), every[:8])
+    assert main(["eval", str(run), "--held-out-rows", "5"]) == 2
+    assert torch.equal(evaluated.pop(), every[:5])
+    assert main(["eval", str(run), "--context-tokens", "47"]) == 2
+    assert torch.equal(evaluated.pop(), rows_of_text(material / "text.txt", 47)[:4])
+    capsys.readouterr()
+    for arguments in (["--held-out-rows", "9"], ["--context-tokens", "47", "--held-out-rows", "5"]):
+        assert main(["eval", str(run), *arguments]) == 2
+        assert re.search(r"held out [84] rows of (24|47) tokens", capsys.readouterr().err)
+    same = ["--data", str(material / "text.txt"), "--held-out-rows"]
+    assert main(["eval", str(run), *same, "9"]) == 2
+    assert "was trained on this text (8 of 72 compared" in capsys.readouterr().err
+    assert not evaluated
+    assert main(["eval", str(run), *same, "8"]) == 2
+    assert torch.equal(evaluated.pop(), every[:8])
+
+
+def test_eval_knows_text_that_was_trained_on_by_its_content(run, material, tmp_path, capsys):
+    """Under another name, from another place on, and beside other text; other text is taken."""
+    words = (material / "text.txt").read_text()
+    cut = (tmp_path / "cut.txt", words[2000:])
+    mixed = (tmp_path / "mixed.txt", words[5000:5600] + " ".join(ascii_letters for _ in range(50)))
+    new = (tmp_path / "new.txt", "".join(islice(load_texts("embedded", split="validation"), 3)))
+    for path, text in (cut, mixed, new):
+        path.write_text(text)
+        out = ["--out", str(tmp_path / path.stem)]
+        code = main(["eval", str(run), "--data", str(path), *out])
+        said = capsys.readouterr()
+        if path is new[0]:
+            assert code == 0
+            assert f"{run} was trained on 0 of " in said.out
+            continue
+        assert code == 2
+        assert f"{run} was trained on this text" in said.err
+        assert main(["eval", str(run), "--data", str(path), *out, "--allow-trained-text"]) == 0
+        report = load_json(tmp_path / path.stem / "report.json", "report")
+        (of_run,) = report["config"]["trained_on"]
+        assert of_run["known"] > 0.05 * of_run["compared"]
+
+
+def test_runs_of_other_seeds_are_not_scored_on_their_training_text(
+    material, tmp_path, evaluated, capsys
+):
+    """Without a validation split the seed decides which documents are held out; with one, other
+    seeds and more rows are compared on it."""
+    for split in (["train"], ["train", "validation"]):
+        folder = tmp_path / "-".join(split)
+        folder.mkdir()
+        for name in split:
+            texts = islice(load_texts("embedded", split=name), 60)
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (folder / f"{name}.jsonl").write_text(lines)
+        train = ["train", str(material / "model"), str(folder), *TRAIN[:4], *SMALL]
+        train += ["--context-tokens", "48", "--held-out-rows", "8"]
+        runs = [str(tmp_path / f"{folder.name}{seed}") for seed in (0, 1)]
+        for seed, out in enumerate(runs):
+            assert main([*train, "--seed", str(seed), "--out", out]) == 0
+        capsys.readouterr()
+        assert main(["eval", *runs]) == 2
+        said = capsys.readouterr().err
+        if split == ["train"]:
+            assert f"{runs[1]} was trained on this text" in said
+            assert not evaluated
+        else:
+            assert "enough" in said
+            assert main(["eval", *runs, "--held-out-rows", "40"]) == 2
+            assert [len(rows) for rows in evaluated] == [8, 40]
+
+
+def test_a_run_without_a_record_of_its_text_is_evaluated_only_on_request(
+    run, tmp_path, evaluated, capsys
+):
+    shutil.copytree(run, tmp_path / "old")
+    (tmp_path / "old" / "held_out.safetensors").unlink()
+    (tmp_path / "old" / "trained_text.safetensors").unlink()
+    assert main(["eval", str(tmp_path / "old")]) == 2
+    assert "old has no record of the text" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "old"), "--allow-trained-text"]) == 2
+    assert torch.equal(evaluated.pop(), RunText.load(run).held_out)
+    assert "not known whether it was trained on this text" in capsys.readouterr().out
 
 
 def test_a_run_is_measured_at_lower_k(run, tmp_path):
@@ -118,6 +230,10 @@ def test_a_run_is_boosted_on_other_text_and_compared(run, material, tmp_path):
     assert main(arguments) == 0
     assert ReSAE.load(out).hook_points == tiny.NAMES
     assert main([*arguments, "--resume"]) == 0
+    base, boosted = RunText.load(run), RunText.load(out)
+    for path in (material / "text.txt", tmp_path / "other.txt"):
+        assert boosted.overlap(rows_of_text(path, 24)[20:60]).new is False
+    assert base.overlap(rows_of_text(tmp_path / "other.txt", 24)).new is True
     assert main(["eval", str(run), str(out), "--out", str(tmp_path / "both")]) == 0
     report = json.loads((tmp_path / "both" / "report.json").read_text())
     assert {r["method"] for r in report["replacement"]} == {"resae", "boost", "affine_only"}
@@ -177,7 +293,8 @@ def test_fit_writes_maps_and_their_r2(material, tmp_path, capsys):
     )
     assert code == 0
     assert capsys.readouterr().out.count("R² blocks") == 4
-    assert sorted(p.name for p in out.iterdir()) == ["calibration.safetensors", "fit.json"]
+    names = ["calibration.safetensors", "fit.json", "trained_text.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == names
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +386,23 @@ def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_finished_run_goes_on_to_more_tokens(run, material, tmp_path, capsys):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    more = [*arguments, "--train-tokens", "8192"]
+    begun = ["--warmup-steps", str(0.05 * 32), "--dead-after-tokens", str(4096 // 8)]
+    assert main([*more, *begun, "--out", str(tmp_path / "whole")]) == 0
+    shutil.copytree(run, tmp_path / "run")
+    assert main([*more, "--resume", "--out", str(tmp_path / "run")]) == 0
+    whole, resumed = (ReSAE.load(tmp_path / name).state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    records = [load_json(tmp_path / name / "run.json", "run") for name in ("whole", "run")]
+    assert records[0]["train"] == records[1]["train"]
+    assert same_text(tmp_path / "whole", tmp_path / "run")
+    capsys.readouterr()
+    assert main([*arguments, "--resume", "--out", str(tmp_path / "run")]) == 2
+    assert "train_tokens=8192" in capsys.readouterr().err
+
+
 class Stand:
     """In the place of a module, a class and what it makes: remembers what was called."""
 
@@ -336,6 +470,17 @@ def test_a_missing_logger_is_named_before_anything_runs(name, material, monkeypa
     assert f'pip install "resae[{name}]"' in capsys.readouterr().err
 
 
+def same_text(run, other):
+    """Whether two runs record the same text."""
+    names = ("held_out.safetensors", "trained_text.safetensors")
+    records = [[load_tensors(folder / name, name) for name in names] for folder in (run, other)]
+    return all(
+        torch.equal(ours[name], theirs[name])
+        for ours, theirs in zip(*records, strict=True)
+        for name in ours.keys() | theirs.keys()
+    )
+
+
 def train_until(arguments, written):
     """`resae train` in this process, which is killed when it has written the temporary file of this
     name, before it gets its own."""
@@ -355,10 +500,12 @@ def train_until(arguments, written):
 def test_killed_at_any_moment_and_resumed_ends_in_the_same_bits(run, material, processes):
     out = material / "killed"
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
-    arguments += ["--out", str(out), "--log-steps", "1", "--checkpoint-steps", "4", "--resume"]
-    moments = ["calibration", 6, "step_00000012", 17, "resae.json"]
+    arguments += ["--out", str(out), "--log-steps", "1", "--checkpoint-steps", "4"]
+    moments = ["run.json", "calibration", 6, "step_00000012", 17, "resae.json"]
     for moment in moments:
         written = moment if isinstance(moment, str) else None
+        if (out / "run.json").exists():
+            arguments = [*arguments, "--resume"]
         process = processes.Process(target=train_until, args=(arguments, written))
         process.start()
         log = out / "log.jsonl"
@@ -377,6 +524,53 @@ def test_killed_at_any_moment_and_resumed_ends_in_the_same_bits(run, material, p
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     lines = (out / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 33))
+    assert same_text(run, out)
+
+
+HOLDS = """import sys, time
+from pathlib import Path
+from resae.storage import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)"""
+
+
+def holder_of(folder):
+    """Another process that writes into a folder until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_is_dead(
+    run, material, tmp_path, capsys
+):
+    text = [str(material / "model"), str(material / "text.txt")]
+    train = ["train", *text, *TRAIN, *SMALL]
+    fit = ["fit", *text, "--layers", "0,1", *TRAIN[4:], "--calibration-tokens", "256"]
+    out = ["--out", str(tmp_path / "out")]
+    resume = [*train, "--out", str(run), "--resume"]
+    for folder, commands in (
+        (tmp_path / "out", ([*fit, *out], [*train, *out], ["demo", *out])),
+        (run, [resume]),
+    ):
+        process = holder_of(folder)
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for arguments in commands:
+            assert main(arguments) == 2
+            said = capsys.readouterr().err
+            assert f"process {process.pid} on {socket.gethostname()}, started 2" in said
+            assert said.count("\n") == 1
+        assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        process.kill()
+        process.communicate()
+        assert (folder / ".lock").exists()
+    assert main([*fit, *out]) == 0
+    assert main(resume) == 0
+    assert not list(tmp_path.rglob(".lock"))
+    assert not list(run.rglob(".lock"))
 
 
 def test_a_model_spread_over_devices_trains_the_same(run, material, capsys):
@@ -408,6 +602,9 @@ def test_torchrun_trains_on_two_shares_of_the_rows(run, material):
         # Other rows in each batch, of the same text.
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.25)
     assert ReSAE.load(out).hook_points == tiny.NAMES
+    text, rows = RunText.load(out), rows_of_text(material / "text.txt", 24)
+    assert text.overlap(rows[8:40]).known == 32 * 8
+    assert torch.equal(text.held_out, rows[:8])
 
 
 def of_two(rank, ports, runs, cut):
@@ -493,6 +690,7 @@ def bad(material, tmp_path):
             [*train, "--layers", "0,1", "--boost", str(material / "run"), *out],
             "leave --layers out",
         ),
+        "resume-nothing": ([*train, "--resume", *out], "no run in"),
         "run-exists": ([*train, "--out", str(material / "run")], "--resume"),
         "not-a-run": (["eval", str(tmp_path)], "not a run directory"),
         "generate-not-a-run": (["generate", str(tmp_path), "--prompt", "x"], "not a run"),
@@ -738,6 +936,7 @@ def test_a_second_run_with_a_cache_does_not_run_the_model(material, tmp_path, ca
     assert main([*cached, "--out", str(tmp_path / "second")]) == 0
     stacks = [ReSAE.load(tmp_path / name).state_dict() for name in ("first", "second")]
     assert all(torch.equal(stacks[0][name], stacks[1][name]) for name in stacks[0])
+    assert same_text(tmp_path / "first", tmp_path / "second")
     capsys.readouterr()
     assert main([*cached, "--context-tokens", "12", "--out", str(tmp_path / "third")]) == 2
     assert "is of other activations (context_tokens: " in capsys.readouterr().err

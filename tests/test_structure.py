@@ -21,7 +21,7 @@ FLOORS = [
     {"stack"},
     {"data", "affine", "sae"},
     {"model"},
-    {"metrics", "profile", "arguments"},
+    {"metrics", "profile", "arguments", "text_record", "watch"},
     {"storage", "environment", "assets"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -255,6 +255,94 @@ def test_resuming_a_finished_run_changes_nothing(xs, tmp_path):
 def test_resuming_without_a_checkpoint_says_that_it_starts_over(xs, tmp_path, caplog):
     run(xs, tmp_path, resume=True)
     assert "no checkpoint" in caplog.text
+    with pytest.raises(FileNotFoundError, match="no folder .*mistyped to resume from"):
+        run(xs, tmp_path / "mistyped", resume=True)
+    assert not (tmp_path / "mistyped").exists()
+
+
+BEGUN = config_of()
+LONGER = replace(BEGUN, train_tokens=64 * 40)
+AS_BEGUN = {"warmup_steps": 0.05 * 24, "dead_after_tokens": 64 * 24 // 8}
+
+
+@pytest.mark.parametrize("interrupted_at", [10, 22, None])
+@pytest.mark.parametrize("buffer", [4, 16])
+def test_a_run_resumed_with_more_tokens_ends_as_one_of_that_length_from_the_start(
+    lm, tmp_path, interrupted_at, buffer
+):
+    """To the bit, but for its warm-up; also where the learning rate had begun to fall, or the last
+    buffer was smaller than in the longer run."""
+    rows = TokenRows(TEXT, lm.tokenizer, 24)
+    points = lm.hook_points(tiny.LAYERS)
+    calibration = calibration_of(capture_tokens(lm, tiny.ids(16, 16), points))
+
+    def attempt(config, name, **options):
+        config = replace(config, buffer_tokens=64 * buffer)
+        sizes = {"batch_tokens": 64, "buffer_tokens": config.buffer_tokens}
+        source = ActivationBatches(lm, rows, points, total_tokens=config.train_tokens, **sizes)
+        options = {"checkpoint_steps": 7, "log_steps": 2, **options}
+        return train(config, source, calibration, tmp_path / name, **options)
+
+    attempt(replace(LONGER, **AS_BEGUN), "whole")
+    options = {} if interrupted_at is None else {"should_stop": stop_after(interrupted_at)}
+    attempt(BEGUN, "cut", **options)
+    checkpoints = sorted(p.name for p in (tmp_path / "cut" / "checkpoints").iterdir())
+    if interrupted_at != 10:
+        common = {4: 20, 16: 16}[buffer]
+        assert checkpoints == [
+            f"step_000000{n}.safetensors" for n in (common, interrupted_at or 24)
+        ]
+    assert attempt(LONGER, "cut", resume=True, should_stop=stop_after(6)) is None
+    assert not (tmp_path / "cut" / "resae.json").exists()
+    attempt(LONGER, "cut", resume=True)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    lines = [
+        [json.loads(line)["loss"] for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+        for n in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1]
+    (tmp_path / "cut" / "checkpoints" / "step_00000040.safetensors").unlink()
+    attempt(replace(LONGER, **AS_BEGUN), "cut", resume=True)  # said or left open, it is the same
+    with pytest.raises(ValueError, match=r"other settings \(warmup_steps=1.2"):
+        attempt(replace(LONGER, warmup_steps=2.0), "cut", resume=True)
+    with pytest.raises(ValueError, match=r"train_tokens=2560.*may rise"):
+        attempt(BEGUN, "cut", resume=True)
+
+
+def test_a_run_that_kept_no_checkpoint_from_before_the_fall_is_not_resumed_with_more_tokens(
+    xs, tmp_path
+):
+    run(xs, tmp_path, BEGUN, keep_checkpoints=1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="no checkpoint of .* is from before step 20"):
+        run(xs, tmp_path, LONGER, resume=True)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_run_shorter_than_a_buffer_shares_nothing_with_a_longer_one_and_starts_over(
+    xs, tmp_path, caplog
+):
+    short = config_of(train_tokens=64 * 3)
+    assert short.common_steps == 0
+    run(xs, tmp_path / "short", short)
+    resumed = run(xs, tmp_path / "short", LONGER, resume=True).state_dict()
+    assert "training starts from step 0" in caplog.text
+    settings = {"warmup_steps": 0.05 * 3, "dead_after_tokens": 64 * 3 // 8}
+    whole = run(xs, tmp_path / "whole", replace(LONGER, **settings)).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 24, 63, 64, 100, 977])
+def test_the_steps_in_common_are_those_of_the_same_learning_rate(steps):
+    begun = config_of(train_tokens=64 * steps)
+    common = begun.common_steps
+    longer = replace(begun, train_tokens=64 * 10 * steps, warmup_steps=begun.rising_steps)
+    alike = [begun.lr_at(i) == longer.lr_at(i) for i in range(steps)]
+    assert all(alike[:common])
+    # What stops it is the rate, or the last buffer of four batches.
+    assert common in (sum(alike), steps // 4 * 4)
+    assert common <= min(sum(alike), steps // 4 * 4)
 
 
 def test_resuming_with_other_settings_is_refused(xs, tmp_path):
