@@ -279,6 +279,7 @@ class ScreenedEncoder:
             state is not None  # there is one only for a weight that is worth screening
             and type(state.copy) is NativeCopy
             and state.copy.is_live
+            and self.margin == "statistical"  # which knows no number of rows that is too many
             and native.direct(x, weight, bias, pre_bias, base, W_dec)
             and fits(x, weight, bias, k, pre_bias, base)
             and (W_dec is None or W_dec.shape == weight.shape)
