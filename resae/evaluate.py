@@ -409,7 +409,7 @@ def _arrivals(
     ):
         cache = None
         for part in parts:
-            cache = lm.model(part, past_key_values=cache, use_cache=True).past_key_values
+            cache = lm.model(part, use_cache=True, **{lm.cache_name: cache})[lm.cache_name]
             changes = [None] * stack.n_layers if active.edits is None else active.edits.changes
             for layer, effect in enumerate(predicted_effects(stack, changes)):
                 own = changes[layer]

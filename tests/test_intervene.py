@@ -53,8 +53,8 @@ def dense(code, d_sae=64):
 
 def edited(stack, code, *edits, tokens=None):
     active = ActiveEdits(Interventions.parse(list(edits)), stack, stack.hook_points)
-    new, delta = active.at(0, code, tokens or a_pass(*code.acts.shape[:2]))
-    return dense(new), delta, active
+    new, change = active.at(0, code, tokens or a_pass(*code.acts.shape[:2]))
+    return dense(new), change.delta, active
 
 
 # -- the description -------------------------------------------------------------------------------

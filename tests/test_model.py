@@ -119,7 +119,10 @@ def test_the_very_modules_are_back_after_use_and_after_an_error(lm):
     with lm.hooked(spliced(lm)):
         assert not torch.equal(lm.logits(tiny.ids()), before)
         assert all(a is not b for a, b in zip(blocks[1:3], lm.blocks[1:3], strict=True))
-    with pytest.raises(ArithmeticError), lm.hooked(spliced(lm), begin=lambda *_: None):
+    with (
+        pytest.raises(ArithmeticError),
+        lm.hooked(spliced(lm), around=lambda forward, *args, **kwargs: forward(*args, **kwargs)),
+    ):
         lm.replace(tiny.ids(), {lm.hook_point(2): fail})
     assert all(a is b for a, b in zip(modules, lm.model.modules(), strict=True))
     assert not any("forward" in vars(m) or m._forward_hooks for m in modules)
@@ -179,7 +182,10 @@ def test_hidden_states_of_a_spliced_model_are_what_flows_on(lm, asked_before):
         lm.model(tiny.ids(), output_hidden_states=True)
     seen = {}
     record = {p: (lambda x, p=p: seen.update({p: x})) for p in lm.hook_points([0, 1, 2])}
-    with lm.hooked(spliced(lm), begin=lambda *_: None), lm.hooked(record):
+    with (
+        lm.hooked(spliced(lm), around=lambda forward, *args, **kwargs: forward(*args, **kwargs)),
+        lm.hooked(record),
+    ):
         hidden = lm.model(tiny.ids(), output_hidden_states=True).hidden_states
     clean = lm.model(tiny.ids(), output_hidden_states=True).hidden_states
     assert len(hidden) == len(clean) == lm.n_layers + 1

@@ -838,8 +838,8 @@ def test_a_boosted_stack_is_replaced_read_and_edited_like_any_other():
             codes = dict(arrived)
             cache, parts = None, []
             for token in ids.split(1, 1):
-                out = lm.model(token, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                out = lm.model(token, use_cache=True, **{lm.cache_name: cache})
+                cache = out[lm.cache_name]
                 parts.append(out.logits)
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-3, rtol=1e-3)
         assert int(codes[tiny.NAMES[1]].indices.max()) >= 64

@@ -22,7 +22,7 @@ FLOORS = [
     {"data", "affine", "sae"},
     {"model"},
     {"metrics", "profile"},
-    {"storage", "environment", "assets"},
+    {"storage", "environment", "assets", "threads"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 SOURCES = sorted(p for p in (ROOT / "resae").glob("*.py") if p.stem != "__init__")
