@@ -315,6 +315,7 @@ class ActiveEdits:
     """
 
     def __init__(self, interventions: Interventions, stack: ReSAE, hook_points: Sequence[str]):
+        self.edits = interventions.edits
         self.effects = interventions.effects
         self._stack = stack
         of_layer: dict[int, list[Edit]] = {}

@@ -102,22 +102,25 @@ class HookedLM:
 
     Raises:
         TypeError: no module with a config.
-        ValueError: an architecture that has no entry in `FAMILIES`.
+        ValueError: an architecture that has no entry in `FAMILIES`, or a model without the blocks
+            that its entry names.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, name: str | None = None):
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise TypeError(
-                f"HookedLM: got {getattr(model, '__name__', type(model).__name__)} as the model, "
-                f"expected a causal LM of transformers; HookedLM.from_pretrained(name) loads one"
+                f"HookedLM: got {type_name(model)} as the model, expected a causal LM of "
+                f"transformers; HookedLM.from_pretrained(name) loads one"
             )
         self.model = model
         self.tokenizer = tokenizer
         self.config: Any = model.config
         self.name = name or getattr(self.config, "name_or_path", "") or self.config.model_type
         self.family = _family_of(self.config, self.name)
-        self.blocks: Any = model.get_submodule(self.family.blocks)
-        around_blocks = type(model.get_submodule(self.family.blocks.rpartition(".")[0]))
+        path = self.family.blocks
+        self._root = _root_of(model, path, self.name)
+        self.blocks: Any = self._root.get_submodule(path)
+        around_blocks = type(self._root.get_submodule(path.rpartition(".")[0]))
         known = signature(around_blocks.forward).parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
         """Keyword and output by which the model takes and returns keys and values."""
@@ -292,7 +295,7 @@ class HookedLM:
         with ExitStack() as stack:
             if around is not None:
                 path = self.family.blocks.rpartition(".")[0]
-                stack.callback(_add(self.model, path, "around", 0, around))
+                stack.callback(_add(self._root, path, "around", 0, around))
             for point, function in hooks.items():
                 for splice in self._splices(point, function):
                     stack.callback(_add(*splice))
@@ -317,7 +320,9 @@ class HookedLM:
             thread.resid_pre = resid_pre
 
         def change(attn_out: Tensor) -> Tensor | None:
-            resid_pre, thread.resid_pre = thread.resid_pre, None
+            resid_pre, thread.resid_pre = getattr(thread, "resid_pre", None), None
+            if resid_pre is None:  # a pass of another thread, which was in this block before
+                return None
             new = function(resid_pre + attn_out)
             return None if new is None else new - resid_pre
 
@@ -371,6 +376,11 @@ class HookedLM:
             return self.logits(input_ids, **kwargs)
 
 
+def type_name(value: object) -> str:
+    """Name of the class that a value is, or is of: for messages about wrong arguments."""
+    return getattr(value, "__name__", type(value).__name__)
+
+
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
     """Keys and values among the keyword arguments of a pass; None: there are none."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
@@ -383,6 +393,18 @@ def _family_of(config: Any, name: str) -> Family:
             f"resae.model.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
         )
     return FAMILIES[config.model_type]
+
+
+def _root_of(model: nn.Module, path: str, name: str) -> nn.Module:
+    """The module that holds `path`: the model, or the one in a wrapper of it. A wrapper hands on
+    attributes, and what is set on it by such a path would be in the model twice."""
+    for module in model.modules():
+        inner: nn.Module | None = module
+        for part in path.split("."):
+            inner = None if inner is None else inner._modules.get(part)
+        if inner is not None:
+            return module
+    raise ValueError(f"model {name}: it has no {path}, which resae.model.FAMILIES names for it")
 
 
 class _Eager:
@@ -428,7 +450,7 @@ class _Splice:
     def at(cls, root: nn.Module, path: str) -> "_Splice":
         """The splice at the submodule `path` of `root`: the one that is there, or a new one."""
         parent_path, _, name = path.rpartition(".")
-        parent = _parent(root.get_submodule(parent_path), name)
+        parent = root.get_submodule(parent_path)
         there = getattr(parent.get_submodule(name).forward, "__self__", None)
         return there if isinstance(there, cls) else cls(parent, name)
 
@@ -505,15 +527,6 @@ def _add(
             splice.set(place, (other for other in getattr(splice, place) if other is not entry))
 
     return remove
-
-
-def _parent(module: nn.Module, name: str) -> nn.Module:
-    """The module that holds the submodule `name` of `module`: another one where that is a wrapper
-    which hands on the attributes of what it wraps."""
-    if name in module._modules:
-        return module
-    child = module.get_submodule(name)
-    return next(inner for inner in module.modules() if inner._modules.get(name) is child)
 
 
 def _in_this_thread(function: Callable[[Tensor], Tensor | None]):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from resae.decode_loop import DEFERRED, DecodeLoop
 from resae.intervene import ActiveEdits, Change, EditCount, Interventions, PassTokens
-from resae.model import HookedLM, HookPoint, cache_of
+from resae.model import HookedLM, HookPoint, cache_of, type_name
 from resae.stack import AffineOnly, Loop, ReSAE
 from resae.threads import PerThread
 from resae_kernels import TopK, Transported
@@ -165,6 +165,17 @@ class Replacement:
         # stand-ins that hold them (`model._Splice`). So they are written in place and never made
         # anew while the model runs; a test looks at the compiled step's inputs.
 
+    def __repr__(self) -> str:
+        layers = ", ".join(
+            point.name for point, puts in zip(self._points, self._puts, strict=True) if puts
+        )
+        state = "removed" if self._removed else "in force"
+        return (
+            f"Replacement({state} at {layers} of {self._lm.name!r}, mode={self._mode!r}, "
+            f"loop={self._loop!r}, keep_error={self._keep_error}, "
+            f"edits={0 if self.edits is None else len(self.edits.edits)})"
+        )
+
     @property
     def counts(self) -> list[LayerCounts]:
         """Per layer at which something is put in: calls, tokens replaced, tokens left alone."""
@@ -257,7 +268,8 @@ class Replacement:
         """The state at the beginning: which tokens are special, and what a clean pass says."""
         input_ids = args[0] if args else kwargs.get("input_ids")
         keep = self._kept(input_ids, kwargs.get("attention_mask"))
-        tokens, changes = None, [None] * len(self._points)
+        tokens = None
+        changes: list[Change | None] = [None] * len(self._points)
         if self.edits is not None:
             given = kwargs["inputs_embeds"] if input_ids is None else input_ids
             left_alone = None if keep is None else keep.squeeze(-1)
@@ -480,7 +492,7 @@ def replacement(
     """
     if not isinstance(stack, ReSAE | AffineOnly):
         raise TypeError(
-            f"replacement: got {getattr(stack, '__name__', type(stack).__name__)} as the stack, "
+            f"replacement: got {type_name(stack)} as the stack, "
             f"expected a ReSAE or AffineOnly; ReSAE.from_pretrained(folder) opens one, "
             f"ReSAE([hook_point], AffinePredictor('none'), [sae]) makes one of an autoencoder"
         )

@@ -291,7 +291,8 @@ def test_predicted_effects_are_those_of_transported_dictionaries_and_exact_for_t
     """Codes held, a code changed at two layers: every later x̂ moves by what is predicted."""
     stack = tiny.stack(tiny.pythia(), kind).double()
     saes = [stack.sae(layer) for layer in range(3)]
-    held = [sae.encode(torch.randn(4, 32, dtype=torch.float64)) for sae in saes]
+    zeros = torch.zeros(4, 32, dtype=torch.float64)  # residuals are given: nothing to subtract
+    held = [sae.encode(torch.randn_like(zeros), base=zeros) for sae in saes]
     latents, dz = torch.tensor([5, 40]), torch.randn(2, 4, 2, dtype=torch.float64)
     changes = [Change(dz[i], saes[i].W_dec[latents]) for i in range(2)]
     moved = [
