@@ -504,8 +504,8 @@ class _Splice:
         return {name: value for name, value in vars(self.stand_in).items() if name not in ours}
 
 
-_STRUCTURE = threading.Lock()
-"""Held while stand-ins come and go."""
+_STRUCTURE = threading.RLock()
+"""Held while stand-ins come and go: also when the garbage collector ends a forgotten context."""
 
 
 def _add(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock
+from threading import RLock
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -408,7 +408,7 @@ class Replacement:
 
 _REPLACED: WeakKeyDictionary[nn.Module, set[HookPoint]] = WeakKeyDictionary()
 """Per list of blocks, where replacements in force put something in."""
-_CLAIMING = Lock()
+_CLAIMING = RLock()
 
 
 @contextmanager

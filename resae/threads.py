@@ -20,7 +20,7 @@ class PerThread(Generic[T]):
 
     def __init__(self, make: Callable[[], T]):
         self._make = make
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._values: list[tuple[threading.Thread, T]] = []
         self._mine = _Mine(self)
 

@@ -566,17 +566,28 @@ def test_threads_share_a_replaced_model(neox, options):
 
 
 @pytest.mark.usefixtures("switching")
-def test_codes_read_in_several_threads_stay_together(neox):
-    """The code of a token is in one place at all layers."""
-    stack, batches = tiny.stack(neox), [tiny.ids(1, 7, seed=i) for i in range(4)]
+@pytest.mark.parametrize("written", [False, True], ids=["passes", "decode-loops"])
+def test_codes_read_in_several_threads_stay_together(neox, written):
+    """The code of a token is in one place at all layers, be it read in the pass or after a step."""
+    stack, batches = tiny.stack(neox), [tiny.ids(1, 7 - 3 * written, seed=i) for i in range(4)]
+
+    def run(ids):
+        if written:
+            return DecodeLoop(neox, max_length=8)(ids, max_new_tokens=4)
+        return neox.logits(ids)
+
     alone = []
     for ids in batches:
         keep = StrongestLatents(2)
-        logits(neox, stack, ids, on_codes=keep)
+        with replacement(neox, stack, on_codes=keep):
+            run(ids)
         alone.append(keep.codes)
     keep = StrongestLatents(2)
     with replacement(neox, stack, on_codes=keep):
-        passes(neox.model, batches, 1)
+        assert not any(
+            isinstance(result, Exception)
+            for result in in_threads([partial(run, ids) for ids in batches])
+        )
     parts = {name: code.acts.split(7, 1) for name, code in keep.codes.items()}
     first = tiny.NAMES[0]
     order = [
@@ -625,6 +636,24 @@ def test_generation_captures_and_passes_go_on_beside_each_other(neox):
                 assert not isinstance(mine, Exception), mine
                 assert torch.equal(mine, right)
     assert not torch.equal(neox.logits(ids[1]), alone[1])
+
+
+def test_a_replacement_made_in_inference_mode_counts_outside_it(neox):
+    """In a thread too that was in this mode when its counts began."""
+    stack, ids = tiny.stack(neox), tiny.ids()
+
+    def run():
+        with torch.inference_mode():
+            neox.logits(ids)
+        neox.logits(ids)
+
+    with torch.inference_mode():
+        active = replacement(neox, stack, interventions=EDITS)
+    results = [*in_threads([run]), run()]
+    active.remove()
+    assert results == [None, None]
+    assert active.counts[0].prefill == (4, 4 * ids.numel(), 0)
+    assert active.edits.changed[tiny.NAMES[0]] == 4 * 3 * ids.numel()
 
 
 @pytest.mark.usefixtures("switching")
