@@ -470,6 +470,7 @@ def replacement(
             saves the clean pass of the teacher-forced modes.
         keep_error: online only: x̂ + (h − x̂) goes in, the running stream h itself up to rounding.
             The codes are made all the same, so that this is the clean model with its codes beside.
+            The error h − x̂ carries no gradient: all of it goes through x̂, to the latents.
             Interventions that keep the error need not say so here again.
         interventions: online only: edits of the codes, as `resae.Interventions.parse` reads them.
         on_codes: online only: called at every selected layer of every pass with the name of its
