@@ -2,7 +2,8 @@
 x̂ = z W_dec + b_dec.                                 Gao et al. 2024 (arXiv 2406.04093), section 2.3
 
 `base` is a prediction of x, `[..., D]`: it is subtracted before encoding and added after decoding,
-so that the code is of the residual. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec
+so that the code is of the residual. An autoencoder of residuals (`SAEConfig.input_kind`) cannot
+encode without it. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec
 [M, D]`, `b_dec [D]`: sparsify's keys, in its files `cfg.json` and `sae.safetensors`.
 """
 
@@ -10,7 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from resae.storage import load_json, load_tensors, save_json, save_tensors
 from resae_kernels import ScreenedEncoder, TopK, sparse_decode, topk_encode
 
+InputKind = Literal["activation", "affine_residual"]
+
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """Sizes of one autoencoder."""
+    """Sizes of one autoencoder, and what it encodes."""
 
     d_in: int
     """D, width of the activation."""
@@ -32,6 +35,9 @@ class SAEConfig:
     prefix_gain: float = 0.0
     """Of the j strongest latents alone every act counts (k / j) ** prefix_gain times: fewer latents
     have to carry a part of what the others would have added."""
+    input_kind: InputKind = "activation"
+    """`activation`: x itself; `affine_residual`: x minus a prediction, which `encode` then needs. A
+    `ReSAE` sets it."""
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae", "k"):
@@ -93,7 +99,17 @@ class TopKSAE(nn.Module):
         self, x: Tensor, *, base: Tensor | None = None, k: int | None = None, sorted: bool = True
     ) -> TopK:
         """Code of `x − base`, `[..., D]` → acts and indices `[..., k]`
-        (`resae_kernels.topk_encode`)."""
+        (`resae_kernels.topk_encode`).
+
+        Raises:
+            ValueError: an autoencoder of residuals without `base`.
+        """
+        if base is None and self.config.input_kind != "activation":
+            raise ValueError(
+                "TopKSAE: this autoencoder encodes the residual of an activation, and got no "
+                "prediction; pass it as base=, let ReSAE.encode predict, or, if x is the residual, "
+                "pass zeros"
+            )
         k = self.config.k if k is None else k
         offsets = {"pre_bias": self.b_dec, "base": base}
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -117,6 +133,12 @@ class TopKSAE(nn.Module):
     def decode(self, acts: Tensor, indices: Tensor, *, base: Tensor | None = None) -> Tensor:
         """`acts, indices [..., k]` → x̂ `[..., D]`, plus `base` (`resae_kernels.sparse_decode`)."""
         return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, base=base)
+
+    def extra_repr(self) -> str:
+        return f"{_sizes(self.config)}, screening={self.screening!r}"
+
+    def set_input_kind(self, kind: InputKind) -> None:
+        self.config = replace(self.config, input_kind=kind)
 
     @property
     def trained(self) -> "TopKSAE":
@@ -204,7 +226,11 @@ class TopKSAE(nn.Module):
                 "skip_connection": False,
                 "transcode": False,
                 "d_in": self.config.d_in,
-                "metadata": {**metadata, "prefix_gain": self.config.prefix_gain},
+                "metadata": {
+                    **metadata,
+                    "prefix_gain": self.config.prefix_gain,
+                    "input_kind": self.config.input_kind,
+                },
             },
         )
 
@@ -233,8 +259,9 @@ class TopKSAE(nn.Module):
                 f"SAE {folder}: cfg.json has no {', '.join(absent)}; expected sparsify's cfg.json"
             )
         d_sae = cfg.get("num_latents") or cfg["d_in"] * cfg.get("expansion_factor", 0)
-        gain = (cfg.get("metadata") or {}).get("prefix_gain", 0.0)
-        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], gain))
+        metadata = cfg.get("metadata") or {}
+        gain, kind = metadata.get("prefix_gain", 0.0), metadata.get("input_kind", "activation")
+        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], gain, kind))
         tensors = load_tensors(folder / "sae.safetensors", "SAE")
         expected = {name: list(t.shape) for name, t in sae.state_dict().items()}
         found = {name: list(t.shape) for name, t in tensors.items()}
@@ -281,7 +308,10 @@ class BoostedSAE(nn.Module):
         self.threshold: Tensor
         self.register_buffer("threshold", boost.b_dec.new_tensor(threshold))
         ours, its = boost.config, base.config
-        self.config = SAEConfig(ours.d_in, its.d_sae + ours.d_sae, its.k + ours.k)
+        self.config = SAEConfig(
+            ours.d_in, its.d_sae + ours.d_sae, its.k + ours.k, input_kind=its.input_kind
+        )
+        boost.set_input_kind(its.input_kind)
 
     @property
     def trained(self) -> TopKSAE:
@@ -331,6 +361,14 @@ class BoostedSAE(nn.Module):
         code = self.encode(x, base=base)
         return SAEOutput(self.decode(*code, base=base), code)
 
+    def extra_repr(self) -> str:
+        return f"{_sizes(self.config)}, threshold={float(self.threshold):g}"
+
+    def set_input_kind(self, kind: InputKind) -> None:
+        self.config = replace(self.config, input_kind=kind)
+        self.base.set_input_kind(kind)
+        self.boost.set_input_kind(kind)
+
     def at_k(self, k: int) -> "BoostedSAE":
         raise ValueError(
             f"at_k: k={k} for a boosted autoencoder, of {self.base.config.k} + "
@@ -354,7 +392,7 @@ class BoostedSAE(nn.Module):
         """The base as it was, and the boost with its threshold in `boost/`."""
         self.base.save(folder, **metadata)
         of_boost = {"threshold": float(self.threshold), "keep": self.keep}
-        self.boost.save(folder / "boost", **{**metadata, **of_boost, "input_kind": "boost"})
+        self.boost.save(folder / "boost", **{**metadata, **of_boost})
 
     @classmethod
     def load(cls, folder: str | Path) -> "BoostedSAE":
@@ -364,6 +402,12 @@ class BoostedSAE(nn.Module):
         metadata = load_json(folder / "boost" / "cfg.json", "SAE")["metadata"]
         base, boost = TopKSAE.load(folder), TopKSAE.load(folder / "boost")
         return cls(base, boost, keep=metadata["keep"], threshold=metadata["threshold"]).eval()
+
+
+def _sizes(config: SAEConfig) -> str:
+    return (
+        f"d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, input_kind={config.input_kind!r}"
+    )
 
 
 Total = Callable[[Tensor], Tensor]

@@ -516,7 +516,13 @@ def _state_of_rank(
     own = ranks.own(len(config.layers))
     if not ranks.by_layers:
         return state, config
-    saes = [state.stack.sae(layer) for layer in own]
+    saes = []
+    for layer in own:
+        sae = state.stack.sae(layer)
+        tensors = (*sae.parameters(), *sae.buffers())
+        sae = copy.deepcopy(sae, {id(tensor): tensor for tensor in tensors})  # of the same tensors
+        sae.set_input_kind("activation")
+        saes.append(sae)
     names = tuple(config.layers[layer] for layer in own)
     part = ReSAE(names, AffinePredictor("none"), saes).to(device)
     since = [state.tokens_since_fired[layer].to(device) for layer in own]

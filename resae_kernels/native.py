@@ -26,7 +26,7 @@ MOST_COLUMNS = 16
 _PLAIN = (Tensor, torch.nn.Parameter)
 _dispatch_modes: Any = torch._C._len_torch_dispatch_stack
 """How many modes (fake tensors, tracing, counting of FLOPs) see what the dispatcher is given."""
-_transform: Any = torch._C._functorch.maybe_current_level
+_transform: Any = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
 """Level of the innermost transform of `torch.func`, whose tensors have no memory; None: none."""
 _INTEGERS = torch.empty(0, dtype=torch.int64)
 """What indices are allocated like: naming the dtype takes torch a microsecond longer."""

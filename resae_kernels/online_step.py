@@ -176,8 +176,8 @@ def online_step(
     return OnlineStep(out.x_hat.view(x.shape), code)
 
 
-_ENCODERS: "WeakIdKeyDictionary[Tensor, ScreenedEncoder]" = WeakIdKeyDictionary()
-"""By weight: what encodes on a CPU where the caller has none."""
+_ENCODERS = WeakIdKeyDictionary()
+"""A `ScreenedEncoder` by weight: what encodes on a CPU where the caller has none."""
 
 
 def _encoder_of(weight: Tensor, bias: Tensor | None) -> ScreenedEncoder:

@@ -457,7 +457,8 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 
 def _sample(tensor: Tensor) -> Any:
     """A view of `SAMPLES` entries as a numpy array."""
-    memory = torch._neg_view(tensor) if tensor.is_neg() else tensor
+    view: Any = torch._neg_view  # pyright: ignore[reportPrivateImportUsage]
+    memory = view(tensor) if tensor.is_neg() else tensor
     some = memory[:: max(1, len(memory) // SAMPLES)]
     some = some if some.ndim == 1 else some[:, some.shape[1] // 2]
     return (some if some.dtype != torch.bfloat16 else some.view(torch.int16)).numpy()

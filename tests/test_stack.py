@@ -1,3 +1,4 @@
+import copy
 import json
 from unittest.mock import MagicMock
 
@@ -9,6 +10,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
 from resae.affine import KINDS
 from resae.data import capture_tokens
+from resae.sae import BoostedSAE, SAEConfig
 from resae.stack import new_stack
 from resae_kernels import reference
 
@@ -197,11 +199,104 @@ def test_parts_must_fit_together(lm):
         ReSAE(tiny.NAMES, stack.predictor, saes[:2])
     with pytest.raises(ValueError, match="2 maps for 2"):
         ReSAE(tiny.NAMES[:2], stack.predictor, saes[:2])
-    ReSAE(tiny.NAMES[:2], AffinePredictor("none"), saes[:2])
+    with pytest.raises(ValueError, match=r"blocks\.1.* encodes residuals, and predictor 'none'"):
+        ReSAE(tiny.NAMES[:2], AffinePredictor("none"), saes[:2])
+    maps = AffinePredictor("previous", stack.predictor.A[:1], stack.predictor.c[:1])
+    with pytest.raises(ValueError, match=r"blocks\.0.* encodes residuals"):
+        ReSAE(tiny.NAMES[:2], maps, saes[:1] * 2)
+    ordinary = tiny.stack(lm, "none")
+    ReSAE(tiny.NAMES[:2], AffinePredictor("none"), [ordinary.sae(i) for i in range(2)])
     with pytest.raises(ValueError, match="got 2 activations, expected 3"):
         stack([torch.zeros(1, 32)] * 2)
     with pytest.raises(ValueError, match="loop='half'"):
         stack([torch.zeros(1, 32)] * 3, loop="half")
+
+
+def test_an_autoencoder_of_residuals_knows_it_and_asks_for_the_prediction(lm, xs, tmp_path):
+    """In the stack, loaded with or without it, at a lower k, rescaled and copied."""
+    stack = tiny.stack(lm)
+    stack.save_pretrained(tmp_path)
+    loaded = ReSAE.load(tmp_path)
+    rescaled = ReSAE.load(tmp_path)
+    rescaled.rescale_([2.0, 2.0, 2.0])
+    boosted = ReSAE(
+        tiny.NAMES,
+        loaded.predictor,
+        [BoostedSAE(loaded.sae(i), TopKSAE(SAEConfig(32, 16, 2))) for i in range(3)],
+    )
+    boosted.save_pretrained(tmp_path / "boosted")
+    stacks = [stack, loaded, rescaled, stack.at_k(2), copy.deepcopy(stack), boosted]
+    stacks += [ReSAE.load(tmp_path / "boosted"), loaded.half().float()]
+    saes = [made.sae(1) for made in stacks] + [TopKSAE.load(tmp_path / tiny.NAMES[1])]
+    saes.append(TopKSAE.load(tmp_path / "boosted" / tiny.NAMES[1] / "boost"))
+    for sae in saes:
+        assert sae.config.input_kind == "affine_residual"
+        for call in (sae.encode, sae):
+            with pytest.raises(ValueError, match="residual of an activation.*base="):
+                call(xs[1])
+        sae(xs[1], base=stack.predictor(1, xs))
+    first = [made.sae(0) for made in stacks] + [tiny.stack(lm, "none").sae(1)]
+    first.append(TopKSAE.load(tmp_path / tiny.NAMES[0]))
+    for sae in first:
+        assert sae.config.input_kind == "activation"
+        sae.encode(xs[0])
+    code = TopKSAE.load(tmp_path / tiny.NAMES[1]).encode(xs[1], base=stack.predictor(1, xs))
+    assert torch.equal(code.indices, stack.encode(xs)[1].indices)
+
+
+def test_what_capture_returns_is_encoded_by_hook_point(lm):
+    """In whatever order, with other points beside."""
+    stack = tiny.stack(lm)
+    captured = lm.capture(tiny.ids(4, 10), lm.hook_points([0, 1, 2, 3]))
+    plain = [captured[lm.hook_point(name)] for name in tiny.NAMES]
+    by_name = {name: x for name, x in reversed(list(zip(tiny.NAMES, plain, strict=True)))}
+    for given in (captured, by_name, (x for x in plain)):
+        for a, b in zip(stack.encode(given), stack.encode(plain), strict=True):
+            assert torch.equal(a.indices, b.indices)
+    for a, b in zip(
+        AffineOnly(stack)(captured).x_hats, AffineOnly(stack)(plain).x_hats, strict=True
+    ):
+        assert torch.equal(a, b)
+    del captured[lm.hook_point(1)]
+    with pytest.raises(ValueError, match=r"no activation of blocks\.1\.hook_resid_post, only of"):
+        stack.encode(captured)
+
+
+class SparseCoder(torch.nn.Module):
+    """As an autoencoder of another library."""
+
+
+def test_wrong_types_are_told_what_to_pass(lm):
+    stack = tiny.stack(lm)
+    maps = stack.predictor
+    for made, message in (
+        (lambda: ReSAE(tiny.NAMES, [SparseCoder()]), "list as the predictor.*AffinePredictor"),
+        (lambda: ReSAE(tiny.NAMES, maps, [SparseCoder()] * 3), "SparseCoder as an.*TopKSAE.load"),
+        (lambda: ReSAE(tiny.NAMES, maps, [TopKSAE] * 3), "got TopKSAE as an autoencoder"),
+        (lambda: ReSAE(tiny.NAMES[0], maps, []), "as hook points, expected a list of names"),
+        (lambda: ReSAE(lm.hook_points([0]), maps, []), r"HookPoint.*expected a list of names"),
+        (lambda: AffineOnly("a folder"), "got str, expected a ReSAE"),
+        (lambda: stack.encode(torch.zeros(3, 5, 32)), "got Tensor, expected a list of one tensor"),
+        (lambda: stack.encode([1, 2, 3]), "got int as an activation"),
+        (lambda: stack(7), "got int, expected a list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            made()
+
+
+def test_reprs_say_sizes_layers_and_screening(lm):
+    text = repr(tiny.stack(lm, "previous"))
+    for part in (
+        "model='tiny-neox'",
+        "'blocks.1.hook_resid_post'",
+        "predictor='previous', form='full'",
+        "k=[4, 4, 4]",
+        "d_in=32, d_sae=64, k=4, input_kind='affine_residual', screening='statistical'",
+    ):
+        assert part in text
+    base, boost = (TopKSAE(SAEConfig(8, M, 2)) for M in (20, 10))
+    text = repr(BoostedSAE(base, boost, threshold=0.25))
+    assert "d_in=8, d_sae=30, k=4, input_kind='activation', threshold=0.25" in text
 
 
 def test_affine_only_carries_the_first_layer_through_the_maps(lm, xs):
