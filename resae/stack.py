@@ -261,9 +261,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             weights = (sae.encoder.weight, sae.encoder.bias, sae.config.k, sae.W_dec)
             if not by_maps:
                 return online_step(x, *weights, codes=codes, transported=carried, encoder=encoder)
-            if x.is_cuda or encoder is not None:
+            if x.is_cuda:
                 base = self.predictor(layer, seen)
-                return online_step(x, *weights, b_dec=sae.b_dec, base=base, encoder=encoder)
+                return online_step(x, *weights, b_dec=sae.b_dec, base=base)
         base = self.predictor(layer, seen)
         code = sae.encode(x, base=base)
         if seen is not put_in:
@@ -280,12 +280,12 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     ) -> tuple[Tensor, TopK] | None:
         """`online_step`, prediction included, as one call of the compiled library; None: not the
         way for these tensors."""
-        affine = None
+        affine = base = None
         if layer and self.chained:
             affine = self.predictor.one_map(layer, seen)
             if affine is None or x.numel() > FEW_ENTRIES:
-                return None
-        step = encoder.online_step(x, sae.config.k, sae.b_dec, None, sae.W_dec, affine)
+                affine, base = None, self.predictor(layer, seen)
+        step = encoder.online_step(x, sae.config.k, sae.b_dec, base, sae.W_dec, affine, sorted=True)
         return None if step is None else (step[0], TopK(step[1], step[2]))
 
     def transported(

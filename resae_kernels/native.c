@@ -1274,12 +1274,12 @@ static int affine_rows(const void *source, const void *A, const void *c, int dty
   return status;
 }
 
-/* One layer while the model runs: the code of x − base − b_dec [N, D] by screening, in order of
-   latent, and x_hat = base + b_dec + its decode. Where A is given, base = source A + c. Everything
+/* One layer while the model runs: the code of x − base − b_dec [N, D] by screening, and
+   x_hat = base + b_dec + its decode. Where A is given, base = source A + c. Everything
    is contiguous. ROWS_LEFT: a row wants the exact path; otherwise as `resae_screened_encode`. */
 int resae_online_step(const copy *screen, const void *x, const void *base, const void *source,
                       const void *A, const void *c, const void *b_dec, int dtype, i64 N, i64 k,
-                      int use_amx, const void *W_dec, int threads, void *acts, i64 *indices,
+                      int sorted, int use_amx, const void *W_dec, int threads, void *acts, i64 *indices,
                       void *x_hat) {
   i64 D = screen->D, predicted = N * D * sizeof(float);
   char *memory = calloc(predicted + D * sizeof(float) + N, 1);
@@ -1289,7 +1289,7 @@ int resae_online_step(const copy *screen, const void *x, const void *base, const
   if (A) base = memory;
   i64 counts[2] = {0, 0};
   if (status == OK)
-    status = resae_screened_encode(screen, x, D, base, D, b_dec, dtype, N, k, 0, use_amx,
+    status = resae_screened_encode(screen, x, D, base, D, b_dec, dtype, N, k, sorted, use_amx,
                                    screen->n_columns == MOST_COLUMNS, threads, acts, indices,
                                    (uint8_t *)(relative + D), relative, counts);
   if (status == OK && counts[1]) status = ROWS_LEFT;

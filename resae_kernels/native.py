@@ -87,7 +87,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     ],
     "resae_online_step": [
         *(POINTER(Copy), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
-        *(c_int64, c_int64, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p),
+        *(c_int64, c_int64, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p),
     ],
     "resae_exact_encode": [
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int),
@@ -402,8 +402,9 @@ def online_step(
     b_dec: Tensor | None,
     k: int,
     W_dec: Tensor,
+    sorted: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """x̂ `[..., D]`, acts and indices `[..., k]` of `x [..., D]`, the indices ascending; with
+    """x̂ `[..., D]`, acts and indices `[..., k]` of `x [..., D]`; with
     `affine = (source, A, c)` base is `source A + c`. None where one call does not do: a layout that
     is not contiguous, rows left to the exact path, new outlier dimensions, or a weight that has
     changed."""
@@ -428,6 +429,7 @@ def online_step(
         DTYPES[x.dtype],
         x.numel() // D,
         k,
+        sorted,
         has_amx(),
         W_dec.data_ptr(),
         torch.get_num_threads(),

@@ -216,6 +216,8 @@ class ScreenedEncoder:
         base: Tensor | None,
         W_dec: Tensor,
         affine: tuple[Tensor, Tensor, Tensor] | None = None,
+        *,
+        sorted: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """x̂, acts and indices of `resae_kernels.online_step` by one call of the compiled library,
         where that is possible: without gradients, with arguments that fit, and a copy that is there
@@ -224,6 +226,7 @@ class ScreenedEncoder:
         Args:
             affine: in place of base the source `[..., D]`, A `[D, D]` and c `[D]` of `source A +
                 c`: for few tokens, as A is read anew for each.
+            sorted: as of `encode`.
         """
         state = self._state
         if not self._is_ready(state, x, k, b_dec, base, W_dec) or not x.numel():
@@ -236,7 +239,7 @@ class ScreenedEncoder:
             if not native.direct(x, source, A, c):
                 return None
         held = state.copy.held  # type: ignore[union-attr]
-        step = native.online_step(held[0], x, base, affine, b_dec, k, W_dec)
+        step = native.online_step(held[0], x, base, affine, b_dec, k, W_dec, sorted)
         return None if self._versions() != state.versions else step  # type: ignore[union-attr]
 
     def _encode_at_once(
