@@ -499,9 +499,10 @@ def replacement(
             in a `DecodeLoop` after each step. `resae.StrongestLatents` is one such function.
         transport_bytes: online, closed loop: where the L(L−1)/2 dictionaries carried to later
             layers take no more than this, they are made now, and passes of up to 16 tokens predict
-            by gathering their rows instead of multiplying by the maps. They do not follow later
-            changes of the stack. Not in an open loop: its codes are taken against streams, and no
-            code says what those hold.
+            by gathering their rows instead of multiplying by the maps; on a CPU as long as these
+            are at most D rows, as more take longer than a map. They do not follow later changes of
+            the stack. Not in an open loop: its codes are taken against streams, and no code says
+            what those hold.
 
     Returns:
         A `Replacement`, whose `counts` tell what was replaced, and `edits` what was edited.

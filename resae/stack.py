@@ -26,10 +26,13 @@ from resae.affine import KINDS, AffinePredictor
 from resae.model import HookedLM, HookPoint, type_name
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE
 from resae.storage import load_json, save_json
-from resae_kernels import TopK, Transported, affine_chain, online_step, transport
+from resae_kernels import ScreenedEncoder, TopK, Transported, affine_chain, online_step, transport
 from resae_kernels.online_step import FEW_TOKENS
 
 FORMAT_VERSION = 1
+FEW_ENTRIES = 2048
+"""N·D up to which a prediction that reads the map for each token is faster than a call of torch's
+product (one core of an Intel Xeon, D = 128 and 768)."""
 Loop = Literal["open", "closed"]
 Activations = Sequence[Tensor] | Mapping[HookPoint, Tensor] | Mapping[str, Tensor]
 """One `[..., D]` per hook point: in the order of the forward pass, or by hook point, as
@@ -250,9 +253,13 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         if few and seen is put_in and isinstance(sae, TopKSAE):  # a boosted one is two encodes
             on_cpu = x.is_cpu and not torch.compiler.is_compiling()
             encoder = sae.screened if on_cpu else None
-            held = sae.encoder if encoder is None else encoder  # the same weight and bias
-            weights = (held.weight, held.bias, sae.config.k, sae.W_dec)
-            if carried is not None and not (on_cpu and _maps_are_faster(N, x.shape[-1], codes)):
+            by_maps = carried is None or (on_cpu and _maps_are_faster(N, x.shape[-1], codes))
+            if encoder is not None and by_maps:
+                step = self._step_at_once(layer, x, seen, sae, encoder)
+                if step is not None:
+                    return step
+            weights = (sae.encoder.weight, sae.encoder.bias, sae.config.k, sae.W_dec)
+            if not by_maps:
                 return online_step(x, *weights, codes=codes, transported=carried, encoder=encoder)
             if x.is_cuda or encoder is not None:
                 base = self.predictor(layer, seen)
@@ -262,6 +269,24 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         if seen is not put_in:
             base = self.predictor(layer, put_in)
         return sae.decode(*code, base=base), code
+
+    def _step_at_once(
+        self,
+        layer: int,
+        x: Tensor,
+        seen: Sequence[Tensor],
+        sae: TopKSAE,
+        encoder: ScreenedEncoder,
+    ) -> tuple[Tensor, TopK] | None:
+        """`online_step`, prediction included, as one call of the compiled library; None: not the
+        way for these tensors."""
+        affine = None
+        if layer and self.chained:
+            affine = self.predictor.one_map(layer, seen)
+            if affine is None or x.numel() > FEW_ENTRIES:
+                return None
+        step = encoder.online_step(x, sae.config.k, sae.b_dec, None, sae.W_dec, affine)
+        return None if step is None else (step[0], TopK(step[1], step[2]))
 
     def transported(
         self, max_bytes: int, *, vectors: Sequence[Tensor] | None = None

@@ -12,7 +12,7 @@ from resae.affine import KINDS
 from resae.data import capture_tokens
 from resae.sae import BoostedSAE, SAEConfig
 from resae.stack import new_stack
-from resae_kernels import reference
+from resae_kernels import native, reference
 
 
 @pytest.fixture(scope="module")
@@ -373,3 +373,44 @@ def test_cheap_maps_are_a_chain_of_their_dense_ones(lm, xs, tmp_path, form):
         x_hat, _ = stack.step(2, few[2], past, past, codes=codes[:2], carried=carried)
     plain, _ = stack.step(2, few[2], past, past)
     torch.testing.assert_close(x_hat, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("kind", ["none", "identity", "previous", "all_previous"])
+@pytest.mark.parametrize("tokens", [(1, 1), (3, 1), (16, 1), (2, 20)])
+def test_a_layer_of_few_tokens_on_a_cpu_is_one_compiled_call(kind, tokens, monkeypatch):
+    """Prediction, code and reconstruction, against float64; sizes that are screened."""
+    D, L = 192, 3
+    sources = [layer if kind == "all_previous" else 1 for layer in range(1, L)]
+    maps = [torch.randn(s * D, D) / (s * D) ** 0.5 for s in sources]
+    c = [torch.randn(D) for _ in maps]
+    if kind == "identity":
+        maps = [torch.eye(D) for _ in maps]
+    predictor = AffinePredictor(kind) if kind == "none" else AffinePredictor(kind, maps, c)
+    stack = new_stack(tiny.NAMES, predictor, d_in=D, d_sae=1024, k=[8] * L)
+    for sae in stack.saes:
+        sae.b_dec.data.normal_()
+    stack.eval().requires_grad_(False)
+    xs = [torch.randn(*tokens, D) for _ in range(L)]
+    steps = []
+    compiled = native.online_step
+    monkeypatch.setattr(native, "online_step", lambda *a: steps.append(a[3]) or compiled(*a))
+    exact = [x.double() for x in xs]
+    wide = copy.deepcopy(stack).double()
+    with torch.no_grad():
+        for _ in range(2):  # the first pass makes the copies
+            steps.clear()
+            x_hats = []
+            for layer, x in enumerate(xs):
+                x_hat, code = stack.step(layer, x, x_hats, x_hats)
+                x_hats.append(x_hat)
+                assert code.indices.shape == (*tokens, 8)
+        expected = wide(exact, loop="closed")
+    for ours, theirs in zip(x_hats, expected.x_hats, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=2e-4, rtol=1e-4)
+    N = tokens[0] * tokens[1]
+    assert len(steps) == (L if N <= 16 else 0)
+    inside = kind in ("identity", "previous") and N * D <= 2048
+    by_map = [affine is not None for affine in steps]
+    one_source = [False, kind == "all_previous" and N * D <= 2048, False]
+    assert by_map == ([False, True, True] if inside else one_source)[: len(steps)]
