@@ -502,6 +502,7 @@ def main() -> int:
         "model and an autoencoder trained on them; or a folder that bench/real.py has written",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the cases, in place of their own")
+    parser.add_argument("--hot", action="store_true", help="no calls with a cold cache")
     parser.add_argument("--providers", nargs="+", help="these, and ours; default: all")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--compile", action="store_true", help="also the compiled reference")
@@ -534,6 +535,7 @@ def main() -> int:
             rounds=options.rounds,
             peers=peers,
             only=options.providers,
+            hot_only=options.hot,
             inputs=make(case, device),
         )
     facts = {

@@ -470,6 +470,7 @@ def profile(
     rounds: int = 20,
     peers: Mapping[str, Peer] | None = None,
     only: Sequence[str] | None = None,
+    hot_only: bool = False,
     inputs: Inputs | None = None,
 ) -> list[dict[str, Any]]:
     """Check and time every provider of a case; one flat row per provider and cache state.
@@ -478,6 +479,7 @@ def profile(
         rounds: calls per provider and cache state; fewer, but `LEAST_ROUNDS`, once the case has
             taken `CASE_SECONDS`.
         only: names of providers beside "resae"; None: all.
+        hot_only: no calls with a cold cache.
         inputs: in place of those of `make_inputs`.
 
     Raises:
@@ -491,7 +493,9 @@ def profile(
         if name != PRODUCT:
             check(case, inputs, name, call())
     peaks = {name: clock.peak_bytes(call) for name, call in calls.items()}
-    times: dict[tuple[str, bool], list[float]] = {(n, c): [] for n in calls for c in (False, True)}
+    times: dict[tuple[str, bool], list[float]] = {
+        (name, cold): [] for name in calls for cold in ((False,) if hot_only else (False, True))
+    }
     began = time.perf_counter()
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() - began > CASE_SECONDS:

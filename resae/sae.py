@@ -20,6 +20,8 @@ from resae.storage import load_json, load_tensors, save_json, save_tensors
 from resae_kernels import ScreenedEncoder, TopK, sparse_decode, topk_encode
 
 InputKind = Literal["activation", "affine_residual"]
+Screening = Literal["statistical", "certain"]
+SCREENINGS = ("statistical", "certain", None)
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,18 @@ class SAEConfig:
     input_kind: InputKind = "activation"
     """`activation`: x itself; `affine_residual`: x minus a prediction, which `encode` then needs. A
     `ReSAE` sets it."""
+    screening: Screening | None = "statistical"
+    """How latents are ruled out by an 8-bit product when encoding on a CPU, before the rest are
+    scored in float32. `statistical`: a latent of the TopK is missed with probability below 1e-12
+    per row (proof: `resae_kernels.screened_encode`); `certain`: never, at more candidates; None: no
+    screening, the whole float32 product."""
 
     def __post_init__(self) -> None:
+        if self.screening not in SCREENINGS:
+            raise ValueError(
+                f"SAEConfig: screening={self.screening!r}, expected 'statistical', 'certain' or "
+                f"None"
+            )
         for name in ("d_in", "d_sae", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SAEConfig: {name}={getattr(self, name)}, expected at least 1")
@@ -66,10 +78,8 @@ class TopKSAE(nn.Module):
 
     On a CPU codes come from a `ScreenedEncoder`: without gradients from a copy of the weight that
     is made at the first call (a quarter more memory), in training from one made for each large
-    batch. `screening` is its margin, "statistical" or "certain"; None: always the float32 product.
+    batch. `config.screening` chooses its margin.
     """
-
-    screening: str | None = "statistical"
 
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__()
@@ -118,6 +128,15 @@ class TopKSAE(nn.Module):
                 return screened.encode(x, k, sorted=sorted, **offsets)
         weight, bias = self.encoder.weight, self.encoder.bias
         return topk_encode(x, weight, bias, k, sorted=sorted, **offsets)
+
+    @property
+    def screening(self) -> Screening | None:
+        """`config.screening`; may be set."""
+        return self.config.screening
+
+    @screening.setter
+    def screening(self, screening: Screening | None) -> None:
+        self.config = replace(self.config, screening=screening)
 
     @property
     def screened(self) -> ScreenedEncoder | None:
@@ -230,6 +249,7 @@ class TopKSAE(nn.Module):
                     **metadata,
                     "prefix_gain": self.config.prefix_gain,
                     "input_kind": self.config.input_kind,
+                    "screening": self.config.screening,
                 },
             },
         )
@@ -260,8 +280,9 @@ class TopKSAE(nn.Module):
             )
         d_sae = cfg.get("num_latents") or cfg["d_in"] * cfg.get("expansion_factor", 0)
         metadata = cfg.get("metadata") or {}
-        gain, kind = metadata.get("prefix_gain", 0.0), metadata.get("input_kind", "activation")
-        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], gain, kind))
+        known = ("prefix_gain", "input_kind", "screening")
+        options = {name: metadata[name] for name in known if name in metadata}
+        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], **options))
         tensors = load_tensors(folder / "sae.safetensors", "SAE")
         expected = {name: list(t.shape) for name, t in sae.state_dict().items()}
         found = {name: list(t.shape) for name, t in tensors.items()}
@@ -309,7 +330,11 @@ class BoostedSAE(nn.Module):
         self.register_buffer("threshold", boost.b_dec.new_tensor(threshold))
         ours, its = boost.config, base.config
         self.config = SAEConfig(
-            ours.d_in, its.d_sae + ours.d_sae, its.k + ours.k, input_kind=its.input_kind
+            ours.d_in,
+            its.d_sae + ours.d_sae,
+            its.k + ours.k,
+            input_kind=its.input_kind,
+            screening=its.screening,
         )
         boost.set_input_kind(its.input_kind)
 

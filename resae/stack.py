@@ -378,6 +378,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             f"Layers {', '.join(self.hook_points)}; {self.sae(0).config.d_sae} latents per layer, "
             f"k = {k}; affine predictor `{self.predictor.kind}`, {self.predictor.form} (ReSAE, "
             "arXiv 2605.27819).\n\n"
+            f"{_screening_on_card(self.sae(0).config.screening)}\n\n"
             "```python\nfrom resae import ReSAE\n\n"
             'stack = ReSAE.from_pretrained("<this repository>")\n```\n'
         )
@@ -513,6 +514,19 @@ def _maps_are_faster(N: int, D: int, codes: Sequence[TopK]) -> bool:
     """Than gathering the carried rows of N tokens, on a CPU: the maps are read once for all of
     them."""
     return N * sum(code.acts.shape[-1] for code in codes) > D
+
+
+def _screening_on_card(screening: str | None) -> str:
+    if screening is None:
+        return "On a CPU all latents are scored in float32."
+    bound = {
+        "statistical": "a latent of the TopK is missed with probability below 1e-12 per row",
+        "certain": "no latent of the TopK can be missed",
+    }[screening]
+    return (
+        f"On a CPU an 8-bit product rules out most latents before the rest are scored exactly; "
+        f"{bound} (`screening={screening}` in cfg.json)."
+    )
 
 
 def _require_types(hook_points: Any, predictor: Any, saes: Any) -> None:

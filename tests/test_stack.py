@@ -167,6 +167,7 @@ def test_model_card_says_what_it_is(lm, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "library_name: resae" in card
     assert "blocks.1.hook_resid_post" in card
+    assert "probability below 1e-12 per row" in card
     assert "license" not in card  # of the weights: for their owner to choose
     assert not (tmp_path / "config.json").exists()
 
