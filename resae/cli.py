@@ -2,7 +2,11 @@
 tune`.
 
 Only this file prints. Bad input ends in one line, what was wrong and what to do, and exit code 2.
+Arguments are read without torch: each function imports what it needs of it, so that `--help` and a
+mistyped option answer at once.
 """
+
+from __future__ import annotations
 
 import argparse
 import logging
@@ -15,54 +19,25 @@ from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from resae.activation_cache import ActivationCache
-from resae.affine import FORMS, KINDS, Moments, r2_per_layer, routing_shares
-from resae.data import (
-    MODEL_ROWS,
-    ActivationBatches,
-    ModelActivations,
-    TokenRows,
-    capture_tokens,
-    in_order,
-    train_and_held_out,
-)
-from resae.demo import EXTRA_METHODS, DemoConfig, run_demo
-from resae.distributed import ALONE, WAYS, Ranks
+from resae.choices import DTYPES, FORMS, KINDS, OPS, WAYS
 from resae.environment import environment, keep_freed_memory
-from resae.evaluate import (
-    Method,
-    delta_ce,
-    edit_effects,
-    evaluate,
-    forward_passes,
-    method_name,
-    predictor_name,
-)
-from resae.intervene import Interventions, StrongestLatents
-from resae.model import HookedLM, HookPoint
-from resae.plan import Device, ModelSizes, plan
-from resae.profile import OPS, Case, Clock, measure_roofs, profile, table, trace
-from resae.replace import Generated, generate
-from resae.report import LABELS, whole_selection, write_report
-from resae.stack import AffineOnly, Loop, ModelIdentity, ReSAE
-from resae.storage import load_json, save_json
-from resae.train import (
-    Calibration,
-    Progress,
-    TrainConfig,
-    boost_calibration,
-    calibrate,
-    sum_moments,
-    train,
-)
-from resae.tune import tiles_in_force, tune
-from resae_kernels import _launch
+from resae.recipes import EXTRA_METHODS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+    from resae.activation_cache import ActivationCache
+    from resae.affine import Moments
+    from resae.data import TokenRows
+    from resae.distributed import Ranks
+    from resae.intervene import Interventions, StrongestLatents
+    from resae.model import HookedLM, HookPoint
+    from resae.replace import Generated
+    from resae.stack import Loop, ReSAE
+    from resae.train import Calibration, Progress, TrainConfig
+
 HELD_OUT_DEFAULTS: dict[str, Any] = {
     "data": None,
     "text_column": "text",
@@ -146,9 +121,13 @@ def _peaks(text: str) -> tuple[float, float]:
 
 
 def _load_model(options: argparse.Namespace, name: str) -> HookedLM:
+    import torch
+
+    from resae.model import HookedLM
+
     _quiet_libraries()
     device = getattr(options, "model_device", None) or options.device
-    return HookedLM.from_pretrained(name, dtype=DTYPES[options.dtype], device=device)
+    return HookedLM.from_pretrained(name, dtype=getattr(torch, options.dtype), device=device)
 
 
 def _quiet_libraries() -> None:
@@ -163,6 +142,8 @@ def _quiet_libraries() -> None:
 
 
 def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRows]:
+    from resae.data import train_and_held_out
+
     return train_and_held_out(
         options.data,
         lm,
@@ -177,6 +158,8 @@ def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRo
 def _captured(
     lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]
 ) -> Iterator[list[torch.Tensor]]:
+    from resae.data import MODEL_ROWS, capture_tokens
+
     return (capture_tokens(lm, ids, points) for ids in rows.batches(MODEL_ROWS))
 
 
@@ -188,6 +171,8 @@ def _moments(
     display: Display,
     ranks: Ranks,
 ) -> Moments:
+    from resae.train import sum_moments
+
     def shown() -> Iterator[Sequence[torch.Tensor]]:
         done = 0
         for xs in batches:
@@ -220,11 +205,16 @@ def _calibrate(
     unseen: Iterable[Sequence[torch.Tensor]],
     config: TrainConfig,
     display: Display,
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
 ) -> tuple[Calibration, list[dict[str, Any]]]:
     """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
     beside the identity's; of a hop that several layers are sources of, also their shares. There
     are none without a predictor (nothing held out is read then) or where `unseen` is empty."""
+    from resae.affine import r2_per_layer, routing_shares
+    from resae.evaluate import predictor_name
+    from resae.report import LABELS
+    from resae.train import calibrate
+
     moments = _moments(lm, points, batches, config, display, ranks)
     form: dict[str, Any] = {"form": config.form, "rank": config.rank}
     calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
@@ -260,11 +250,14 @@ def _stored(
     rows: TokenRows,
     part: str,
     display: Display,
+    ranks: Ranks,
     tokens: int = 0,
-    ranks: Ranks = ALONE,
 ) -> ActivationCache | None:
     """The activation cache of one part of the text, if --cache asks for one; of several ranks each
     has one of its own share, which no other number of ranks can read."""
+    from resae.activation_cache import ActivationCache
+    from resae.data import ModelActivations
+
     if options.cache is None:
         return None
     folder = Path(options.cache)
@@ -297,6 +290,8 @@ def _stored(
 def _train_config(
     options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint], base: ReSAE | None
 ) -> TrainConfig:
+    from resae.train import TrainConfig
+
     k = options.k
     chosen = {
         f.name: getattr(options, f.name)
@@ -331,6 +326,11 @@ def _run_record(options: argparse.Namespace, config: TrainConfig, affine: Any) -
 
 
 def _demo(options: argparse.Namespace) -> int:
+    import torch
+
+    from resae.demo import DemoConfig, run_demo
+    from resae.report import write_report
+
     if not find_spec("matplotlib"):
         raise ModuleNotFoundError('the demo draws figures; pip install "resae[plots]"')
     out = Path(options.out)
@@ -365,6 +365,10 @@ def _demo_sizes(options: argparse.Namespace) -> dict[str, int]:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    from resae.distributed import ALONE
+    from resae.storage import save_json
+    from resae.train import TrainConfig
+
     display = Display()
     lm = _load_model(options, options.model)
     points = lm.hook_points(options.layers)
@@ -384,7 +388,7 @@ def _fit(options: argparse.Namespace) -> int:
     )
     rows, held_out = _data(options, lm)
     batches, unseen = _captured(lm, rows, points), _captured(lm, held_out, points)
-    calibration, affine = _calibrate(lm, points, batches, unseen, config, display)
+    calibration, affine = _calibrate(lm, points, batches, unseen, config, display, ALONE)
     calibration.save(out / "calibration.safetensors")
     record = _run_record(options, config, affine)
     del record["train"]
@@ -396,6 +400,13 @@ def _fit(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     if options.plan:
         return _plan(options)
+    from resae.data import MODEL_ROWS, ActivationBatches, ModelActivations, in_order
+    from resae.distributed import ALONE, Ranks
+    from resae.evaluate import delta_ce
+    from resae.stack import ModelIdentity
+    from resae.storage import load_json, save_json
+    from resae.train import Calibration, boost_calibration, train
+
     _require_followers(options)
     ranks, options.device = Ranks.launched(options.parallel, options.device)
     display = Display(silent=ranks.rank > 0)
@@ -423,7 +434,7 @@ def _train(options: argparse.Namespace) -> int:
         )
     config = _train_config(options, lm, points, base)
     rows, held_out = _data(options, lm)
-    stored = _stored(options, lm, points, rows, "train", display, config.train_tokens, ranks=ranks)
+    stored = _stored(options, lm, points, rows, "train", display, ranks, config.train_tokens)
     source = ActivationBatches(
         lm,
         rows,
@@ -446,7 +457,7 @@ def _train(options: argparse.Namespace) -> int:
         if base is None:
             hop_batches: Iterable[list[torch.Tensor]] = []
             if ranks.rank == 0:  # who writes down what comes of it
-                kept = _stored(options, lm, points, held_out, "held_out", display)
+                kept = _stored(options, lm, points, held_out, "held_out", display, ALONE)
                 hop_batches = in_order(kept or ModelActivations(lm, held_out, points))
             calibration, affine = _calibrate(
                 lm, points, batches, hop_batches, config, display, ranks
@@ -497,6 +508,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    from resae.data import MODEL_ROWS
+    from resae.distributed import Ranks
+    from resae.model import HookedLM
+    from resae.plan import Device, ModelSizes, plan
+
     _quiet_libraries()
     lm = HookedLM.described(options.model)
     if options.boost is not None or not options.layers:
@@ -507,13 +525,13 @@ def _plan(options: argparse.Namespace) -> int:
         product, bandwidth = options.plan_device
         name = f"{product:.3g} FLOP/s, {bandwidth:.3g} B/s"
         device = Device(name, product, product, product, bandwidth)
-    cached = DTYPES[options.cache_dtype or options.dtype] if options.cache else None
+    cached = getattr(torch, options.cache_dtype or options.dtype) if options.cache else None
     estimate = plan(
         config,
         ModelSizes.of(lm, config.layers, options.context_tokens),
         device=replace(device, utilisation=options.plan_utilisation),
         ranks=Ranks(0, options.plan_ranks, options.parallel),
-        model_dtype=DTYPES[options.dtype],
+        model_dtype=getattr(torch, options.dtype),
         context_tokens=options.context_tokens,
         model_rows=MODEL_ROWS,
         keep_checkpoints=options.keep_checkpoints,
@@ -538,6 +556,8 @@ def _followers(
     options: argparse.Namespace, config: TrainConfig, out: Path, until_done: ExitStack
 ) -> list[Callable[[Progress], None]]:
     """What else shall hear of the progress: TensorBoard, Weights & Biases."""
+    from resae.storage import load_json, save_json
+
     followers: list[Callable[[Progress], None]] = []
     if options.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -612,7 +632,7 @@ class _Interruptible:
     def asked(self) -> bool:
         return self._asked
 
-    def __enter__(self) -> "_Interruptible":
+    def __enter__(self) -> _Interruptible:
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -628,6 +648,9 @@ class _Interruptible:
 
 def _open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
     """The record and the stack of a finished run."""
+    from resae.stack import ReSAE
+    from resae.storage import load_json
+
     if not (folder / "run.json").exists() and not (folder / "resae.json").exists():
         raise FileNotFoundError(f"{folder} is not a run directory; make one with `resae train`")
     if not (folder / "resae.json").exists():
@@ -649,6 +672,12 @@ def _model_of(options: argparse.Namespace, record: dict[str, Any], stack: ReSAE)
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from resae.data import MODEL_ROWS
+    from resae.evaluate import Method, evaluate, forward_passes, method_name
+    from resae.report import whole_selection
+    from resae.stack import AffineOnly
+    from resae.storage import save_json
+
     display = Display()
     runs = [
         (Path(folder), *_open_run(Path(folder), options.device))
@@ -739,6 +768,9 @@ def _print_table(display: Display, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    from resae.intervene import Interventions, StrongestLatents
+    from resae.replace import generate
+
     display = Display()
     folder = Path(options.run_directory)
     record, stack = _open_run(folder, options.device)
@@ -791,6 +823,10 @@ def _print_effects(
     loop: Loop,
 ) -> None:
     """What the edits did to later layers in the text just written, beside what was predicted."""
+    import torch
+
+    from resae.evaluate import edit_effects
+
     ids = torch.tensor([written.ids])
     prompt = len(written.ids) - written.tokens
     for row in edit_effects(lm, stack, ids, asked, prompt_tokens=prompt, loop=loop):
@@ -817,11 +853,17 @@ def _print_latents(
 
 
 def _report(options: argparse.Namespace) -> int:
+    from resae.report import write_report
+
     print(write_report(Path(options.run_directory)))
     return 0
 
 
 def _profile(options: argparse.Namespace) -> int:
+    import torch
+
+    from resae.profile import Case, Clock, measure_roofs, profile, table, trace
+
     device = torch.device(options.device)
     tokens = options.tokens
     if tokens is None:
@@ -853,6 +895,11 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from resae.tune import tiles_in_force, tune
+    from resae_kernels import _launch
+
     device = torch.device(options.device)
     if options.show:
         print(tiles_in_force(device if torch.cuda.is_available() else torch.device("cpu")))
@@ -994,7 +1041,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--cache-dtype",
-        choices=tuple(DTYPES),
+        choices=DTYPES,
         help="of the activations kept (default: as the model computes them); bfloat16 halves the "
         "disk of a float32 model and rounds every number to 8 bits, a relative error of 1/512",
     )
@@ -1162,7 +1209,7 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
 def _add_machine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="where to run: cpu, cuda, cuda:1")
     command.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="float32", help="of weights and activations"
+        "--dtype", choices=DTYPES, default="float32", help="of weights and activations"
     )
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from resae.assets import TINY_PYTHIA
 
@@ -126,6 +125,8 @@ class HookedLM:
         spread = device == "auto"
         if spread and not find_spec("accelerate"):
             raise ModuleNotFoundError('device "auto" needs accelerate; pip install accelerate')
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
@@ -149,6 +150,8 @@ class HookedLM:
         Raises:
             FileNotFoundError: no such config, neither local nor on the hub.
         """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
@@ -318,7 +321,6 @@ class HookedLM:
         with torch.no_grad():
             return self.model(input_ids=input_ids, use_cache=False, **kwargs).logits
 
-    @torch.compiler.disable(reason="capture stops the pass half-way, which no graph can")
     def capture(
         self, input_ids: Tensor, points: Sequence[HookPoint], **kwargs: Any
     ) -> dict[HookPoint, Tensor]:
@@ -326,6 +328,16 @@ class HookedLM:
 
         A compiled model runs uncompiled here.
         """
+        reason = "capture stops the pass half-way, which no graph can"
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=reason)
+        # Decorated at the call: decorating the method would load the compiler at every import.
+        untraced = torch.compiler.disable(self._capture, reason=reason)
+        return untraced(input_ids, points, kwargs)  # pyright: ignore[reportCallIssue]
+
+    def _capture(
+        self, input_ids: Tensor, points: Sequence[HookPoint], kwargs: dict[str, Any]
+    ) -> dict[HookPoint, Tensor]:
         captured: dict[HookPoint, Tensor] = {}
         last = max(points)
 

@@ -21,7 +21,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
-from resae.affine import KINDS, AffinePredictor
+from resae.affine import AffinePredictor
+from resae.choices import KINDS
 from resae.model import HookedLM
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE
 from resae.storage import load_json, save_json

@@ -29,7 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from resae.affine import KINDS, AffinePredictor, Moments, check_form, fit_predictor
+from resae.affine import AffinePredictor, Moments, check_form, fit_predictor
+from resae.choices import KINDS
 from resae.data import ActivationSource, Position
 from resae.distributed import ALONE, Ranks
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE, Total, auxk_loss, in_one_piece

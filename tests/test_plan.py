@@ -136,7 +136,7 @@ def test_what_scales_with_ranks_and_what_does_not(lm):
 def test_plan_needs_a_config_and_nothing_else(name, weights, tmp_path, capsys, monkeypatch):
     CONFIGS[name].save_pretrained(tmp_path / name)
     monkeypatch.setattr(HookedLM, "from_pretrained", None)
-    monkeypatch.setattr("resae.cli.train_and_held_out", None)
+    monkeypatch.setattr("resae.data.train_and_held_out", None)
     arguments = ["train", str(tmp_path / name), "no-data", "--layers", "0,6,12,18", "--k", "64"]
     arguments += ["--d-sae", "65536", "--train-tokens", "500000000", "--batch-tokens", "8192"]
     out = ["--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--autocast", "--plan"]
