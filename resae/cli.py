@@ -135,15 +135,16 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    if find_spec("datasets"):
-        import datasets
-
-        datasets.disable_progress_bars()
 
 
 def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRows]:
     from resae.data import train_and_held_out
+    from resae.model import EMBEDDED
 
+    if options.data != EMBEDDED:
+        import datasets
+
+        datasets.disable_progress_bars()
     return train_and_held_out(
         options.data,
         lm,
@@ -177,23 +178,23 @@ def _moments(
         done = 0
         for xs in batches:
             done += len(xs[0])
-            share = min(1.0, done * ranks.size / config.calibration_tokens)
-            display.show(f"affine maps: {share:4.0%} of {config.calibration_tokens:,} tokens")
+            share = min(1.0, done * ranks.size / config.moment_tokens)
+            display.show(f"affine maps: {share:4.0%} of {config.moment_tokens:,} tokens")
             yield xs
 
     # The identity needs no products of activations, so its moments are in everyone's.
     moments = sum_moments(
         config.predictor,
         shown(),
-        tokens=-(-config.calibration_tokens // ranks.size),
+        tokens=-(-config.moment_tokens // ranks.size),
         d_in=lm.d_model,
         n_layers=len(points),
     )
     ranks.add_up_(moments)
-    if moments.count < config.calibration_tokens:
+    if moments.count < config.moment_tokens:
         display.say(
             f"affine maps: the data has {moments.count:,} tokens, fewer than the "
-            f"{config.calibration_tokens:,} asked for"
+            f"{config.moment_tokens:,} asked for"
         )
     return moments
 
@@ -400,6 +401,8 @@ def _fit(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     if options.plan:
         return _plan(options)
+    import torch
+
     from resae.data import MODEL_ROWS, ActivationBatches, ModelActivations, in_order
     from resae.distributed import ALONE, Ranks
     from resae.evaluate import delta_ce
@@ -441,6 +444,7 @@ def _train(options: argparse.Namespace) -> int:
         points,
         batch_tokens=config.batch_tokens,
         buffer_tokens=config.buffer_tokens,
+        buffer_dtype=getattr(torch, config.buffer_dtype),
         total_tokens=config.train_tokens,
         seed=config.seed,
         device=options.device,
@@ -453,17 +457,18 @@ def _train(options: argparse.Namespace) -> int:
         _require_same_run(load_json(out / "run.json", "run"), options, config, out)
         calibration = Calibration.load(calibrated, config.predictor)
     else:
-        batches = source.in_order()
+        # Nothing here may hold on to `source.in_order()`: it would keep the first buffer in memory
+        # for the whole training.
         if base is None:
             hop_batches: Iterable[list[torch.Tensor]] = []
             if ranks.rank == 0:  # who writes down what comes of it
                 kept = _stored(options, lm, points, held_out, "held_out", display, ALONE)
                 hop_batches = in_order(kept or ModelActivations(lm, held_out, points))
             calibration, affine = _calibrate(
-                lm, points, batches, hop_batches, config, display, ranks
+                lm, points, source.in_order(), hop_batches, config, display, ranks
             )
         else:
-            moments = _moments(lm, points, batches, config, display, ranks)
+            moments = _moments(lm, points, source.in_order(), config, display, ranks)
             calibration, affine = boost_calibration(base, moments), []
         if ranks.rank == 0:
             save_json(out / "run.json", _run_record(options, config, affine))
@@ -1016,6 +1021,13 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--batch-tokens", type=int, default=1_024, help="tokens per step")
     training.add_argument(
         "--buffer-tokens", type=int, default=65_536, help="activations shuffled together"
+    )
+    training.add_argument(
+        "--buffer-dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="in which they wait there; bfloat16 rounds each entry to 8 bits, a relative error of "
+        "at most 1/512, in half the memory of float32",
     )
     training.add_argument("--lr", type=float, help="of Adam (default: 8e-3 · sqrt(512 / d_sae))")
     training.add_argument(

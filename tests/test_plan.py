@@ -78,7 +78,8 @@ def test_memory_of_weights_moments_checkpoints_and_buffer_is_exact(lm, xs, tmp_p
     assert estimate.host_memory["checkpoint"] == held
     rows = TokenRows(["The cat sat. " * 900], lm.tokenizer, 24)
     points = lm.hook_points(tiny.LAYERS)
-    source = ActivationBatches(lm, rows, points, batch_tokens=64, buffer_tokens=300)
+    settings = {"batch_tokens": 64, "buffer_tokens": 300, "buffer_dtype": torch.bfloat16}
+    source = ActivationBatches(lm, rows, points, **settings)
     held = source._fill(source.activations.reader(0), Position()).xs
     estimate = plan(config_of(buffer_tokens=300), sizes(lm))
     assert estimate.device_memory["buffer"] == sum(x.nbytes for x in held)
