@@ -20,18 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from resae.choices import FORMS, KINDS
 from resae.metrics import VarianceUnexplained
 from resae.storage import load_tensors, save_tensors
 from resae_kernels.reference import accumulation_dtype
-
-KINDS = ("none", "identity", "previous", "all_previous")
-FORMS = {
-    "full": ("A",),
-    "scalar": ("alpha",),
-    "diagonal": ("diagonal",),
-    "low_rank": ("U", "V", "skip"),
-}
-"""Form of the maps → what is stored of each."""
 
 
 def sources_of(kind: str, layer: int) -> range:

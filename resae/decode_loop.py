@@ -17,14 +17,15 @@ are read on the way are handed over between two steps, by functions that run out
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import StaticLayer
 
 from resae.model import HookedLM
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 LOOK_EVERY = 16
 """Tokens between two looks at whether every row has ended: a look waits for a GPU."""
@@ -175,7 +176,10 @@ class DecodeLoop:
                 raise ValueError("DecodeLoop: padding on the right; pad prompts on the left")
         return B, T
 
-    def _empty_cache(self, rows: int) -> Cache:
+    def _empty_cache(self, rows: int) -> "Cache":
+        from transformers import Cache
+        from transformers.cache_utils import StaticLayer
+
         if self._cache is None or rows != self._rows:
             # Layers with a sliding window are held whole too, and the mask does the window: their
             # own cache counts its tokens in Python, and a graph would be captured for each count.
@@ -198,7 +202,7 @@ class DecodeLoop:
         return logits
 
     def _forward(
-        self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache
+        self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: "Cache"
     ) -> Tensor:
         """`[B, V]`, logits after the last of `input_ids [B, t]`."""
         out = self.lm.model(

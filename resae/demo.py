@@ -27,6 +27,7 @@ from resae.environment import environment
 from resae.evaluate import Method, collapse_difference, evaluate
 from resae.findings import extra_findings, findings
 from resae.model import EMBEDDED, HookedLM, HookPoint
+from resae.recipes import EXTRA_METHODS, EXTRA_RECIPES, RECIPES, Recipe
 from resae.replace import generate
 from resae.sae import BoostedSAE
 from resae.stack import AffineOnly, ModelIdentity, ReSAE
@@ -89,39 +90,6 @@ class DemoConfig:
             )
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How one compared method is trained."""
-
-    name: str
-    predictor: str
-    k_grows: bool = False
-    """Layer l gets (l+1)·k active latents: as many as a ReSAE reconstruction there is made of."""
-    loop: str = "open"
-    form: str = "full"
-    shared: bool = False
-    nested: bool = False
-    """One stack, of the largest k, trained over prefixes and evaluated at every k."""
-    one_k: bool = False
-    """Trained at the middle k alone."""
-
-
-RECIPES = (
-    _Recipe("raw", "none"),
-    _Recipe("raw_equal_total", "none", k_grows=True),
-    _Recipe("identity", "identity"),
-    _Recipe("resae", "previous"),
-)
-EXTRA_RECIPES = (
-    _Recipe("resae_closed", "previous", loop="closed"),
-    _Recipe("all_previous", "all_previous"),
-    _Recipe("all_previous_scalar", "all_previous", form="scalar", one_k=True),
-    _Recipe("all_previous_diagonal", "all_previous", form="diagonal", one_k=True),
-    _Recipe("all_previous_low_rank", "all_previous", form="low_rank", one_k=True),
-    _Recipe("mlsae", "none", shared=True),
-    _Recipe("hierarchical", "none", nested=True),
-)
-EXTRA_METHODS = (*(recipe.name for recipe in EXTRA_RECIPES), "boost")
 LOW_RANK = 16
 """The low-rank maps have a sixteenth of the width as rank."""
 NESTED_LR = 1.6e-2
@@ -285,11 +253,11 @@ _BOOST_DATA = "capture activations of one domain and the rest"
 _BOOST_BASE, _BOOST_TRAIN = "train on the rest", "boost on the domain"
 
 
-def _training_stage(recipe: _Recipe, k: int) -> str:
+def _training_stage(recipe: Recipe, k: int) -> str:
     return f"train {recipe.name}, k = {k}"
 
 
-def _planned(config: DemoConfig) -> list[tuple[_Recipe, int]]:
+def _planned(config: DemoConfig) -> list[tuple[Recipe, int]]:
     """What is trained at which k, in order."""
     planned = [(recipe, k) for k in config.k for recipe in RECIPES]
     for recipe in EXTRA_RECIPES:
@@ -335,7 +303,7 @@ def _capture(
 
 
 def _settings(
-    recipe: _Recipe,
+    recipe: Recipe,
     k: int,
     config: DemoConfig,
     names: tuple[str, ...],
@@ -366,7 +334,7 @@ def _settings(
     )
 
 
-def _calibration(recipe: _Recipe, moments: Moments, settings: TrainConfig) -> Calibration:
+def _calibration(recipe: Recipe, moments: Moments, settings: TrainConfig) -> Calibration:
     form, rank = settings.form, settings.rank
     return calibrate(recipe.predictor, moments, ridge=settings.ridge, form=form, rank=rank)
 
@@ -405,7 +373,7 @@ def _hop_rows(
     lm: HookedLM,
     points: Sequence[HookPoint],
     moments: Moments,
-    predictions: dict[str, _Recipe],
+    predictions: dict[str, Recipe],
     rows: torch.Tensor,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Per method and hop R² on held-out tokens, and of several sources each one's share."""
@@ -451,7 +419,7 @@ def _boost(
 
     plan.stage(_BOOST_BASE)
     k = config.k[-1]
-    recipe = _Recipe("boost_base", "none")
+    recipe = Recipe("boost_base", "none")
     moments = [
         sum_moments(
             "none",

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from resae.assets import TINY_PYTHIA
 
@@ -155,6 +154,8 @@ class HookedLM:
         spread = device == "auto"
         if spread and not find_spec("accelerate"):
             raise ModuleNotFoundError('device "auto" needs accelerate; pip install accelerate')
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
@@ -183,6 +184,8 @@ class HookedLM:
             FileNotFoundError: no such config, neither local nor on the hub.
             ValueError: no tokenizer, or an architecture that is not in `FAMILIES`.
         """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
@@ -353,7 +356,6 @@ class HookedLM:
         with torch.no_grad():
             return self.model(input_ids=input_ids, use_cache=False, **kwargs).logits
 
-    @torch.compiler.disable(reason="capture stops the pass half-way, which no graph can")
     def capture(
         self, input_ids: Tensor, points: Sequence[HookPoint], **kwargs: Any
     ) -> dict[HookPoint, Tensor]:
@@ -362,6 +364,16 @@ class HookedLM:
         A compiled model runs uncompiled here. Passes of other threads go on as they are.
         """
         self.require_context(input_ids.shape[1])
+        reason = "capture stops the pass half-way, which no graph can"
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=reason)
+        # Decorated at the call: decorating the method would load the compiler at every import.
+        untraced = torch.compiler.disable(self._capture, reason=reason)
+        return untraced(input_ids, points, kwargs)  # pyright: ignore[reportCallIssue]
+
+    def _capture(
+        self, input_ids: Tensor, points: Sequence[HookPoint], kwargs: dict[str, Any]
+    ) -> dict[HookPoint, Tensor]:
         captured: dict[HookPoint, Tensor] = {}
         last = max(points)
 
@@ -423,6 +435,8 @@ def _not_found(name: str, error: OSError) -> FileNotFoundError:
 def _tokenizer(path: str, name: str) -> Any:
     """The tokenizer of a model. Of a folder without one transformers makes, depending on the
     family, a tokenizer without words, or an error that names everything but the folder."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)

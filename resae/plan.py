@@ -210,7 +210,8 @@ def plan(
         phases.append(Phase("exchange", T, 0.0, moved, exchange))
     training = sum(phase.seconds for phase in phases[1:])
 
-    buffered = L * D * model_dtype.itemsize * (config.buffer_tokens // N) * (N // R)
+    buffer_dtype: torch.dtype = getattr(torch, config.buffer_dtype)
+    buffered = L * D * buffer_dtype.itemsize * (config.buffer_tokens // N) * (N // R)
     checkpoint = checkpoint_bytes(config, D)
     own = 4 * parameters * dictionaries
     code = held * tokens_here * k * (4 + 8)

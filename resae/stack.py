@@ -22,7 +22,8 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from resae.affine import KINDS, AffinePredictor
+from resae.affine import AffinePredictor
+from resae.choices import KINDS
 from resae.model import HookedLM, HookPoint, type_name
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE
 from resae.storage import load_json, save_json

@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from resae.affine import KINDS, AffinePredictor, Moments, check_form, fit_predictor
+from resae.affine import AffinePredictor, Moments, check_form, fit_predictor
+from resae.choices import DTYPES, KINDS
 from resae.data import ActivationSource, Position
 from resae.distributed import ALONE, Ranks
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE, Total, auxk_loss, in_one_piece
@@ -84,11 +86,14 @@ class TrainConfig:
     """Tokens to train on; the data starts over if it is shorter. A run can be resumed with more:
     see `resumed_config`."""
     calibration_tokens: int = 100_000
-    """Tokens that the affine maps are fitted on."""
+    """Tokens that the affine maps are fitted on; without maps, scales and means are measured on a
+    buffer at most."""
     batch_tokens: int = 1_024
     """Tokens per step."""
     buffer_tokens: int = 65_536
     """Tokens whose activations are shuffled together."""
+    buffer_dtype: str = "bfloat16"
+    """In which they wait there: `bfloat16`, `float16` or `float32`."""
     lr: float | None = None
     """Peak learning rate of Adam; None: 8e-3 · sqrt(512 / d_sae)."""
     warmup_steps: float | None = None
@@ -163,6 +168,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: warmup_steps={self.warmup_steps}, expected at least 0 or None"
             )
+        if self.buffer_dtype not in DTYPES:
+            raise ValueError(
+                f"TrainConfig: buffer_dtype={self.buffer_dtype!r}, expected one of "
+                f"{', '.join(DTYPES)}"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"TrainConfig: clip_norm={self.clip_norm}, expected above 0 or None")
         if not 1 <= self.accumulation_steps <= self.batch_tokens:
@@ -174,6 +184,14 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         return math.ceil(self.train_tokens / self.batch_tokens)
+
+    @property
+    def moment_tokens(self) -> int:
+        """Tokens that maps, scales and means are measured on: without maps a buffer is enough, and
+        no more than are trained on."""
+        if self.predictor == "none":
+            return min(self.calibration_tokens, self.buffer_tokens, self.train_tokens)
+        return self.calibration_tokens
 
     @property
     def peak_lr(self) -> float:
@@ -351,11 +369,11 @@ def stack_loss(
         x_hats.append(x_hat.detach())
         target = x if base is None else x - base
         variance = centred_energy(target, total).to(x.dtype)
-        fvu = (x - x_hat).square().sum() / variance
-        errors = [(x - y).square().sum() / variance for y in partial]
+        fvu = F.mse_loss(x_hat, x, reduction="sum") / variance
+        errors = [F.mse_loss(y, x, reduction="sum") / variance for y in partial]
         error = sum(errors, fvu) / (1 + len(errors))
         k_aux = max(1, x.shape[1] // 2)
-        aux = auxk_loss(sae.trained, x, x - x_hat, its_dead, k_aux, base=base, total=total)
+        aux = auxk_loss(sae.trained, x, x - x_hats[-1], its_dead, k_aux, base=base, total=total)
         loss = loss + error + config.auxk_coefficient * aux
         acts, indices = sae.trained_code(code)
         active = acts > 0

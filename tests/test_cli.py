@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import ExitStack
 from importlib import import_module
 from itertools import islice
@@ -120,7 +121,8 @@ def evaluated(monkeypatch):
         rows.append(torch.cat(list(arguments[2])))
         raise ValueError("enough")
 
-    monkeypatch.setattr("resae.cli.evaluate", evaluate)
+    module = import_module("resae.evaluate")  # resae.evaluate is also the function
+    monkeypatch.setattr(module, "evaluate", evaluate)
     return rows
 
 
@@ -949,3 +951,22 @@ def test_train_takes_the_model_in_bfloat16_and_on_a_device_of_its_own(material, 
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
     assert load_json(tmp_path / "c" / "train" / "cache.json", "cache")["dtype"] == "bfloat16"
     assert ReSAE.load(tmp_path / "run").sae(0).W_dec.dtype == torch.float32
+
+
+def test_the_buffer_of_calibration_is_freed_once_it_is_used_up(material, tmp_path, monkeypatch):
+    """A frame of the command that held on to `source.in_order()` kept it to the end."""
+    alive = []
+
+    def train(_config, source, *_args, **_options):
+        buffer = [weakref.ref(x) for x in source._first.xs]
+        batches = source.batches()
+        for _ in range(source.batches_per_fill + 1):
+            next(batches)
+        alive.append([x() is not None for x in buffer])
+
+    monkeypatch.setattr(training, "train", train)
+    given = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN]
+    sizes = ["--train-tokens", "2048", "--batch-tokens", "64", "--buffer-tokens", "256"]
+    sizes += ["--calibration-tokens", "400", "--d-sae", "64"]
+    assert main([*given, *sizes, "--out", str(tmp_path / "run")]) == 130  # as if it were stopped
+    assert alive == [[False] * 3]

@@ -78,7 +78,8 @@ def test_memory_of_weights_moments_checkpoints_and_buffer_is_exact(lm, xs, tmp_p
     assert estimate.host_memory["checkpoint"] == held
     rows = TokenRows(["The cat sat. " * 900], lm.tokenizer, 24)
     points = lm.hook_points(tiny.LAYERS)
-    source = ActivationBatches(lm, rows, points, batch_tokens=64, buffer_tokens=300)
+    settings = {"batch_tokens": 64, "buffer_tokens": 300, "buffer_dtype": torch.bfloat16}
+    source = ActivationBatches(lm, rows, points, **settings)
     held = source._fill(source.activations.reader(0), Position()).xs
     estimate = plan(config_of(buffer_tokens=300), sizes(lm))
     assert estimate.device_memory["buffer"] == sum(x.nbytes for x in held)
@@ -136,7 +137,7 @@ def test_what_scales_with_ranks_and_what_does_not(lm):
 def test_plan_needs_a_config_and_nothing_else(name, weights, tmp_path, capsys, monkeypatch):
     CONFIGS[name].save_pretrained(tmp_path / name)
     monkeypatch.setattr(HookedLM, "from_pretrained", None)
-    monkeypatch.setattr("resae.cli.train_and_held_out", None)
+    monkeypatch.setattr("resae.data.train_and_held_out", None)
     arguments = ["train", str(tmp_path / name), "no-data", "--layers", "0,6,12,18", "--k", "64"]
     arguments += ["--d-sae", "65536", "--train-tokens", "500000000", "--batch-tokens", "8192"]
     out = ["--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--autocast", "--plan"]
