@@ -30,7 +30,7 @@ from resae.data import (
     in_order,
     train_and_held_out,
 )
-from resae.demo import EXTRA_METHODS, DemoConfig, run_demo
+from resae.demo import EXTRA_METHODS, METHOD_GROUPS, DemoConfig, run_demo
 from resae.distributed import ALONE, WAYS, Ranks
 from resae.environment import environment, keep_freed_memory
 from resae.evaluate import (
@@ -305,7 +305,8 @@ def _train_config(
     }
     chosen["layers"] = tuple(point.name for point in points)
     chosen["k"] = k * len(points) if len(k) == 1 else k
-    chosen["d_sae"] = options.d_sae or options.expansion * lm.d_model
+    M = options.d_sae or (options.expansion * lm.d_model,)
+    chosen["d_sae"] = M[0] if len(M) == 1 else M
     if base is not None:
         maps = base.predictor
         chosen |= {"predictor": maps.kind, "form": maps.form, "rank": maps.rank}
@@ -341,7 +342,8 @@ def _demo(options: argparse.Namespace) -> int:
     # another process is using its core.
     torch.set_num_threads(options.threads)
     display = Display()
-    methods = EXTRA_METHODS if options.methods == ("all",) else options.methods
+    named = (METHOD_GROUPS.get(name, (name,)) for name in options.methods)
+    methods = tuple(dict.fromkeys(chain.from_iterable(named)))
     config = DemoConfig(
         layers=options.layers,
         k=options.k,
@@ -422,6 +424,8 @@ def _train(options: argparse.Namespace) -> int:
             f"--boost: {options.boost} has layers {', '.join(base.hook_points)}; leave --layers out"
         )
     config = _train_config(options, lm, points, base)
+    if config.warning and ranks.rank == 0:
+        logging.warning(config.warning)
     rows, held_out = _data(options, lm)
     stored = _stored(options, lm, points, rows, "train", display, config.train_tokens, ranks=ranks)
     source = ActivationBatches(
@@ -694,7 +698,7 @@ def _eval(options: argparse.Namespace) -> int:
         "model": lm.name,
         "data": options.data,
         "layers": runs[0][2].hook_points,
-        "d_sae": runs[0][2].sae(0).config.d_sae,
+        "d_sae": runs[0][2].d_sae,
         "train_tokens": record.get("train", {}).get("train_tokens", 0),
         "runs": [str(folder) for folder, _, _ in runs],
     }
@@ -902,12 +906,16 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="initial directions and order of the data"
     )
     demo.add_argument("--k", type=_numbers, default=(4, 8, 32), help="active latents, compared")
-    demo.add_argument("--layers", type=_names, default=("1", "3", "5"), help="blocks to replace")
+    demo.add_argument(
+        "--layers", type=_names, default=("1", "3", "5"), help="blocks or hook points"
+    )
     demo.add_argument(
         "--methods",
         type=_names,
         default=(),
-        help=f"further methods, beside raw SAEs, identity residuals and ReSAE: all, or of "
+        help="further methods, beside raw SAEs, identity residuals and ReSAE: all (11 to 15 "
+        "minutes), fair (rows without an advantage for ReSAE, longer training among them), "
+        "elsewhere (other hook points), learning_rates (a grid), or names of "
         f"{', '.join(EXTRA_METHODS)}",
     )
     demo.add_argument("--train-tokens", type=int, help="fewer for a quick look (default: 200000)")
@@ -928,7 +936,10 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--out", required=True, help="the run directory")
     training.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     training.add_argument(
-        "--d-sae", type=int, help="latents per layer (default: expansion × width)"
+        "--d-sae",
+        type=_numbers,
+        help="latents: one number for every layer, or one per layer, for example 512,1024,1536 "
+        "(default: expansion × width)",
     )
     training.add_argument("--expansion", type=int, default=4, help="latents per dimension")
     training.add_argument(
@@ -970,7 +981,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--buffer-tokens", type=int, default=65_536, help="activations shuffled together"
     )
-    training.add_argument("--lr", type=float, help="of Adam (default: 8e-3 · sqrt(512 / d_sae))")
+    training.add_argument(
+        "--lr", type=float, help="of Adam (default: 8e-3 · sqrt(512 / d_sae), by layer)"
+    )
     training.add_argument(
         "--auxk-coefficient", type=float, default=1 / 32, help="weight of the dead-latent loss"
     )
@@ -1131,7 +1144,9 @@ def _add_model_and_data(command: argparse.ArgumentParser, *, layers_required: bo
         "--layers",
         type=_names,
         required=layers_required,
-        help="blocks or hook points, for example 1,3,5",
+        help="blocks (their hook_resid_post), or hook points, for example 1,3,5; at hook_mlp_out "
+        "and hook_attn_out predicting a layer from others gained nothing in the demo, and lost a "
+        "third more than raw SAEs (--predictor none) of equal total latents",
     )
     command.add_argument("--text-column", default="text", help="column that holds the text")
     command.add_argument(
