@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from resae import arguments as types
 from resae.choices import DTYPES, FORMS, KINDS, OPS, WAYS
 from resae.environment import describe_device, environment, find_device, keep_freed_memory
-from resae.recipes import EXTRA_METHODS
+from resae.recipes import EXTRA_METHODS, METHOD_GROUPS
 
 if TYPE_CHECKING:
     import torch
@@ -312,7 +312,8 @@ def _train_config(
     }
     chosen["layers"] = tuple(point.name for point in points)
     chosen["k"] = options.k_per_layer or (options.k,) * len(points)
-    chosen["d_sae"] = options.d_sae or options.expansion * lm.d_model
+    M = options.d_sae or (options.expansion * lm.d_model,)
+    chosen["d_sae"] = M[0] if len(M) == 1 else M
     if base is not None:
         maps = base.predictor
         chosen |= {"predictor": maps.kind, "form": maps.form, "rank": maps.rank}
@@ -378,7 +379,8 @@ def _demo_into(out: Path, options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     display = Display()
     display.say(f"device: {describe_device('cpu')}, where the demo always runs")
-    methods = EXTRA_METHODS if options.methods == ("all",) else options.methods
+    named = (METHOD_GROUPS.get(name, (name,)) for name in options.methods)
+    methods = tuple(dict.fromkeys(chain.from_iterable(named)))
     config = DemoConfig(
         layers=options.layers,
         k=options.k,
@@ -527,6 +529,8 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
             f"--boost: {options.boost} has layers {', '.join(base.hook_points)}; leave --layers out"
         )
     config = _train_config(options, shapes, points, base)
+    if config.warning and ranks.rank == 0:
+        logging.warning(config.warning)
     _require_rank(config, shapes)
     require_divisible(config, ranks)
     began: dict[str, Any] = {}
@@ -584,7 +588,8 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
             calibration, affine = boost_calibration(base, moments), []
         if ranks.rank == 0:
             split = {"held_out_split": "train" if rows.skip else "validation"}
-            settings = {"maps": options.maps, "train": asdict(config.resolved())} | split
+            settings = {"maps": options.maps, "peak_lrs": config.peak_lrs} | split
+            settings["train"] = asdict(config.resolved())
             save_json(out / "run.json", {**_run_record(options, rows, affine), **settings})
             save_held_out(out, held_out, options.context_tokens)
         ranks.meet()  # nobody else writes into a folder that is not begun
@@ -922,7 +927,7 @@ def _eval(options: argparse.Namespace) -> int:
         "model": lm.name,
         "data": options.data,
         "layers": runs[0][2].hook_points,
-        "d_sae": runs[0][2].sae(0).config.d_sae,
+        "d_sae": runs[0][2].d_sae,
         "train_tokens": record.get("train", {}).get("train_tokens", 0),
         "runs": [str(folder) for folder, _, _ in runs],
         "held_out_rows": len(ids),
@@ -1288,7 +1293,9 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         type=types.names,
         default=(),
-        help=f"further methods, beside raw SAEs, identity residuals and ReSAE: all, or of "
+        help="further methods, beside raw SAEs, identity residuals and ReSAE: all (11 to 15 "
+        "minutes), fair (rows without an advantage for ReSAE, longer training among them), "
+        "elsewhere (other hook points), learning_rates (a grid), or names of "
         f"{', '.join(EXTRA_METHODS)}",
     )
     demo.add_argument(
@@ -1325,7 +1332,10 @@ def _parser() -> argparse.ArgumentParser:
         "learning rate fell, as a run of that length would have but for its warm-up",
     )
     training.add_argument(
-        "--d-sae", type=types.whole(1), help="latents per layer (default: expansion × width)"
+        "--d-sae",
+        type=types.numbers,
+        help="latents: one number for every layer, or one per layer, for example 512,1024,1536 "
+        "(default: expansion × width)",
     )
     training.add_argument(
         "--expansion", type=types.whole(1), default=4, help="latents per dimension"
@@ -1389,7 +1399,9 @@ def _parser() -> argparse.ArgumentParser:
         "at most 1/512, in half the memory of float32",
     )
     training.add_argument(
-        "--lr", type=types.real(above=0), help="of Adam (default: 8e-3 · sqrt(512 / d_sae))"
+        "--lr",
+        type=types.real(above=0),
+        help="of Adam (default: 8e-3 · sqrt(512 / d_sae), by layer)",
     )
     training.add_argument(
         "--warmup-steps",
@@ -1621,7 +1633,9 @@ def _add_model_and_data(command: argparse.ArgumentParser, *, layers_required: bo
         "--layers",
         type=types.names,
         required=layers_required,
-        help="blocks or hook points, for example 1,3,5",
+        help="blocks (their hook_resid_post), or hook points, for example 1,3,5; at hook_mlp_out "
+        "and hook_attn_out predicting a layer from others gained nothing in the demo, and lost a "
+        "third more than raw SAEs (--predictor none) of equal total latents",
     )
     command.add_argument(
         "--text-column", type=types.filled, default="text", help="column that holds the text"

@@ -140,6 +140,12 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     def d_in(self) -> int:
         return self.sae(0).config.d_in
 
+    @property
+    def d_sae(self) -> int | tuple[int, ...]:
+        """Latents of every layer, or of each where they differ."""
+        sizes = tuple(self.sae(layer).config.d_sae for layer in range(self.n_layers))
+        return sizes[0] if len(set(sizes)) == 1 else sizes
+
     def sae(self, layer: int) -> TopKSAE | BoostedSAE:
         """The autoencoder of selected layer `layer` (its position in `hook_points`)."""
         module = self.saes[self._of_layer[layer]]
@@ -376,7 +382,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         header = ModelCardData(library_name="resae").to_yaml()
         return ModelCard(
             f"---\n{header}\n---\n\n# TopK autoencoders of {self.n_layers} layers of {model}\n\n"
-            f"Layers {', '.join(self.hook_points)}; {self.sae(0).config.d_sae} latents per layer, "
+            f"Layers {', '.join(self.hook_points)}; {self.d_sae} latents per layer, "
             f"k = {k}; affine predictor `{self.predictor.kind}`, {self.predictor.form} (ReSAE, "
             "arXiv 2605.27819).\n\n"
             f"{_screening_on_card(self.sae(0).config.screening)}\n\n"
@@ -448,17 +454,23 @@ def new_stack(
     predictor: AffinePredictor,
     *,
     d_in: int,
-    d_sae: int,
+    d_sae: int | Sequence[int],
     k: Sequence[int],
     seed: int = 0,
     shared: bool = False,
     prefix_gain: float = 0.0,
     model: ModelIdentity | None = None,
 ) -> ReSAE:
-    """An untrained stack; every layer starts from its own random directions, or all are one."""
+    """An untrained stack; every layer starts from its own random directions, or all are one.
+
+    Args:
+        d_sae: latents, for every layer or one number per layer.
+    """
+    d_saes = [d_sae] * len(k) if isinstance(d_sae, int) else d_sae
+    sizes = list(zip(d_saes, k, strict=True))
     saes = [
-        TopKSAE(SAEConfig(d_in, d_sae, k_l, prefix_gain), seed=seed * 1_000 + layer)
-        for layer, k_l in enumerate(k[:1] if shared else k)
+        TopKSAE(SAEConfig(d_in, M, k_l, prefix_gain), seed=seed * 1_000 + layer)
+        for layer, (M, k_l) in enumerate(sizes[:1] if shared else sizes)
     ]
     return ReSAE(hook_points, predictor, saes * len(k) if shared else saes, model)
 

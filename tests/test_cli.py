@@ -224,6 +224,27 @@ def test_a_run_is_measured_at_lower_k(run, tmp_path):
     assert l0[1] <= 1 < l0[4] <= 4
 
 
+def test_layers_of_different_sizes_at_other_hook_points_with_a_warning(
+    material, tmp_path, capsys, caplog
+):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--layers", "blocks.0.hook_mlp_out,blocks.1.hook_mlp_out", "--out"]
+    arguments += [str(tmp_path / "run")]
+    assert main([*arguments, "--d-sae", "32,96"]) == 0
+    assert ReSAE.load(tmp_path / "run").d_sae == (32, 96)
+    assert "2 autoencoders of (32, 96) latents" in capsys.readouterr().out
+    assert "at hook_mlp_out predicting a layer from others gained nothing" in caplog.text
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["config"]["d_sae"] == [32, 96]
+    caplog.clear()
+    arguments[-1] = str(tmp_path / "raw")
+    assert main([*arguments, "--predictor", "none"]) == 0
+    assert not caplog.text
+    assert main([*arguments, "--d-sae", "32,64,96", "--plan"]) == 2
+    assert "3 d_sae for 2 layers; give one number, or one per layer" in capsys.readouterr().err
+
+
 def test_a_run_is_boosted_on_other_text_and_compared(run, material, tmp_path):
     model, out = str(material / "model"), tmp_path / "boosted"
     (tmp_path / "other.txt").write_text("if (x == NULL) { return -1; }\n" * 900)

@@ -56,7 +56,9 @@ def flops_of(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("changes", [{}, {"predictor": "none", "shared": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"d_sae": (32, 64, 96)}, {"predictor": "none", "shared": True}]
+)
 def test_memory_of_weights_moments_checkpoints_and_buffer_is_exact(lm, xs, tmp_path, changes):
     config = config_of(**changes)
     estimate = plan(config, sizes(lm))
@@ -131,6 +133,15 @@ def test_what_scales_with_ranks_and_what_does_not(lm):
     assert "exchange" not in alone
     fast = plan(config_of(), sizes(lm), device=Device(utilisation=1.0))
     assert fast.tokens_per_second == pytest.approx(2 * one.tokens_per_second)
+
+
+def test_the_rank_with_the_largest_autoencoders_is_planned(lm):
+    config = config_of(d_sae=(32, 64, 96))
+    one, two = (plan(config, sizes(lm), ranks=Ranks(0, n, "layers")) for n in (1, 2))
+    held = [4 * sum(2 * M * 32 + M + 32 for M in Ms) for Ms in ((32, 64, 96), (32, 96))]
+    assert [p.device_memory["autoencoders"] for p in (one, two)] == held
+    assert one.disk["stack"] == two.disk["stack"] == held[0]
+    assert "M = 32 + 64 + 96," in one.table()
 
 
 @pytest.mark.parametrize(("name", "weights"), [("pythia-1.4b", 2.83), ("gemma-2-9b", 18.48)])

@@ -340,6 +340,25 @@ def test_a_shared_dictionary_is_one_through_scaling_and_disk(lm, xs, tmp_path):
         ReSAE.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["previous", "all_previous"])
+def test_dictionaries_of_different_sizes_are_one_chain(lm, xs, tmp_path, kind):
+    stack = tiny.stack(lm, kind, d_sae=(32, 64, 96))
+    assert stack.d_sae == (32, 64, 96)
+    stack.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "resae.json").read_text())["d_sae"] == [32, 64, 96]
+    assert "(32, 64, 96) latents per layer" in (tmp_path / "README.md").read_text()
+    loaded = ReSAE.load(tmp_path)
+    for loop in ("open", "closed"):
+        for a, b in zip(stack(xs, loop=loop).x_hats, loaded(xs, loop=loop).x_hats, strict=True):
+            assert torch.equal(a, b)
+    with torch.no_grad():
+        few = [x[:4] for x in xs]
+        x_hats, codes = stack(few, loop="closed")
+        past, carried = x_hats[:2], stack.transported(1 << 30)
+        x_hat, _ = stack.step(2, few[2], past, past, codes=codes[:2], carried=carried)
+    torch.testing.assert_close(x_hat, x_hats[2], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lower_k_is_chosen_for_the_whole_stack(lm, xs, kind):
     stack = tiny.stack(lm, kind)
