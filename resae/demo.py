@@ -322,10 +322,12 @@ def _comparisons(config: DemoConfig, lm: HookedLM) -> list[_Comparison]:
     """
     chosen = lm.hook_points(config.layers)
     selections = [("", chosen, _planned(config))]
-    for where, points_of in ELSEWHERE.items():
+    for where, site in ELSEWHERE.items():
         if where in config.methods:
             planned = [(recipe, _middle_k(config)) for recipe in RECIPES]
-            selections.append((where, lm.hook_points(points_of(lm, chosen)), planned))
+            blocks = [f"blocks.{point.layer}.{site}" for point in chosen]
+            names = list(map(str, range(lm.n_layers))) if site is None else blocks
+            selections.append((where, lm.hook_points(names), planned))
     comparisons = []
     for where, points, planned in selections:
         names = tuple(point.name for point in points)

@@ -1,13 +1,7 @@
 """The methods that the demo compares: how each is trained."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from resae.model import HookedLM, HookPoint
 
 
 @dataclass(frozen=True)
@@ -96,12 +90,13 @@ LR_RECIPES = tuple(
     for recipe in (*RECIPES, *LARGE_RECIPES)
     for lr in LR_GRID
 )
-ELSEWHERE: dict[str, Callable[[HookedLM, Sequence[HookPoint]], list[str]]] = {
-    "all_blocks": lambda lm, _: [str(block) for block in range(lm.n_layers)],
-    "mlp_out": lambda _, points: [f"blocks.{point.layer}.hook_mlp_out" for point in points],
-    "attn_out": lambda _, points: [f"blocks.{point.layer}.hook_attn_out" for point in points],
+ELSEWHERE: dict[str, str | None] = {
+    "all_blocks": None,
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "hook_attn_out",
 }
-"""Further hook points at which `RECIPES` are compared, at the middle k."""
+"""Further hook points at which `RECIPES` are compared, at the middle k: this one of the configured
+blocks; None: the stream after every block."""
 FAIR_METHODS = tuple(recipe.name for recipe in FAIR_RECIPES)
 EXTRA_METHODS = (
     *(recipe.name for recipe in FAMILY_RECIPES),

@@ -8,17 +8,8 @@ import torch
 
 from resae import ReSAE
 from resae.cli import main
-from resae.demo import (
-    BOOST_DOMAIN,
-    ELSEWHERE,
-    EXTRA_METHODS,
-    FAIR_METHODS,
-    RECIPES,
-    DemoConfig,
-    Plan,
-    _divided,
-    run_demo,
-)
+from resae.demo import BOOST_DOMAIN, DemoConfig, Plan, _divided, run_demo
+from resae.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
 from resae.report import write_report
 
 ROOT = Path(__file__).parent.parent
