@@ -191,7 +191,7 @@ def real(folder: Path) -> tuple[list[Case], Callable[[Case, torch.device], Input
 
     def inputs(case: Case, device: torch.device) -> Inputs:
         one = sizes[case.D, case.M, case.k]
-        dtype = DTYPES[case.dtype]
+        dtype: torch.dtype = getattr(torch, case.dtype)
         sae = TopKSAE.load(one).requires_grad_(False).to(device, dtype)
         unseen = load_tensors(one / "activations.safetensors", "activations")["x"]
         x = unseen[: case.N].to(device, dtype)

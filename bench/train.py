@@ -2,6 +2,7 @@
 
     python bench/train.py --out DIR          (a CPU: the embedded model; a GPU: the step at scale)
     python bench/train.py --out DIR --dry    (a few steps of everything)
+    python bench/train.py --out DIR --whole-process [--peer-python PYTHON]
 
 On a CPU every package trains TopK autoencoders on the embedded model at the sizes of `resae demo`,
 one layer and three, in two ways:
@@ -17,6 +18,11 @@ tokens left out; everything else is as each package has it. Learning rates are t
 for each package, by the FVU of one layer on text that neither training nor the final comparison
 sees. Writes `train.md`, `train.csv` and `train.svg`. Peers are taken where installed (`pip install
 "resae[peers]"`).
+
+With `--whole-process` everything is on the clock, start-up included: `resae train` beside
+`bench/train_sparsify.py`, each as its own process, in turns; wall time, CPU time and the peak of
+resident memory. PYTHON is that of an environment with sparsify, which need not have resae. Writes
+`train_whole.md`.
 
 On a GPU: the step alone at D = 2048, M = 65536, k = 64, four layers, all in bfloat16, beside dense
 PyTorch and sparsify; no allocation of ours may be as large as `[N, M]`.
@@ -42,9 +48,10 @@ from typing import Any
 import torch
 from ops import commit, peer_versions
 from torch import Tensor, nn
+from whole import Usage, run
 
 from resae.affine import AffinePredictor
-from resae.assets import TINY_PYTHIA
+from resae.assets import CORPUS, TINY_PYTHIA
 from resae.data import TokenRows, capture_tokens, train_and_held_out
 from resae.environment import environment
 from resae.model import EMBEDDED, HookedLM
@@ -636,6 +643,89 @@ def in_a_fresh_process(task: Task) -> dict[str, Any]:
         return json.loads(Path(answer).read_text())
 
 
+# -- whole processes -------------------------------------------------------------------------------
+
+WHOLE_TOKENS = (100_352, 401_408)
+WHOLE_RATES = {"resae": 1.6e-2, "sparsify": 3.2e-2}
+"""The best of `RATES`, as measured by the rest of this file."""
+
+
+def whole_command(package: str, s: Setting, out: Path, peer_python: str) -> list[str]:
+    """The command line of one whole training."""
+    layers, lr = ",".join(map(str, s.layers)), f"{WHOLE_RATES[package]:g}"
+    if package == "resae":
+        return (
+            f"{sys.executable} -m resae train {EMBEDDED} {EMBEDDED} --layers {layers} --k {s.k} "
+            f"--d-sae {s.M} --lr {lr} --train-tokens {s.train_tokens} --batch-tokens "
+            f"{s.batch_tokens} --predictor none --out {out}"
+        ).split()
+    program = Path(__file__).parent / "train_sparsify.py"
+    sizes = [s.M, s.k, lr, s.train_tokens, s.batch_tokens]
+    places = [peer_python, program, TINY_PYTHIA, CORPUS, out, layers]
+    return [str(word) for word in (*places, *sizes)]
+
+
+def measure_whole(
+    s: Setting, rounds: int, threads: int, peer_python: str, tokens: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A row per case and package; of each package the first run, which may fill caches, is not
+    counted."""
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "HF_HUB_OFFLINE": "1",
+        "SPARSIFY_DISABLE_TRITON": "1",
+    }
+    cases = [
+        replace(s, layers=layers, train_tokens=n)
+        for n in tokens
+        for layers in (ONE_LAYER, s.layers)
+    ]
+    usages: dict[tuple[int, str], list[Usage]] = {}
+    for round_, (number, case), package in itertools.product(
+        range(rounds + 1), enumerate(cases), WHOLE_RATES
+    ):
+        if round_ == 0 and number > 0:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder)
+            command = whole_command(package, case, out / "run", peer_python)
+            usage = run(command, folder=out, variables=variables)
+        if round_ > 0:
+            usages.setdefault((number, package), []).append(usage)
+        print(f"{case.train_tokens} tokens, {len(case.layers)} layers, {package}: {usage}")
+    return [
+        {"tokens": cases[number].train_tokens, "layers": len(cases[number].layers)}
+        | {"package": package, "runs": several}
+        for (number, package), several in sorted(usages.items())
+    ]
+
+
+def whole_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Medians, and how many times as long the peer takes: the median over the rounds."""
+    lines = [
+        "| tokens | layers | package | CPU s (least–most) | it ÷ ours, CPU | wall s | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = next(
+            r["runs"]
+            for r in rows
+            if r["package"] == "resae"
+            and (r["tokens"], r["layers"]) == (row["tokens"], row["layers"])
+        )
+        cpu = [u.cpu for u in row["runs"]]
+        ratio = statistics.median(a.cpu / b.cpu for a, b in zip(row["runs"], ours, strict=True))
+        wall = statistics.median(u.wall for u in row["runs"])
+        peak = statistics.median(u.peak_mib for u in row["runs"])
+        lines.append(
+            f"| {row['tokens']:,} | {row['layers']} | {row['package']} "
+            f"| {statistics.median(cpu):.1f} ({min(cpu):.1f}–{max(cpu):.1f}) | {ratio:.2f} "
+            f"| {wall:.1f} | {peak:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 # -- the step at scale -----------------------------------------------------------------------------
 
 
@@ -925,6 +1015,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dry", action="store_true", help="a few steps: does everything run?")
+    parser.add_argument(
+        "--whole-process", action="store_true", help="only whole processes, start-up included"
+    )
+    parser.add_argument("--peer-python", default=sys.executable, help="with sparsify installed")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     o = parser.parse_args()
@@ -940,6 +1034,16 @@ def main() -> int:
     rounds = 1 if o.dry else o.rounds
     facts: dict[str, Any] = environment() | {"commit": commit(), "peers": peer_versions()}
     text: list[str] = []
+    if o.whole_process:
+        tokens = (2_048,) if o.dry else WHOLE_TOKENS
+        whole = whole_table(measure_whole(DEMO, rounds, o.threads, o.peer_python, tokens))
+        facts |= {"setting": asdict(DEMO), "threads": o.threads, "rounds": rounds}
+        facts |= {"lr": WHOLE_RATES}
+        heading = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+        page = f"# Training, whole processes\n\n{heading}\n\n{whole}\n"
+        write_atomically(o.out / "train_whole.md", lambda temporary: temporary.write_text(page))
+        print(whole)
+        return 0
     if o.dry or not on_gpu:
         s = replace(DEMO, train_tokens=2_048) if o.dry else DEMO
         rows, rates = measure(s, rounds, o.threads, dry=o.dry)

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from resae.choices import DTYPES
 from resae.data import MODEL_ROWS, ModelActivations, Read
 from resae.model import HookedLM
 from resae.stack import ModelIdentity
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 SHARD_TOKENS = 16_384
 """About so many tokens per file: 0.5 GB with four layers of width 2048 in float32."""
 FORMAT_VERSION = 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROWS = "tokens_per_row"
 """Name of the tensor `[rows]` int32 in a shard."""
 
@@ -65,7 +65,12 @@ class ActivationCache:
         self.activations = activations
         lm, rows = activations.lm, activations.rows
         model_dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
-        self.dtype = DTYPES[dtype or model_dtype]
+        if (dtype or model_dtype) not in DTYPES:
+            raise ValueError(
+                f"ActivationCache: unknown dtype {dtype or model_dtype!r}; choose one of "
+                f"{', '.join(DTYPES)}"
+            )
+        self.dtype: torch.dtype = getattr(torch, dtype or model_dtype)
         self._rows_per_shard = MODEL_ROWS * max(
             1, SHARD_TOKENS // (MODEL_ROWS * rows.context_tokens)
         )

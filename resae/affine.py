@@ -20,18 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from resae.choices import FORMS, KINDS
 from resae.metrics import VarianceUnexplained
 from resae.storage import load_tensors, save_tensors
 from resae_kernels.reference import accumulation_dtype
-
-KINDS = ("none", "identity", "previous", "all_previous")
-FORMS = {
-    "full": ("A",),
-    "scalar": ("alpha",),
-    "diagonal": ("diagonal",),
-    "low_rank": ("U", "V", "skip"),
-}
-"""Form of the maps → what is stored of each."""
 
 
 def sources_of(kind: str, layer: int) -> range:
@@ -180,6 +172,16 @@ class AffinePredictor(nn.Module):
         # A product of half-precision numbers is summed in float32 and rounded once by itself; the
         # specification would first make a wide copy of A at every call.
         return torch.nn.functional.linear(recent.to(A.dtype), A.T, c)
+
+    def one_map(
+        self, layer: int, previous: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`(x, A [D, D], c)` of which the prediction of layer ≥ 1 is `x A + c`; None: it is another
+        sum."""
+        if self.form != "full":
+            return None
+        A, c = getattr(self, f"A_{layer}"), getattr(self, f"c_{layer}")
+        return None if len(A) != len(c) else (previous[layer - 1], A, c)
 
     def rescaled(self, factors: Sequence[float]) -> "AffinePredictor":
         """The same maps for activations multiplied by `factors`, one per layer."""

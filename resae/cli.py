@@ -2,7 +2,11 @@
 tune`.
 
 Only this file prints. Bad input ends in one line, what was wrong and what to do, and exit code 2.
+Arguments are read without torch: each function imports what it needs of it, so that `--help` and a
+mistyped option answer at once.
 """
+
+from __future__ import annotations
 
 import argparse
 import logging
@@ -17,68 +21,28 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from resae import arguments as types
-from resae.activation_cache import ActivationCache
-from resae.affine import FORMS, KINDS, Moments, r2_per_layer, routing_shares
-from resae.data import (
-    MODEL_ROWS,
-    ActivationBatches,
-    ModelActivations,
-    TokenRows,
-    WithRows,
-    capture_tokens,
-    fingerprint,
-    in_order,
-    train_and_held_out,
-)
-from resae.demo import EXTRA_METHODS, DemoConfig, run_demo
-from resae.distributed import ALONE, WAYS, Ranks
+from resae.choices import DTYPES, FORMS, KINDS, OPS, WAYS
 from resae.environment import describe_device, environment, find_device, keep_freed_memory
-from resae.evaluate import (
-    Method,
-    delta_ce,
-    edit_effects,
-    evaluate,
-    forward_passes,
-    method_name,
-    predictor_name,
-)
-from resae.intervene import ActiveEdits, Interventions, StrongestLatents
-from resae.model import HookedLM, HookPoint
-from resae.plan import Device, ModelSizes, plan
-from resae.profile import OPS, Case, Clock, measure_roofs, profile, table, trace
-from resae.replace import Generated, generate, prompt_ids
-from resae.report import LABELS, require_matplotlib, whole_selection, write_report
-from resae.stack import AffineOnly, Loop, ModelIdentity, ReSAE
-from resae.storage import is_unused, load_json, locked, require_writable, save_json
-from resae.text_record import (
-    Overlap,
-    RunText,
-    TrainedText,
-    held_out_by_all,
-    in_rows_of,
-    save_held_out,
-)
-from resae.train import (
-    Calibration,
-    Progress,
-    TrainConfig,
-    boost_calibration,
-    calibrate,
-    require_divisible,
-    resumed_config,
-    sum_moments,
-    train,
-)
-from resae.tune import tiles_in_force, tune
-from resae.watch import Watch
-from resae_kernels import _launch
+from resae.recipes import EXTRA_METHODS, METHOD_GROUPS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+    from resae.activation_cache import ActivationCache
+    from resae.affine import Moments
+    from resae.data import TokenRows
+    from resae.distributed import Ranks
+    from resae.evaluate import Method
+    from resae.intervene import Interventions, StrongestLatents
+    from resae.model import HookedLM, HookPoint
+    from resae.replace import Generated
+    from resae.stack import Loop, ReSAE
+    from resae.text_record import Overlap, RunText, TrainedText
+    from resae.train import Calibration, Progress, TrainConfig
+
 HELD_OUT_DEFAULTS: dict[str, Any] = {
     "data": None,
     "text_column": "text",
@@ -161,13 +125,19 @@ def _choose_devices(options: argparse.Namespace, display: Display) -> None:
 def _described(name: str) -> HookedLM:
     """A model without its weights, by which layers, sizes and text are judged before they are
     read."""
+    from resae.model import HookedLM
+
     _quiet_libraries()
     return HookedLM.described(name, tokenizer=True)
 
 
 def _load_model(options: argparse.Namespace, name: str) -> HookedLM:
+    import torch
+
+    from resae.model import HookedLM
+
     device = getattr(options, "model_device", None) or options.device
-    return HookedLM.from_pretrained(name, dtype=DTYPES[options.dtype], device=device)
+    return HookedLM.from_pretrained(name, dtype=getattr(torch, options.dtype), device=device)
 
 
 def _quiet_libraries() -> None:
@@ -175,15 +145,18 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    if find_spec("datasets"):
+
+
+def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRows]:
+    from resae.data import train_and_held_out
+    from resae.model import EMBEDDED
+
+    if options.data != EMBEDDED:
         import datasets
 
         datasets.disable_progress_bars()
         # It logs what it then raises, as an error that takes one line.
         datasets.logging.set_verbosity(logging.CRITICAL)
-
-
-def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRows]:
     return train_and_held_out(
         options.data,
         lm,
@@ -198,6 +171,8 @@ def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRo
 def _captured(
     lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]
 ) -> Iterator[list[torch.Tensor]]:
+    from resae.data import MODEL_ROWS, capture_tokens
+
     return (capture_tokens(lm, ids, points) for ids in rows.batches(MODEL_ROWS))
 
 
@@ -209,27 +184,29 @@ def _moments(
     display: Display,
     ranks: Ranks,
 ) -> Moments:
+    from resae.train import sum_moments
+
     def shown() -> Iterator[Sequence[torch.Tensor]]:
         done = 0
         for xs in batches:
             done += len(xs[0])
-            share = min(1.0, done * ranks.size / config.calibration_tokens)
-            display.show(f"affine maps: {share:4.0%} of {config.calibration_tokens:,} tokens")
+            share = min(1.0, done * ranks.size / config.moment_tokens)
+            display.show(f"affine maps: {share:4.0%} of {config.moment_tokens:,} tokens")
             yield xs
 
     # The identity needs no products of activations, so its moments are in everyone's.
     moments = sum_moments(
         config.predictor,
         shown(),
-        tokens=-(-config.calibration_tokens // ranks.size),
+        tokens=-(-config.moment_tokens // ranks.size),
         d_in=lm.d_model,
         n_layers=len(points),
     )
     ranks.add_up_(moments)
-    if moments.count < config.calibration_tokens:
+    if moments.count < config.moment_tokens:
         display.say(
             f"affine maps: the data has {moments.count:,} tokens, fewer than the "
-            f"{config.calibration_tokens:,} asked for"
+            f"{config.moment_tokens:,} asked for"
         )
     return moments
 
@@ -241,11 +218,16 @@ def _calibrate(
     unseen: Iterable[Sequence[torch.Tensor]],
     config: TrainConfig,
     display: Display,
-    ranks: Ranks = ALONE,
+    ranks: Ranks,
 ) -> tuple[Calibration, list[dict[str, Any]]]:
     """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
     beside the identity's; of a hop that several layers are sources of, also their shares. There
     are none without a predictor (nothing held out is read then) or where `unseen` is empty."""
+    from resae.affine import r2_per_layer, routing_shares
+    from resae.evaluate import predictor_name
+    from resae.report import LABELS
+    from resae.train import calibrate
+
     moments = _moments(lm, points, batches, config, display, ranks)
     form: dict[str, Any] = {"form": config.form, "rank": config.rank}
     calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
@@ -281,11 +263,14 @@ def _stored(
     rows: TokenRows,
     part: str,
     display: Display,
+    ranks: Ranks,
     tokens: int = 0,
-    ranks: Ranks = ALONE,
 ) -> ActivationCache | None:
     """The activation cache of one part of the text, if --cache asks for one; of several ranks each
     has one of its own share, which no other number of ranks can read."""
+    from resae.activation_cache import ActivationCache
+    from resae.data import ModelActivations
+
     if options.cache is None:
         return None
     folder = Path(options.cache)
@@ -318,6 +303,8 @@ def _stored(
 def _train_config(
     options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint], base: ReSAE | None
 ) -> TrainConfig:
+    from resae.train import TrainConfig
+
     chosen = {
         f.name: getattr(options, f.name)
         for f in fields(TrainConfig)
@@ -325,7 +312,8 @@ def _train_config(
     }
     chosen["layers"] = tuple(point.name for point in points)
     chosen["k"] = options.k_per_layer or (options.k,) * len(points)
-    chosen["d_sae"] = options.d_sae or options.expansion * lm.d_model
+    M = options.d_sae or (options.expansion * lm.d_model,)
+    chosen["d_sae"] = M[0] if len(M) == 1 else M
     if base is not None:
         maps = base.predictor
         chosen |= {"predictor": maps.kind, "form": maps.form, "rank": maps.rank}
@@ -352,6 +340,8 @@ RECORDED = (
 
 
 def _run_record(options: argparse.Namespace, rows: TokenRows, affine: Any) -> dict[str, Any]:
+    from resae.data import fingerprint
+
     return {
         "command": options.command_line,
         **{name: getattr(options, name) for name in RECORDED},
@@ -366,6 +356,9 @@ def _run_record(options: argparse.Namespace, rows: TokenRows, affine: Any) -> di
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from resae.report import require_matplotlib
+    from resae.storage import is_unused, locked
+
     require_matplotlib()
     out = Path(options.out)
     with locked(out):
@@ -375,13 +368,19 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _demo_into(out: Path, options: argparse.Namespace) -> int:
+    import torch
+
+    from resae.demo import DemoConfig, run_demo
+    from resae.report import write_report
+
     _quiet_libraries()
     # The model is so small that a second thread gains a third, and loses far more than that where
     # another process is using its core.
     torch.set_num_threads(options.threads)
     display = Display()
     display.say(f"device: {describe_device('cpu')}, where the demo always runs")
-    methods = EXTRA_METHODS if options.methods == ("all",) else options.methods
+    named = (METHOD_GROUPS.get(name, (name,)) for name in options.methods)
+    methods = tuple(dict.fromkeys(chain.from_iterable(named)))
     config = DemoConfig(
         layers=options.layers,
         k=options.k,
@@ -405,6 +404,8 @@ def _demo_sizes(options: argparse.Namespace) -> dict[str, int]:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    from resae.storage import is_unused, locked
+
     out = Path(options.out)
     with locked(out):
         if not is_unused(out):
@@ -413,6 +414,11 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _fit_into(out: Path, options: argparse.Namespace) -> int:
+    from resae.distributed import ALONE
+    from resae.storage import save_json
+    from resae.text_record import TrainedText
+    from resae.train import TrainConfig
+
     display = Display()
     _choose_devices(options, display)
     shapes = _described(options.model)
@@ -431,7 +437,7 @@ def _fit_into(out: Path, options: argparse.Namespace) -> int:
     text = TrainedText()
     batches = _captured(lm, rows.noted(text.add), points)
     unseen = _captured(lm, held_out, points)
-    calibration, affine = _calibrate(lm, points, batches, unseen, config, display)
+    calibration, affine = _calibrate(lm, points, batches, unseen, config, display, ALONE)
     calibration.save(out / "calibration.safetensors")
     text.save(out)
     fitted = {name: getattr(config, name) for name in ("layers", *FITTED, "seed")}
@@ -443,6 +449,10 @@ def _fit_into(out: Path, options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     if options.plan:
         return _plan(options)
+    from resae.distributed import Ranks
+    from resae.storage import locked
+    from resae.watch import Watch
+
     _require_followers(options)
     ranks, options.device = Ranks.launched(options.parallel, find_device(options.device))
     out = Path(options.out)
@@ -457,6 +467,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _require_startable(out: Path, resume: bool) -> None:
     """Refuse to start where there is something, and to resume where there is nothing."""
+    from resae.storage import is_unused
+
     if not resume and not is_unused(out):
         raise ValueError(
             f"{out} exists and is not empty; go on with --resume, or choose another --out"
@@ -469,6 +481,29 @@ def _require_startable(out: Path, resume: bool) -> None:
 
 
 def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
+    import torch
+
+    from resae.data import (
+        MODEL_ROWS,
+        ActivationBatches,
+        ModelActivations,
+        WithRows,
+        fingerprint,
+        in_order,
+    )
+    from resae.distributed import ALONE
+    from resae.evaluate import delta_ce
+    from resae.stack import ModelIdentity
+    from resae.storage import load_json, save_json
+    from resae.text_record import save_held_out
+    from resae.train import (
+        Calibration,
+        boost_calibration,
+        require_divisible,
+        resumed_config,
+        train,
+    )
+
     display = Display(silent=ranks.rank > 0)
     _choose_devices(options, display)
     if options.model_device == "auto" and (ranks.size > 1 or options.eval_steps):
@@ -494,6 +529,8 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
             f"--boost: {options.boost} has layers {', '.join(base.hook_points)}; leave --layers out"
         )
     config = _train_config(options, shapes, points, base)
+    if config.warning and ranks.rank == 0:
+        logging.warning(config.warning)
     _require_rank(config, shapes)
     require_divisible(config, ranks)
     began: dict[str, Any] = {}
@@ -512,13 +549,14 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
     lm = _load_model(options, options.model)
     text = _trained_text(out, options, display, ranks)
     noted = rows if text is None else rows.noted(text.add)
-    stored = _stored(options, lm, points, rows, "train", display, config.train_tokens, ranks=ranks)
+    stored = _stored(options, lm, points, rows, "train", display, ranks, config.train_tokens)
     source = ActivationBatches(
         lm,
         noted,
         points,
         batch_tokens=config.batch_tokens,
         buffer_tokens=config.buffer_tokens,
+        buffer_dtype=getattr(torch, config.buffer_dtype),
         total_tokens=config.train_tokens,
         seed=config.seed,
         device=options.device,
@@ -532,24 +570,26 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
         if ranks.rank == 0 and began["train"]["train_tokens"] != config.train_tokens:
             save_json(out / "run.json", began | {"train": asdict(config.resolved())})
     else:
-        batches = source.in_order()
+        # Nothing here may hold on to `source.in_order()`: it would keep the first buffer in memory
+        # for the whole training.
         if maps is not None:
             calibration, affine = maps.calibration, maps.record["affine"]
             display.say(f"affine maps: those of {options.maps}")
         elif base is None:
             hop_batches: Iterable[list[torch.Tensor]] = []
             if ranks.rank == 0:  # who writes down what comes of it
-                kept = _stored(options, lm, points, held_out, "held_out", display)
+                kept = _stored(options, lm, points, held_out, "held_out", display, ALONE)
                 hop_batches = in_order(kept or ModelActivations(lm, held_out, points))
             calibration, affine = _calibrate(
-                lm, points, batches, hop_batches, config, display, ranks
+                lm, points, source.in_order(), hop_batches, config, display, ranks
             )
         else:
-            moments = _moments(lm, points, batches, config, display, ranks)
+            moments = _moments(lm, points, source.in_order(), config, display, ranks)
             calibration, affine = boost_calibration(base, moments), []
         if ranks.rank == 0:
             split = {"held_out_split": "train" if rows.skip else "validation"}
-            settings = {"maps": options.maps, "train": asdict(config.resolved())} | split
+            settings = {"maps": options.maps, "peak_lrs": config.peak_lrs} | split
+            settings["train"] = asdict(config.resolved())
             save_json(out / "run.json", {**_run_record(options, rows, affine), **settings})
             save_held_out(out, held_out, options.context_tokens)
         ranks.meet()  # nobody else writes into a folder that is not begun
@@ -601,6 +641,8 @@ def _trained_text(
     out: Path, options: argparse.Namespace, display: Display, ranks: Ranks
 ) -> TrainedText | None:
     """What a run notes its text in; None where the text of an earlier part is not known."""
+    from resae.text_record import TrainedText
+
     if options.resume and (out / "calibration.safetensors").exists():
         return TrainedText.load(out, ranks.rank, ranks.size)
     text = TrainedText()
@@ -625,8 +667,11 @@ class _Maps(NamedTuple):
     calibration: Calibration
 
     @classmethod
-    def open(cls, options: argparse.Namespace) -> "_Maps":
+    def open(cls, options: argparse.Namespace) -> _Maps:
         """Open `--maps`, and take from it the layers and settings that the command leaves open."""
+        from resae.storage import load_json
+        from resae.train import Calibration
+
         if options.boost is not None:
             raise ValueError("--maps with --boost, which keeps the maps of its run; leave one out")
         folder = Path(options.maps)
@@ -684,6 +729,13 @@ class _Maps(NamedTuple):
 
 
 def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    from resae.data import MODEL_ROWS
+    from resae.distributed import Ranks
+    from resae.model import HookedLM
+    from resae.plan import Device, ModelSizes, plan
+
     _quiet_libraries()
     lm = HookedLM.described(options.model)
     if options.boost is not None or not options.layers:
@@ -695,13 +747,13 @@ def _plan(options: argparse.Namespace) -> int:
         product, bandwidth = options.plan_device
         name = f"{product:.3g} FLOP/s, {bandwidth:.3g} B/s"
         device = Device(name, product, product, product, bandwidth)
-    cached = DTYPES[options.cache_dtype or options.dtype] if options.cache else None
+    cached = getattr(torch, options.cache_dtype or options.dtype) if options.cache else None
     estimate = plan(
         config,
         ModelSizes.of(lm, config.layers, options.context_tokens),
         device=replace(device, utilisation=options.plan_utilisation),
         ranks=Ranks(0, options.plan_ranks, options.parallel),
-        model_dtype=DTYPES[options.dtype],
+        model_dtype=getattr(torch, options.dtype),
         context_tokens=options.context_tokens,
         model_rows=MODEL_ROWS,
         keep_checkpoints=options.keep_checkpoints,
@@ -726,6 +778,8 @@ def _followers(
     options: argparse.Namespace, config: TrainConfig, out: Path, until_done: ExitStack
 ) -> list[Callable[[Progress], None]]:
     """What else shall hear of the progress: TensorBoard, Weights & Biases."""
+    from resae.storage import load_json, save_json
+
     followers: list[Callable[[Progress], None]] = []
     if options.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -791,7 +845,7 @@ class _Interruptible:
     def asked(self) -> bool:
         return self._asked
 
-    def __enter__(self) -> "_Interruptible":
+    def __enter__(self) -> _Interruptible:
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -807,6 +861,9 @@ class _Interruptible:
 
 def _open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
     """The record and the stack of a finished run."""
+    from resae.stack import ReSAE
+    from resae.storage import load_json
+
     if not (folder / "run.json").exists() and not (folder / "resae.json").exists():
         raise FileNotFoundError(f"{folder} is not a run directory; make one with `resae train`")
     if not (folder / "resae.json").exists():
@@ -828,6 +885,11 @@ def _model_of(options: argparse.Namespace, record: dict[str, Any], stack: ReSAE)
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from resae.data import MODEL_ROWS
+    from resae.evaluate import evaluate, forward_passes
+    from resae.report import whole_selection
+    from resae.storage import require_writable, save_json
+
     display = Display()
     _choose_devices(options, display)
     folders = [Path(folder) for folder in options.run_directories]
@@ -865,7 +927,7 @@ def _eval(options: argparse.Namespace) -> int:
         "model": lm.name,
         "data": options.data,
         "layers": runs[0][2].hook_points,
-        "d_sae": runs[0][2].sae(0).config.d_sae,
+        "d_sae": runs[0][2].d_sae,
         "train_tokens": record.get("train", {}).get("train_tokens", 0),
         "runs": [str(folder) for folder, _, _ in runs],
         "held_out_rows": len(ids),
@@ -905,6 +967,8 @@ def _unseen(
     Raises:
         ValueError: text that a run was trained on, or may have been, unless that is allowed.
     """
+    from resae.text_record import RunText
+
     texts = [RunText.load(folder) for folder, _ in runs]
     unknown = [str(folder) for (folder, _), text in zip(runs, texts, strict=True) if text is None]
     if unknown and not options.allow_trained_text:
@@ -954,6 +1018,10 @@ def _rows_to_evaluate(
 ) -> torch.Tensor:
     """`[R, T]`: those that were held out by the runs, as they recorded them; or of the text that is
     given, or of a validation split, which is never trained on, any that are asked for."""
+    import torch
+
+    from resae.text_record import held_out_by_all, in_rows_of
+
     folder, record = runs[0]
     given = options.data is not None
     for name, default in HELD_OUT_DEFAULTS.items():
@@ -994,6 +1062,9 @@ def _methods(
     runs: Sequence[tuple[Path, dict[str, Any], ReSAE]], ks: Sequence[int] | None
 ) -> list[Method]:
     """Every run, at every k asked for; and the maps alone."""
+    from resae.evaluate import Method, method_name
+    from resae.stack import AffineOnly
+
     methods: list[Method] = []
     for folder, _, stack in runs:
         for k in ks or (stack.sae(0).config.k,):
@@ -1026,6 +1097,9 @@ def _print_table(display: Display, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    from resae.intervene import ActiveEdits, Interventions, StrongestLatents
+    from resae.replace import generate, prompt_ids
+
     display = Display()
     _choose_devices(options, display)
     folder = Path(options.run_directory)
@@ -1083,6 +1157,10 @@ def _print_effects(
     loop: Loop,
 ) -> None:
     """What the edits did to later layers in the text just written, beside what was predicted."""
+    import torch
+
+    from resae.evaluate import edit_effects
+
     ids = torch.tensor([written.ids])
     prompt = len(written.ids) - written.tokens
     for row in edit_effects(lm, stack, ids, asked, prompt_tokens=prompt, loop=loop):
@@ -1109,11 +1187,17 @@ def _print_latents(
 
 
 def _report(options: argparse.Namespace) -> int:
+    from resae.report import write_report
+
     print(write_report(Path(options.run_directory)))
     return 0
 
 
 def _profile(options: argparse.Namespace) -> int:
+    import torch
+
+    from resae.profile import Case, Clock, measure_roofs, profile, table, trace
+
     _choose_devices(options, Display())
     device = torch.device(options.device)
     tokens = options.tokens
@@ -1146,6 +1230,11 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from resae.tune import tiles_in_force, tune
+    from resae_kernels import _launch
+
     device = torch.device("cuda" if options.device == "auto" else options.device)
     if options.show:
         print(tiles_in_force(device if torch.cuda.is_available() else torch.device("cpu")))
@@ -1204,7 +1293,9 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         type=types.names,
         default=(),
-        help=f"further methods, beside raw SAEs, identity residuals and ReSAE: all, or of "
+        help="further methods, beside raw SAEs, identity residuals and ReSAE: all (11 to 15 "
+        "minutes), fair (rows without an advantage for ReSAE, longer training among them), "
+        "elsewhere (other hook points), learning_rates (a grid), or names of "
         f"{', '.join(EXTRA_METHODS)}",
     )
     demo.add_argument(
@@ -1241,7 +1332,10 @@ def _parser() -> argparse.ArgumentParser:
         "learning rate fell, as a run of that length would have but for its warm-up",
     )
     training.add_argument(
-        "--d-sae", type=types.whole(1), help="latents per layer (default: expansion × width)"
+        "--d-sae",
+        type=types.numbers,
+        help="latents: one number for every layer, or one per layer, for example 512,1024,1536 "
+        "(default: expansion × width)",
     )
     training.add_argument(
         "--expansion", type=types.whole(1), default=4, help="latents per dimension"
@@ -1298,7 +1392,16 @@ def _parser() -> argparse.ArgumentParser:
         "--buffer-tokens", type=types.whole(1), default=65_536, help="activations shuffled together"
     )
     training.add_argument(
-        "--lr", type=types.real(above=0), help="of Adam (default: 8e-3 · sqrt(512 / d_sae))"
+        "--buffer-dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="in which they wait there; bfloat16 rounds each entry to 8 bits, a relative error of "
+        "at most 1/512, in half the memory of float32",
+    )
+    training.add_argument(
+        "--lr",
+        type=types.real(above=0),
+        help="of Adam (default: 8e-3 · sqrt(512 / d_sae), by layer)",
     )
     training.add_argument(
         "--warmup-steps",
@@ -1339,7 +1442,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--cache-dtype",
-        choices=tuple(DTYPES),
+        choices=DTYPES,
         help="of the activations kept (default: as the model computes them); bfloat16 halves the "
         "disk of a float32 model and rounds every number to 8 bits, a relative error of 1/512",
     )
@@ -1530,7 +1633,9 @@ def _add_model_and_data(command: argparse.ArgumentParser, *, layers_required: bo
         "--layers",
         type=types.names,
         required=layers_required,
-        help="blocks or hook points, for example 1,3,5",
+        help="blocks (their hook_resid_post), or hook points, for example 1,3,5; at hook_mlp_out "
+        "and hook_attn_out predicting a layer from others gained nothing in the demo, and lost a "
+        "third more than raw SAEs (--predictor none) of equal total latents",
     )
     command.add_argument(
         "--text-column", type=types.filled, default="text", help="column that holds the text"
@@ -1582,7 +1687,7 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
         help="where to run: cpu, cuda, cuda:1, or auto: the GPU where there is one",
     )
     command.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="float32", help="of weights and activations"
+        "--dtype", choices=DTYPES, default="float32", help="of weights and activations"
     )
 
 

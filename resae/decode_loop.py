@@ -14,22 +14,36 @@ number that Python counts, and what a step returns is used up before the next on
 are read on the way are handed over between two steps, by functions that run outside the graph.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import StaticLayer
 
-from resae.model import HookedLM, kv_cache_name
+from resae.model import HookedLM
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 LOOK_EVERY = 16
 """Tokens between two looks at whether every row has ended: a look waits for a GPU."""
 
 
+class _Deferred(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] | None = None
+
+
+DEFERRED = _Deferred()
+"""In each thread that runs a step, functions with their arguments that are called after it, since
+no compiled graph can; None elsewhere: they are called at once."""
+
+
 class DecodeLoop:
-    """Generation of up to `max_length` tokens, prompt included, call after call.
+    """Generation of up to `max_length` tokens, prompt included, call after call; threads need a
+    loop each.
 
     Args:
         lm: the model; what replaces its layers stays in force as long as the loop is used.
@@ -56,8 +70,8 @@ class DecodeLoop:
         self.lm = lm
         self.max_length = max_length
         self._cache: Cache | None = None
-        self._cache_name = kv_cache_name()
         self._rows = 0
+        self._writing = threading.Lock()
         self._on_gpu = lm.device.type == "cuda"
         self._step = self._forward
         if self._on_gpu if compile is None else compile:
@@ -90,38 +104,53 @@ class DecodeLoop:
 
         Raises:
             ValueError: nothing to continue, no room for the text, padding on the right.
+            RuntimeError: the loop is writing another text, in this thread or another.
         """
         B, T = self._check(input_ids, max_new_tokens, attention_mask)
-        mask = torch.ones(B, self.max_length, dtype=torch.int64, device=input_ids.device)
-        if attention_mask is not None:
-            mask[:, :T] = attention_mask
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        cache = self._empty_cache(B)
-        stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=input_ids.device)
-        ended = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
-        prompt_mask = mask[:, :T] if padded else None
-        logits = self._run(self._forward, input_ids, positions[:, :T], prompt_mask, cache)
-        tokens: list[Tensor] = []
-        for i in range(max_new_tokens):
-            token = _pick(logits, temperature, generator)
+        with self._alone():
+            mask = torch.ones(B, self.max_length, dtype=torch.int64, device=input_ids.device)
+            if attention_mask is not None:
+                mask[:, :T] = attention_mask
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            padded = attention_mask is not None and not bool(attention_mask.all())
+            cache = self._empty_cache(B)
+            stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=input_ids.device)
+            ended = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
+            prompt_mask = mask[:, :T] if padded else None
+            logits = self._run(self._forward, input_ids, positions[:, :T], prompt_mask, cache)
+            tokens: list[Tensor] = []
+            for i in range(max_new_tokens):
+                token = _pick(logits, temperature, generator)
+                if len(stops):
+                    token = torch.where(ended, stops[0], token)
+                    ended |= torch.isin(token, stops)
+                tokens.append(token)
+                last = i + 1 == max_new_tokens
+                if last or (len(stops) and (i + 1) % LOOK_EVERY == 0 and bool(ended.all())):
+                    break
+                if self._on_gpu:
+                    torch.compiler.cudagraph_mark_step_begin()
+                at = positions[:, T + i : T + i + 1]
+                logits = self._run(self._step, token, at, mask if padded else None, cache)
+            written = torch.cat(tokens, dim=1)
             if len(stops):
-                token = torch.where(ended, stops[0], token)
-                ended |= torch.isin(token, stops)
-            tokens.append(token)
-            last = i + 1 == max_new_tokens
-            if last or (len(stops) and (i + 1) % LOOK_EVERY == 0 and bool(ended.all())):
-                break
-            if self._on_gpu:
-                torch.compiler.cudagraph_mark_step_begin()
-            at = positions[:, T + i : T + i + 1]
-            logits = self._run(self._step, token, at, mask if padded else None, cache)
-        written = torch.cat(tokens, dim=1)
-        if len(stops):
-            # Beyond the last row's end there is nothing but filling.
-            length = int((~torch.isin(written, stops)).sum(1).max()) + 1
-            written = written[:, :length]
-        return written
+                # Beyond the last row's end there is nothing but filling.
+                length = int((~torch.isin(written, stops)).sum(1).max()) + 1
+                written = written[:, :length]
+            return written
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the keys and values for one text."""
+        if not self._writing.acquire(blocking=False):
+            raise RuntimeError(
+                "DecodeLoop: the loop is writing another text, whose keys and values it holds; "
+                "make a loop for each thread"
+            )
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     def _check(
         self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None
@@ -147,7 +176,10 @@ class DecodeLoop:
                 raise ValueError("DecodeLoop: padding on the right; pad prompts on the left")
         return B, T
 
-    def _empty_cache(self, rows: int) -> Cache:
+    def _empty_cache(self, rows: int) -> "Cache":
+        from transformers import Cache
+        from transformers.cache_utils import StaticLayer
+
         if self._cache is None or rows != self._rows:
             # Layers with a sliding window are held whole too, and the mask does the window: their
             # own cache counts its tokens in Python, and a graph would be captured for each count.
@@ -160,17 +192,17 @@ class DecodeLoop:
 
     def _run(self, step: Callable[..., Tensor], *args: Any) -> Tensor:
         """A step, and then what it leaves to be called."""
-        self.lm.deferred = []
+        calls = DEFERRED.calls = []
         try:
             logits = step(*args)
         finally:
-            deferred, self.lm.deferred = self.lm.deferred, None
-        for function, *arguments in deferred:
+            DEFERRED.calls = None
+        for function, *arguments in calls:
             function(*arguments)
         return logits
 
     def _forward(
-        self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache
+        self, input_ids: Tensor, positions: Tensor, mask: Tensor | None, cache: "Cache"
     ) -> Tensor:
         """`[B, V]`, logits after the last of `input_ids [B, t]`."""
         out = self.lm.model(
@@ -178,7 +210,7 @@ class DecodeLoop:
             position_ids=positions,
             attention_mask=mask,
             use_cache=True,
-            **{self._cache_name: cache},
+            **{self.lm.cache_name: cache},
         )
         return out.logits[:, -1]
 

@@ -4,14 +4,15 @@ holds.
 Raw SAEs, raw SAEs with the total latents of a ReSAE reconstruction, identity residuals and ReSAE
 are trained on the same activations in the same order with the same seeds, and evaluated on the same
 held-out tokens. The activations are captured once and kept in memory. Further methods are trained
-beside these when asked for (`DemoConfig.methods`), each with a table and a finding of its own.
+beside these when asked for (`DemoConfig.methods`): other members of the family, rows that take an
+advantage away from ReSAE (`FAIR_METHODS`), and the comparison at other hook points (`ELSEWHERE`).
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,17 @@ from resae.environment import environment
 from resae.evaluate import Method, collapse_difference, evaluate
 from resae.findings import extra_findings, findings
 from resae.model import EMBEDDED, HookedLM, HookPoint
+from resae.recipes import (
+    ELSEWHERE,
+    EXTRA_METHODS,
+    FAIR_RECIPES,
+    FAMILY_RECIPES,
+    LR_METHODS,
+    LR_RECIPES,
+    METHOD_GROUPS,
+    RECIPES,
+    Recipe,
+)
 from resae.replace import generate
 from resae.sae import BoostedSAE
 from resae.stack import AffineOnly, ModelIdentity, ReSAE
@@ -61,14 +73,14 @@ class DemoConfig:
     context_tokens: int = 128
     seed: int = 0
     methods: tuple[str, ...] = ()
-    """Further methods: of `EXTRA_METHODS`."""
+    """Further methods: names from `EXTRA_METHODS` and `LR_METHODS`."""
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.methods) - set(EXTRA_METHODS))
+        unknown = sorted(set(self.methods) - {*EXTRA_METHODS, *LR_METHODS})
         if unknown:
             raise ValueError(
                 f"demo: unknown method {', '.join(unknown)}; choose of {', '.join(EXTRA_METHODS)}, "
-                f"or all"
+                f"or a group: {', '.join(METHOD_GROUPS)}"
             )
         if len(self.layers) < 2:
             raise ValueError("demo: it compares layers; name at least two, for example 1,3,5")
@@ -89,45 +101,8 @@ class DemoConfig:
             )
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How one compared method is trained."""
-
-    name: str
-    predictor: str
-    k_grows: bool = False
-    """Layer l gets (l+1)·k active latents: as many as a ReSAE reconstruction there is made of."""
-    loop: str = "open"
-    form: str = "full"
-    shared: bool = False
-    nested: bool = False
-    """One stack, of the largest k, trained over prefixes and evaluated at every k."""
-    one_k: bool = False
-    """Trained at the middle k alone."""
-
-
-RECIPES = (
-    _Recipe("raw", "none"),
-    _Recipe("raw_equal_total", "none", k_grows=True),
-    _Recipe("identity", "identity"),
-    _Recipe("resae", "previous"),
-)
-EXTRA_RECIPES = (
-    _Recipe("resae_closed", "previous", loop="closed"),
-    _Recipe("all_previous", "all_previous"),
-    _Recipe("all_previous_scalar", "all_previous", form="scalar", one_k=True),
-    _Recipe("all_previous_diagonal", "all_previous", form="diagonal", one_k=True),
-    _Recipe("all_previous_low_rank", "all_previous", form="low_rank", one_k=True),
-    _Recipe("mlsae", "none", shared=True),
-    _Recipe("hierarchical", "none", nested=True),
-)
-EXTRA_METHODS = (*(recipe.name for recipe in EXTRA_RECIPES), "boost")
 LOW_RANK = 16
 """The low-rank maps have a sixteenth of the width as rank."""
-NESTED_LR = 1.6e-2
-"""Peak learning rate over prefixes, twice the usual one: at 200,000 tokens the usual one leaves FVU
-up to 6 % above that of stacks trained at that k. Those, which have the usual one, would gain too:
-FVU 7 to 13 % lower at k = 32, 1 to 6 % at 8, up to 3 % at 4."""
 BOOST_DOMAIN = "csrc"
 BOOST_K = 4
 
@@ -166,6 +141,44 @@ class Plan:
         )
 
 
+class _Run(NamedTuple):
+    """One stack to train."""
+
+    recipe: Recipe
+    k: int
+    settings: TrainConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.name}_k{self.k}"
+
+
+class _Text(NamedTuple):
+    """What a stack was trained on and what was held out, for `resae eval`."""
+
+    trained: TrainedText
+    held_out: torch.Tensor
+    context_tokens: int
+
+    def save(self, folder: Path) -> None:
+        self.trained.save(folder)
+        save_held_out(folder, self.held_out, self.context_tokens)
+
+
+class _Comparison(NamedTuple):
+    """Stacks of the same hook points, trained on the same activations."""
+
+    where: str
+    """Its name in `ELSEWHERE`; empty for the hook points of the configuration."""
+    points: list[HookPoint]
+    runs: list[_Run]
+
+    @property
+    def tokens(self) -> int:
+        """Activations that the longest training needs."""
+        return max(run.settings.train_tokens for run in self.runs)
+
+
 def run_demo(
     out: Path, config: DemoConfig, *, say: Callable[[str], None], show: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -175,17 +188,18 @@ def run_demo(
         say: for lines that stay. show: for progress that may overwrite itself.
     """
     lm = HookedLM.from_pretrained(EMBEDDED)
-    points = lm.hook_points(config.layers)
-    names = tuple(point.name for point in points)
-    stages = _stages(config)
-    planned = _planned(config)
+    main, *others = _comparisons(config, lm)
+    points, names = main.points, [point.name for point in main.points]
+    stages = _stages(config, [main, *others])
     say(
-        f"{len(planned) + 2 * ('boost' in config.methods)} stacks of {len(names)} autoencoders "
+        f"{len(main.runs) + 2 * ('boost' in config.methods)} stacks of {len(names)} autoencoders "
         f"({config.d_sae} latents; k = {', '.join(map(str, config.k))}) for {', '.join(names)} of "
         f"a {lm.n_layers}-layer Pythia of width {lm.d_model}"
     )
+    for other in others:
+        say(f"{len(other.runs)} stacks for {', '.join(point.name for point in other.points)}")
     say(
-        f"{config.train_tokens:,} training tokens, "
+        f"{config.train_tokens:,} training tokens{_longer(config, main)}, "
         f"{config.held_out_rows * config.context_tokens:,} held out; "
         f"about {sum(stages.values()) / 60:.0f} minutes"
     )
@@ -203,41 +217,20 @@ def run_demo(
         held_out_rows=config.held_out_rows + HOP_HELD_OUT_ROWS,
         seed=config.seed,
     )
-    text = TrainedText()
-    xs = _capture(lm, rows.noted(text.add), points, config.train_tokens, plan)
+    trained_text = TrainedText()
+    rows = rows.noted(trained_text.add)
+    xs = _capture(lm, rows, points, main.tokens, plan)
     unseen = list(held_out.batches(16))
     eval_rows, hop_rows = torch.cat(unseen).split([config.held_out_rows, HOP_HELD_OUT_ROWS])
+    batches = list(eval_rows.split(16))
 
     plan.stage(_FIT)
-    moments = sum_moments(
-        "all_previous",
-        zip(*(x.split(8_192) for x in xs), strict=True),
-        tokens=config.calibration_tokens,
-        d_in=lm.d_model,
-        n_layers=len(points),
-    )
-    predictions = {recipe.name: recipe for recipe, _ in planned if recipe.predictor != "none"}
-    affine, routing = _hop_rows(lm, points, moments, predictions, hop_rows)
-
-    source = StoredActivations(xs, batch_tokens=config.batch_tokens, seed=config.seed)
-    methods: list[Method] = []
-    training: list[dict[str, Any]] = []
-    for recipe, k in planned:
-        plan.stage(_training_stage(recipe, k))
-        folder = out / "stacks" / f"{recipe.name}_k{k}"
-        settings = _settings(recipe, k, config, names, lm)
-        calibration = _calibration(recipe, moments, settings)
-        stack, log = _train(settings, calibration, source, folder, lm, plan)
-        text.save(folder)
-        save_held_out(folder, eval_rows, config.context_tokens)
-        # The last layer alone, beside all of them, shows what teacher-forcing hides.
-        subsets = ((names[-1],),) if recipe.name in ("raw", "resae") else ()
-        for lower in config.k if recipe.nested else ():
-            methods.append(Method(recipe.name, stack.at_k(lower), lower))
-        if not recipe.nested:
-            methods.append(Method(recipe.name, stack, k, subsets))
-        rank = config.k.index(k)
-        training.append({"method": recipe.name, "k": k, "rank": rank, "log": log})
+    moments = _moments(xs, config)
+    affine, routing = _hop_rows(lm, points, moments, main.runs, hop_rows)
+    text = _Text(trained_text, eval_rows, config.context_tokens)
+    stacks = out / "stacks"
+    methods, training = _train_all(main, moments, xs, config, stacks, lm, plan, text)
+    del xs
     if "hierarchical" in config.methods:
         ordinary = _stack_of(methods, "raw", config.k[-1])
         methods += [Method("raw_truncated", ordinary.at_k(k), k) for k in config.k[:-1]]
@@ -246,9 +239,11 @@ def run_demo(
         boosted, boost = _boost(lm, points, config, out, plan)
         methods += boosted
     methods.append(_affine_only(methods))
+    elsewhere: list[dict[str, Any]] = []
+    for other in others:
+        elsewhere += _elsewhere(other, rows, batches, config, stacks, lm, plan, text)
 
     plan.stage(_EVALUATE)
-    batches = list(eval_rows.split(16))
     report = evaluate(lm, methods, batches, on_batch=lambda done: plan.at(done / len(batches)))
     resae = _stack_of(methods, "resae", config.k[-1])
     collapse = collapse_difference(lm, resae, batches[0])
@@ -258,7 +253,7 @@ def run_demo(
     report = {
         "schema_version": SCHEMA_VERSION,
         "title": "ReSAE on the embedded model",
-        "config": {**asdict(config), "model": EMBEDDED, "data": EMBEDDED, "layers": list(names)},
+        "config": {**asdict(config), "model": EMBEDDED, "data": EMBEDDED, "layers": names},
         "environment": environment(),
         **report,
         "affine": affine,
@@ -267,9 +262,15 @@ def run_demo(
         "teacher_forced_collapse": collapse,
         "findings": findings(report, collapse),
     }
-    for name, rows in (("routing", routing), ("boost", boost)):
-        if rows:
-            report[name] = rows
+    fair = _fair_table(report["replacement"], main.runs)
+    for name, table in (
+        ("routing", routing),
+        ("boost", boost),
+        ("fair", fair),
+        ("elsewhere", elsewhere),
+    ):
+        if table:
+            report[name] = table
     report |= _fvu_tables(report["reconstruction"])
     report["findings"] += extra_findings(report, BOOST_K)
     save_json(out / "report.json", report)
@@ -285,39 +286,88 @@ _BOOST_DATA = "capture activations of one domain and the rest"
 _BOOST_BASE, _BOOST_TRAIN = "train on the rest", "boost on the domain"
 
 
-def _training_stage(recipe: _Recipe, k: int) -> str:
-    return f"train {recipe.name}, k = {k}"
+def _at(stage: str, where: str) -> str:
+    """Name of a stage of a comparison at other hook points."""
+    return f"{where}: {stage}" if where else stage
 
 
-def _planned(config: DemoConfig) -> list[tuple[_Recipe, int]]:
-    """What is trained at which k, in order."""
+def _training_stage(run: _Run) -> str:
+    return f"train {run.recipe.name}, k = {run.k}"
+
+
+def _longer(config: DemoConfig, main: _Comparison) -> str:
+    return f" ({main.tokens:,} where long)" if main.tokens > config.train_tokens else ""
+
+
+def _planned(config: DemoConfig) -> list[tuple[Recipe, int]]:
+    """Recipes to train at the configured hook points and their k, in order."""
     planned = [(recipe, k) for k in config.k for recipe in RECIPES]
-    for recipe in EXTRA_RECIPES:
+    for recipe in (*FAMILY_RECIPES, *FAIR_RECIPES, *LR_RECIPES):
         if recipe.name in config.methods:
-            middle = config.k[len(config.k) // 2]
+            middle = _middle_k(config)
             ks = (middle,) if recipe.one_k else config.k[-1:] if recipe.nested else config.k
             planned += [(recipe, k) for k in ks]
     return planned
 
 
-def _stages(config: DemoConfig) -> dict[str, float]:
+def _middle_k(config: DemoConfig) -> int:
+    return config.k[len(config.k) // 2]
+
+
+def _comparisons(config: DemoConfig, lm: HookedLM) -> list[_Comparison]:
+    """Everything to train, settings checked: first at the configured hook points, then elsewhere.
+
+    Raises:
+        ValueError: unknown hook points, or impossible settings for one of the methods.
+    """
+    chosen = lm.hook_points(config.layers)
+    selections = [("", chosen, _planned(config))]
+    for where, site in ELSEWHERE.items():
+        if where in config.methods:
+            planned = [(recipe, _middle_k(config)) for recipe in RECIPES]
+            blocks = [f"blocks.{point.layer}.{site}" for point in chosen]
+            names = list(map(str, range(lm.n_layers))) if site is None else blocks
+            selections.append((where, lm.hook_points(names), planned))
+    comparisons = []
+    for where, points, planned in selections:
+        names = tuple(point.name for point in points)
+        runs = [_Run(recipe, k, _settings(recipe, k, config, names, lm)) for recipe, k in planned]
+        comparisons.append(_Comparison(where, points, runs))
+    return comparisons
+
+
+def _stages(config: DemoConfig, comparisons: Sequence[_Comparison]) -> dict[str, float]:
     tokens = config.train_tokens / 200_000
-    stages = {_CAPTURE: 6.0 * tokens, _FIT: 2.0}
+    held_out_rows = 0.0126 * config.held_out_rows
+    stages: dict[str, float] = {}
+    for where, _, runs in comparisons[1:]:
+        layers = len(runs[0].settings.layers) / 3
+        stages[_at(_CAPTURE, where)] = 6.0 * tokens
+        stages |= {_at(_training_stage(run), where): _training_seconds(run) for run in runs}
+        stages[_at(_EVALUATE, where)] = 18 * layers * held_out_rows
+    main = comparisons[0]
     ways = 18 * len(config.k) + 3
-    for recipe, k in _planned(config):
-        passes = 1.6 if recipe.nested else 1.0
-        stages[_training_stage(recipe, k)] = passes * (3.3 + 0.04 * k) * tokens
-        if recipe not in RECIPES:
-            ways += 3 if recipe.predictor == "none" else 6
+    training: dict[str, float] = {}
+    for run in main.runs:
+        training[_training_stage(run)] = _training_seconds(run)
+        if run.recipe not in RECIPES:
+            ways += 3 if run.recipe.predictor == "none" else 6
     if "hierarchical" in config.methods:
         ways += 6 * (len(config.k) - 1)
-    methods = ways
     if "boost" in config.methods:
-        stages[_BOOST_DATA] = 7.0 * tokens + 1.0
-        stages[_BOOST_BASE] = (3.3 + 0.04 * config.k[-1]) * tokens
-        stages[_BOOST_TRAIN] = 14.0 * tokens + 0.1 * config.held_out_rows
-        methods += 9
-    return {**stages, _EVALUATE: 0.0126 * methods * config.held_out_rows, _GENERATE: 3.0}
+        training[_BOOST_DATA] = 7.0 * tokens + 1.0
+        training[_BOOST_BASE] = (3.3 + 0.04 * config.k[-1]) * tokens
+        training[_BOOST_TRAIN] = 14.0 * tokens + 0.1 * config.held_out_rows
+        ways += 9
+    capture = {_CAPTURE: 6.0 * main.tokens / 200_000, _FIT: 2.0}
+    measure = {_EVALUATE: ways * held_out_rows, _GENERATE: 3.0}
+    return {**capture, **training, **stages, **measure}
+
+
+def _training_seconds(run: _Run) -> float:
+    passes = 1.6 if run.recipe.nested else 1.0
+    layers = (0.69 + 0.0008 * M + 0.013 * run.k for M in run.settings.d_saes)
+    return passes * sum(layers) * run.settings.train_tokens / 200_000
 
 
 def _capture(
@@ -335,38 +385,124 @@ def _capture(
 
 
 def _settings(
-    recipe: _Recipe,
+    recipe: Recipe,
     k: int,
     config: DemoConfig,
     names: tuple[str, ...],
     lm: HookedLM,
     **further: Any,
 ) -> TrainConfig:
-    ks = config.k
+    ks, L = config.k, len(names)
     prefixes = tuple(sorted({max(1, ks[0] // 2), *ks, max(1, ks[-1] // 2)}))
-    options: dict[str, Any] = {
-        "d_sae": config.d_sae,
-        "prefixes": prefixes if recipe.nested else None,
-        "lr": NESTED_LR if recipe.nested else None,
-        **further,
-    }
+    factors = {"own": (1,) * L, "chain": tuple(range(1, L + 1)), "whole": (L,) * L}
+    weight = recipe.k_weight or (lambda *_: 1)
+    shares = _divided(L * k, [weight(i, L) for i in range(1, L + 1)])
     return TrainConfig(
         layers=names,
-        k=tuple(k * (layer + 1) if recipe.k_grows else k for layer in range(len(names))),
+        k=tuple(range(k, L * k + 1, k)) if recipe.k_grows else shares,
+        d_sae=tuple(config.d_sae * factor for factor in factors[recipe.dictionary]),
+        prefixes=prefixes if recipe.nested else None,
+        lr=recipe.lr,
         predictor=recipe.predictor,
         form=recipe.form,
         rank=max(1, lm.d_model // LOW_RANK) if recipe.form == "low_rank" else None,
         loop=recipe.loop,
         shared=recipe.shared,
-        train_tokens=config.train_tokens,
+        train_tokens=config.train_tokens * recipe.length,
         calibration_tokens=config.calibration_tokens,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
-        **options,
+        **further,
     )
 
 
-def _calibration(recipe: _Recipe, moments: Moments, settings: TrainConfig) -> Calibration:
+def _divided(total: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """`total` in whole parts, at least 1 each and nearly in proportion to `weights`: one by one to
+    the part that is furthest below its share."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    parts = [1] * len(weights)
+    for _ in range(total - len(weights)):
+        behind = [share - part for share, part in zip(exact, parts, strict=True)]
+        parts[behind.index(max(behind))] += 1
+    return tuple(parts)
+
+
+def _moments(xs: Sequence[torch.Tensor], config: DemoConfig) -> Moments:
+    """Moments of the calibration tokens, for every predictor."""
+    return sum_moments(
+        "all_previous",
+        zip(*(x[: config.train_tokens].split(8_192) for x in xs), strict=True),
+        tokens=config.calibration_tokens,
+        d_in=xs[0].shape[1],
+        n_layers=len(xs),
+    )
+
+
+def _train_all(
+    comparison: _Comparison,
+    moments: Moments,
+    xs: Sequence[torch.Tensor],
+    config: DemoConfig,
+    folder: Path,
+    lm: HookedLM,
+    plan: Plan,
+    text: _Text,
+) -> tuple[list[Method], list[dict[str, Any]]]:
+    """Train every stack of a comparison; returns the methods to evaluate and the curves."""
+    methods: list[Method] = []
+    training: list[dict[str, Any]] = []
+    last = (comparison.points[-1].name,)
+    for run in comparison.runs:
+        recipe, k, settings = run
+        plan.stage(_at(_training_stage(run), comparison.where))
+        stored = [x[: settings.train_tokens] for x in xs]
+        source = StoredActivations(stored, batch_tokens=config.batch_tokens, seed=config.seed)
+        calibration = _calibration(recipe, moments, settings)
+        stack, log = _train(settings, calibration, source, folder / run.name, lm, plan)
+        text.save(folder / run.name)
+        # The last layer alone, beside all of them, shows what teacher-forcing hides.
+        alone = recipe.name in ("raw", "resae") and not comparison.where
+        for lower in config.k if recipe.nested else ():
+            methods.append(Method(recipe.name, stack.at_k(lower), lower))
+        if not recipe.nested:
+            methods.append(Method(recipe.name, stack, k, (last,) if alone else ()))
+        rank = config.k.index(k)
+        training.append({"method": recipe.name, "k": k, "rank": rank, "log": log})
+    return methods, training
+
+
+def _elsewhere(
+    comparison: _Comparison,
+    rows: TokenRows,
+    batches: Sequence[torch.Tensor],
+    config: DemoConfig,
+    folder: Path,
+    lm: HookedLM,
+    plan: Plan,
+    text: _Text,
+) -> list[dict[str, Any]]:
+    """The comparison at other hook points: rows of Δ CE, and of its ratio to that of raw SAEs."""
+    where, points, _ = comparison
+    plan.stage(_at(_CAPTURE, where))
+    xs = _capture(lm, rows, points, comparison.tokens, plan)
+    moments, folder = _moments(xs, config), folder / where
+    methods, _ = _train_all(comparison, moments, xs, config, folder, lm, plan, text)
+    plan.stage(_at(_EVALUATE, where))
+    report = evaluate(lm, methods, batches, on_batch=lambda done: plan.at(done / len(batches)))
+    measured = report["replacement"]
+    raw = {row["mode"]: row["delta_ce"] for row in measured if row["method"] == "raw"}
+    columns = ("method", "loop", "mode", "layers", "k", "active_total", "delta_ce")
+    return [
+        {
+            "where": where,
+            **{name: row[name] for name in columns},
+            "of_raw": row["delta_ce"] / raw[row["mode"]],
+        }
+        for row in measured
+    ]
+
+
+def _calibration(recipe: Recipe, moments: Moments, settings: TrainConfig) -> Calibration:
     form, rank = settings.form, settings.rank
     return calibrate(recipe.predictor, moments, ridge=settings.ridge, form=form, rank=rank)
 
@@ -405,20 +541,19 @@ def _hop_rows(
     lm: HookedLM,
     points: Sequence[HookPoint],
     moments: Moments,
-    predictions: dict[str, _Recipe],
+    runs: Sequence[_Run],
     rows: torch.Tensor,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Per method and hop R² on held-out tokens, and of several sources each one's share."""
     unseen = [capture_tokens(lm, ids, points) for ids in rows.split(16)]
     names = [point.name for point in points]
     table, routing = [], []
-    for method, recipe in predictions.items():
-        if method == "resae_closed":  # the maps of resae
-            continue
-        rank = max(1, lm.d_model // LOW_RANK) if recipe.form == "low_rank" else None
-        maps = calibrate(
-            recipe.predictor, moments, ridge=1e-4, form=recipe.form, rank=rank
-        ).predictor
+    first_with: dict[Any, _Run] = {}  # many methods have the maps of an earlier one
+    for run in runs:
+        if run.recipe.predictor != "none":
+            first_with.setdefault((run.recipe.predictor, run.recipe.form), run)
+    for recipe, _, settings in first_with.values():
+        method, maps = recipe.name, _calibration(recipe, moments, settings).predictor
         shares = routing_shares(maps, moments)
         for i, r2 in enumerate(r2_per_layer(maps, unseen)):
             table.append({"method": method, "hop": f"{names[i]} → {names[i + 1]}", "r2": r2})
@@ -451,7 +586,7 @@ def _boost(
 
     plan.stage(_BOOST_BASE)
     k = config.k[-1]
-    recipe = _Recipe("boost_base", "none")
+    recipe = Recipe("boost_base", "none")
     moments = [
         sum_moments(
             "none",
@@ -513,6 +648,33 @@ def _affine_only(methods: Sequence[Method]) -> Method:
     resae = next(m for m in methods if m.name == "resae")
     assert isinstance(resae.stack, ReSAE)
     return Method("affine_only", AffineOnly(resae.stack), None)
+
+
+def _fair_table(rows: Sequence[dict[str, Any]], runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    """Sizes of the stacks compared, and Δ CE of replacing all layers (in closed loop, where there
+    is a choice); empty if none of `FAIR_METHODS` and `LR_METHODS` was asked for."""
+    further = (*FAIR_RECIPES, *LR_RECIPES)
+    if not any(run.recipe in further for run in runs):
+        return []
+    delta = {
+        (r["method"], r["k"], r["mode"]): r["delta_ce"]
+        for r in rows
+        if r["loop"] != "open" and len(r["layers"]) == len(runs[0].settings.layers)
+    }
+    return [
+        {
+            "method": recipe.name,
+            "k": k,
+            "k_per_layer": list(settings.k),
+            "d_sae": list(settings.d_saes),
+            "train_tokens": settings.train_tokens,
+            "lr": list(settings.peak_lrs),
+            "online": delta[recipe.name, k, "online"],
+            "teacher_forced": delta[recipe.name, k, "teacher_forced"],
+        }
+        for recipe, k, settings in runs
+        if recipe in (*RECIPES, *further)
+    ]
 
 
 def _stack_of(methods: Sequence[Method], name: str, k: int) -> ReSAE:

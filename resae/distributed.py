@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from resae.affine import Moments
 from resae.sae import Total, in_one_piece
 
-WAYS = ("data", "layers")
-
 
 @dataclass(frozen=True)
 class Ranks:

@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's `malloc.h`."""
 KEPT_BYTES = 1 << 28
@@ -18,6 +16,8 @@ KEPT_BYTES = 1 << 28
 
 def environment() -> dict[str, Any]:
     """Versions, processor or GPU, and threads; JSON types only."""
+    import torch  # takes seconds, and every command, `--help` too, sets up the allocator
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "resae": _version("resae"),

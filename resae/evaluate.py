@@ -23,7 +23,7 @@ from resae.metrics import (
     recovered,
     redundancy,
 )
-from resae.model import HookedLM, HookPoint, kv_cache_name
+from resae.model import HookedLM, HookPoint
 from resae.replace import Mode, replacement
 from resae.stack import AffineOnly, Loop, ReSAE
 
@@ -409,8 +409,7 @@ def _arrivals(
     ):
         cache = None
         for part in parts:
-            out = lm.model(part, use_cache=True, **{kv_cache_name(): cache})
-            cache = out[kv_cache_name()]
+            cache = lm.model(part, use_cache=True, **{lm.cache_name: cache})[lm.cache_name]
             changes = [None] * stack.n_layers if active.edits is None else active.edits.changes
             for layer, effect in enumerate(predicted_effects(stack, changes)):
                 own = changes[layer]

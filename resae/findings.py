@@ -187,6 +187,111 @@ def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
         sentences.append(_hierarchical_sentence(report["hierarchical"]))
     if "boost" in report:
         sentences.append(_boost_sentence(report["boost"], boost_k))
+    if "fair" in report:
+        sentences += _fair_sentences(report["fair"])
+    if "elsewhere" in report:
+        sentences += _elsewhere_sentences(report["elsewhere"])
+    return sentences
+
+
+RAW_VARIANTS = {
+    "raw": "raw SAEs",
+    "raw_equal_total": "with as many active latents in total",
+    "raw_matched": "with as many latents to draw on in each layer, too",
+    "raw_wide": "with in every layer as many latents as all layers of the ReSAE have",
+}
+"""Raw SAEs with ever more of what a ReSAE reconstruction has."""
+
+
+def _fair_sentences(table: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences on `FAIR_METHODS` of the demo: which raw SAEs ReSAE is ahead of, and which not."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in table:
+        rows.setdefault(row["method"], []).append(row)
+    longest = max(row["train_tokens"] for row in table)
+    told = [
+        _raw_variants_sentence(rows, "", "At the usual learning rate"),
+        _raw_variants_sentence(rows, "_best_lr", "Each at its own best learning rate"),
+        _raw_variants_sentence(rows, "_long", f"After {longest:,} tokens"),
+        _shares_sentence(rows),
+        _learning_rates_sentence(table),
+    ]
+    return [sentence for sentence in told if sentence]
+
+
+def _raw_variants_sentence(
+    rows: dict[str, list[dict[str, Any]]], suffix: str, condition: str
+) -> str:
+    """Sentence on the rows whose names end in `suffix`; empty without larger dictionaries."""
+    if not any(f"{name}{suffix}" in rows for name in ("raw_matched", "raw_wide")):
+        return ""
+    ours = {row["k"]: row["online"] for row in rows[f"resae{suffix}"]}
+    told = []
+    for name, words in RAW_VARIANTS.items():
+        raw = {row["k"]: row["online"] for row in rows.get(f"{name}{suffix}", [])}
+        if raw:
+            ahead = sum(ours[k] < loss for k, loss in raw.items())
+            lost = ", ".join(f"{loss:.3f}" for loss in raw.values())
+            told.append(f"{words} {lost} (ReSAE is ahead at {ahead} of {len(raw)} k)")
+    return (
+        f"{condition}, online at k = {', '.join(map(str, ours))}: ReSAE loses "
+        f"{', '.join(f'{loss:.3f}' for loss in ours.values())}; {', '.join(told)}."
+    )
+
+
+def _shares_sentence(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Sentence on ReSAEs whose layers have different k; empty without any."""
+    moved = [row for name, same in rows.items() if name.startswith("resae_k_") for row in same]
+    if not moved:
+        return ""
+    compared = [*moved, *(row for row in rows["resae"] if row["k"] == moved[0]["k"])]
+    told = [
+        f"{tuple(row['k_per_layer'])} {row['online']:.3f} online and {row['teacher_forced']:.3f} "
+        f"teacher-forced"
+        for row in compared
+    ]
+    best, best_forced = (
+        tuple(min(compared, key=lambda row: row[mode])["k_per_layer"])
+        for mode in ("online", "teacher_forced")
+    )
+    return (
+        f"ReSAE with the same active latents in other shares loses {'; '.join(told)}: online best "
+        f"with {best}, teacher-forced with {best_forced}."
+    )
+
+
+def _learning_rates_sentence(table: Sequence[dict[str, Any]]) -> str:
+    """Sentence on the grid of learning rates; empty without it."""
+    tried: dict[str, list[dict[str, Any]]] = {}
+    for row in table:
+        method, mark, _ = row["method"].partition("_lr_")
+        if mark:
+            tried.setdefault(method, []).append(row)
+    best = {method: min(same, key=lambda row: row["online"]) for method, same in tried.items()}
+    told = [f"{name} {row['online']:.3f} at {row['lr'][0]:g}" for name, row in best.items()]
+    return f"Least lost online among the learning rates: {', '.join(told)}." if told else ""
+
+
+def _elsewhere_sentences(table: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences on the comparison at other hook points: also where ReSAE gains nothing."""
+    sentences = []
+    for where in dict.fromkeys(row["where"] for row in table):
+        online = {
+            row["method"]: row
+            for row in table
+            if (row["where"], row["mode"]) == (where, "online") and row["loop"] != "open"
+        }
+        loss = {name: row["delta_ce"] for name, row in online.items()}
+        ours = online["resae"]
+        of_total = loss["resae"] / loss["raw_equal_total"]
+        points = ", ".join(name.removeprefix("blocks.") for name in ours["layers"])
+        sentences.append(
+            f"With {points} replaced (k = {ours['k']}), ReSAE loses {loss['resae']:.3f} online, "
+            f"raw SAEs {loss['raw']:.3f}, with as many active latents in total "
+            f"{loss['raw_equal_total']:.3f}, the identity residual {loss['identity']:.3f}: ReSAE "
+            f"loses {ours['of_raw']:.2f} of what raw SAEs lose, {of_total:.2f} of it at equal total"
+            f"{': NO gain there.' if of_total >= 1 else '.'}"
+        )
     return sentences
 
 

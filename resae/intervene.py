@@ -22,15 +22,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from resae.model import kv_cache
+from resae.model import cache_of
 from resae.stack import ReSAE
 from resae.storage import load_json
+from resae.threads import PerThread
 from resae_kernels import TopK, transport
 
 ACTIONS = ("ablate", "clamp", "scale", "add")
@@ -246,7 +248,7 @@ class PassTokens:
     ) -> "PassTokens":
         """Of a pass over `tokens [B, T, ...]` with these keyword arguments of an HF model."""
         B, T = tokens.shape[:2]
-        cache, mask = kv_cache(kwargs), kwargs.get("attention_mask")
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         past = 0 if cache is None else cache.get_seq_length()
         attended = None
         positions = past + torch.arange(T, device=tokens.device)
@@ -313,6 +315,7 @@ class ActiveEdits:
     """
 
     def __init__(self, interventions: Interventions, stack: ReSAE, hook_points: Sequence[str]):
+        self.edits = interventions.edits
         self.effects = interventions.effects
         self._stack = stack
         of_layer: dict[int, list[Edit]] = {}
@@ -329,16 +332,14 @@ class ActiveEdits:
             layer: _LayerEdits(edits, stack, layer) for layer, edits in of_layer.items()
         }
         self.changes: list[Change | None] = [None] * stack.n_layers
-        """What was added at each selected layer in the last forward pass."""
+        """What was added at each selected layer in the forward pass that ended last."""
 
-    def at(self, layer: int, code: TopK, tokens: PassTokens) -> tuple[TopK, Tensor | None]:
-        """The edited code `[B, T, k + E]` and Δ `[B, T, D]` of selected layer `layer`; where it has
-        no edits, the code itself and None."""
+    def at(self, layer: int, code: TopK, tokens: PassTokens) -> tuple[TopK, Change | None]:
+        """The edited code `[B, T, k + E]` of selected layer `layer` and what is added to the
+        stream; where the layer has no edits, the code itself and None."""
         if layer not in self._layers:
             return code, None
-        code, change = self._layers[layer].apply(code, tokens)
-        self.changes[layer] = change
-        return code, change.delta
+        return self._layers[layer].apply(code, tokens)
 
     @property
     def vectors(self) -> list[Tensor]:
@@ -350,13 +351,11 @@ class ActiveEdits:
                 vectors[layer] = edits.directions[len(edits.latents) :]
         return vectors
 
-    def carried(self, layer: int, before: TopK, after: TopK) -> TopK:
+    def carried(self, layer: int, before: TopK, after: TopK, change: Change | None) -> TopK:
         """The code that later layers predict from, where selected layer `layer` had `before` and
-        `at` made it `after`: with the vectors added as further latents, from M on."""
-        if self.effects == "frozen" or layer not in self._layers:
+        `at` made it `after` by `change`: with the vectors added as further latents, from M on."""
+        if self.effects == "frozen" or change is None:
             return before
-        change = self.changes[layer]
-        assert change is not None
         edits, M = self._layers[layer], self._stack.sae(layer).config.d_sae
         added = change.amounts[..., len(edits.latents) :]
         rows = torch.arange(M, M + added.shape[-1], device=added.device)
@@ -426,10 +425,8 @@ class _LayerEdits:
             edit.at if isinstance(edit.at, str) else torch.tensor(edit.at, device=device)
             for edit in edits
         ]
-        self.changed = [
-            torch.zeros(max(1, len(edit.latents)), dtype=torch.int64, device=device)
-            for edit in edits
-        ]
+        # Each thread has its own: an addition to a tensor is not atomic.
+        self.changed = PerThread(partial(_zeros, [max(1, len(e.latents)) for e in edits], device))
 
     def apply(self, code: TopK, tokens: PassTokens) -> tuple[TopK, Change]:
         E = len(self.latents)
@@ -439,7 +436,7 @@ class _LayerEdits:
         before = before.scatter_add(-1, slots, code.acts)[..., :E]
         now, added = before, []
         for edit, which, at, changed in zip(
-            self.edits, self.slots, self.at, self.changed, strict=True
+            self.edits, self.slots, self.at, self.changed.here, strict=True
         ):
             here = tokens.chosen(at).to(now.device)
             if edit.vector is not None:
@@ -458,12 +455,19 @@ class _LayerEdits:
         return new_code, Change(torch.cat([now - before, *added], -1), self.directions)
 
     def counts(self) -> list[EditCount]:
+        sums = [torch.stack(parts).sum(0) for parts in zip(*self.changed, strict=True)]
         return [
             EditCount(
                 edit, self.name, dict(zip(edit.latents or (None,), changed.tolist(), strict=True))
             )
-            for edit, changed in zip(self.edits, self.changed, strict=True)
+            for edit, changed in zip(self.edits, sums, strict=True)
         ]
+
+
+def _zeros(lengths: Sequence[int], device: torch.device) -> list[Tensor]:
+    """int64, to be changed in place: outside `inference_mode`, which would forbid it later."""
+    with torch.inference_mode(False):
+        return [torch.zeros(n, dtype=torch.int64, device=device) for n in lengths]
 
 
 # -- what the maps say of an edit ------------------------------------------------------------------
@@ -518,23 +522,28 @@ class StrongestLatents:
         if n < 1:
             raise ValueError(f"StrongestLatents: n={n}, expected at least 1")
         self.n = n
-        self._kept: dict[str, list[TopK]] = {}
+        self._kept: PerThread[dict[str, list[TopK]]] = PerThread(dict)
 
     def __call__(self, hook_point: str, code: TopK) -> None:
         """Keep of a code `[B, T, k]` the n acts of largest magnitude."""
         slots = code.acts.abs().topk(min(self.n, code.acts.shape[-1]), dim=-1).indices
         kept = TopK(code.acts.gather(-1, slots), code.indices.gather(-1, slots))
-        self._kept.setdefault(hook_point, []).append(kept)
+        self._kept.here.setdefault(hook_point, []).append(kept)
 
     @property
     def codes(self) -> dict[str, TopK]:
         """Hook point → `[B, tokens read, n]`, strongest first, on the CPU: of all passes since the
-        beginning or `clear`, one after the other."""
+        beginning or `clear`, one after the other; of several threads, thread by thread."""
+        of_all: dict[str, list[TopK]] = {}
+        for of_thread in self._kept:
+            for name, kept in of_thread.items():
+                of_all.setdefault(name, []).extend(kept)
         return {
             name: TopK(*(torch.cat(parts, dim=1).cpu() for parts in zip(*kept, strict=True)))
-            for name, kept in self._kept.items()
+            for name, kept in of_all.items()
         }
 
     def clear(self) -> None:
         """Forget what was read, before another text."""
-        self._kept = {}
+        for of_thread in self._kept:
+            of_thread.clear()

@@ -11,43 +11,30 @@ after any post-norm. A family is one entry of `FAMILIES`. Weights stay the raw H
 that return a tuple get a tuple back, with everything but its first element untouched.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from operator import itemgetter
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from resae.assets import TINY_PYTHIA
 
 EMBEDDED = "embedded"
 """The name of the model and of the corpus that come with the package."""
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of keys and values in a model's arguments and output: of transformers 5.24 and before."""
+
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-
-
-@cache
-def kv_cache_name() -> str:
-    """Name of the KV cache among the arguments and outputs of Hugging Face models: `cache` since
-    transformers 5.24, `past_key_values` before."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    known = CausalLMOutputWithPast.__dataclass_fields__
-    return "cache" if "cache" in known else "past_key_values"
-
-
-def kv_cache(kwargs: Mapping[str, Any]) -> Any:
-    """The KV cache among the keyword arguments of a model, under either name; None if there is
-    none."""
-    found = kwargs.get("cache")
-    return kwargs.get("past_key_values") if found is None else found
 
 
 @dataclass(frozen=True)
@@ -108,21 +95,42 @@ class HookedLM:
     """A causal LM, its tokenizer, and its hook points.
 
     Args:
-        model: any HF causal LM of a family in `FAMILIES`.
+        model: any HF causal LM of a family in `FAMILIES`; also one inside a wrapper that hands on
+            its attributes, as `peft.PeftModel`.
         tokenizer: its tokenizer, or None if only token ids are used.
         name: what results record as the model.
+
+    Raises:
+        TypeError: no module with a config.
+        ValueError: an architecture that has no entry in `FAMILIES`, or a model without the blocks
+            that its entry names.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, name: str | None = None):
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise TypeError(
+                f"HookedLM: got {type_name(model)} as the model, expected a causal LM of "
+                f"transformers; HookedLM.from_pretrained(name) loads one"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.config: Any = model.config
         self.name = name or getattr(self.config, "name_or_path", "") or self.config.model_type
         self.family = _family_of(self.config, self.name)
-        self.blocks: Any = model.get_submodule(self.family.blocks)
-        self.deferred: list[tuple[Any, ...]] | None = None
-        """Functions with their arguments, which whoever runs a pass will call after it; None: they
-        are called at once, as no compiled graph can."""
+        path = self.family.blocks
+        self._root = _root_of(model, path, self.name)
+        self.blocks: Any = self._root.get_submodule(path)
+        around_blocks = type(self._root.get_submodule(path.rpartition(".")[0]))
+        known = signature(around_blocks.forward).parameters
+        self.cache_name = next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
+        """Keyword and output by which the model takes and returns keys and values."""
+
+    def __repr__(self) -> str:
+        return (
+            f"HookedLM({self.name!r}, {self.config.model_type}, {self.n_layers} blocks, "
+            f"d_model={self.d_model}, hook points blocks.{{0..{self.n_layers - 1}}}."
+            f"hook_{{{', '.join(self.sites())}}}, on {self.device})"
+        )
 
     @classmethod
     def from_pretrained(
@@ -146,6 +154,8 @@ class HookedLM:
         spread = device == "auto"
         if spread and not find_spec("accelerate"):
             raise ModuleNotFoundError('device "auto" needs accelerate; pip install accelerate')
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
@@ -174,6 +184,8 @@ class HookedLM:
             FileNotFoundError: no such config, neither local nor on the hub.
             ValueError: no tokenizer, or an architecture that is not in `FAMILIES`.
         """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
@@ -283,67 +295,59 @@ class HookedLM:
         self,
         hooks: Mapping[HookPoint, Callable[[Tensor], Tensor | None]],
         *,
-        begin: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+        around: Callable[..., Any] | None = None,
     ) -> Iterator[None]:
-        """While inside, call `hooks[p](activation [B, T, D])` at each point of every forward pass;
-        a tensor it returns takes the activation's place.
+        """While inside, call `hooks[p](activation [B, T, D])` at each point of every forward pass,
+        whichever thread runs it; a tensor it returns takes the activation's place.
 
         Functions at one point run in the order in which they came, each on what the one before it
         left. While inside, stand-ins replace the modules concerned in their parents; on exit, in
         whatever order and after whatever error, the modules themselves are back. A model works
-        under `torch.compile`, be it compiled before or inside.
+        under `torch.compile`, be it compiled before or inside. A copy of the model made inside, by
+        `copy.deepcopy` or by pickling, is a plain one.
 
         Args:
-            begin: called with the arguments and keyword arguments of each forward pass of the whole
-                model, before any hook.
+            around: called as `around(forward, *args, **kwargs)` in place of each forward pass of
+                the whole model; returns what `forward(*args, **kwargs)` returns.
         """
         with ExitStack() as stack:
-            if begin is not None:
-                stack.callback(self._splice_in_model(begin))
+            if around is not None:
+                path = self.family.blocks.rpartition(".")[0]
+                stack.callback(_add(self._root, path, "around", 0, around))
             for point, function in hooks.items():
-                for remove in self._splice_in(point, function):
-                    stack.callback(remove)
+                for splice in self._splices(point, function):
+                    stack.callback(_add(*splice))
             yield
 
-    def _splice_in_model(self, begin: Callable[..., None]) -> Callable[[], None]:
-        """Call `begin` before each pass through the model that holds the blocks."""
-
-        def before(args: tuple[Any, ...], kwargs: dict[str, Any]):
-            begin(args, kwargs)
-            return args, kwargs
-
-        path = self.family.blocks.rpartition(".")[0]
-        return _Splice.at(self.model, path).add_before(0, before)
-
-    def _splice_in(
+    def _splices(
         self, point: HookPoint, function: Callable[[Tensor], Tensor | None]
-    ) -> list[Callable[[], None]]:
-        """Have `function` called at one hook point; returns what undoes it."""
+    ) -> list[tuple[nn.Module, str, str, int, Callable[..., Any]]]:
+        """Arguments of `_add` that have `function` called at one hook point."""
         block = str(point.layer)
         if point.site == "resid_pre":
-            splice = _Splice.at(self.blocks, block)
-            return [splice.add_before(point.order, _on_input(function))]
+            return [(self.blocks, block, "before", point.order, _on_input(function))]
         if point.site != "resid_mid":
             inside = {"attn_out": self.family.attn_out, "mlp_out": self.family.mlp_out}
             path = f"{block}.{inside[point.site]}" if point.site in inside else block
-            splice = _Splice.at(self.blocks, path)
-            return [splice.add_after(point.order, _on_output(function))]
+            return [(self.blocks, path, "after", point.order, _on_output(function))]
         # No module returns resid_mid: it is the block's input plus attn_out, and is changed by
         # changing attn_out, since the block goes on with that same sum.
-        stream: list[Tensor] = []
+        thread = threading.local()
 
         def remember(resid_pre: Tensor) -> None:
-            stream[:] = [resid_pre]
+            thread.resid_pre = resid_pre
 
         def change(attn_out: Tensor) -> Tensor | None:
-            resid_pre = stream.pop()
+            resid_pre, thread.resid_pre = getattr(thread, "resid_pre", None), None
+            if resid_pre is None:  # a pass of another thread, which was in this block before
+                return None
             new = function(resid_pre + attn_out)
             return None if new is None else new - resid_pre
 
         attention = f"{block}.{self.family.attn_out}"
         return [
-            _Splice.at(self.blocks, block).add_before(point.order, _on_input(remember)),
-            _Splice.at(self.blocks, attention).add_after(point.order, _on_output(change)),
+            (self.blocks, block, "before", point.order, _on_input(remember)),
+            (self.blocks, attention, "after", point.order, _on_output(change)),
         ]
 
     def logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -352,15 +356,24 @@ class HookedLM:
         with torch.no_grad():
             return self.model(input_ids=input_ids, use_cache=False, **kwargs).logits
 
-    @torch.compiler.disable(reason="capture stops the pass half-way, which no graph can")
     def capture(
         self, input_ids: Tensor, points: Sequence[HookPoint], **kwargs: Any
     ) -> dict[HookPoint, Tensor]:
         """Activations `[B, T, D]` at `points`, without gradient; the pass stops at the last one.
 
-        A compiled model runs uncompiled here.
+        A compiled model runs uncompiled here. Passes of other threads go on as they are.
         """
         self.require_context(input_ids.shape[1])
+        reason = "capture stops the pass half-way, which no graph can"
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(msg=reason)
+        # Decorated at the call: decorating the method would load the compiler at every import.
+        untraced = torch.compiler.disable(self._capture, reason=reason)
+        return untraced(input_ids, points, kwargs)  # pyright: ignore[reportCallIssue]
+
+    def _capture(
+        self, input_ids: Tensor, points: Sequence[HookPoint], kwargs: dict[str, Any]
+    ) -> dict[HookPoint, Tensor]:
         captured: dict[HookPoint, Tensor] = {}
         last = max(points)
 
@@ -369,9 +382,8 @@ class HookedLM:
             if point == last:
                 raise _PassEnded
 
-        hooks = {p: (lambda activation, p=p: save(p, activation)) for p in points}
-        eager = torch.compiler.set_stance("force_eager")
-        with self.hooked(hooks), torch.no_grad(), eager, suppress(_PassEnded):
+        hooks = {p: _in_this_thread(partial(save, p)) for p in points}
+        with self.hooked(hooks), torch.no_grad(), _EAGER, suppress(_PassEnded):
             self.model(input_ids=input_ids, use_cache=False, **kwargs)
         return captured
 
@@ -382,13 +394,25 @@ class HookedLM:
         **kwargs: Any,
     ) -> Tensor:
         """Logits `[B, T, V]` with activations replaced by tensors `[B, T, D]` or by functions of
-        what the running pass holds there."""
+        what the running pass holds there. Passes of other threads go on as they are."""
         hooks = {
-            point: ((lambda _activation, new=new: new) if isinstance(new, Tensor) else new)
+            point: _in_this_thread(
+                (lambda _activation, new=new: new) if isinstance(new, Tensor) else new
+            )
             for point, new in replacements.items()
         }
         with self.hooked(hooks):
             return self.logits(input_ids, **kwargs)
+
+
+def type_name(value: object) -> str:
+    """Name of the class that a value is, or is of: for messages about wrong arguments."""
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """Keys and values among the keyword arguments of a pass; None: there are none."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def _family_of(config: Any, name: str) -> Family:
@@ -411,6 +435,8 @@ def _not_found(name: str, error: OSError) -> FileNotFoundError:
 def _tokenizer(path: str, name: str) -> Any:
     """The tokenizer of a model. Of a folder without one transformers makes, depending on the
     family, a tokenizer without words, or an error that names everything but the folder."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
@@ -423,6 +449,47 @@ def _tokenizer(path: str, name: str) -> Any:
             f"tokenizer.save_pretrained; for token ids alone, HookedLM(model) needs none"
         )
     return tokenizer
+
+
+def _root_of(model: nn.Module, path: str, name: str) -> nn.Module:
+    """The module that holds `path`: the model, or the one in a wrapper of it. A wrapper hands on
+    attributes, and what is set on it by such a path would be in the model twice."""
+    for module in model.modules():
+        inner: nn.Module | None = module
+        for part in path.split("."):
+            inner = None if inner is None else inner._modules.get(part)
+        if inner is not None:
+            return module
+    raise ValueError(f"model {name}: it has no {path}, which resae.model.FAMILIES names for it")
+
+
+class _Eager:
+    """Within it nothing runs compiled. torch has one stance for all threads: the first one in sets
+    it, the last one out takes it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.close()
+
+
+_EAGER = _Eager()
+
+
+_Entry = tuple[int, Callable[..., Any]]
+"""Order of its hook point, and a function."""
 
 
 class _Splice:
@@ -447,11 +514,17 @@ class _Splice:
         self.parent = parent
         self.name = name
         self.module = parent.get_submodule(name)
-        self.before: list[tuple[int, Callable[..., Any]]] = []
-        self.after: list[tuple[int, Callable[..., Any]]] = []
         self.stand_in = copy(self.module)
-        self.inner = self.stand_in.forward
-        self.stand_in.forward = self.forward
+        self.own = self.inner = self.stand_in.forward
+        # Tuples, made anew at every change: passes of other threads may be going through them.
+        self.before: tuple[_Entry, ...] = ()
+        self.after: tuple[_Entry, ...] = ()
+        self.around: tuple[_Entry, ...] = ()
+        vars(self.stand_in).update(
+            forward=self.forward,
+            __deepcopy__=lambda memo: deepcopy(self.plain(), memo),
+            __reduce_ex__=lambda protocol: self.plain().__reduce_ex__(protocol),
+        )
         setattr(parent, name, self.stand_in)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -462,34 +535,61 @@ class _Splice:
             output = function(output)
         return output
 
-    def add_before(self, order: int, function: Callable[..., Any]) -> Callable[[], None]:
-        """Call `function(args, kwargs) -> (args, kwargs)` before the module; returns what undoes
-        it."""
-        return self._add(self.before, order, function)
+    def plain(self) -> nn.Module:
+        """A module without the functions, of the same parameters and submodules."""
+        module = copy(self.module)
+        vars(module).update(self._meanwhile())
+        return module
 
-    def add_after(self, order: int, function: Callable[..., Any]) -> Callable[[], None]:
-        """Call `function(output) -> output` after the module; returns what undoes it."""
-        return self._add(self.after, order, function)
-
-    def _add(self, functions: list, order: int, function: Callable[..., Any]):
+    def set(self, place: str, entries: Iterable[_Entry]) -> None:
+        """Call these functions at one of the places; restore the module if there are none."""
         # By order of the hook points: resid_mid is made of resid_pre and attn_out, and must see
         # what the functions there left.
-        entry = (order, function)
-        functions.append(entry)
-        functions.sort(key=itemgetter(0))
+        setattr(self, place, tuple(sorted(entries, key=itemgetter(0))))
+        inner = self.own
+        for _, function in self.around:
+            inner = partial(function, inner)
+        self.inner = inner
+        if not self.before and not self.after and not self.around:
+            vars(self.module).update(self._meanwhile())
+            setattr(self.parent, self.name, self.module)
 
-        def remove() -> None:
-            functions.remove(entry)
-            if not self.before and not self.after:
-                self._restore()
+    def _meanwhile(self) -> dict[str, Any]:
+        """What was set, as by `model.eval()`, was set on the stand-in."""
+        ours = ("forward", "__deepcopy__", "__reduce_ex__")
+        return {name: value for name, value in vars(self.stand_in).items() if name not in ours}
 
-        return remove
 
-    def _restore(self) -> None:
-        # What was set meanwhile, as by model.eval(), was set on the stand-in.
-        meanwhile = {k: v for k, v in vars(self.stand_in).items() if k != "forward"}
-        vars(self.module).update(meanwhile)
-        setattr(self.parent, self.name, self.module)
+_STRUCTURE = threading.RLock()
+"""Held while stand-ins come and go: also when the garbage collector ends a forgotten context."""
+
+
+def _add(
+    root: nn.Module, path: str, place: str, order: int, function: Callable[..., Any]
+) -> Callable[[], None]:
+    """Call `function` at the submodule `path` of `root`; returns what undoes it.
+
+    before  `function(args, kwargs)`, which returns those that the module is called with
+    after   `function(output)`, which returns the output
+    around  `function(forward, *args, **kwargs)`, which calls the module and returns the output
+    """
+    entry = (order, function)
+    with _STRUCTURE:
+        splice = _Splice.at(root, path)
+        splice.set(place, (*getattr(splice, place), entry))
+
+    def remove() -> None:
+        with _STRUCTURE:
+            splice.set(place, (other for other in getattr(splice, place) if other is not entry))
+
+    return remove
+
+
+def _in_this_thread(function: Callable[[Tensor], Tensor | None]):
+    """`function` in the passes of the calling thread; nothing in those of others."""
+    thread = threading.local()
+    thread.calling = True
+    return lambda activation: function(activation) if hasattr(thread, "calling") else None
 
 
 def _on_input(function: Callable[[Tensor], Tensor | None]):

@@ -10,6 +10,7 @@ data the SAE step computes 1/R, but every rank updates all autoencoders and sums
 layers a rank has ⌈L/R⌉ autoencoders, weights and moments are divided, and residuals move.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ class Plan(NamedTuple):
         s = self.settings
         lines = [
             f"estimate (a cost model, nothing was measured): {s['model']}, layers "
-            f"{', '.join(s['layers'])}, M = {s['d_sae']:,}, k = {s['k']}, "
+            f"{', '.join(s['layers'])}, M = {_listed(s['d_sae'])}, k = {s['k']}, "
             f"{s['train_tokens']:,} tokens, {s['batch_tokens']:,} per step",
             f"{s['ranks']} × {s['device']}, by {s['way']}; {s['utilisation']:.0%} of its peaks "
             f"assumed",
@@ -131,6 +132,11 @@ class Plan(NamedTuple):
         return "\n".join(lines)
 
 
+def _listed(numbers: int | Sequence[int]) -> str:
+    several = (numbers,) if isinstance(numbers, int) else numbers
+    return " + ".join(f"{number:,}" for number in several)
+
+
 def plan(
     config: TrainConfig,
     model: ModelSizes,
@@ -151,15 +157,17 @@ def plan(
         model_dtype: of the language model and the buffer; float32 or 16 bit.
         cache_dtype: of an activation cache; None: there is none.
     """
-    L, D, M, N = len(config.layers), model.d_model, config.d_sae, config.batch_tokens
+    L, D, N = len(config.layers), model.d_model, config.batch_tokens
     R, k = ranks.size, max(config.k)
-    held = ceil(L / R) if ranks.by_layers else L  # autoencoders of the fullest rank
+    # d_sae of each layer on the fullest rank: layers are dealt out one by one.
+    shares = [config.d_saes[rank::R] for rank in range(R)] if ranks.by_layers else [config.d_saes]
+    Ms = max(shares, key=lambda share: (len(share), sum(share)))
+    held = len(Ms)
     tokens_here = N if ranks.by_layers else N // R  # of a step, per autoencoder
     half = model_dtype.itemsize == 2
     products = device.half if half else device.single
     sae_products = device.half if config.autocast else device.single
-    parameters = 2 * M * D + M + D  # of one autoencoder
-    dictionaries = 1 if config.shared else held
+    parameters = sum(_parameters(M, D) for M in (Ms[:1] if config.shared else Ms))
 
     def seconds(flops: float, moved: float, rate: float) -> float:
         return max(flops / rate, moved / device.bandwidth) / device.utilisation
@@ -175,17 +183,21 @@ def plan(
 
     encodes = 2 if config.accumulation_steps > 1 else 1
     maps = 0 if config.predictor in ("none", "identity") else 2.0 * D * D
-    step_flops = L * (2.0 * D * M * encodes + 8.0 * k * D + maps)
+
+    def flops_of(d_saes: Sequence[int]) -> float:
+        return sum(2.0 * D * M * encodes + 8.0 * k * D + maps for M in d_saes)
+
+    step_flops = flops_of(config.d_saes)
     update = 4.0 * parameters * (3 + 6 + 4)  # gradient, Adam's six passes, the decoder's norms
     gathers = 4.0 * k * D * 4 + STREAMS * D * 4 * 2
-    read = encodes * M * D * (2 if config.autocast else 4)
-    step_bytes = L * gathers + (held * read + dictionaries * update) / tokens_here
-    busy = L * tokens_here / N if not ranks.by_layers else held  # of L · N tokens, on this rank
-    compute = seconds(step_flops * busy / L, busy * gathers, sae_products)
-    compute += (held * read + dictionaries * update) / N / device.bandwidth / device.utilisation
+    read = encodes * sum(Ms) * D * (2 if config.autocast else 4)
+    step_bytes = L * gathers + (read + update) / tokens_here
+    share = tokens_here / N  # of the tokens, on this rank
+    compute = seconds(flops_of(Ms) * share, held * share * gathers, sae_products)
+    compute += (read + update) / N / device.bandwidth / device.utilisation
     moved = 0.0
     if ranks.by_data:
-        moved = 2.0 * dictionaries * parameters * 4 * (R - 1) / R / N
+        moved = 2.0 * parameters * 4 * (R - 1) / R / N
     elif ranks.by_layers:
         moved = L * D * 4 * (R - 1) / R / R
     exchange = moved / device.link / device.utilisation
@@ -210,9 +222,10 @@ def plan(
         phases.append(Phase("exchange", T, 0.0, moved, exchange))
     training = sum(phase.seconds for phase in phases[1:])
 
-    buffered = L * D * model_dtype.itemsize * (config.buffer_tokens // N) * (N // R)
+    buffer_dtype: torch.dtype = getattr(torch, config.buffer_dtype)
+    buffered = L * D * buffer_dtype.itemsize * (config.buffer_tokens // N) * (N // R)
     checkpoint = checkpoint_bytes(config, D)
-    own = 4 * parameters * dictionaries
+    own = 4 * parameters
     code = held * tokens_here * k * (4 + 8)
     device_memory = {
         "language model": model.parameters * model_dtype.itemsize,
@@ -232,14 +245,14 @@ def plan(
     disk = {
         f"checkpoints, {keep_checkpoints} and one being written": checkpoint
         * (keep_checkpoints + 1),
-        "stack": L * 4 * parameters,
+        "stack": 4 * sum(_parameters(M, D) for M in config.d_saes),
     }
     if cache_dtype is not None:
         disk["activation cache"] = T * L * D * cache_dtype.itemsize
     settings = {
         "model": model.name,
         "layers": [name.removesuffix(".hook_resid_post") for name in config.layers],
-        "d_sae": M,
+        "d_sae": config.d_sae,
         "k": k,
         "train_tokens": T,
         "batch_tokens": N,
@@ -256,8 +269,13 @@ def plan(
 def checkpoint_bytes(config: TrainConfig, d_in: int) -> int:
     """Tensors of one checkpoint: weights, two moments and a step count for each of four parameters,
     and a counter per latent."""
-    M, saes = config.d_sae, 1 if config.shared else len(config.layers)
-    return saes * (3 * 4 * (2 * M * d_in + M + d_in) + 4 * 4 + 8 * M)
+    Ms = config.d_saes[:1] if config.shared else config.d_saes
+    return sum(3 * 4 * _parameters(M, d_in) + 4 * 4 + 8 * M for M in Ms)
+
+
+def _parameters(M: int, d_in: int) -> int:
+    """Numbers in one autoencoder."""
+    return 2 * M * d_in + M + d_in
 
 
 def _map_sizes(config: TrainConfig, d_in: int) -> list[int]:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resae.choices import DTYPES, OPS, TRAINING
 from resae.storage import write_atomically
 from resae_kernels import (
     OnlineStep,
@@ -41,9 +42,6 @@ from resae_kernels import (
 )
 from resae_kernels.online_step import FEW_TOKENS
 
-TRAINING = ("train", "train+adam")
-OPS = ("encode", "decode", "forward", *TRAINING, "step", "chain")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLD_BYTES = 256 << 20
 """Written before each cold call: more than any last-level cache in use."""
 WARM_SECONDS = 0.01
@@ -95,7 +93,7 @@ class Case:
         chain: the gathers of L layers, and 2·N·D² per map.
         """
         N, D, M, k, L = self.N, self.D, self.M, self.k, self.L
-        s = DTYPES[self.dtype].itemsize
+        s = getattr(torch, self.dtype).itemsize
         code = N * k * (s + 8)
         gather = N * k * D * s
         if self.op == "encode":
@@ -140,7 +138,7 @@ Peer = Callable[[Case, Inputs], Provider | None]
 def make_inputs(case: Case, device: torch.device) -> Inputs:
     """Gaussian activations and unit-norm dictionaries, the encoder tied to them."""
     generator = torch.Generator(device).manual_seed(0)
-    dtype = DTYPES[case.dtype]
+    dtype: torch.dtype = getattr(torch, case.dtype)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
@@ -455,7 +453,9 @@ def measure_roofs(clock: Clock, dtype: str) -> Roofs:
     source = torch.empty(COLD_BYTES // 4, dtype=torch.float32, device=clock.device)
     target = torch.empty_like(source)
     size = 8192 if clock.device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=clock.device).to(DTYPES[dtype]) for _ in range(2))
+    a, b = (
+        torch.randn(size, size, device=clock.device).to(getattr(torch, dtype)) for _ in range(2)
+    )
     out = torch.empty_like(a)
     for _ in range(2):
         target.copy_(source)

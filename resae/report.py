@@ -5,6 +5,7 @@ Reads what `resae demo` and `resae eval` write; draws what is there and leaves o
 
 import html
 import io
+import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,17 @@ LABELS = {
     "boost": "SAE Boost",
     "resae_closed": "ReSAE trained in closed loop",
     "affine_only": "affine maps alone",
+    "raw_matched": "raw SAEs, equal total and dictionary",
+    "raw_wide": "raw SAEs, equal total, all latents in every layer",
+    "resae_k_first": "ReSAE, k mostly in the first layer",
+    "resae_k_falling": "ReSAE, k falling",
+    "resae_k_rising": "ReSAE, k rising",
+}
+COMPARED = ("raw", "raw_equal_total", "raw_matched", "raw_wide", "identity", "resae")
+LABELS |= {
+    f"{name}_{suffix}": f"{LABELS[name]}, {text}"
+    for name in COMPARED
+    for suffix, text in (("best_lr", "best learning rate"), ("long", "more tokens"))
 }
 COLORS = {  # Okabe and Ito: told apart by colour-blind readers too
     "raw": "#d55e00",
@@ -43,11 +55,16 @@ COLORS = {  # Okabe and Ito: told apart by colour-blind readers too
     "mlsae": "#56b4e9",
     "hierarchical": "#000000",
     "resae_closed": "#7b3294",
+    "raw_matched": "#f0e442",
+    "raw_wide": "#8b4513",
 }
-TABLES_ONLY = {"raw_truncated", "boost_base", "boost"} | {
-    f"all_previous_{form}" for form in ("scalar", "diagonal", "low_rank")
+TABLES_ONLY = {
+    *("raw_truncated", "boost_base", "boost"),
+    *(f"all_previous_{form}" for form in ("scalar", "diagonal", "low_rank")),
 }
 """Methods of one k, or of a comparison of their own: left out where lines run over k."""
+FAIR_TABLE_ONLY = re.compile(r"_best_lr$|_long$|_lr_[\d.]+$|^resae_k_")
+"""Names of fair rows of one k: left out of the figures, too."""
 MODES = {
     "online": "online",
     "teacher_forced": "teacher-forced",
@@ -116,7 +133,11 @@ def _against_k(axis: Any, rows: Sequence[Row], column: str) -> None:
 
 
 def _drawn(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["method"] not in TABLES_ONLY]
+    return [
+        row
+        for row in rows
+        if row["method"] not in TABLES_ONLY and not FAIR_TABLE_ONLY.search(row["method"])
+    ]
 
 
 def _per_mode(rows: Sequence[Row], column: str, title: str) -> Any:
@@ -336,6 +357,34 @@ FURTHER: dict[str, tuple[str, str, dict[str, str]]] = {
             "change": "change, %",
             "l0": "L0",
             "delta_ce": "Δ CE online, all layers",
+        },
+    ),
+    "fair": (
+        "The same comparison without an advantage for ReSAE",
+        "All layers replaced, residual methods in closed loop. Latents by layer are those of its "
+        "own dictionary; a ReSAE reconstruction also draws on those of the layers before.",
+        {
+            "name": "method",
+            "k": "k",
+            "k_per_layer": "active latents by layer",
+            "d_sae": "latents by layer",
+            "train_tokens": "tokens",
+            "lr": "peak learning rate by layer",
+            "online": "Δ CE online",
+            "teacher_forced": "teacher-forced",
+        },
+    ),
+    "elsewhere": (
+        "The comparison at other hook points",
+        "All of the points replaced. Above 1, a method loses more than raw SAEs of the same k.",
+        {
+            "name": "method",
+            "where": "where",
+            "loop": "loop",
+            "mode": "mode",
+            "k": "k",
+            "delta_ce": "Δ CE",
+            "of_raw": "raw SAEs = 1",
         },
     ),
     "routing": (

@@ -2,7 +2,8 @@
 x̂ = z W_dec + b_dec.                                 Gao et al. 2024 (arXiv 2406.04093), section 2.3
 
 `base` is a prediction of x, `[..., D]`: it is subtracted before encoding and added after decoding,
-so that the code is of the residual. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec
+so that the code is of the residual. An autoencoder of residuals (`SAEConfig.input_kind`) cannot
+encode without it. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec
 [M, D]`, `b_dec [D]`: sparsify's keys, in its files `cfg.json` and `sae.safetensors`.
 """
 
@@ -10,7 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,14 @@ from torch import Tensor, nn
 from resae.storage import load_json, load_tensors, save_json, save_tensors
 from resae_kernels import ScreenedEncoder, TopK, sparse_decode, topk_encode
 
+InputKind = Literal["activation", "affine_residual"]
+Screening = Literal["statistical", "certain"]
+SCREENINGS = ("statistical", "certain", None)
+
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """Sizes of one autoencoder."""
+    """Sizes of one autoencoder, and what it encodes."""
 
     d_in: int
     """D, width of the activation."""
@@ -32,8 +37,21 @@ class SAEConfig:
     prefix_gain: float = 0.0
     """Of the j strongest latents alone every act counts (k / j) ** prefix_gain times: fewer latents
     have to carry a part of what the others would have added."""
+    input_kind: InputKind = "activation"
+    """`activation`: x itself; `affine_residual`: x minus a prediction, which `encode` then needs. A
+    `ReSAE` sets it."""
+    screening: Screening | None = "statistical"
+    """How latents are ruled out by an 8-bit product when encoding on a CPU, before the rest are
+    scored in float32. `statistical`: a latent of the TopK is missed with probability below 1e-12
+    per row (proof: `resae_kernels.screened_encode`); `certain`: never, at more candidates; None: no
+    screening, the whole float32 product."""
 
     def __post_init__(self) -> None:
+        if self.screening not in SCREENINGS:
+            raise ValueError(
+                f"SAEConfig: screening={self.screening!r}, expected 'statistical', 'certain' or "
+                f"None"
+            )
         for name in ("d_in", "d_sae", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SAEConfig: {name}={getattr(self, name)}, expected at least 1")
@@ -60,10 +78,8 @@ class TopKSAE(nn.Module):
 
     On a CPU codes come from a `ScreenedEncoder`: without gradients from a copy of the weight that
     is made at the first call (a quarter more memory), in training from one made for each large
-    batch. `screening` is its margin, "statistical" or "certain"; None: always the float32 product.
+    batch. `config.screening` chooses its margin.
     """
-
-    screening: str | None = "statistical"
 
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__()
@@ -93,7 +109,17 @@ class TopKSAE(nn.Module):
         self, x: Tensor, *, base: Tensor | None = None, k: int | None = None, sorted: bool = True
     ) -> TopK:
         """Code of `x − base`, `[..., D]` → acts and indices `[..., k]`
-        (`resae_kernels.topk_encode`)."""
+        (`resae_kernels.topk_encode`).
+
+        Raises:
+            ValueError: an autoencoder of residuals without `base`.
+        """
+        if base is None and self.config.input_kind != "activation":
+            raise ValueError(
+                "TopKSAE: this autoencoder encodes the residual of an activation, and got no "
+                "prediction; pass it as base=, let ReSAE.encode predict, or, if x is the residual, "
+                "pass zeros"
+            )
         k = self.config.k if k is None else k
         offsets = {"pre_bias": self.b_dec, "base": base}
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -102,6 +128,15 @@ class TopKSAE(nn.Module):
                 return screened.encode(x, k, sorted=sorted, **offsets)
         weight, bias = self.encoder.weight, self.encoder.bias
         return topk_encode(x, weight, bias, k, sorted=sorted, **offsets)
+
+    @property
+    def screening(self) -> Screening | None:
+        """`config.screening`; may be set."""
+        return self.config.screening
+
+    @screening.setter
+    def screening(self, screening: Screening | None) -> None:
+        self.config = replace(self.config, screening=screening)
 
     @property
     def screened(self) -> ScreenedEncoder | None:
@@ -117,6 +152,12 @@ class TopKSAE(nn.Module):
     def decode(self, acts: Tensor, indices: Tensor, *, base: Tensor | None = None) -> Tensor:
         """`acts, indices [..., k]` → x̂ `[..., D]`, plus `base` (`resae_kernels.sparse_decode`)."""
         return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, base=base)
+
+    def extra_repr(self) -> str:
+        return f"{_sizes(self.config)}, screening={self.screening!r}"
+
+    def set_input_kind(self, kind: InputKind) -> None:
+        self.config = replace(self.config, input_kind=kind)
 
     @property
     def trained(self) -> "TopKSAE":
@@ -204,7 +245,12 @@ class TopKSAE(nn.Module):
                 "skip_connection": False,
                 "transcode": False,
                 "d_in": self.config.d_in,
-                "metadata": {**metadata, "prefix_gain": self.config.prefix_gain},
+                "metadata": {
+                    **metadata,
+                    "prefix_gain": self.config.prefix_gain,
+                    "input_kind": self.config.input_kind,
+                    "screening": self.config.screening,
+                },
             },
         )
 
@@ -233,8 +279,10 @@ class TopKSAE(nn.Module):
                 f"SAE {folder}: cfg.json has no {', '.join(absent)}; expected sparsify's cfg.json"
             )
         d_sae = cfg.get("num_latents") or cfg["d_in"] * cfg.get("expansion_factor", 0)
-        gain = (cfg.get("metadata") or {}).get("prefix_gain", 0.0)
-        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], gain))
+        metadata = cfg.get("metadata") or {}
+        known = ("prefix_gain", "input_kind", "screening")
+        options = {name: metadata[name] for name in known if name in metadata}
+        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], **options))
         tensors = load_tensors(folder / "sae.safetensors", "SAE")
         expected = {name: list(t.shape) for name, t in sae.state_dict().items()}
         found = {name: list(t.shape) for name, t in tensors.items()}
@@ -281,7 +329,14 @@ class BoostedSAE(nn.Module):
         self.threshold: Tensor
         self.register_buffer("threshold", boost.b_dec.new_tensor(threshold))
         ours, its = boost.config, base.config
-        self.config = SAEConfig(ours.d_in, its.d_sae + ours.d_sae, its.k + ours.k)
+        self.config = SAEConfig(
+            ours.d_in,
+            its.d_sae + ours.d_sae,
+            its.k + ours.k,
+            input_kind=its.input_kind,
+            screening=its.screening,
+        )
+        boost.set_input_kind(its.input_kind)
 
     @property
     def trained(self) -> TopKSAE:
@@ -331,6 +386,14 @@ class BoostedSAE(nn.Module):
         code = self.encode(x, base=base)
         return SAEOutput(self.decode(*code, base=base), code)
 
+    def extra_repr(self) -> str:
+        return f"{_sizes(self.config)}, threshold={float(self.threshold):g}"
+
+    def set_input_kind(self, kind: InputKind) -> None:
+        self.config = replace(self.config, input_kind=kind)
+        self.base.set_input_kind(kind)
+        self.boost.set_input_kind(kind)
+
     def at_k(self, k: int) -> "BoostedSAE":
         raise ValueError(
             f"at_k: k={k} for a boosted autoencoder, of {self.base.config.k} + "
@@ -354,7 +417,7 @@ class BoostedSAE(nn.Module):
         """The base as it was, and the boost with its threshold in `boost/`."""
         self.base.save(folder, **metadata)
         of_boost = {"threshold": float(self.threshold), "keep": self.keep}
-        self.boost.save(folder / "boost", **{**metadata, **of_boost, "input_kind": "boost"})
+        self.boost.save(folder / "boost", **{**metadata, **of_boost})
 
     @classmethod
     def load(cls, folder: str | Path) -> "BoostedSAE":
@@ -364,6 +427,12 @@ class BoostedSAE(nn.Module):
         metadata = load_json(folder / "boost" / "cfg.json", "SAE")["metadata"]
         base, boost = TopKSAE.load(folder), TopKSAE.load(folder / "boost")
         return cls(base, boost, keep=metadata["keep"], threshold=metadata["threshold"]).eval()
+
+
+def _sizes(config: SAEConfig) -> str:
+    return (
+        f"d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, input_kind={config.input_kind!r}"
+    )
 
 
 Total = Callable[[Tensor], Tensor]

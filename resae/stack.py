@@ -12,7 +12,7 @@ sae.safetensors}` in sparsify's layout. Everything acts on raw activations: scal
 are folded in before saving.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,15 +22,22 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from resae.affine import KINDS, AffinePredictor
-from resae.model import HookedLM
+from resae.affine import AffinePredictor
+from resae.choices import KINDS
+from resae.model import HookedLM, HookPoint, type_name
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE
 from resae.storage import load_json, save_json
-from resae_kernels import TopK, Transported, affine_chain, online_step, transport
+from resae_kernels import ScreenedEncoder, TopK, Transported, affine_chain, online_step, transport
 from resae_kernels.online_step import FEW_TOKENS
 
 FORMAT_VERSION = 1
+FEW_ENTRIES = 2048
+"""N·D up to which a prediction that reads the map for each token is faster than a call of torch's
+product (one core of an Intel Xeon, D = 128 and 768)."""
 Loop = Literal["open", "closed"]
+Activations = Sequence[Tensor] | Mapping[HookPoint, Tensor] | Mapping[str, Tensor]
+"""One `[..., D]` per hook point: in the order of the forward pass, or by hook point, as
+`HookedLM.capture` returns them, or by its name."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +73,24 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     Args:
         hook_points: canonical names, in the order of the forward pass.
         predictor: the affine maps; `AffinePredictor("none")` for ordinary SAEs.
-        saes: one per hook point; the same one at each for a shared dictionary (MLSAE).
+        saes: one per hook point; the same one at each for a shared dictionary (MLSAE). Those whose
+            layer is predicted become autoencoders of residuals (`SAEConfig.input_kind`).
         model: identity of the model, or None.
+
+    Raises:
+        TypeError: something else than hook points, a predictor and autoencoders.
+        ValueError: parts that do not fit together.
     """
 
     def __init__(
         self,
         hook_points: Sequence[str],
         predictor: AffinePredictor,
-        saes: Sequence[TopKSAE | BoostedSAE],
+        saes: Sequence[TopKSAE | BoostedSAE] = (),
         model: ModelIdentity | None = None,
     ):
         super().__init__()
+        _require_types(hook_points, predictor, saes)
         self._hub_mixin_config = (
             None  # resae.json says everything; the mixin need not write its own
         )
@@ -92,8 +105,26 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             )
         self.hook_points = list(hook_points)
         self.predictor = predictor
+        first = len(saes) if predictor.kind == "none" else 1  # the first that is predicted
+        for name, sae in zip(hook_points, saes[:first], strict=False):
+            if sae.config.input_kind != "activation" or sae in saes[first:]:
+                raise ValueError(
+                    f"ReSAE: the autoencoder of {name} encodes residuals, and predictor "
+                    f"{predictor.kind!r} predicts nothing there; give one that encodes activations"
+                )
+        for sae in saes[first:]:
+            sae.set_input_kind("affine_residual")
         self._hold(saes)
         self.model_identity = model
+
+    def extra_repr(self) -> str:
+        model = None if self.model_identity is None else self.model_identity.name
+        k = [self.sae(i).config.k for i in range(self.n_layers)]
+        return (
+            f"model={model!r}, hook_points={self.hook_points}, "
+            f"predictor={self.predictor.kind!r}, form={self.predictor.form!r}, "
+            f"d_in={self.d_in}, k={k}, shared={self.shared}, boosted={self.boosted}"
+        )
 
     def _hold(self, saes: Sequence[TopKSAE | BoostedSAE]) -> None:
         distinct = list(dict.fromkeys(saes))
@@ -108,6 +139,12 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     @property
     def d_in(self) -> int:
         return self.sae(0).config.d_in
+
+    @property
+    def d_sae(self) -> int | tuple[int, ...]:
+        """Latents of every layer, or of each where they differ."""
+        sizes = tuple(self.sae(layer).config.d_sae for layer in range(self.n_layers))
+        return sizes[0] if len(set(sizes)) == 1 else sizes
 
     def sae(self, layer: int) -> TopKSAE | BoostedSAE:
         """The autoencoder of selected layer `layer` (its position in `hook_points`)."""
@@ -153,8 +190,8 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         stack = ReSAE(self.hook_points, self.predictor, saes, self.model_identity)
         return stack.train(self.training)
 
-    def encode(self, xs: Sequence[Tensor], *, loop: Loop = "open") -> list[TopK]:
-        """L activations `[..., D]` → L codes `[..., k_l]`."""
+    def encode(self, xs: Activations, *, loop: Loop = "open") -> list[TopK]:
+        """L activations `[..., D]` → L codes `[..., k_l]`; errors as of `forward`."""
         return self(xs, loop=loop).codes
 
     def decode(self, codes: Sequence[TopK]) -> list[Tensor]:
@@ -176,10 +213,14 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             b_dec=[sae.b_dec for sae in saes],
         )
 
-    def forward(self, xs: Sequence[Tensor], *, loop: Loop = "open") -> StackOutput:
-        """Codes and reconstructions of L activations `[..., D]` of a clean pass."""
-        if len(xs) != self.n_layers:
-            raise ValueError(f"ReSAE: got {len(xs)} activations, expected {self.n_layers}")
+    def forward(self, xs: Activations, *, loop: Loop = "open") -> StackOutput:
+        """Codes and reconstructions of L activations `[..., D]` of a clean pass.
+
+        Raises:
+            TypeError: a single tensor, or something else than tensors.
+            ValueError: not one activation per hook point; unknown loop.
+        """
+        xs = _activations(xs, self.hook_points)
         if _check_loop(loop) == "open" or not self.chained:
             codes = [self.sae(i).encode(x, base=self.predictor(i, xs)) for i, x in enumerate(xs)]
             return StackOutput(self.decode(codes), codes)
@@ -219,18 +260,40 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         if few and seen is put_in and isinstance(sae, TopKSAE):  # a boosted one is two encodes
             on_cpu = x.is_cpu and not torch.compiler.is_compiling()
             encoder = sae.screened if on_cpu else None
-            held = sae.encoder if encoder is None else encoder  # the same weight and bias
-            weights = (held.weight, held.bias, sae.config.k, sae.W_dec)
-            if carried is not None and not (on_cpu and _maps_are_faster(N, x.shape[-1], codes)):
+            by_maps = carried is None or (on_cpu and _maps_are_faster(N, x.shape[-1], codes))
+            if encoder is not None and by_maps:
+                step = self._step_at_once(layer, x, seen, sae, encoder)
+                if step is not None:
+                    return step
+            weights = (sae.encoder.weight, sae.encoder.bias, sae.config.k, sae.W_dec)
+            if not by_maps:
                 return online_step(x, *weights, codes=codes, transported=carried, encoder=encoder)
-            if x.is_cuda or encoder is not None:
+            if x.is_cuda:
                 base = self.predictor(layer, seen)
-                return online_step(x, *weights, b_dec=sae.b_dec, base=base, encoder=encoder)
+                return online_step(x, *weights, b_dec=sae.b_dec, base=base)
         base = self.predictor(layer, seen)
         code = sae.encode(x, base=base)
         if seen is not put_in:
             base = self.predictor(layer, put_in)
         return sae.decode(*code, base=base), code
+
+    def _step_at_once(
+        self,
+        layer: int,
+        x: Tensor,
+        seen: Sequence[Tensor],
+        sae: TopKSAE,
+        encoder: ScreenedEncoder,
+    ) -> tuple[Tensor, TopK] | None:
+        """`online_step`, prediction included, as one call of the compiled library; None: not the
+        way for these tensors."""
+        affine = base = None
+        if layer and self.chained:
+            affine = self.predictor.one_map(layer, seen)
+            if affine is None or x.numel() > FEW_ENTRIES:
+                affine, base = None, self.predictor(layer, seen)
+        step = encoder.online_step(x, sae.config.k, sae.b_dec, base, sae.W_dec, affine, sorted=True)
+        return None if step is None else (step[0], TopK(step[1], step[2]))
 
     def transported(
         self, max_bytes: int, *, vectors: Sequence[Tensor] | None = None
@@ -292,12 +355,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         # A folder with resae.json is complete: it goes first and comes last.
         (save_directory / "resae.json").unlink(missing_ok=True)
         for layer, name in enumerate(self.hook_points):
-            predicted = self.chained and layer > 0
-            self.sae(layer).save(
-                save_directory / name,
-                hook_point=name,
-                input_kind="affine_residual" if predicted else "activation",
-            )
+            self.sae(layer).save(save_directory / name, hook_point=name)
         self.predictor.save(save_directory / "affine.safetensors")
         save_json(
             save_directory / "resae.json",
@@ -324,9 +382,10 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         header = ModelCardData(library_name="resae").to_yaml()
         return ModelCard(
             f"---\n{header}\n---\n\n# TopK autoencoders of {self.n_layers} layers of {model}\n\n"
-            f"Layers {', '.join(self.hook_points)}; {self.sae(0).config.d_sae} latents per layer, "
+            f"Layers {', '.join(self.hook_points)}; {self.d_sae} latents per layer, "
             f"k = {k}; affine predictor `{self.predictor.kind}`, {self.predictor.form} (ReSAE, "
             "arXiv 2605.27819).\n\n"
+            f"{_screening_on_card(self.sae(0).config.screening)}\n\n"
             "```python\nfrom resae import ReSAE\n\n"
             'stack = ReSAE.from_pretrained("<this repository>")\n```\n'
         )
@@ -395,17 +454,23 @@ def new_stack(
     predictor: AffinePredictor,
     *,
     d_in: int,
-    d_sae: int,
+    d_sae: int | Sequence[int],
     k: Sequence[int],
     seed: int = 0,
     shared: bool = False,
     prefix_gain: float = 0.0,
     model: ModelIdentity | None = None,
 ) -> ReSAE:
-    """An untrained stack; every layer starts from its own random directions, or all are one."""
+    """An untrained stack; every layer starts from its own random directions, or all are one.
+
+    Args:
+        d_sae: latents, for every layer or one number per layer.
+    """
+    d_saes = [d_sae] * len(k) if isinstance(d_sae, int) else d_sae
+    sizes = list(zip(d_saes, k, strict=True))
     saes = [
-        TopKSAE(SAEConfig(d_in, d_sae, k_l, prefix_gain), seed=seed * 1_000 + layer)
-        for layer, k_l in enumerate(k[:1] if shared else k)
+        TopKSAE(SAEConfig(d_in, M, k_l, prefix_gain), seed=seed * 1_000 + layer)
+        for layer, (M, k_l) in enumerate(sizes[:1] if shared else sizes)
     ]
     return ReSAE(hook_points, predictor, saes * len(k) if shared else saes, model)
 
@@ -430,6 +495,8 @@ class AffineOnly:
     """
 
     def __init__(self, stack: ReSAE):
+        if not isinstance(stack, ReSAE):
+            raise TypeError(f"AffineOnly: got {type_name(stack)}, expected a ReSAE")
         self.hook_points = stack.hook_points
         self.predictor = stack.predictor
         self.n_layers = stack.n_layers
@@ -438,7 +505,8 @@ class AffineOnly:
     def active_total(self, layer: int) -> int:  # noqa: ARG002
         return 0
 
-    def __call__(self, xs: Sequence[Tensor], *, loop: Loop = "open") -> StackOutput:  # noqa: ARG002
+    def __call__(self, xs: Activations, *, loop: Loop = "open") -> StackOutput:  # noqa: ARG002
+        xs = _activations(xs, self.hook_points)
         x_hats: list[Tensor] = []
         for layer, x in enumerate(xs):
             x_hats.append(self.step(layer, x, x_hats, x_hats)[0])
@@ -459,6 +527,65 @@ def _maps_are_faster(N: int, D: int, codes: Sequence[TopK]) -> bool:
     """Than gathering the carried rows of N tokens, on a CPU: the maps are read once for all of
     them."""
     return N * sum(code.acts.shape[-1] for code in codes) > D
+
+
+def _screening_on_card(screening: str | None) -> str:
+    if screening is None:
+        return "On a CPU all latents are scored in float32."
+    bound = {
+        "statistical": "a latent of the TopK is missed with probability below 1e-12 per row",
+        "certain": "no latent of the TopK can be missed",
+    }[screening]
+    return (
+        f"On a CPU an 8-bit product rules out most latents before the rest are scored exactly; "
+        f"{bound} (`screening={screening}` in cfg.json)."
+    )
+
+
+def _require_types(hook_points: Any, predictor: Any, saes: Any) -> None:
+    if isinstance(hook_points, str) or not all(isinstance(name, str) for name in hook_points):
+        raise TypeError(
+            f"ReSAE: got {hook_points!r} as hook points, expected a list of names such as "
+            f"'blocks.1.hook_resid_post' (HookPoint.name)"
+        )
+    if not isinstance(predictor, AffinePredictor):
+        raise TypeError(
+            f"ReSAE: got {type_name(predictor)} as the predictor, expected an AffinePredictor; for "
+            f"ordinary autoencoders ReSAE(hook_points, AffinePredictor('none'), saes)"
+        )
+    for sae in saes:
+        if not isinstance(sae, TopKSAE | BoostedSAE):
+            raise TypeError(
+                f"ReSAE: got {type_name(sae)} as an autoencoder, expected a TopKSAE or BoostedSAE; "
+                f"TopKSAE.load(folder) reads what sparsify saves"
+            )
+
+
+def _activations(xs: Activations, hook_points: Sequence[str]) -> list[Tensor]:
+    """One activation per hook point, in their order."""
+    if isinstance(xs, Mapping):
+        named = {str(getattr(point, "name", point)): x for point, x in xs.items()}
+        missing = [name for name in hook_points if name not in named]
+        if missing:
+            raise ValueError(
+                f"ReSAE: no activation of {', '.join(missing)}, only of {', '.join(named)}; "
+                f"capture all of lm.hook_points(stack.hook_points)"
+            )
+        xs = [named[name] for name in hook_points]
+    if not isinstance(xs, Iterable) or isinstance(xs, Tensor):
+        raise TypeError(
+            f"ReSAE: got {type_name(xs)}, expected a list of one tensor [..., D] per hook point, "
+            f"or what HookedLM.capture returns"
+        )
+    xs = list(xs)
+    for x in xs:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"ReSAE: got {type_name(x)} as an activation, expected a tensor [..., D]"
+            )
+    if len(xs) != len(hook_points):
+        raise ValueError(f"ReSAE: got {len(xs)} activations, expected {len(hook_points)}")
+    return xs
 
 
 def _check_loop(loop: str) -> str:

@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from resae.affine import KINDS, AffinePredictor, Moments, check_form, fit_predictor
+from resae.affine import AffinePredictor, Moments, check_form, fit_predictor
+from resae.choices import DTYPES, KINDS
 from resae.data import ActivationSource, Position
 from resae.distributed import ALONE, Ranks
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE, Total, auxk_loss, in_one_piece
@@ -45,16 +47,23 @@ DECAY = 0.2
 """Share of the steps, at the end, over which it falls back to 0."""
 
 
+NO_GAIN = {"hook_attn_out": (0.95, 1.37, 2.22), "hook_mlp_out": (1.00, 1.33, 1.53)}
+"""Hook points where predicting a layer from others gained nothing: online Δ CE of ReSAE over that
+of raw SAEs of the same k and of raw SAEs with as many active latents in total, and that of identity
+residuals over the first, in the demo (embedded model, blocks 1, 3 and 5, k = 8, seed 0)."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What is trained, and how. Defaults are those measured on the embedded model."""
 
     layers: tuple[str, ...]
-    """Hook points, in the order of the forward pass."""
+    """Hook points, in the order of the forward pass; at those in `NO_GAIN` raw SAEs (predictor
+    `none`) do better."""
     k: tuple[int, ...]
     """Active latents per token, one per layer."""
-    d_sae: int
-    """M, latents per layer."""
+    d_sae: int | tuple[int, ...]
+    """M, latents: one number for every layer, or one per layer."""
     predictor: str = "previous"
     """`none`, `identity`, `previous` or `all_previous`."""
     form: str = "full"
@@ -84,13 +93,17 @@ class TrainConfig:
     """Tokens to train on; the data starts over if it is shorter. A run can be resumed with more:
     see `resumed_config`."""
     calibration_tokens: int = 100_000
-    """Tokens that the affine maps are fitted on."""
+    """Tokens that the affine maps are fitted on; without maps, scales and means are measured on a
+    buffer at most."""
     batch_tokens: int = 1_024
     """Tokens per step."""
     buffer_tokens: int = 65_536
     """Tokens whose activations are shuffled together."""
+    buffer_dtype: str = "bfloat16"
+    """In which they wait there: `bfloat16`, `float16` or `float32`."""
     lr: float | None = None
-    """Peak learning rate of Adam; None: 8e-3 · sqrt(512 / d_sae)."""
+    """Peak learning rate of Adam; None: 8e-3 · sqrt(512 / d_sae), in each layer by its own
+    d_sae."""
     warmup_steps: float | None = None
     """Steps over which the learning rate rises from 0; None: a twentieth of all."""
     auxk_coefficient: float = 1 / 32
@@ -112,11 +125,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if len(self.k) != len(self.layers):
             raise ValueError(f"TrainConfig: {len(self.k)} k for {len(self.layers)} layers")
-        if max(self.k) > self.d_sae or min(self.k) < 1:
+        if len(self.d_saes) != len(self.layers):
             raise ValueError(
-                f"TrainConfig: k={max(self.k)} for d_sae={self.d_sae} latents; expected "
-                f"1 ≤ k ≤ d_sae"
+                f"TrainConfig: {len(self.d_saes)} d_sae for {len(self.layers)} layers; give one "
+                f"number, or one per layer"
             )
+        for k, d_sae in zip(self.k, self.d_saes, strict=True):
+            if not 1 <= k <= d_sae:
+                raise ValueError(
+                    f"TrainConfig: k={k} for d_sae={d_sae} latents; expected 1 ≤ k ≤ d_sae"
+                )
         if self.predictor not in KINDS:
             raise ValueError(
                 f"TrainConfig: unknown predictor {self.predictor!r}; choose {', '.join(KINDS)}"
@@ -125,10 +143,12 @@ class TrainConfig:
         if self.loop not in ("open", "closed"):
             raise ValueError(f"TrainConfig: loop={self.loop!r}, expected 'open' or 'closed'")
         equal_k = len(set(self.k)) == 1
-        if self.shared and (self.predictor != "none" or not equal_k):
+        equal_d_sae = len(set(self.d_saes)) == 1
+        if self.shared and (self.predictor != "none" or not equal_k or not equal_d_sae):
             raise ValueError(
-                f"TrainConfig: shared with predictor={self.predictor!r}, k={self.k}; a dictionary "
-                f"of all layers needs predictor 'none' and one k"
+                f"TrainConfig: shared with predictor={self.predictor!r}, k={self.k}, "
+                f"d_sae={self.d_sae}; a dictionary of all layers needs predictor 'none' and one k "
+                f"and d_sae"
             )
         js = self.prefixes
         rising = js is None or (js == tuple(sorted(set(js))) and js[:1] > (0,) and equal_k)
@@ -163,6 +183,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: warmup_steps={self.warmup_steps}, expected at least 0 or None"
             )
+        if self.buffer_dtype not in DTYPES:
+            raise ValueError(
+                f"TrainConfig: buffer_dtype={self.buffer_dtype!r}, expected one of "
+                f"{', '.join(DTYPES)}"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"TrainConfig: clip_norm={self.clip_norm}, expected above 0 or None")
         if not 1 <= self.accumulation_steps <= self.batch_tokens:
@@ -176,8 +201,31 @@ class TrainConfig:
         return math.ceil(self.train_tokens / self.batch_tokens)
 
     @property
+    def moment_tokens(self) -> int:
+        """Tokens that maps, scales and means are measured on: without maps a buffer is enough, and
+        no more than are trained on."""
+        if self.predictor == "none":
+            return min(self.calibration_tokens, self.buffer_tokens, self.train_tokens)
+        return self.calibration_tokens
+
+    @property
+    def d_saes(self) -> tuple[int, ...]:
+        """`d_sae` of each layer."""
+        if isinstance(self.d_sae, int):
+            return (self.d_sae,) * len(self.layers)
+        return self.d_sae
+
+    @property
+    def peak_lrs(self) -> tuple[float, ...]:
+        """Peak learning rate of each layer."""
+        if self.lr is not None:
+            return (self.lr,) * len(self.layers)
+        return tuple(8e-3 * math.sqrt(512 / d_sae) for d_sae in self.d_saes)
+
+    @property
     def peak_lr(self) -> float:
-        return self.lr if self.lr is not None else 8e-3 * math.sqrt(512 / self.d_sae)
+        """Highest of `peak_lrs`."""
+        return max(self.peak_lrs)
 
     @property
     def dead_tokens(self) -> int:
@@ -201,18 +249,34 @@ class TrainConfig:
 
     def resolved(self) -> "TrainConfig":
         """The same with the values that None stands for, for a record of what was trained."""
+        alike = len(set(self.peak_lrs)) == 1  # else `peak_lrs` is recorded beside it
         return replace(
             self,
-            lr=self.peak_lr,
+            lr=self.peak_lr if alike else None,
             warmup_steps=self.rising_steps,
             dead_after_tokens=self.dead_tokens,
         )
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, …: linear up, flat, linear down."""
+    @property
+    def warning(self) -> str | None:
+        """One line if predictions gained nothing at these hook points where it was measured."""
+        if self.predictor == "none":
+            return None
+        for site, (raw, equal_total, identity) in NO_GAIN.items():
+            if any(name.endswith(f".{site}") for name in self.layers):
+                return (
+                    f"warning: at {site} predicting a layer from others gained nothing in the demo "
+                    f"(its embedded model, k = 8): ReSAE loses {raw:.2f} times what raw SAEs lose "
+                    f"online, {equal_total:.2f} times at equal total latents, predictor identity "
+                    f"{identity:.2f} times; compare with predictor none, or take hook_resid_post"
+                )
+        return None
+
+    def lr_at(self, step: int, layer: int = 0) -> float:
+        """Learning rate of step 0, 1, … in selected layer `layer`: linear up, flat, linear down."""
         rise = (step + 1) / max(1.0, self.rising_steps)
         fall = (self.steps - step) / self.falling_steps
-        return self.peak_lr * min(1.0, rise, fall)
+        return self.peak_lrs[layer] * min(1.0, rise, fall)
 
 
 # -- before the first step -------------------------------------------------------------------------
@@ -351,11 +415,11 @@ def stack_loss(
         x_hats.append(x_hat.detach())
         target = x if base is None else x - base
         variance = centred_energy(target, total).to(x.dtype)
-        fvu = (x - x_hat).square().sum() / variance
-        errors = [(x - y).square().sum() / variance for y in partial]
+        fvu = F.mse_loss(x_hat, x, reduction="sum") / variance
+        errors = [F.mse_loss(y, x, reduction="sum") / variance for y in partial]
         error = sum(errors, fvu) / (1 + len(errors))
         k_aux = max(1, x.shape[1] // 2)
-        aux = auxk_loss(sae.trained, x, x - x_hat, its_dead, k_aux, base=base, total=total)
+        aux = auxk_loss(sae.trained, x, x - x_hats[-1], its_dead, k_aux, base=base, total=total)
         loss = loss + error + config.auxk_coefficient * aux
         acts, indices = sae.trained_code(code)
         active = acts > 0
@@ -415,8 +479,8 @@ def train_step(
         sae.remove_parallel_gradient()
     if config.clip_norm is not None:
         clip_gradients(stack.parameters(), config.clip_norm, ranks.layers_total)
-    for group in state.optimizer.param_groups:
-        group["lr"] = config.lr_at(state.step)
+    for layer, group in enumerate(state.optimizer.param_groups):
+        group["lr"] = config.lr_at(state.step, layer)
     state.optimizer.step()
     for sae in stack.distinct():
         sae.normalize_decoder()
@@ -497,14 +561,18 @@ def initial_state(
         _boosted(config, calibration) if config.boost else _random(config, calibration, identity)
     )
     stack.to(device)
-    M = config.d_sae
-    since = [torch.zeros(M, dtype=torch.int64, device=device) for _ in stack.saes]
+    Ms = [sae.trained.config.d_sae for sae in stack.distinct()]
+    since = [torch.zeros(M, dtype=torch.int64, device=device) for M in Ms]
     return TrainState(stack, _optimizer(stack, config), since)
 
 
 def _optimizer(stack: ReSAE, config: TrainConfig) -> torch.optim.Optimizer:
-    learned = [parameter for parameter in stack.saes.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(learned, lr=config.peak_lr, fused=True)
+    """Adam with one parameter group per layer, or one for all layers that share a dictionary."""
+    groups = [
+        {"params": [p for p in sae.parameters() if p.requires_grad], "lr": rate}
+        for sae, rate in zip(stack.distinct(), config.peak_lrs, strict=False)
+    ]
+    return torch.optim.Adam(groups, fused=True)
 
 
 def _state_of_rank(
@@ -516,14 +584,23 @@ def _state_of_rank(
     own = ranks.own(len(config.layers))
     if not ranks.by_layers:
         return state, config
-    saes = [state.stack.sae(layer) for layer in own]
+    saes = []
+    for layer in own:
+        sae = state.stack.sae(layer)
+        tensors = (*sae.parameters(), *sae.buffers())
+        sae = copy.deepcopy(sae, {id(tensor): tensor for tensor in tensors})  # of the same tensors
+        sae.set_input_kind("activation")
+        saes.append(sae)
     names = tuple(config.layers[layer] for layer in own)
     part = ReSAE(names, AffinePredictor("none"), saes).to(device)
     since = [state.tokens_since_fired[layer].to(device) for layer in own]
-    ks = tuple(config.k[layer] for layer in own)
+    sizes = {
+        "k": tuple(config.k[layer] for layer in own),
+        "d_sae": tuple(config.d_saes[layer] for layer in own),
+    }
     alone = {"predictor": "none", "form": "full", "rank": None, "loop": "open"}
-    begun = TrainState(part, _optimizer(part, config), since)
-    return begun, replace(config, layers=names, k=ks, **alone)
+    config = replace(config, layers=names, **sizes, **alone)
+    return TrainState(part, _optimizer(part, config), since), config
 
 
 def require_divisible(config: TrainConfig, ranks: Ranks) -> None:
@@ -548,7 +625,7 @@ def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdenti
         config.layers,
         calibration.predictor.rescaled(inverse),
         d_in=len(calibration.mean[0]),
-        d_sae=config.d_sae,
+        d_sae=config.d_saes,
         k=config.k,
         seed=config.seed,
         shared=config.shared,
@@ -580,12 +657,12 @@ def _boosted(config: TrainConfig, calibration: Calibration) -> ReSAE:
         )
     base.rescale_([1.0 / s for s in calibration.scale])
     saes = []
-    for layer, k in enumerate(config.k):
+    for layer, (d_sae, k) in enumerate(zip(config.d_saes, config.k, strict=True)):
         sae = base.sae(layer)
         assert isinstance(sae, TopKSAE)
         # Other directions than the base began with.
         seed = config.seed * 1_000 + 500 + layer
-        boost = TopKSAE(SAEConfig(base.d_in, config.d_sae, k), seed=seed)
+        boost = TopKSAE(SAEConfig(base.d_in, d_sae, k), seed=seed)
         saes.append(BoostedSAE(sae, boost, keep=config.boost_keep))
     return ReSAE(base.hook_points, base.predictor, saes, base.model_identity)
 

@@ -5,7 +5,6 @@ Python and torch. Without a C compiler, or on another processor than x86-64, the
 without it and encodes by torch's own operations.
 """
 
-import os
 import platform
 import shutil
 import subprocess
@@ -32,7 +31,7 @@ def compile_library() -> str | None:
     """Write `_native.so` beside its source; returns why it could not be built, or None."""
     if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
         return f"native.c is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         return "no C compiler (cc, gcc or clang) was found"
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
@@ -40,8 +39,8 @@ def compile_library() -> str | None:
         define = f"-DSOURCE_VERSION={source_version()}u"
         # Not linked with an OpenMP runtime: torch has loaded one, and shares its threads.
         steps = (
-            [*compiler.split(), *FLAGS, define, "-c", str(SOURCE), "-o", str(objects)],
-            [*compiler.split(), "-shared", str(objects), "-o", str(built), "-lm"],
+            [compiler, *FLAGS, define, "-c", str(SOURCE), "-o", str(objects)],
+            [compiler, "-shared", str(objects), "-o", str(built), "-lm"],
         )
         for step in steps:
             done = subprocess.run(step, capture_output=True, text=True)

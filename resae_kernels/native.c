@@ -1261,21 +1261,42 @@ int resae_exact_encode(const void *x, const void *base, const void *pre_bias, co
 
 /* -- online step ------------------------------------------------------------------------------- */
 
-/* One layer while the model runs: the code of x − base − b_dec [N, D] by screening, in order of
-   latent, and x_hat = base + b_dec + its decode. Everything is contiguous but the rows of W_dec.
-   ROWS_LEFT: a row wants the exact path; otherwise as `resae_screened_encode`. */
-int resae_online_step(const copy *c, const void *x, const void *base, const void *b_dec, int dtype,
-                      i64 N, i64 k, int use_amx, const void *W_dec, i64 W_dec_stride, int threads,
-                      void *acts, i64 *indices, void *x_hat) {
-  float *relative = calloc(c->D + N, sizeof *relative);
-  if (!relative) return NO_MEMORY;
-  i64 counts[2];
-  int status = resae_screened_encode(c, x, c->D, base, c->D, b_dec, dtype, N, k, 0, use_amx,
-                                     c->n_columns == MOST_COLUMNS, threads, acts, indices,
-                                     (uint8_t *)(relative + c->D), relative, counts);
-  free(relative);
-  if (status != OK) return status;
-  if (counts[1]) return ROWS_LEFT;
-  code its = {acts, indices, W_dec, k, c->M, W_dec_stride};
-  return resae_decode(&its, 1, N, c->D, dtype, b_dec, base, threads, x_hat);
+/* out [N, D] = source A + c, all contiguous: a decode that names every row. For few tokens, as A is
+   read anew for each. */
+static int affine_rows(const void *source, const void *A, const void *c, int dtype, i64 N, i64 D,
+                       int threads, void *out) {
+  i64 *rows = malloc(N * D * sizeof *rows);
+  if (!rows) return NO_MEMORY;
+  for (i64 i = 0; i < N * D; i++) rows[i] = i % D;
+  code every = {source, rows, A, D, D, D};
+  int status = resae_decode(&every, 1, N, D, dtype, c, 0, threads, out);
+  free(rows);
+  return status;
+}
+
+/* One layer while the model runs: the code of x − base − b_dec [N, D] by screening, and
+   x_hat = base + b_dec + its decode. Where A is given, base = source A + c. Everything
+   is contiguous. ROWS_LEFT: a row wants the exact path; otherwise as `resae_screened_encode`. */
+int resae_online_step(const copy *screen, const void *x, const void *base, const void *source,
+                      const void *A, const void *c, const void *b_dec, int dtype, i64 N, i64 k,
+                      int sorted, int use_amx, const void *W_dec, int threads, void *acts, i64 *indices,
+                      void *x_hat) {
+  i64 D = screen->D, predicted = N * D * sizeof(float);
+  char *memory = calloc(predicted + D * sizeof(float) + N, 1);
+  if (!memory) return NO_MEMORY;
+  float *relative = (float *)(memory + predicted);
+  int status = A ? affine_rows(source, A, c, dtype, N, D, threads, memory) : OK;
+  if (A) base = memory;
+  i64 counts[2] = {0, 0};
+  if (status == OK)
+    status = resae_screened_encode(screen, x, D, base, D, b_dec, dtype, N, k, sorted, use_amx,
+                                   screen->n_columns == MOST_COLUMNS, threads, acts, indices,
+                                   (uint8_t *)(relative + D), relative, counts);
+  if (status == OK && counts[1]) status = ROWS_LEFT;
+  if (status == OK) {
+    code its = {acts, indices, W_dec, k, screen->M, D};
+    status = resae_decode(&its, 1, N, D, dtype, b_dec, base, threads, x_hat);
+  }
+  free(memory);
+  return status;
 }

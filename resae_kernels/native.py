@@ -26,7 +26,7 @@ MOST_COLUMNS = 16
 _PLAIN = (Tensor, torch.nn.Parameter)
 _dispatch_modes: Any = torch._C._len_torch_dispatch_stack
 """How many modes (fake tensors, tracing, counting of FLOPs) see what the dispatcher is given."""
-_transform: Any = torch._C._functorch.maybe_current_level
+_transform: Any = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
 """Level of the innermost transform of `torch.func`, whose tensors have no memory; None: none."""
 _INTEGERS = torch.empty(0, dtype=torch.int64)
 """What indices are allocated like: naming the dtype takes torch a microsecond longer."""
@@ -86,8 +86,8 @@ _SIGNATURES: dict[str, list[Any]] = {
         c_void_p,
     ],
     "resae_online_step": [
-        *(POINTER(Copy), c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int, c_void_p),
-        *(c_int64, c_int, c_void_p, c_void_p, c_void_p),
+        *(POINTER(Copy), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+        *(c_int64, c_int64, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p),
     ],
     "resae_exact_encode": [
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int),
@@ -398,35 +398,40 @@ def online_step(
     copy: Copy,
     x: Tensor,
     base: Tensor | None,
+    affine: tuple[Tensor, Tensor, Tensor] | None,
     b_dec: Tensor | None,
     k: int,
     W_dec: Tensor,
+    sorted: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """x̂ `[..., D]`, acts and indices `[..., k]` of `x [..., D]`, the indices ascending; None where
-    one call does not do: a layout that is not contiguous, rows left to the exact path, new outlier
-    dimensions, or a weight that has changed."""
-    if not (
-        x.is_contiguous()
-        and W_dec.is_contiguous()
-        and (base is None or base.is_contiguous())
-        and (b_dec is None or b_dec.is_contiguous())
-    ):
+    """x̂ `[..., D]`, acts and indices `[..., k]` of `x [..., D]`; with
+    `affine = (source, A, c)` base is `source A + c`. None where one call does not do: a layout that
+    is not contiguous, rows left to the exact path, new outlier dimensions, or a weight that has
+    changed."""
+    if not x.is_contiguous() or not W_dec.is_contiguous():
         return None
+    for t in (base, b_dec, *(affine or ())):
+        if t is not None and not t.is_contiguous():
+            return None
     shape = x.shape
     *leading, D = shape
     x_hat, acts = x.new_empty(shape), x.new_empty(*leading, k)
     indices = _INTEGERS.new_empty(*leading, k)
+    source, A, c = (None, None, None) if affine is None else (t.data_ptr() for t in affine)
     status = _load()[0].resae_online_step(
         copy,
         x.data_ptr(),
         None if base is None else base.data_ptr(),
+        source,
+        A,
+        c,
         None if b_dec is None else b_dec.data_ptr(),
         DTYPES[x.dtype],
         x.numel() // D,
         k,
+        sorted,
         has_amx(),
         W_dec.data_ptr(),
-        D,
         torch.get_num_threads(),
         acts.data_ptr(),
         indices.data_ptr(),

@@ -7,6 +7,9 @@ reading `weight`, M·D elements.
 In Triton at most three launches: p by a gather over the earlier codes (where there are any); scores
 and group maxima; then, per token and slice of D, select and decode at once. There every program
 makes the whole selection for itself: it costs less than a launch between the two.
+
+On a CPU a `ScreenedEncoder` encodes; where it screens by the compiled library, code and x̂ are one
+call.
 """
 
 from collections.abc import Iterator, Sequence
@@ -176,8 +179,8 @@ def online_step(
     return OnlineStep(out.x_hat.view(x.shape), code)
 
 
-_ENCODERS: "WeakIdKeyDictionary[Tensor, ScreenedEncoder]" = WeakIdKeyDictionary()
-"""By weight: what encodes on a CPU where the caller has none."""
+_ENCODERS = WeakIdKeyDictionary()
+"""A `ScreenedEncoder` by weight: what encodes on a CPU where the caller has none."""
 
 
 def _encoder_of(weight: Tensor, bias: Tensor | None) -> ScreenedEncoder:

@@ -209,16 +209,37 @@ class ScreenedEncoder:
         return self.explain(x, k, pre_bias=pre_bias, base=base, sorted=sorted).code
 
     def online_step(
-        self, x: Tensor, k: int, b_dec: Tensor | None, base: Tensor | None, W_dec: Tensor
+        self,
+        x: Tensor,
+        k: int,
+        b_dec: Tensor | None,
+        base: Tensor | None,
+        W_dec: Tensor,
+        affine: tuple[Tensor, Tensor, Tensor] | None = None,
+        *,
+        sorted: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """x̂, acts and indices of `resae_kernels.online_step` by one call of the compiled library,
         where that is possible: without gradients, with arguments that fit, and a copy that is there
-        and current. None: encode and decode instead."""
+        and current. None: encode and decode instead.
+
+        Args:
+            affine: in place of base the source `[..., D]`, A `[D, D]` and c `[D]` of `source A +
+                c`: for few tokens, as A is read anew for each.
+            sorted: as of `encode`.
+        """
         state = self._state
         if not self._is_ready(state, x, k, b_dec, base, W_dec) or not x.numel():
             return None
+        if affine is not None:
+            source, A, c = affine
+            D = x.shape[-1:]
+            if source.shape != x.shape or A.shape != D + D or c.shape != D:
+                return None
+            if not native.direct(x, source, A, c):
+                return None
         held = state.copy.held  # type: ignore[union-attr]
-        step = native.online_step(held[0], x, base, b_dec, k, W_dec)
+        step = native.online_step(held[0], x, base, affine, b_dec, k, W_dec, sorted)
         return None if self._versions() != state.versions else step  # type: ignore[union-attr]
 
     def _encode_at_once(
@@ -261,6 +282,7 @@ class ScreenedEncoder:
             state is not None  # there is one only for a weight that is worth screening
             and type(state.copy) is NativeCopy
             and state.copy.is_live
+            and self.margin == "statistical"  # which knows no number of rows that is too many
             and native.direct(x, weight, bias, pre_bias, base, W_dec)
             and fits(x, weight, bias, k, pre_bias, base)
             and (W_dec is None or W_dec.shape == weight.shape)
@@ -438,7 +460,8 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 
 def _sample(tensor: Tensor) -> Any:
     """A view of `SAMPLES` entries as a numpy array."""
-    memory = torch._neg_view(tensor) if tensor.is_neg() else tensor
+    view: Any = torch._neg_view  # pyright: ignore[reportPrivateImportUsage]
+    memory = view(tensor) if tensor.is_neg() else tensor
     some = memory[:: max(1, len(memory) // SAMPLES)]
     some = some if some.ndim == 1 else some[:, some.shape[1] // 2]
     return (some if some.dtype != torch.bfloat16 else some.view(torch.int16)).numpy()

@@ -61,7 +61,8 @@ def compiled(case, architecture: str):
 
     from resae_kernels import _launch
 
-    names = case.kernel.arg_names
+    kernel = case.kernel.load() if isinstance(case.kernel, _launch.Kernel) else case.kernel
+    names = kernel.arg_names
     unknown = (set(case.signature) | set(case.constexprs)) - set(names)
     assert not unknown, f"{case.name}: no such argument: {unknown}"
     missing = set(names) - set(case.signature) - set(case.constexprs)
@@ -79,7 +80,7 @@ def compiled(case, architecture: str):
     signature = {
         name: type_of(case.signature.get(name, "constexpr"), (i,)) for i, name in enumerate(names)
     }
-    source = ASTSource(case.kernel, signature, dict(case.constexprs), attributes)
+    source = ASTSource(kernel, signature, dict(case.constexprs), attributes)
     return triton.compile(
         source,
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),

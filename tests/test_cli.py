@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import ExitStack
 from importlib import import_module
 from itertools import islice
@@ -120,7 +121,8 @@ def evaluated(monkeypatch):
         rows.append(torch.cat(list(arguments[2])))
         raise ValueError("enough")
 
-    monkeypatch.setattr("resae.cli.evaluate", evaluate)
+    module = import_module("resae.evaluate")  # resae.evaluate is also the function
+    monkeypatch.setattr(module, "evaluate", evaluate)
     return rows
 
 
@@ -220,6 +222,27 @@ def test_a_run_is_measured_at_lower_k(run, tmp_path):
     assert {r["k"] for r in report["replacement"]} == {1, 4, None}
     l0 = {r["k"]: r["l0"] for r in report["reconstruction"] if r["method"] == "resae"}
     assert l0[1] <= 1 < l0[4] <= 4
+
+
+def test_layers_of_different_sizes_at_other_hook_points_with_a_warning(
+    material, tmp_path, capsys, caplog
+):
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
+    arguments += ["--layers", "blocks.0.hook_mlp_out,blocks.1.hook_mlp_out", "--out"]
+    arguments += [str(tmp_path / "run")]
+    assert main([*arguments, "--d-sae", "32,96"]) == 0
+    assert ReSAE.load(tmp_path / "run").d_sae == (32, 96)
+    assert "2 autoencoders of (32, 96) latents" in capsys.readouterr().out
+    assert "at hook_mlp_out predicting a layer from others gained nothing" in caplog.text
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["config"]["d_sae"] == [32, 96]
+    caplog.clear()
+    arguments[-1] = str(tmp_path / "raw")
+    assert main([*arguments, "--predictor", "none"]) == 0
+    assert not caplog.text
+    assert main([*arguments, "--d-sae", "32,64,96", "--plan"]) == 2
+    assert "3 d_sae for 2 layers; give one number, or one per layer" in capsys.readouterr().err
 
 
 def test_a_run_is_boosted_on_other_text_and_compared(run, material, tmp_path):
@@ -949,3 +972,22 @@ def test_train_takes_the_model_in_bfloat16_and_on_a_device_of_its_own(material, 
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
     assert load_json(tmp_path / "c" / "train" / "cache.json", "cache")["dtype"] == "bfloat16"
     assert ReSAE.load(tmp_path / "run").sae(0).W_dec.dtype == torch.float32
+
+
+def test_the_buffer_of_calibration_is_freed_once_it_is_used_up(material, tmp_path, monkeypatch):
+    """A frame of the command that held on to `source.in_order()` kept it to the end."""
+    alive = []
+
+    def train(_config, source, *_args, **_options):
+        buffer = [weakref.ref(x) for x in source._first.xs]
+        batches = source.batches()
+        for _ in range(source.batches_per_fill + 1):
+            next(batches)
+        alive.append([x() is not None for x in buffer])
+
+    monkeypatch.setattr(training, "train", train)
+    given = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN]
+    sizes = ["--train-tokens", "2048", "--batch-tokens", "64", "--buffer-tokens", "256"]
+    sizes += ["--calibration-tokens", "400", "--d-sae", "64"]
+    assert main([*given, *sizes, "--out", str(tmp_path / "run")]) == 130  # as if it were stopped
+    assert alive == [[False] * 3]

@@ -488,3 +488,36 @@ def test_rows_read_ahead_can_be_taken_in_parts():
     counts, (x,) = read(5)
     assert (counts, x.tolist()) == ([1, 3], [2, 3, 4, 5])
     assert read(1)[1][0].tolist() == [6]
+
+
+def test_a_buffer_in_bfloat16_holds_the_same_batches_rounded(lm):
+    points = lm.hook_points([0, 2])
+    sizes = {"batch_tokens": 8, "buffer_tokens": 64}
+    exact, rounded = (
+        ActivationBatches(lm, rows_of(lm), points, buffer_dtype=dtype, **sizes)
+        for dtype in (None, torch.bfloat16)
+    )
+    for source in (exact, rounded):
+        for _ in source.in_order():  # what calibration reads ahead is held alike
+            pass
+    buffers = [source._first.xs for source in (exact, rounded) if source._first]
+    whole, half = (sum(x.nbytes for x in xs) for xs in buffers)
+    assert half == whole / 2
+    pairs = islice(zip(exact.batches(), rounded.batches(), strict=True), 20)
+    for (xs, position), (ys, same) in pairs:
+        assert position == same
+        for x, y in zip(xs, ys, strict=True):
+            assert y.dtype == torch.float32
+            assert torch.equal(y, x.bfloat16().float())
+
+
+def test_the_embedded_corpus_is_read_in_the_order_of_datasets():
+    import datasets
+
+    from resae.assets import CORPUS
+
+    theirs = datasets.load_dataset(
+        "parquet", data_files=str(CORPUS / "validation.parquet"), split="train"
+    )
+    expected = list(theirs.shuffle(3)["text"])  # type: ignore[index]
+    assert load_texts("embedded", split="validation", seed=3) == expected

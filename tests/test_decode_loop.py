@@ -6,6 +6,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from resae import DecodeLoop, StrongestLatents, replacement
+from resae.decode_loop import DEFERRED
 
 
 @pytest.fixture(scope="module", params=["pythia", "gemma2"])
@@ -199,5 +200,5 @@ def test_a_failing_reader_leaves_nothing_deferred(lm):
         pytest.raises(RuntimeError, match=r"\(1, 4, 4\)"),
     ):
         DecodeLoop(lm, max_length=8)(tiny.ids(1, 4), max_new_tokens=2)
-    assert lm.deferred is None
+    assert DEFERRED.calls is None
     DecodeLoop(lm, max_length=8)(tiny.ids(1, 4), max_new_tokens=2)

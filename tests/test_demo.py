@@ -8,13 +8,8 @@ import torch
 
 from resae import ReSAE
 from resae.cli import main
-from resae.demo import (
-    BOOST_DOMAIN,
-    EXTRA_METHODS,
-    DemoConfig,
-    Plan,
-    run_demo,
-)
+from resae.demo import BOOST_DOMAIN, DemoConfig, Plan, _divided, run_demo
+from resae.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
 from resae.report import write_report
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +133,9 @@ def everything(tmp_path_factory):
     )
     said = []
     run_demo(out, config, say=said.append, show=said.append)
-    assert said[0].startswith("20 stacks of 3 autoencoders")
+    assert said[0].startswith("39 stacks of 3 autoencoders")
+    assert [line.split(" for ")[0] for line in said[1:4]] == ["4 stacks"] * 3
+    assert said[4].startswith("8,192 training tokens (32,768 where long)")
     (stages,) = {line[1:].split("]")[0].split("/")[1] for line in said if line.startswith("[")}
     assert any(line.startswith(f"[{stages}/{stages}]") for line in said)
     return out
@@ -147,7 +144,7 @@ def everything(tmp_path_factory):
 def test_every_further_method_has_its_rows_tables_and_finding(everything):
     report = json.loads((everything / "report.json").read_text())
     online = {r["method"]: r for r in report["replacement"] if r["mode"] == "online"}
-    assert set(online) >= {*EXTRA_METHODS, "raw_truncated", "boost_base"}
+    assert set(online) >= {*EXTRA_METHODS, "raw_truncated", "boost_base"} - set(ELSEWHERE)
     fvu = {(r["method"], r["k"]) for r in report["reconstruction"]}
     assert fvu >= {(m, k) for m in ("mlsae", "hierarchical", "resae_closed") for k in (4, 8)}
     assert ("raw_truncated", 4) in fvu
@@ -163,6 +160,56 @@ def test_every_further_method_has_its_rows_tables_and_finding(everything):
     page = write_report(everything).read_text()
     for heading in ("one dictionary for all layers", "one domain added", "at every k", "come from"):
         assert heading in page
+    assert "without an advantage for ReSAE" in page
+    assert "at other hook points" in page
+
+
+def test_fair_rows_have_the_sizes_that_they_are_named_after(everything):
+    report = json.loads((everything / "report.json").read_text())
+    rows = {(r["method"], r["k"]): r for r in report["fair"]}
+    assert {m for m, _ in rows} == {*(r.name for r in RECIPES), *FAIR_METHODS}
+    for k in (4, 8):
+        matched, wide, ours = (rows[m, k] for m in ("raw_matched", "raw_wide", "resae"))
+        assert matched["d_sae"] == [512, 1024, 1536]
+        assert wide["d_sae"] == [1536] * 3
+        assert matched["k_per_layer"] == wide["k_per_layer"] == [k, 2 * k, 3 * k]
+        assert ours["d_sae"] == [512] * 3
+        assert matched["lr"] == wide["lr"] == ours["lr"] == [8e-3] * 3
+    assert rows["resae_k_first", 8]["k_per_layer"] == [16, 5, 3]
+    assert rows["resae_k_falling", 8]["k_per_layer"] == [12, 8, 4]
+    assert rows["resae_k_rising", 8]["k_per_layer"] == [4, 8, 12]
+    assert {r["train_tokens"] for (m, _), r in rows.items() if m.endswith("_long")} == {4 * 8_192}
+    assert rows["resae_best_lr", 8]["lr"] == [1.6e-2] * 3
+    # What more training and other sizes do is measured, not repeated from another row.
+    assert len({r["online"] for r in rows.values()}) == len(rows)
+    stack = ReSAE.load(everything / "stacks" / "raw_matched_long_k8")
+    assert stack.d_sae == (512, 1024, 1536)
+
+
+def test_other_hook_points_have_the_four_methods_beside_each_other(everything):
+    report = json.loads((everything / "report.json").read_text())
+    layers = {r["where"]: r["layers"] for r in report["elsewhere"]}
+    assert layers["all_blocks"] == [f"blocks.{block}.hook_resid_post" for block in range(8)]
+    for site in ("mlp_out", "attn_out"):
+        assert layers[site] == [f"blocks.{block}.hook_{site}" for block in (1, 3, 5)]
+    for where in ELSEWHERE:
+        rows = [r for r in report["elsewhere"] if (r["where"], r["mode"]) == (where, "online")]
+        assert {r["method"] for r in rows} == {r.name for r in RECIPES}
+        raw = next(r["delta_ce"] for r in rows if r["method"] == "raw")
+        assert all(r["of_raw"] == r["delta_ce"] / raw for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "parts"),
+    [
+        (24, [1, 1 / 3, 1 / 5], (16, 5, 3)),
+        (12, [1, 1 / 3, 1 / 5], (8, 3, 1)),
+        (9, [1, 1], (5, 4)),
+        (6, [100, 1, 1], (4, 1, 1)),
+    ],
+)
+def test_active_latents_are_divided_to_the_last_one(total, weights, parts):
+    assert _divided(total, weights) == parts
 
 
 def test_the_boost_helps_where_it_was_trained_and_its_base_is_untouched(everything):

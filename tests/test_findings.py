@@ -87,3 +87,54 @@ def test_findings_on_further_methods_say_when_a_bound_does_not_hold():
     assert "NOT within the bounds" in bad[4]
     plain = {"replacement": rows_where(0.3)["replacement"], "affine": []}
     assert extra_findings(plain, 4) == []  # nothing was asked for
+
+
+def fair_rows(resae):
+    """Fair rows in which ReSAE loses `resae`, raw SAEs 1.0, and less with each advantage."""
+    losses = {"raw": 1.0, "raw_equal_total": 0.8, "raw_matched": 0.7, "raw_wide": 0.6}
+    losses |= {"identity": 0.55, "resae": resae}
+    rows = [
+        {"method": f"{name}{suffix}", "online": loss, "train_tokens": tokens}
+        for name, loss in losses.items()
+        for suffix, tokens in (("", 200), ("_best_lr", 200), ("_long", 800))
+    ]
+    moved = {"k_per_layer": [9, 7], "teacher_forced": 0.6}
+    rows.append({"method": "resae_k_first", "online": 0.3, "train_tokens": 200, **moved})
+    sizes = {"k": 8, "k_per_layer": [8, 8], "teacher_forced": 0.4}
+    return [{**sizes, **row} for row in rows]
+
+
+def test_findings_on_fair_rows_name_the_raw_saes_that_resae_is_not_ahead_of():
+    empty = {"replacement": rows_where(0.3)["replacement"], "affine": []}
+    ahead, behind = (extra_findings({**empty, "fair": fair_rows(x)}, 4) for x in (0.5, 0.65))
+    starts = ("At the usual", "Each at its own best", "After 800 tokens")
+    assert all(s.startswith(x) for s, x in zip(ahead, starts, strict=False))
+    for one, other in zip(ahead[:3], behind[:3], strict=True):
+        assert one.count("ahead at 1 of 1 k") == 4
+        assert other.count("ahead at 1 of 1 k") == 3
+        assert other.endswith("have 0.600 (ReSAE is ahead at 0 of 1 k).")
+    assert "online best with (9, 7), teacher-forced with (8, 8)" in ahead[3]
+    grid = [
+        {**fair_rows(0.5)[0], "method": f"raw_lr_{lr:g}", "lr": [lr], "online": loss}
+        for lr, loss in ((4e-3, 0.9), (8e-3, 0.7), (1.6e-2, 0.8))
+    ]
+    (found,) = extra_findings({**empty, "fair": grid}, 4)
+    assert found == "Least lost online among the learning rates: raw 0.700 at 0.008."
+    short = [row for row in fair_rows(0.5) if row["method"] in ("raw", "resae", "raw_matched")]
+    assert len(extra_findings({**empty, "fair": short}, 4)) == 1
+
+
+def test_findings_elsewhere_say_where_residuals_gain_nothing():
+    rows = [
+        {"where": where, "method": method, "mode": "online", "loop": loop, "k": 8,
+         "layers": ["blocks.1.hook_mlp_out"], "delta_ce": loss, "of_raw": loss / 2}
+        for where, resae in (("mlp_out", 1.9), ("all_blocks", 0.6))
+        for method, loop, loss in (("raw", None, 2.0), ("raw_equal_total", None, 1.5),
+                                   ("identity", "closed", 3.0), ("resae", "open", 9.0),
+                                   ("resae", "closed", resae))
+    ]  # fmt: skip
+    report = {"replacement": rows_where(0.3)["replacement"], "affine": [], "elsewhere": rows}
+    none, gain = extra_findings(report, 4)
+    assert "With 1.hook_mlp_out replaced" in none
+    assert "0.95 of what raw SAEs lose, 1.27 of it at equal total: NO gain there." in none
+    assert "0.30 of what raw SAEs lose, 0.40 of it at equal total." in gain

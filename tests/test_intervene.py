@@ -52,8 +52,8 @@ def dense(code, d_sae=64):
 
 def edited(stack, code, *edits, tokens=None):
     active = ActiveEdits(Interventions.parse(list(edits)), stack, stack.hook_points)
-    new, delta = active.at(0, code, tokens or a_pass(*code.acts.shape[:2]))
-    return dense(new), delta, active
+    new, change = active.at(0, code, tokens or a_pass(*code.acts.shape[:2]))
+    return dense(new), change.delta, active
 
 
 # -- the description -------------------------------------------------------------------------------
@@ -290,7 +290,8 @@ def test_predicted_effects_are_those_of_transported_dictionaries_and_exact_for_t
     """Codes held, a code changed at two layers: every later x̂ moves by what is predicted."""
     stack = tiny.stack(tiny.pythia(), kind).double()
     saes = [stack.sae(layer) for layer in range(3)]
-    held = [sae.encode(torch.randn(4, 32, dtype=torch.float64)) for sae in saes]
+    zeros = torch.zeros(4, 32, dtype=torch.float64)  # residuals are given: nothing to subtract
+    held = [sae.encode(torch.randn_like(zeros), base=zeros) for sae in saes]
     latents, dz = torch.tensor([5, 40]), torch.randn(2, 4, 2, dtype=torch.float64)
     changes = [Change(dz[i], saes[i].W_dec[latents]) for i in range(2)]
     moved = [

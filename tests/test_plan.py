@@ -56,7 +56,9 @@ def flops_of(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("changes", [{}, {"predictor": "none", "shared": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"d_sae": (32, 64, 96)}, {"predictor": "none", "shared": True}]
+)
 def test_memory_of_weights_moments_checkpoints_and_buffer_is_exact(lm, xs, tmp_path, changes):
     config = config_of(**changes)
     estimate = plan(config, sizes(lm))
@@ -78,7 +80,8 @@ def test_memory_of_weights_moments_checkpoints_and_buffer_is_exact(lm, xs, tmp_p
     assert estimate.host_memory["checkpoint"] == held
     rows = TokenRows(["The cat sat. " * 900], lm.tokenizer, 24)
     points = lm.hook_points(tiny.LAYERS)
-    source = ActivationBatches(lm, rows, points, batch_tokens=64, buffer_tokens=300)
+    settings = {"batch_tokens": 64, "buffer_tokens": 300, "buffer_dtype": torch.bfloat16}
+    source = ActivationBatches(lm, rows, points, **settings)
     held = source._fill(source.activations.reader(0), Position()).xs
     estimate = plan(config_of(buffer_tokens=300), sizes(lm))
     assert estimate.device_memory["buffer"] == sum(x.nbytes for x in held)
@@ -132,11 +135,20 @@ def test_what_scales_with_ranks_and_what_does_not(lm):
     assert fast.tokens_per_second == pytest.approx(2 * one.tokens_per_second)
 
 
+def test_the_rank_with_the_largest_autoencoders_is_planned(lm):
+    config = config_of(d_sae=(32, 64, 96))
+    one, two = (plan(config, sizes(lm), ranks=Ranks(0, n, "layers")) for n in (1, 2))
+    held = [4 * sum(2 * M * 32 + M + 32 for M in Ms) for Ms in ((32, 64, 96), (32, 96))]
+    assert [p.device_memory["autoencoders"] for p in (one, two)] == held
+    assert one.disk["stack"] == two.disk["stack"] == held[0]
+    assert "M = 32 + 64 + 96," in one.table()
+
+
 @pytest.mark.parametrize(("name", "weights"), [("pythia-1.4b", 2.83), ("gemma-2-9b", 18.48)])
 def test_plan_needs_a_config_and_nothing_else(name, weights, tmp_path, capsys, monkeypatch):
     CONFIGS[name].save_pretrained(tmp_path / name)
     monkeypatch.setattr(HookedLM, "from_pretrained", None)
-    monkeypatch.setattr("resae.cli.train_and_held_out", None)
+    monkeypatch.setattr("resae.data.train_and_held_out", None)
     arguments = ["train", str(tmp_path / name), "no-data", "--layers", "0,6,12,18", "--k", "64"]
     arguments += ["--d-sae", "65536", "--train-tokens", "500000000", "--batch-tokens", "8192"]
     out = ["--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--autocast", "--plan"]

@@ -1,8 +1,13 @@
+import gc
+import io
 import itertools
-from contextlib import nullcontext
+import pickle
+import sys
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
-from threading import Thread
+from threading import Barrier, Thread
+from weakref import ref
 
 import pytest
 import tiny
@@ -10,8 +15,17 @@ import torch
 from transformers import CompileConfig, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from resae import AffineOnly, HookedLM, ReSAE, SAEConfig, TopKSAE, generate, replacement
-from resae.model import kv_cache_name
+from resae import (
+    AffineOnly,
+    DecodeLoop,
+    HookedLM,
+    ReSAE,
+    SAEConfig,
+    StrongestLatents,
+    TopKSAE,
+    generate,
+    replacement,
+)
 from resae.replace import MODES
 from resae.sae import BoostedSAE
 
@@ -29,6 +43,12 @@ def neox():
 @pytest.fixture(scope="module", params=["pythia", "gemma2"])
 def either(request):
     return tiny.FAMILIES[request.param]()
+
+
+EDITS = [
+    {"layer": 0, "action": "clamp", "latents": [3, 8], "value": 6.0},
+    {"layer": 0, "action": "add", "vector": [0.5] * 32, "at": "prompt"},
+]
 
 
 class Identity(AffineOnly):
@@ -408,6 +428,365 @@ def test_with_the_error_kept_the_logits_are_the_models_up_to_rounding(lm, loop):
     assert float((kept - clean).norm() / clean.norm()) < 1e-5
     assert torch.equal(written, greedy(lm, ids, 6))
     assert not torch.allclose(logits(lm, stack, ids, loop=loop), clean, atol=0.1)
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_with_the_error_kept_latents_get_the_gradient_of_their_directions(neox, loop):
+    """At the last layer that of the model's own stream there; before it, what goes through x̂ and
+    the codes: as a hand-written x̂ + (h − x̂).detach()."""
+    lm = HookedLM(deepcopy(neox.model).double().requires_grad_(False))
+    stack, ids = tiny.stack(neox).double(), tiny.ids()
+    points = lm.hook_points(tiny.LAYERS)
+    codes = []
+
+    def gradients(replaced):
+        acts = []
+        with replaced(acts):
+            loss = lm.model(ids, use_cache=False).logits.logsumexp(-1).mean()
+        return torch.autograd.grad(loss, acts)
+
+    @contextmanager
+    def ours(acts):
+        def read(_, code):
+            acts.append(code.acts)
+            codes.append(code)
+
+        active = replacement(lm, stack, loop=loop, keep_error=True, on_codes=read)
+        yield
+        active.remove()
+
+    @contextmanager
+    def by_hand(acts):
+        before, chain = [], []
+
+        def at(layer):
+            sae = stack.sae(layer)
+
+            def function(h):
+                seen = chain if loop == "closed" else before
+                code = sae.encode(h, base=stack.predictor(layer, seen))
+                x_hat = sae.decode(*code, base=stack.predictor(layer, chain))
+                acts.append(code.acts)
+                before.append(h)
+                chain.append(x_hat)
+                return x_hat + (h - x_hat).detach()
+
+            return function
+
+        with lm.hooked({p: at(i) for i, p in enumerate(points)}):
+            yield
+
+    @contextmanager
+    def plain(streams):
+        def keep(h):
+            streams.append(h.detach().requires_grad_())
+            return streams[-1]
+
+        with lm.hooked({points[-1]: keep}):
+            yield
+
+    found = gradients(ours)
+    for mine, by_formula in zip(found, gradients(by_hand), strict=True):
+        assert float(mine.norm()) > 0
+        torch.testing.assert_close(mine, by_formula)
+    (of_stream,) = gradients(plain)
+    directions = stack.sae(2).W_dec[codes[-1].indices]
+    torch.testing.assert_close(found[2], (directions @ of_stream.unsqueeze(-1)).squeeze(-1))
+
+
+def in_threads(functions):
+    """Results or exceptions of functions, each in a thread of its own, all begun at once."""
+    ready = Barrier(len(functions))
+    results = [None] * len(functions)
+
+    def work(i):
+        ready.wait()
+        try:
+            results[i] = functions[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [Thread(target=work, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.fixture
+def switching():
+    """Threads take turns as often as can be."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def passes(run, batches, number):
+    """So many passes over each batch, in a thread each."""
+
+    def many(ids):
+        with torch.no_grad():
+            return [run(ids, use_cache=False).logits for _ in range(number)]
+
+    return in_threads([partial(many, ids) for ids in batches])
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="online"),
+        pytest.param({"loop": "open"}, id="open"),
+        pytest.param({"mode": "teacher_forced"}, id="teacher-forced"),
+        pytest.param({"mode": "error_added"}, id="error-added"),
+        pytest.param({"transport_bytes": 1 << 20, "interventions": EDITS}, id="carried-edits"),
+        pytest.param({"interventions": {"edits": EDITS, "keep_error": True}}, id="edits"),
+    ],
+)
+def test_threads_share_a_replaced_model(neox, options):
+    """Every pass is that of its tokens, and every pass is counted and edited."""
+    stack, number = tiny.stack(neox), 6
+    batches = [tiny.ids(2, 5 + i, seed=i) for i in range(4)]
+    expected = [logits(neox, stack, ids, **options) for ids in batches]
+    with replacement(neox, stack, **options) as alone:
+        for ids in batches:
+            neox.logits(ids)
+    with replacement(neox, stack, **options) as active:
+        results = passes(neox.model, batches, number)
+    for result, right in zip(results, expected, strict=True):
+        assert not isinstance(result, Exception), result
+        assert all(torch.equal(one, right) for one in result)
+    for many, once in zip(active.counts, alone.counts, strict=True):
+        assert many.prefill == tuple(number * n for n in once.prefill)
+    if active.edits is not None:
+        assert active.edits.changed == {k: number * n for k, n in alone.edits.changed.items()}
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize("written", [False, True], ids=["passes", "decode-loops"])
+def test_codes_read_in_several_threads_stay_together(neox, written):
+    """The code of a token is in one place at all layers, be it read in the pass or after a step."""
+    stack, batches = tiny.stack(neox), [tiny.ids(1, 7 - 3 * written, seed=i) for i in range(4)]
+
+    def run(ids):
+        if written:
+            return DecodeLoop(neox, max_length=8)(ids, max_new_tokens=4)
+        return neox.logits(ids)
+
+    alone = []
+    for ids in batches:
+        keep = StrongestLatents(2)
+        with replacement(neox, stack, on_codes=keep):
+            run(ids)
+        alone.append(keep.codes)
+    keep = StrongestLatents(2)
+    with replacement(neox, stack, on_codes=keep):
+        assert not any(
+            isinstance(result, Exception)
+            for result in in_threads([partial(run, ids) for ids in batches])
+        )
+    parts = {name: code.acts.split(7, 1) for name, code in keep.codes.items()}
+    first = tiny.NAMES[0]
+    order = [
+        next(i for i, codes in enumerate(alone) if torch.equal(codes[first].acts, part))
+        for part in parts[first]
+    ]
+    assert sorted(order) == [0, 1, 2, 3]
+    for name in tiny.NAMES:
+        for i, part in zip(order, parts[name], strict=True):
+            assert torch.equal(part, alone[i][name].acts)
+
+
+@pytest.mark.usefixtures("switching")
+def test_generation_captures_and_passes_go_on_beside_each_other(neox):
+    """Captures stop half-way and failing passes anywhere: in their own thread alone."""
+    stack, ids = tiny.stack(neox), [tiny.ids(1, 6, seed=i) for i in range(4)]
+    points = neox.hook_points(tiny.LAYERS)
+
+    class Failed(Exception):
+        pass
+
+    def fail(stream):
+        if stream.shape[1] == 4:
+            raise Failed
+
+    def failing():
+        for _ in range(6):
+            with pytest.raises(Failed):
+                neox.logits(tiny.ids(1, 4))
+
+    point = neox.hook_point("blocks.1.hook_mlp_out")
+    loops = [DecodeLoop(neox, max_length=20) for _ in range(2)]
+    work = [
+        lambda: greedy(neox, ids[0], 8),
+        lambda: neox.logits(ids[1]),
+        lambda: neox.capture(ids[2], points)[points[1]],
+        lambda: neox.replace(ids[3], {point: torch.ones(1, 6, 32)}),
+        *(partial(loop, ids[0], max_new_tokens=8) for loop in loops),
+    ]
+    with replacement(neox, stack), neox.hooked({neox.hook_point(1): fail}):
+        alone = [function() for function in work]
+        for _ in range(3):
+            *together, failed = in_threads([*work, failing])
+            assert failed is None
+            for mine, right in zip(together, alone, strict=True):
+                assert not isinstance(mine, Exception), mine
+                assert torch.equal(mine, right)
+    assert not torch.equal(neox.logits(ids[1]), alone[1])
+
+
+def test_a_replacement_made_in_inference_mode_counts_outside_it(neox):
+    """In a thread too that was in this mode when its counts began."""
+    stack, ids = tiny.stack(neox), tiny.ids()
+
+    def run():
+        with torch.inference_mode():
+            neox.logits(ids)
+        neox.logits(ids)
+
+    with torch.inference_mode():
+        active = replacement(neox, stack, interventions=EDITS)
+    results = [*in_threads([run]), run()]
+    active.remove()
+    assert results == [None, None]
+    assert active.counts[0].prefill == (4, 4 * ids.numel(), 0)
+    assert active.edits.changed[tiny.NAMES[0]] == 4 * 3 * ids.numel()
+
+
+@pytest.mark.usefixtures("switching")
+def test_a_compiled_model_is_shared_by_threads(neox):
+    torch.compiler.reset()
+    stack, batches = tiny.stack(neox), [tiny.ids(2, 8, seed=i) for i in range(4)]
+    expected = [logits(neox, stack, ids) for ids in batches]
+    compiled = torch.compile(neox.model, fullgraph=True, backend="eager")
+    with replacement(neox, stack) as active:
+        results = passes(compiled, batches, 5)
+    for result, right in zip(results, expected, strict=True):
+        assert not isinstance(result, Exception), result
+        for one in result:
+            torch.testing.assert_close(one, right, atol=1e-4, rtol=1e-4)
+    assert [count.prefill for count in active.counts] == [(20, 320, 0)] * 3
+
+
+def test_one_decode_loop_writes_one_text_at_a_time(neox):
+    write, ids = DecodeLoop(neox, max_length=12), tiny.ids(1, 4)
+
+    def again(*_):
+        write(ids, max_new_tokens=2)
+
+    with (
+        replacement(neox, tiny.stack(neox), on_codes=again),
+        pytest.raises(RuntimeError, match="writing another text.*a loop for each thread"),
+    ):
+        write(ids, max_new_tokens=2)
+    write(ids, max_new_tokens=2)
+
+
+def test_a_pass_that_is_replaced_in_part_is_an_error(neox):
+    """Begun before the replacement, or still running when it is removed."""
+    stack, ids = tiny.stack(neox), tiny.ids()
+    clean, begun = neox.logits(ids), []
+
+    def begin(_):
+        begun.append(replacement(neox, stack))
+
+    with (
+        neox.hooked({neox.hook_point("blocks.0.hook_resid_pre"): begin}),
+        pytest.raises(RuntimeError, match="a pass that began before the replacement"),
+    ):
+        neox.logits(ids)
+    (active,) = begun
+    with (
+        neox.hooked({neox.hook_point(1): lambda _: active.remove()}),
+        pytest.raises(RuntimeError, match="removed while a pass was running"),
+    ):
+        neox.logits(ids)
+    assert torch.equal(neox.logits(ids), clean)
+
+
+def test_a_replacement_removed_in_another_thread_leaves_gradients_as_they_are(neox):
+    with replacement(neox, tiny.stack(neox)) as active:
+        (enabled,) = in_threads([lambda: (active.remove(), torch.is_grad_enabled())[1]])
+        assert enabled
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_a_failed_pass_keeps_nothing(neox):
+    """Not its codes, and not its place in the chain."""
+    stack, ids = tiny.stack(neox), tiny.ids()
+    made = []
+
+    def fail(_):
+        raise ArithmeticError("planted")
+
+    with replacement(neox, stack, on_codes=lambda _, code: made.append(ref(code.acts))):
+        with neox.hooked({neox.hook_point(2): fail}), pytest.raises(ArithmeticError):
+            neox.logits(ids)
+        gc.collect()
+        assert len(made) == 2
+        assert not any(one() is not None for one in made)
+        with pytest.raises(RuntimeError, match="outside a forward pass of the whole model"):
+            neox.blocks[3](torch.zeros(1, 3, 32), position_embeddings=(torch.zeros(1, 3, 2),) * 2)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_made_of_a_replaced_model_is_a_plain_one(lm, how):
+    """And may be replaced by itself, while the model is."""
+    stack, ids = tiny.stack(lm), tiny.ids()
+    clean, expected = lm.logits(ids), logits(lm, stack, ids)
+    with replacement(lm, stack, interventions=EDITS):
+        edited = lm.logits(ids)
+        lm.model.train()
+        if how == "deepcopy":
+            copied = deepcopy(lm.model)
+        elif how == "pickle":
+            copied = pickle.loads(pickle.dumps(lm.model))
+        else:
+            file = io.BytesIO()
+            torch.save(lm.model, file)
+            file.seek(0)
+            copied = torch.load(file, weights_only=False)
+        lm.model.eval()
+        assert all(module.training for module in copied.modules())
+        other = HookedLM(copied.eval(), lm.tokenizer)
+        assert torch.equal(other.logits(ids), clean)
+        with replacement(other, stack):
+            assert torch.equal(other.logits(ids), expected)
+        assert torch.equal(lm.logits(ids), edited)
+        assert torch.equal(deepcopy(lm).logits(ids), clean)
+    assert torch.equal(other.logits(ids), clean)
+    assert not any("forward" in vars(module) for module in copied.modules())
+    assert torch.equal(lm.logits(ids), clean)
+
+
+def test_wrong_types_are_told_what_to_pass(neox):
+    stack = tiny.stack(neox)
+    sae = TopKSAE(SAEConfig(32, 64, 4))
+    for lm, given, message in (
+        (neox, sae, r"got TopKSAE as the stack.*ReSAE\(\[hook_point\], AffinePredictor"),
+        (neox, TopKSAE, "got TopKSAE as the stack"),
+        (neox, "a folder", r"got str as the stack.*ReSAE.from_pretrained\(folder\)"),
+        (neox, [stack], "got list as the stack"),
+        ("embedded", stack, r"got str as the model.*HookedLM.from_pretrained\(name\)"),
+        (torch.nn.Linear(2, 2), stack, "got Linear as the model"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            replacement(lm, given)
+
+
+def test_reprs_say_what_is_replaced_where(neox):
+    text = repr(neox)
+    assert text.startswith("HookedLM('tiny-neox', gpt_neox, 4 blocks, d_model=32, hook points")
+    with replacement(neox, tiny.stack(neox), layers=[0, 3], interventions=EDITS) as active:
+        text = repr(active)
+    assert text == (
+        "Replacement(in force at blocks.0.hook_resid_post, blocks.3.hook_resid_post of "
+        "'tiny-neox', mode='online', loop='closed', keep_error=False, edits=2)"
+    )
+    assert repr(active).startswith("Replacement(removed at")
 
 
 def test_a_replacement_compiles_into_one_graph_and_counts_in_it(either):
@@ -838,8 +1217,8 @@ def test_a_boosted_stack_is_replaced_read_and_edited_like_any_other():
             codes = dict(arrived)
             cache, parts = None, []
             for token in ids.split(1, 1):
-                out = lm.model(token, use_cache=True, **{kv_cache_name(): cache})
-                cache = out[kv_cache_name()]
+                out = lm.model(token, use_cache=True, **{lm.cache_name: cache})
+                cache = out[lm.cache_name]
                 parts.append(out.logits)
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-3, rtol=1e-3)
         assert int(codes[tiny.NAMES[1]].indices.max()) >= 64

@@ -71,6 +71,16 @@ def test_on_a_cpu_codes_are_screened_and_the_same():
     assert set(sae.state_dict()) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 
 
+@pytest.mark.parametrize("screening", ["statistical", "certain", None])
+def test_screening_is_part_of_the_config_and_of_the_file(screening, tmp_path):
+    sae = TopKSAE(SAEConfig(8, 64, 2, screening=screening))
+    assert sae.screening == screening
+    sae.save(tmp_path)
+    assert TopKSAE.load(tmp_path).config == sae.config
+    with pytest.raises(ValueError, match="screening='sure', expected 'statistical', 'certain' or"):
+        sae.screening = "sure"
+
+
 @pytest.mark.usefixtures("screened_at_any_size")
 def test_training_between_evaluations_is_seen():
     sae = small(k=4, d_in=64, d_sae=640)

@@ -4,7 +4,10 @@ Shapes are small: what the rules would leave to the exact path is screened here 
 """
 
 import copy
+import itertools
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -569,3 +572,44 @@ def test_the_default_dtype_of_torch_does_not_matter():
     assert code.acts.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(code, expected, strict=True))
     assert torch.equal(one.indices, expected.indices[:1])
+
+
+@screens
+def test_threads_encode_while_the_weight_changes():
+    """Every code is that of one of the two weights, or the call says that it could not be made."""
+    x, weight, bias = inputs(N=20, M=700)
+    weight = torch.nn.Parameter(weight, requires_grad=False)
+    versions = [weight.data.clone(), weight.data.flip(0) * 1.5]
+    expected = [topk_encode(x, version, bias, 8) for version in versions]
+    encoder = ScreenedEncoder(weight, bias)
+    wrong, made, stop = [], [], threading.Event()
+
+    def write():
+        for turn in itertools.count(1):
+            if stop.is_set():
+                return
+            weight.data = versions[turn % 2].clone()  # at once: no code sees half of each
+            time.sleep(2e-4)  # the copy is made anew in between
+
+    def read():
+        for _ in range(60):
+            try:
+                code = encoder.encode(x, 8)
+            except RuntimeError as error:
+                assert "another thread" in str(error)  # noqa: PT017
+                continue
+            made.append(code)
+            if not any(torch.equal(code.indices, right.indices) for right in expected):
+                wrong.append(code)
+
+    threads = [threading.Thread(target=write), *(threading.Thread(target=read) for _ in "abcd")]
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join()
+    stop.set()
+    threads[0].join()
+    assert len(made) > 100
+    assert not wrong
+    weight.data = versions[0]
+    assert torch.equal(encoder.encode(x, 8).indices, expected[0].indices)

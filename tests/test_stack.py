@@ -1,3 +1,4 @@
+import copy
 import json
 from unittest.mock import MagicMock
 
@@ -9,8 +10,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
 from resae.affine import KINDS
 from resae.data import capture_tokens
+from resae.sae import BoostedSAE, SAEConfig
 from resae.stack import new_stack
-from resae_kernels import reference
+from resae_kernels import native, reference
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,7 @@ def test_model_card_says_what_it_is(lm, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "library_name: resae" in card
     assert "blocks.1.hook_resid_post" in card
+    assert "probability below 1e-12 per row" in card
     assert "license" not in card  # of the weights: for their owner to choose
     assert not (tmp_path / "config.json").exists()
 
@@ -197,11 +200,104 @@ def test_parts_must_fit_together(lm):
         ReSAE(tiny.NAMES, stack.predictor, saes[:2])
     with pytest.raises(ValueError, match="2 maps for 2"):
         ReSAE(tiny.NAMES[:2], stack.predictor, saes[:2])
-    ReSAE(tiny.NAMES[:2], AffinePredictor("none"), saes[:2])
+    with pytest.raises(ValueError, match=r"blocks\.1.* encodes residuals, and predictor 'none'"):
+        ReSAE(tiny.NAMES[:2], AffinePredictor("none"), saes[:2])
+    maps = AffinePredictor("previous", stack.predictor.A[:1], stack.predictor.c[:1])
+    with pytest.raises(ValueError, match=r"blocks\.0.* encodes residuals"):
+        ReSAE(tiny.NAMES[:2], maps, saes[:1] * 2)
+    ordinary = tiny.stack(lm, "none")
+    ReSAE(tiny.NAMES[:2], AffinePredictor("none"), [ordinary.sae(i) for i in range(2)])
     with pytest.raises(ValueError, match="got 2 activations, expected 3"):
         stack([torch.zeros(1, 32)] * 2)
     with pytest.raises(ValueError, match="loop='half'"):
         stack([torch.zeros(1, 32)] * 3, loop="half")
+
+
+def test_an_autoencoder_of_residuals_knows_it_and_asks_for_the_prediction(lm, xs, tmp_path):
+    """In the stack, loaded with or without it, at a lower k, rescaled and copied."""
+    stack = tiny.stack(lm)
+    stack.save_pretrained(tmp_path)
+    loaded = ReSAE.load(tmp_path)
+    rescaled = ReSAE.load(tmp_path)
+    rescaled.rescale_([2.0, 2.0, 2.0])
+    boosted = ReSAE(
+        tiny.NAMES,
+        loaded.predictor,
+        [BoostedSAE(loaded.sae(i), TopKSAE(SAEConfig(32, 16, 2))) for i in range(3)],
+    )
+    boosted.save_pretrained(tmp_path / "boosted")
+    stacks = [stack, loaded, rescaled, stack.at_k(2), copy.deepcopy(stack), boosted]
+    stacks += [ReSAE.load(tmp_path / "boosted"), loaded.half().float()]
+    saes = [made.sae(1) for made in stacks] + [TopKSAE.load(tmp_path / tiny.NAMES[1])]
+    saes.append(TopKSAE.load(tmp_path / "boosted" / tiny.NAMES[1] / "boost"))
+    for sae in saes:
+        assert sae.config.input_kind == "affine_residual"
+        for call in (sae.encode, sae):
+            with pytest.raises(ValueError, match="residual of an activation.*base="):
+                call(xs[1])
+        sae(xs[1], base=stack.predictor(1, xs))
+    first = [made.sae(0) for made in stacks] + [tiny.stack(lm, "none").sae(1)]
+    first.append(TopKSAE.load(tmp_path / tiny.NAMES[0]))
+    for sae in first:
+        assert sae.config.input_kind == "activation"
+        sae.encode(xs[0])
+    code = TopKSAE.load(tmp_path / tiny.NAMES[1]).encode(xs[1], base=stack.predictor(1, xs))
+    assert torch.equal(code.indices, stack.encode(xs)[1].indices)
+
+
+def test_what_capture_returns_is_encoded_by_hook_point(lm):
+    """In whatever order, with other points beside."""
+    stack = tiny.stack(lm)
+    captured = lm.capture(tiny.ids(4, 10), lm.hook_points([0, 1, 2, 3]))
+    plain = [captured[lm.hook_point(name)] for name in tiny.NAMES]
+    by_name = {name: x for name, x in reversed(list(zip(tiny.NAMES, plain, strict=True)))}
+    for given in (captured, by_name, (x for x in plain)):
+        for a, b in zip(stack.encode(given), stack.encode(plain), strict=True):
+            assert torch.equal(a.indices, b.indices)
+    for a, b in zip(
+        AffineOnly(stack)(captured).x_hats, AffineOnly(stack)(plain).x_hats, strict=True
+    ):
+        assert torch.equal(a, b)
+    del captured[lm.hook_point(1)]
+    with pytest.raises(ValueError, match=r"no activation of blocks\.1\.hook_resid_post, only of"):
+        stack.encode(captured)
+
+
+class SparseCoder(torch.nn.Module):
+    """As an autoencoder of another library."""
+
+
+def test_wrong_types_are_told_what_to_pass(lm):
+    stack = tiny.stack(lm)
+    maps = stack.predictor
+    for made, message in (
+        (lambda: ReSAE(tiny.NAMES, [SparseCoder()]), "list as the predictor.*AffinePredictor"),
+        (lambda: ReSAE(tiny.NAMES, maps, [SparseCoder()] * 3), "SparseCoder as an.*TopKSAE.load"),
+        (lambda: ReSAE(tiny.NAMES, maps, [TopKSAE] * 3), "got TopKSAE as an autoencoder"),
+        (lambda: ReSAE(tiny.NAMES[0], maps, []), "as hook points, expected a list of names"),
+        (lambda: ReSAE(lm.hook_points([0]), maps, []), r"HookPoint.*expected a list of names"),
+        (lambda: AffineOnly("a folder"), "got str, expected a ReSAE"),
+        (lambda: stack.encode(torch.zeros(3, 5, 32)), "got Tensor, expected a list of one tensor"),
+        (lambda: stack.encode([1, 2, 3]), "got int as an activation"),
+        (lambda: stack(7), "got int, expected a list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            made()
+
+
+def test_reprs_say_sizes_layers_and_screening(lm):
+    text = repr(tiny.stack(lm, "previous"))
+    for part in (
+        "model='tiny-neox'",
+        "'blocks.1.hook_resid_post'",
+        "predictor='previous', form='full'",
+        "k=[4, 4, 4]",
+        "d_in=32, d_sae=64, k=4, input_kind='affine_residual', screening='statistical'",
+    ):
+        assert part in text
+    base, boost = (TopKSAE(SAEConfig(8, M, 2)) for M in (20, 10))
+    text = repr(BoostedSAE(base, boost, threshold=0.25))
+    assert "d_in=8, d_sae=30, k=4, input_kind='activation', threshold=0.25" in text
 
 
 def test_affine_only_carries_the_first_layer_through_the_maps(lm, xs):
@@ -244,6 +340,25 @@ def test_a_shared_dictionary_is_one_through_scaling_and_disk(lm, xs, tmp_path):
         ReSAE.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["previous", "all_previous"])
+def test_dictionaries_of_different_sizes_are_one_chain(lm, xs, tmp_path, kind):
+    stack = tiny.stack(lm, kind, d_sae=(32, 64, 96))
+    assert stack.d_sae == (32, 64, 96)
+    stack.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "resae.json").read_text())["d_sae"] == [32, 64, 96]
+    assert "(32, 64, 96) latents per layer" in (tmp_path / "README.md").read_text()
+    loaded = ReSAE.load(tmp_path)
+    for loop in ("open", "closed"):
+        for a, b in zip(stack(xs, loop=loop).x_hats, loaded(xs, loop=loop).x_hats, strict=True):
+            assert torch.equal(a, b)
+    with torch.no_grad():
+        few = [x[:4] for x in xs]
+        x_hats, codes = stack(few, loop="closed")
+        past, carried = x_hats[:2], stack.transported(1 << 30)
+        x_hat, _ = stack.step(2, few[2], past, past, codes=codes[:2], carried=carried)
+    torch.testing.assert_close(x_hat, x_hats[2], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lower_k_is_chosen_for_the_whole_stack(lm, xs, kind):
     stack = tiny.stack(lm, kind)
@@ -277,3 +392,44 @@ def test_cheap_maps_are_a_chain_of_their_dense_ones(lm, xs, tmp_path, form):
         x_hat, _ = stack.step(2, few[2], past, past, codes=codes[:2], carried=carried)
     plain, _ = stack.step(2, few[2], past, past)
     torch.testing.assert_close(x_hat, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("kind", ["none", "identity", "previous", "all_previous"])
+@pytest.mark.parametrize("tokens", [(1, 1), (3, 1), (16, 1), (2, 20)])
+def test_a_layer_of_few_tokens_on_a_cpu_is_one_compiled_call(kind, tokens, monkeypatch):
+    """Prediction, code and reconstruction, against float64; sizes that are screened."""
+    D, L = 192, 3
+    sources = [layer if kind == "all_previous" else 1 for layer in range(1, L)]
+    maps = [torch.randn(s * D, D) / (s * D) ** 0.5 for s in sources]
+    c = [torch.randn(D) for _ in maps]
+    if kind == "identity":
+        maps = [torch.eye(D) for _ in maps]
+    predictor = AffinePredictor(kind) if kind == "none" else AffinePredictor(kind, maps, c)
+    stack = new_stack(tiny.NAMES, predictor, d_in=D, d_sae=1024, k=[8] * L)
+    for sae in stack.saes:
+        sae.b_dec.data.normal_()
+    stack.eval().requires_grad_(False)
+    xs = [torch.randn(*tokens, D) for _ in range(L)]
+    steps = []
+    compiled = native.online_step
+    monkeypatch.setattr(native, "online_step", lambda *a: steps.append(a[3]) or compiled(*a))
+    exact = [x.double() for x in xs]
+    wide = copy.deepcopy(stack).double()
+    with torch.no_grad():
+        for _ in range(2):  # the first pass makes the copies
+            steps.clear()
+            x_hats = []
+            for layer, x in enumerate(xs):
+                x_hat, code = stack.step(layer, x, x_hats, x_hats)
+                x_hats.append(x_hat)
+                assert code.indices.shape == (*tokens, 8)
+        expected = wide(exact, loop="closed")
+    for ours, theirs in zip(x_hats, expected.x_hats, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=2e-4, rtol=1e-4)
+    N = tokens[0] * tokens[1]
+    assert len(steps) == (L if N <= 16 else 0)
+    inside = kind in ("identity", "previous") and N * D <= 2048
+    by_map = [affine is not None for affine in steps]
+    one_source = [False, kind == "all_previous" and N * D <= 2048, False]
+    assert by_map == ([False, True, True] if inside else one_source)[: len(steps)]

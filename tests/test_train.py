@@ -446,6 +446,13 @@ def test_calibration_comes_back(xs, tmp_path):
         pytest.param({"k": (4, 4)}, "2 k for 3 layers", id="k-count"),
         pytest.param({"k": (4, 65, 4)}, "k=65 for d_sae=64", id="k-above-M"),
         pytest.param({"k": (0, 4, 4)}, "1 ≤ k", id="k-zero"),
+        pytest.param({"d_sae": (64, 64)}, "2 d_sae for 3 layers", id="d_sae-count"),
+        pytest.param({"d_sae": (64, 3, 64)}, "k=4 for d_sae=3", id="k-above-own-M"),
+        pytest.param(
+            {"shared": True, "predictor": "none", "d_sae": (64, 64, 96)},
+            r"d_sae=\(64, 64, 96\); a dictionary of all layers .* one k and d_sae",
+            id="shared-d_sae",
+        ),
         pytest.param({"predictor": "magic"}, "unknown predictor 'magic'", id="predictor"),
         pytest.param({"loop": "round"}, "loop='round'", id="loop"),
         pytest.param({"shared": True}, "predictor 'none' and one k", id="shared-predicted"),
@@ -465,6 +472,47 @@ def test_calibration_comes_back(xs, tmp_path):
 def test_impossible_settings_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         config_of(**changes)
+
+
+SIZES = (32, 64, 96)
+
+
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_layers_of_different_sizes_are_trained_resumed_and_saved(xs, tmp_path, loop):
+    config = config_of(d_sae=SIZES, loop=loop, dead_after_tokens=128)
+    whole = run(xs, tmp_path / "whole", config)
+    assert whole.d_sae == SIZES
+    assert [len(whole.sae(layer).W_dec) for layer in range(3)] == list(SIZES)
+    assert run(xs, tmp_path / "cut", config, should_stop=stop_after(9)) is None
+    resumed = run(xs, tmp_path / "cut", config, resume=True).state_dict()
+    assert all(torch.equal(t, resumed[name]) for name, t in whole.state_dict().items())
+    with pytest.raises(ValueError, match=r"other settings \(d_sae=\[32, 64, 96\]"):
+        run(xs, tmp_path / "cut", replace(config, d_sae=64), resume=True)
+
+
+def test_equal_sizes_per_layer_are_one_size_to_the_bit(xs, tmp_path):
+    one, each = (run(xs, tmp_path / str(d), config_of(d_sae=d)) for d in (64, (64, 64, 64)))
+    assert one.d_sae == each.d_sae == 64
+    assert all(torch.equal(t, each.state_dict()[n]) for n, t in one.state_dict().items())
+
+
+def test_the_size_of_one_layer_does_not_change_another(xs, tmp_path):
+    """Without a chain each layer trains at the learning rate of its own size."""
+    one, other = (
+        run(xs, tmp_path / str(d), config_of(d_sae=d, predictor="none")) for d in (64, SIZES)
+    )
+    assert config_of(d_sae=SIZES).peak_lrs == tuple(config_of(d_sae=M).peak_lr for M in SIZES)
+    same, smaller = (stack.sae(1).state_dict() for stack in (one, other))
+    assert all(torch.equal(t, smaller[name]) for name, t in same.items())
+
+
+def test_settings_where_predictions_gain_nothing_have_a_warning():
+    names = tuple(name.replace("resid_post", "mlp_out") for name in tiny.NAMES)
+    said = str(config_of(layers=names).warning)
+    assert "at hook_mlp_out predicting a layer from others gained nothing" in said
+    assert "in the demo (its embedded model, k = 8)" in said
+    assert config_of(layers=names, predictor="none").warning is None
+    assert config_of().warning is None
 
 
 def test_a_shared_dictionary_is_trained_resumed_and_saved_as_one(xs, tmp_path):
@@ -605,6 +653,14 @@ def test_the_threshold_of_a_boost_in_pieces_is_that_of_whole_batches(xs, tmp_pat
         threshold = whole.sae(layer).threshold
         assert threshold > 0
         torch.testing.assert_close(cut.sae(layer).threshold, threshold, rtol=1e-4, atol=0)
+
+
+def test_second_autoencoders_of_different_sizes(xs, tmp_path):
+    run(xs, tmp_path / "base")
+    config = config_of(boost=str(tmp_path / "base"), k=(2, 2, 2), d_sae=SIZES)
+    stack = boost(xs, tmp_path / "base", tmp_path / "boost", config)
+    assert stack.d_sae == tuple(64 + M for M in SIZES)
+    assert ReSAE.load(tmp_path / "boost").d_sae == stack.d_sae
 
 
 def test_what_cannot_be_boosted_is_named(xs, tmp_path):

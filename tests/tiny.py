@@ -219,7 +219,13 @@ def predictor(lm: HookedLM, kind: str, **form) -> AffinePredictor:
     return fit_predictor(kind, moments, **form)
 
 
-def stack(lm: HookedLM, kind: str = "previous", k: int = 4, d_sae: int = 64, **form) -> ReSAE:
+def stack(
+    lm: HookedLM,
+    kind: str = "previous",
+    k: int = 4,
+    d_sae: int | tuple[int, ...] = 64,
+    **form,
+) -> ReSAE:
     """An untrained stack on three blocks: random directions, fitted maps."""
     made = new_stack(
         NAMES,

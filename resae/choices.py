@@ -1,0 +1,26 @@
+"""Names that a user chooses among, in Python and on the command line.
+
+They stand here, and not where they are used, so that the command line can read its arguments
+without importing torch.
+"""
+
+KINDS = ("none", "identity", "previous", "all_previous")
+"""Predictors: what a layer is predicted from."""
+
+FORMS = {
+    "full": ("A",),
+    "scalar": ("alpha",),
+    "diagonal": ("diagonal",),
+    "low_rank": ("U", "V", "skip"),
+}
+"""Form of the maps → what is stored of each."""
+
+WAYS = ("data", "layers")
+"""What several processes share out: each batch, or the layers."""
+
+TRAINING = ("train", "train+adam")
+OPS = ("encode", "decode", "forward", *TRAINING, "step", "chain")
+"""What `resae profile` times."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of weights and activations, by their names in torch."""

@@ -1,0 +1,114 @@
+"""The methods that the demo compares: how each is trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one compared method is trained."""
+
+    name: str
+    predictor: str
+    k_grows: bool = False
+    """Layer l gets (l+1)·k active latents: as many as a ReSAE reconstruction there is made of."""
+    loop: str = "open"
+    form: str = "full"
+    shared: bool = False
+    nested: bool = False
+    """One stack, of the largest k, trained over prefixes and evaluated at every k."""
+    one_k: bool = False
+    """Trained at the middle k alone."""
+    k_weight: Callable[[int, int], float] | None = None
+    """The L·k active latents are divided in proportion to this weight of layer i = 1, …, L, given i
+    and L; None: equally."""
+    dictionary: str = "own"
+    """Latents of layer i = 1, …, L: d_sae (`own`), i·d_sae, as many as a ReSAE reconstruction there
+    can draw on (`chain`), or L·d_sae (`whole`)."""
+    lr: float | None = None
+    """Peak learning rate; None: that of `TrainConfig`."""
+    length: int = 1
+    """Trained on this many times the tokens."""
+
+
+RECIPES = (
+    Recipe("raw", "none"),
+    Recipe("raw_equal_total", "none", k_grows=True),
+    Recipe("identity", "identity"),
+    Recipe("resae", "previous"),
+)
+BEST_LR = {
+    "raw": 1.2e-2,
+    "raw_equal_total": 1.2e-2,
+    "raw_matched": 1.2e-2,
+    "raw_wide": 1.2e-2,
+    "identity": 1.6e-2,
+    "resae": 1.6e-2,
+}
+"""Peak learning rate of the rows called `_best_lr`: the best of `LR_GRID` online at k = 8 (`resae
+demo --k 8 --methods learning_rates`)."""
+LR_GRID = (4e-3, 8e-3, 1.2e-2, 1.6e-2, 2.4e-2)
+USUAL_LR = 8e-3
+"""`TrainConfig`'s at 512 latents. Larger dictionaries of raw SAEs are compared at it too: at the
+lower one that `TrainConfig` takes for them they lose more here."""
+NESTED_LR = 1.6e-2
+"""Peak learning rate over prefixes, twice the usual one: at 200,000 tokens the usual one leaves FVU
+up to 6 % above that of stacks trained at that k. Those, which have the usual one, would gain too:
+FVU 7 to 13 % lower at k = 32, 1 to 6 % at 8, up to 3 % at 4."""
+LONG = 4
+"""Rows called `_long` are trained on this many times the tokens."""
+
+FAMILY_RECIPES = (
+    Recipe("resae_closed", "previous", loop="closed"),
+    Recipe("all_previous", "all_previous"),
+    Recipe("all_previous_scalar", "all_previous", form="scalar", one_k=True),
+    Recipe("all_previous_diagonal", "all_previous", form="diagonal", one_k=True),
+    Recipe("all_previous_low_rank", "all_previous", form="low_rank", one_k=True),
+    Recipe("mlsae", "none", shared=True),
+    Recipe("hierarchical", "none", nested=True, lr=NESTED_LR),
+)
+LARGE_RECIPES = (
+    Recipe("raw_matched", "none", k_grows=True, dictionary="chain", lr=USUAL_LR),
+    Recipe("raw_wide", "none", k_grows=True, dictionary="whole", lr=USUAL_LR),
+)
+FAIR_RECIPES = (
+    *LARGE_RECIPES,
+    *(
+        replace(recipe, name=f"{recipe.name}_best_lr", lr=BEST_LR[recipe.name], one_k=True)
+        for recipe in (*RECIPES, *LARGE_RECIPES)
+    ),
+    *(
+        replace(recipe, name=f"{recipe.name}_long", length=LONG, one_k=True)
+        for recipe in (*RECIPES, *LARGE_RECIPES)
+    ),
+    Recipe("resae_k_first", "previous", k_weight=lambda i, _: 1 / (2 * i - 1), one_k=True),
+    Recipe("resae_k_falling", "previous", k_weight=lambda i, L: L + 1 - i, one_k=True),
+    Recipe("resae_k_rising", "previous", k_weight=lambda i, _: i, one_k=True),
+)
+LR_RECIPES = tuple(
+    replace(recipe, name=f"{recipe.name}_lr_{lr:g}", lr=lr, one_k=True)
+    for recipe in (*RECIPES, *LARGE_RECIPES)
+    for lr in LR_GRID
+)
+ELSEWHERE: dict[str, str | None] = {
+    "all_blocks": None,
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "hook_attn_out",
+}
+"""Further hook points at which `RECIPES` are compared, at the middle k: this one of the configured
+blocks; None: the stream after every block."""
+FAIR_METHODS = tuple(recipe.name for recipe in FAIR_RECIPES)
+EXTRA_METHODS = (
+    *(recipe.name for recipe in FAMILY_RECIPES),
+    "boost",
+    *FAIR_METHODS,
+    *ELSEWHERE,
+)
+LR_METHODS = tuple(recipe.name for recipe in LR_RECIPES)
+METHOD_GROUPS = {
+    "all": EXTRA_METHODS,
+    "fair": FAIR_METHODS,
+    "elsewhere": tuple(ELSEWHERE),
+    "learning_rates": LR_METHODS,
+}
+"""Names that `resae demo --methods` takes for several methods."""
