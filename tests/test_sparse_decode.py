@@ -900,7 +900,7 @@ def test_bad_target_is_refused(target, error, message):
         ("torch", set()),
         (None, set()),  # by device: the inputs are on CPU
     ],
-    ids=str,
+    ids=["triton", "torch", "by-device"],
 )
 def test_implementation_asked_for_computes_the_sum_and_its_gradients(
     implementation, launched, monkeypatch
