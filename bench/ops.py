@@ -273,8 +273,8 @@ def as_provider(
 
 def plain_onednn(case: Case, inputs: Inputs) -> Provider | None:
     """A few lines of PyTorch with the fastest product that it has on a CPU."""
-    x, weight, bias, b_dec = (inputs[name] for name in ("x", "weight", "bias", "b_dec"))
-    (b_dec,), (W_dec,) = b_dec, inputs["W_dec"]
+    x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
+    b_dec, W_dec = inputs["b_dec"][0], inputs["W_dec"][0]
     if x.is_cuda or case.op not in ("encode", "decode", "forward"):
         return None
 

@@ -47,8 +47,7 @@ class Recipe:
 def load_gguf(package: str, name: str) -> HookedLM | None:
     """The model in a package's .gguf file, or in the parts of one in the packages `-part1` ….
 
-    transformers opens the file as the weights of a folder, which is temporary. In bfloat16, in
-    which these models were trained.
+    transformers opens the file as the weights of a folder, which is temporary.
     """
     files = sorted(_package_files(package, ".gguf*"))
     if not files:
@@ -59,7 +58,7 @@ def load_gguf(package: str, name: str) -> HookedLM | None:
             for file in files:
                 out.write(file.read_bytes())
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=whole.name, dtype=torch.bfloat16
+            folder, gguf_file=whole.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=whole.name)
     return HookedLM(model.eval(), tokenizer, name)
