@@ -471,6 +471,9 @@ typedef struct {
   float slack;         /* rounding of the float32 sums */
   int exact;           /* not to be screened: not finite, or zero */
   int outlying;        /* an entry stretches the step: its dimension wants a column */
+  int n_outliers;      /* entries that are multiplied exactly, by columns of the copy */
+  const float *columns[MOST_COLUMNS];
+  float outliers[MOST_COLUMNS]; /* in units of t */
 } residual;
 
 typedef struct {
@@ -506,19 +509,16 @@ INLINE void form_residual(const job *w, i64 n, float *r, int dtype, float *squar
 
 /* Quantise r with the entries at outlier dimensions taken out (they are multiplied exactly): levels
    as signed bytes. Entries of r past D, up to D', are 0. */
-static void quantise_residual(const copy *c, const float *r, float squares, float peak,
+static void quantise_residual(const copy *c, float *r, float squares, float peak,
                               int8_t *levels, residual *out) {
   i64 D = c->D, depth = padded_depth(D);
   float norm = sqrtf(squares), inner = squares;
-  float *masked = 0;
   float values[MOST_COLUMNS];
-  if (c->n_columns) { /* briefly, in place */
-    masked = (float *)r;
-    for (i64 o = 0; o < c->n_columns; o++) {
-      float *entry = masked + c->column_dimensions[o];
-      values[o] = *entry;
-      *entry = 0.0f;
-    }
+  for (i64 o = 0; o < c->n_columns; o++) { /* taken out briefly, in place */
+    values[o] = r[c->column_dimensions[o]];
+    r[c->column_dimensions[o]] = 0.0f;
+  }
+  if (c->n_columns) {
     __m512 most = _mm512_setzero_ps(), sum = most;
     for (i64 d = 0; d < depth; d += 16) {
       __m512 v = _mm512_loadu_ps(r + d);
@@ -527,6 +527,16 @@ static void quantise_residual(const copy *c, const float *r, float squares, floa
     }
     peak = _mm512_reduce_max_ps(most);
     inner = _mm512_reduce_add_ps(sum);
+  }
+  out->n_outliers = 0;
+  for (i64 o = 0; o < c->n_columns; o++) {
+    if (fabsf(values[o]) > peak) {
+      out->columns[out->n_outliers] = c->columns + o * padded_latents(c->M);
+      out->outliers[out->n_outliers++] = values[o];
+    } else { /* no outlier in this row */
+      r[c->column_dimensions[o]] = values[o];
+      inner += values[o] * values[o];
+    }
   }
   float step = peak / 126.0f;
   out->exact = !(step > 1e-30f) || !isfinite(norm);
@@ -555,7 +565,8 @@ static void quantise_residual(const copy *c, const float *r, float squares, floa
       errors = _mm512_fmadd_ps(off, off, errors);
     }
   }
-  for (i64 o = 0; masked && o < c->n_columns; o++) masked[c->column_dimensions[o]] = values[o];
+  for (i64 o = 0; o < c->n_columns; o++) r[c->column_dimensions[o]] = values[o];
+  for (int o = 0; o < out->n_outliers; o++) out->outliers[o] *= inverse;
   out->along = _mm512_reduce_add_ps(along);
   float rounding = c->rounding * out->norm;
   if (c->norm_bounds) {
@@ -604,7 +615,7 @@ static void raise_least(list *row, const job *w, const residual *r) {
 }
 
 /* Upper bounds, in units of t, of 16 scores of one residual from their integer products. */
-INLINE void push(list *row, const job *w, const residual *r, const float *outliers, i64 latent,
+INLINE void push(list *row, const job *w, const residual *r, i64 latent,
                  __m512i products, __m512 steps, __m512 shift, __m512 bias, __m512 bounds) {
   const copy *c = w->c;
   __m512 upper = _mm512_sub_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(r->along));
@@ -614,10 +625,9 @@ INLINE void push(list *row, const job *w, const residual *r, const float *outlie
   if (c->norm_bounds)
     upper = _mm512_fmadd_ps(_mm512_loadu_ps(c->norm_bounds + latent),
                             _mm512_set1_ps(r->norm_factor), upper);
-  i64 padded = padded_latents(c->M);
-  for (i64 o = 0; o < c->n_columns; o++)
-    upper = _mm512_fmadd_ps(_mm512_loadu_ps(c->columns + o * padded + latent),
-                            _mm512_set1_ps(outliers[o]), upper);
+  for (int o = 0; o < r->n_outliers; o++)
+    upper = _mm512_fmadd_ps(_mm512_loadu_ps(r->columns[o] + latent),
+                            _mm512_set1_ps(r->outliers[o]), upper);
   __mmask16 reach = _mm512_cmp_ps_mask(upper, _mm512_set1_ps(row->least), _CMP_GE_OQ);
   if (__builtin_expect(!reach, 1)) return;
   append(row, reach, (int32_t)latent, upper);
@@ -629,7 +639,6 @@ typedef struct {
   i64 n;
   residual *rows;
   float *residuals; /* [n, D'], r */
-  float *outliers;  /* [n, MOST_COLUMNS], entries at outlier dimensions, in units of t */
   uint8_t *levels;  /* [n, D'], q + 128; VNNI */
   int8_t *tiles;    /* [n/16, D'/64, 16, 64], q; AMX */
 } block;
@@ -667,7 +676,7 @@ INLINE void vnni_tile(const job *w, const block *b, list *lists, i64 row, int R,
     __m512 bias = _mm512_loadu_ps(c->bias + latent), bounds = _mm512_loadu_ps(c->bounds + latent);
     for (int i = 0; i < R; i++) {
       __m512i products = R == 1 ? _mm512_add_epi32(sums[0][p], more[p]) : sums[i][p];
-      push(lists + row + i, w, b->rows + row + i, b->outliers + (row + i) * MOST_COLUMNS, latent,
+      push(lists + row + i, w, b->rows + row + i, latent,
            products, steps, shift, bias, bounds);
     }
   }
@@ -743,7 +752,7 @@ __attribute__((target("amx-tile,amx-int8"))) static void screen_by_amx(const job
       for (i64 i = 0; i < rows; i++) {
         i64 row = 16 * t + i;
         for (int p = 0; p < 2; p++)
-          push(lists + row, w, b->rows + row, b->outliers + row * MOST_COLUMNS,
+          push(lists + row, w, b->rows + row,
                (panel + p) * PANEL, _mm512_load_si512(products[i / 16 * 2 + p][i % 16]), steps[p],
                shift[p], bias[p], bounds[p]);
       }
@@ -897,7 +906,7 @@ static void *take(char **at, i64 bytes) {
 
 static int allocate(workspace *to, const job *w, i64 n, i64 parts) {
   i64 depth = padded_depth(w->c->D), tiled = (n + 31) / 32 * 32, most = w->capacity + PANEL;
-  i64 row = sizeof(residual) + depth * sizeof(float) + MOST_COLUMNS * sizeof(float) + depth;
+  i64 row = sizeof(residual) + depth * sizeof(float) + depth;
   i64 part = n * (sizeof(list) + list_words(w->capacity) * 4 + 64) + sizeof(scratch) + 4 * most * 4 +
              2 * w->k * 4;
   to->memory = malloc(n * row + tiled * depth + parts * (part + 8 * 64) + 16 * 64);
@@ -906,7 +915,6 @@ static int allocate(workspace *to, const job *w, i64 n, i64 parts) {
   block *b = &to->b;
   b->rows = take(&at, n * sizeof *b->rows);
   b->residuals = take(&at, n * depth * sizeof *b->residuals);
-  b->outliers = take(&at, n * MOST_COLUMNS * sizeof *b->outliers);
   b->levels = take(&at, n * depth);
   b->tiles = take(&at, tiled * depth);
   to->lists = take(&at, parts * n * sizeof *to->lists);
@@ -936,8 +944,6 @@ static int prepare(const job *w, block *b, i64 first_row, int amx, float *relati
     int8_t *levels = (int8_t *)b->levels + i * depth;
     residual *row = b->rows + i;
     quantise_residual(c, r, squares, peak, levels, row);
-    for (i64 o = 0; o < c->n_columns; o++)
-      b->outliers[i * MOST_COLUMNS + o] = r[c->column_dimensions[o]] * row->inverse;
     if (row->outlying) {
       outlying = 1;
       float scale = sqrtf((float)D) * row->inverse / row->inner;
