@@ -359,10 +359,16 @@ class HookedLM:
     def capture(
         self, input_ids: Tensor, points: Sequence[HookPoint], **kwargs: Any
     ) -> dict[HookPoint, Tensor]:
-        """Activations `[B, T, D]` at `points`, without gradient; the pass stops at the last one.
+        """Activations `[B, T, D]` at `points` (of `hook_points`), without gradient; the pass stops
+        at the last one.
 
         A compiled model runs uncompiled here. Passes of other threads go on as they are.
         """
+        if wrong := [point for point in points if not isinstance(point, HookPoint)]:
+            raise TypeError(
+                f"capture: got {wrong[0]!r} as a hook point; pass lm.hook_points(names), such as "
+                f"lm.hook_points(stack.hook_points)"
+            )
         self.require_context(input_ids.shape[1])
         reason = "capture stops the pass half-way, which no graph can"
         if torch.compiler.is_dynamo_compiling():

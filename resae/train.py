@@ -167,8 +167,10 @@ class TrainConfig:
             )
         for name in ("train_tokens", "calibration_tokens", "batch_tokens", "dead_after_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"TrainConfig: {name}={value}, expected at least 1")
+            # A batch of one token has no variance to be explained.
+            least = 2 if name == "batch_tokens" else 1
+            if value is not None and value < least:
+                raise ValueError(f"TrainConfig: {name}={value}, expected at least {least}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"TrainConfig: lr={self.lr}, expected above 0, or None")
         for name in ("auxk_coefficient", "ridge", "seed"):

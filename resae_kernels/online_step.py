@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from resae_kernels import _launch, native
 from resae_kernels._launch import AotCase, tl, triton
 from resae_kernels.reference import OnlineStep, TopK, Transported
-from resae_kernels.screened_encode import ScreenedEncoder
+from resae_kernels.screened_encode import ScreenedEncoder, layout_of
 from resae_kernels.sparse_decode import _launch_decode, _sum_entries, sparse_decode
 from resae_kernels.topk_encode import (
     FEW_TOKENS,
@@ -140,6 +140,8 @@ def online_step(
         is cast under autocast. "triton" waits for nothing on the host: it can be captured in a CUDA
         graph, after one call that compiles its kernels.
     """
+    if implementation not in (None, "torch", "triton"):
+        _launch.implementation_for("online_step", x, implementation)
     if x.is_cpu and implementation != "triton" and not torch.compiler.is_compiling():
         step = _step_on_cpu(
             x, weight, bias, k, W_dec, b_dec, base, codes, transported, encoder, out
@@ -185,15 +187,15 @@ _ENCODERS = WeakIdKeyDictionary()
 
 def _encoder_of(weight: Tensor, bias: Tensor | None) -> ScreenedEncoder:
     held = _ENCODERS.get(weight)
-    if held is None or _addresses(held.weight, held.bias) != _addresses(weight, bias):
+    if held is None or _layouts(held.weight, held.bias) != _layouts(weight, bias):
         # Of other tensors of the same memory: it must not keep the weight alive that keeps it.
         detached = weight.detach(), None if bias is None else bias.detach()
         held = _ENCODERS[weight] = ScreenedEncoder(*detached)
     return held
 
 
-def _addresses(weight: Tensor, bias: Tensor | None) -> tuple[int, int | None]:
-    return weight.data_ptr(), None if bias is None else bias.data_ptr()
+def _layouts(weight: Tensor, bias: Tensor | None) -> tuple:
+    return layout_of(weight), None if bias is None else layout_of(bias)
 
 
 def _step_on_cpu(

@@ -132,8 +132,9 @@ class ScreenedEncoder:
     The copy is M·D bytes. It is made anew at the first call after the weight or bias has changed,
     in place or to other memory. Where the weight's gradient is wanted it serves one call and is
     dropped: the weight is about to change, and torch does not count the steps of fused optimisers.
-    Nor does it count writes through `.data`. These are seen by a sample of entries, which may miss
-    a write to a few latents: call `forget` after one.
+    Nor does it count writes through `.data`. Both are seen by a sample of entries, which may miss
+    a write to a few latents: call `forget` after such a write, and after the step of a fused
+    optimiser between two calls without gradients.
 
     Several threads may encode at once. If the weight changes meanwhile, a call encodes anew with
     the weight as it then is.
@@ -389,8 +390,8 @@ class ScreenedEncoder:
     def _versions(self) -> tuple:
         weight, bias = self.weight, self.bias
         if bias is None:
-            return weight.data_ptr(), weight._version
-        return weight.data_ptr(), weight._version, bias.data_ptr(), bias._version
+            return layout_of(weight), weight._version
+        return layout_of(weight), weight._version, layout_of(bias), bias._version
 
     def _current_state(self) -> _State | None:
         """The copy, made anew if the weight or bias has changed; None where these are not
@@ -453,6 +454,11 @@ class ScreenedEncoder:
         elif self._current_state() is None:
             cannot = "the weight or bias is not finite"
         return cannot
+
+
+def layout_of(tensor: Tensor) -> tuple:
+    """Which entries of which memory a tensor is: assigning `.data` changes these alone."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _require_gradient(*tensors: Tensor | None) -> bool:

@@ -476,3 +476,16 @@ def test_a_written_sample_makes_the_copy_anew():
         inputs["weight"].numpy()[:] /= 1.0001
         ours = step(online_step, 6, **inputs, encoder=encoder)
     assert torch.equal(ours.code.indices, step(reference.online_step, 6, **inputs).code.indices)
+
+
+def test_a_bias_of_the_same_address_and_another_layout_is_another_bias():
+    """The encoder kept for a weight knew the address of its bias alone."""
+    weight, biases = torch.randn(512, 64) / 8, torch.randn(512, 512)
+    x = torch.randn(2, 64)
+    for bias in (biases[0], biases[:, 0], biases[0, :1].expand(512)):
+        code = online_step(x, weight, bias, 8, weight).code
+        expected = reference.topk_encode(x.double(), weight.double(), bias.double(), 8)
+        acts = code.acts.sort(descending=True).values
+        torch.testing.assert_close(acts.double(), expected.acts, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="implementation='tritn', expected 'torch', 'triton' or"):
+        online_step(x, weight, None, 8, weight, implementation="tritn")

@@ -613,3 +613,19 @@ def test_threads_encode_while_the_weight_changes():
     assert not wrong
     weight.data = versions[0]
     assert torch.equal(encoder.encode(x, 8).indices, expected[0].indices)
+
+
+@screens
+@pytest.mark.parametrize("change", ["fewer latents", "narrower", "transposed"])
+def test_a_weight_that_becomes_another_view_of_its_memory_is_copied_anew(change):
+    """Pruning by `.data` keeps address and version."""
+    x, weight, bias = inputs(D=256, M=256)
+    encoder = ScreenedEncoder(weight, bias)
+    encoder.encode(x, 8)
+    if change == "fewer latents":
+        weight.data, bias.data = weight.data[:160], bias.data[:160]
+    elif change == "narrower":
+        weight.data, x = weight.data[:, :128], x[:, :128]
+    else:
+        weight.data = weight.data.T
+    assert_same_code(encoder.encode(x, 8), x, weight, bias, 8)
