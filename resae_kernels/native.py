@@ -156,9 +156,10 @@ def direct(first: Tensor, *others: Tensor | None) -> bool:
     """May the library be called with these tensors at once, past the dispatcher?
 
     That is: plain CPU tensors of one dtype, no gradient wanted, eager. For few tokens the
-    dispatcher takes longer than the work.
+    dispatcher takes longer than the work. Under torch's profiler, which sees what is dispatched,
+    calls take the long way.
     """
-    if not is_eager() or _load()[1] is not None:
+    if not is_eager() or _load()[1] is not None or torch.autograd._profiler_enabled():
         return False
     wants_gradient, dtype = torch.is_grad_enabled(), getattr(first, "dtype", None)
     if dtype not in DTYPES:

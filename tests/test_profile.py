@@ -166,7 +166,7 @@ def test_command_profiles_a_step_of_one_token_by_itself(capsys):
     assert main(arguments) == 0
     assert "| step N=1 D=16 M=32 k=2 float32 | resae | hot |" in capsys.readouterr().out
     assert main([*arguments, "--tokens", "17"]) == 2
-    assert "17 tokens, expected at most 16" in capsys.readouterr().err
+    assert "step takes at most 16 tokens, got N=17" in capsys.readouterr().err
 
 
 def test_command_prints_roofs_and_the_table(capsys, tmp_path):

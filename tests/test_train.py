@@ -486,7 +486,7 @@ def test_layers_of_different_sizes_are_trained_resumed_and_saved(xs, tmp_path, l
     assert run(xs, tmp_path / "cut", config, should_stop=stop_after(9)) is None
     resumed = run(xs, tmp_path / "cut", config, resume=True).state_dict()
     assert all(torch.equal(t, resumed[name]) for name, t in whole.state_dict().items())
-    with pytest.raises(ValueError, match=r"other settings \(d_sae=\[32, 64, 96\]"):
+    with pytest.raises(ValueError, match=r"other settings \(d_sae=\(32, 64, 96\)"):
         run(xs, tmp_path / "cut", replace(config, d_sae=64), resume=True)
 
 
