@@ -19,8 +19,10 @@ if {keep}:
     keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):  # glibc's thread cache first takes up to 7 remainders of aligned blocks, each of
-    torch.ones(12 << 20)  # which keeps a freed block apart from the top of the heap
+# glibc's thread cache first takes up to 7 remainders of aligned blocks, each of which keeps a freed
+# block apart from the top of the heap.
+for _ in range(10):
+    torch.ones(12 << 20)
 before = faults()
 for _ in range(10):
     torch.ones(12 << 20)
