@@ -28,6 +28,7 @@ _dispatch_modes: Any = torch._C._len_torch_dispatch_stack
 """How many modes (fake tensors, tracing, counting of FLOPs) see what the dispatcher is given."""
 _transform: Any = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
 """Level of the innermost transform of `torch.func`, whose tensors have no memory; None: none."""
+_is_profiled: Any = torch._C._autograd._profiler_enabled  # type: ignore[attr-defined]
 _INTEGERS = torch.empty(0, dtype=torch.int64)
 """What indices are allocated like: naming the dtype takes torch a microsecond longer."""
 _OK, _NO_MEMORY, _BAD_INDEX, STALE_COPY, NEW_COLUMNS, ROWS_LEFT = range(6)
@@ -159,7 +160,7 @@ def direct(first: Tensor, *others: Tensor | None) -> bool:
     dispatcher takes longer than the work. Under torch's profiler, which sees what is dispatched,
     calls take the long way.
     """
-    if not is_eager() or _load()[1] is not None or torch.autograd._profiler_enabled():
+    if not is_eager() or _load()[1] is not None or _is_profiled():
         return False
     wants_gradient, dtype = torch.is_grad_enabled(), getattr(first, "dtype", None)
     if dtype not in DTYPES:
