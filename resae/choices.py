@@ -16,11 +16,11 @@ FORMS = {
 """Form of the maps → what is stored of each."""
 
 WAYS = ("data", "layers")
-"""What several processes share out: each batch, or the layers."""
+"""Ways of parallelism: by data (each batch is shared out) or by layers."""
 
 TRAINING = ("train", "train+adam")
 OPS = ("encode", "decode", "forward", *TRAINING, "step", "chain")
-"""What `resae profile` times."""
+"""Ops that `resae profile` times."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Of weights and activations, by their names in torch."""

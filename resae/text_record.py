@@ -151,7 +151,7 @@ def _name(rank: int, ranks: int) -> str:
 
 
 class RunText(NamedTuple):
-    """What a run records of its text."""
+    """Text record of a run."""
 
     held_out: Tensor
     """`[R, T]` int64, token ids."""

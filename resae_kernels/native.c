@@ -97,10 +97,6 @@ INLINE void store(void *row, i64 at, __mmask16 mask, __m512 v, int dtype) {
   _mm256_mask_storeu_epi16((uint16_t *)row + at, mask, half);
 }
 
-INLINE float one_rounded(float v, int dtype) {
-  return _mm512_cvtss_f32(rounded(_mm512_set1_ps(v), dtype));
-}
-
 /* -- the largest of a list --------------------------------------------------------------------- */
 
 /* Scores as integers in whose order selection is done: 0 for what is not positive, NaN largest. */
@@ -484,8 +480,6 @@ typedef struct {
   float rounding; /* relative, of scores that are rounded to 16 bit before they are compared */
   i64 capacity;
 } job;
-
-INLINE float absolute_max(__m512 v) { return _mm512_reduce_max_ps(_mm512_abs_ps(v)); }
 
 /* r = x − base − pre_bias, rounded to x's dtype; its sum of squares and largest magnitude. */
 INLINE void form_residual(const job *w, i64 n, float *r, int dtype, float *squares, float *peak) {

@@ -30,7 +30,7 @@ _transform: Any = torch._C._functorch.maybe_current_level  # type: ignore[attr-d
 """Level of the innermost transform of `torch.func`, whose tensors have no memory; None: none."""
 _is_profiled: Any = torch._C._autograd._profiler_enabled  # type: ignore[attr-defined]
 _INTEGERS = torch.empty(0, dtype=torch.int64)
-"""What indices are allocated like: naming the dtype takes torch a microsecond longer."""
+"""Prototype of indices: naming the dtype takes torch a microsecond longer."""
 _OK, _NO_MEMORY, _BAD_INDEX, STALE_COPY, NEW_COLUMNS, ROWS_LEFT = range(6)
 
 

@@ -72,7 +72,6 @@ class NativeCopy:
         self._weight = weight
         every = max(1, M // SAMPLES)
         samples = weight[::every, D // 2].clone()
-        live_bias = None if bias is None else native.packed(bias)
         self.is_live = weight is given and live_bias is bias
         """Whether the library reads the weight and bias themselves, or contiguous copies."""
         self._tensors = (
@@ -111,8 +110,7 @@ class NativeCopy:
             rounding=ROUNDING,
         )
         self.held = self._columns(dimensions)
-        """What the library reads, its outlier dimensions, and what its addresses need to be
-        kept."""
+        """The library's copy, its outlier dimensions, and the tensors that own its addresses."""
 
     @property
     def dimensions(self) -> tuple[int, ...]:
@@ -148,6 +146,7 @@ class NativeCopy:
         N, D = x.shape
         acts, indices = native.new_code(x, N, k)
         left, relative = (c_uint8 * N)(), (c_float * D)()
+        accept_outliers = False
         while True:
             struct, dimensions, kept = self.held
             status, candidates, rows_left = native.screened_encode(
@@ -158,7 +157,7 @@ class NativeCopy:
                 k,
                 sorted,
                 native.has_amx() if amx is None else amx,
-                len(dimensions) == native.MOST_COLUMNS,
+                accept_outliers or len(dimensions) == native.MOST_COLUMNS,
                 acts,
                 indices,
                 left,
@@ -167,7 +166,11 @@ class NativeCopy:
             del kept
             if status != native.NEW_COLUMNS:
                 break
-            self.held = self._columns(_with_largest(dimensions, np.array(relative)))
+            wanted = _with_largest(dimensions, np.array(relative))
+            # None more: the library and this comparison may round an entry at the limit apart.
+            accept_outliers = len(wanted) == len(dimensions)
+            if not accept_outliers:
+                self.held = self._columns(wanted)
             relative = (c_float * D)()
         if status == native.STALE_COPY:
             raise StaleCopyError

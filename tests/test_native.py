@@ -14,6 +14,7 @@ from resae_kernels import (
     reconstruction_error,
     reference,
     screened_encode,
+    screening_native,
     sparse_decode,
     topk_encode,
 )
@@ -268,6 +269,17 @@ def test_outlier_dimensions_become_columns_and_are_handed_on():
     x[:, [7, 90]] = 0.0
     plain = ScreenedEncoder(weight).explain(x, 8)
     assert first.candidates < 1.5 * plain.candidates, "outliers cost candidates"
+
+
+@needs_native
+def test_an_outlier_at_the_very_limit_ends_the_search_for_columns(monkeypatch):
+    """The library finds an entry beyond the limit, the choice of columns finds it within."""
+    monkeypatch.setattr(screening_native, "_with_largest", lambda dimensions, _: dimensions)
+    x, weight = torch.randn(5, 96), torch.randn(700, 96)
+    x[:, 7] += 400.0
+    found = NativeCopy(weight, None, "statistical", seed=0).encode(x, 8, None, None, True)
+    scores, size = scores_in_float64(x, weight, None, None, None)
+    assert_code(found.acts, found.indices, scores, size, 8, True)
 
 
 # -- any layout ------------------------------------------------------------------------------------
