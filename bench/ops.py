@@ -28,10 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resae.affine import AffinePredictor
-from resae.data import ActivationBatches, Position, capture_tokens, train_and_held_out
+from resae.data.batches import ActivationBatches, Position, capture_tokens, train_and_held_out
 from resae.environment import environment
-from resae.model import EMBEDDED, HookedLM
+from resae.models.hooked import EMBEDDED, HookedLM
 from resae.profile import (
     CASE_SECONDS,
     DTYPES,
@@ -48,9 +47,10 @@ from resae.profile import (
     profile,
     table,
 )
-from resae.sae import TopKSAE
+from resae.sae.topk import TopKSAE
+from resae.stack.affine import AffinePredictor
 from resae.storage import load_tensors, save_json, write_atomically
-from resae.train import Calibration, TrainConfig, sum_moments, train
+from resae.training.loop import Calibration, TrainConfig, sum_moments, train
 
 GPU_CASES = [
     # Pythia-1.4B (D = 2048) and Gemma-2-9B (D = 3584); training or prefill, then generation.

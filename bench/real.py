@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from resae.affine import AffinePredictor
-from resae.data import Position, capture_tokens, train_and_held_out
-from resae.model import EMBEDDED, HookedLM
-from resae.sae import TopKSAE
+from resae.data.batches import Position, capture_tokens, train_and_held_out
+from resae.models.hooked import EMBEDDED, HookedLM
+from resae.sae.topk import TopKSAE
+from resae.stack.affine import AffinePredictor
 from resae.storage import save_tensors
-from resae.train import Calibration, TrainConfig, train
+from resae.training.loop import Calibration, TrainConfig, train
 
 HELD_OUT_ROWS = 40
 CONTEXT_TOKENS = 128

@@ -8,35 +8,33 @@ with replacement(lm, stack) as replaced:
 replaced.counts
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resae.activation_cache import ActivationCache
-    from resae.affine import AffinePredictor, Moments, fit_predictor
-    from resae.data import (
+    from resae.data.batches import (
         ActivationBatches,
         ModelActivations,
         StoredActivations,
         TokenRows,
         load_texts,
     )
-    from resae.decode_loop import DecodeLoop
-    from resae.evaluate import Method, evaluate
-    from resae.intervene import (
+    from resae.data.cache import ActivationCache
+    from resae.evaluation.comparison import Method, evaluate
+    from resae.models.hooked import FAMILIES, Family, HookedLM, HookPoint
+    from resae.replacements.context import generate, replacement
+    from resae.replacements.decode_loop import DecodeLoop
+    from resae.replacements.edits import (
         Change,
         Edit,
         Interventions,
         StrongestLatents,
         predicted_effects,
     )
-    from resae.model import FAMILIES, Family, HookedLM, HookPoint
-    from resae.replace import generate, replacement
-    from resae.sae import BoostedSAE, SAEConfig, TopKSAE
-    from resae.stack import AffineOnly, ReSAE
-    from resae.train import Calibration, TrainConfig, train, train_step
+    from resae.sae.topk import BoostedSAE, SAEConfig, TopKSAE
+    from resae.stack.affine import AffinePredictor, Moments, fit_predictor
+    from resae.stack.stack import AffineOnly, ReSAE
+    from resae.training.loop import Calibration, TrainConfig, train, train_step
 
 __all__ = [
     "FAMILIES",
@@ -76,23 +74,56 @@ __all__ = [
 # Each name is imported when it is first used (PEP 562): most of them need torch, and `resae --help`
 # is to answer without it. Type checkers read the imports above; a test compares the two lists.
 _MODULES = {
-    "activation_cache": ("ActivationCache",),
-    "affine": ("AffinePredictor", "Moments", "fit_predictor"),
-    "data": (
+    "data.batches": (
         "ActivationBatches",
         "ModelActivations",
         "StoredActivations",
         "TokenRows",
         "load_texts",
     ),
-    "decode_loop": ("DecodeLoop",),
-    "evaluate": ("Method", "evaluate"),
-    "intervene": ("Change", "Edit", "Interventions", "StrongestLatents", "predicted_effects"),
-    "model": ("FAMILIES", "Family", "HookPoint", "HookedLM"),
-    "replace": ("generate", "replacement"),
-    "sae": ("BoostedSAE", "SAEConfig", "TopKSAE"),
-    "stack": ("AffineOnly", "ReSAE"),
-    "train": ("Calibration", "TrainConfig", "train", "train_step"),
+    "data.cache": ("ActivationCache",),
+    "evaluation.comparison": (
+        "Method",
+        "evaluate",
+    ),
+    "models.hooked": (
+        "FAMILIES",
+        "Family",
+        "HookedLM",
+        "HookPoint",
+    ),
+    "replacements.context": (
+        "generate",
+        "replacement",
+    ),
+    "replacements.decode_loop": ("DecodeLoop",),
+    "replacements.edits": (
+        "Change",
+        "Edit",
+        "Interventions",
+        "StrongestLatents",
+        "predicted_effects",
+    ),
+    "sae.topk": (
+        "BoostedSAE",
+        "SAEConfig",
+        "TopKSAE",
+    ),
+    "stack.affine": (
+        "AffinePredictor",
+        "Moments",
+        "fit_predictor",
+    ),
+    "stack.stack": (
+        "AffineOnly",
+        "ReSAE",
+    ),
+    "training.loop": (
+        "Calibration",
+        "TrainConfig",
+        "train",
+        "train_step",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -107,15 +138,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Python sets each imported submodule as an attribute of its package: `resae.train` and
-    `resae.evaluate` stay the functions of these names all the same."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

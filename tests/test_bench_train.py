@@ -17,7 +17,7 @@ from train import (
     verdicts,
 )
 
-from resae.sae import SAEConfig, TopKSAE
+from resae.sae.topk import SAEConfig, TopKSAE
 
 
 def row(package, speed, *, part="loop", layers=3, ours=1_000.0):

@@ -9,7 +9,6 @@ import sys
 import time
 import weakref
 from contextlib import ExitStack
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from string import ascii_letters
@@ -18,13 +17,14 @@ import pytest
 import tiny
 import torch
 
-from resae import HookedLM, ReSAE, activation_cache
+import resae.training.loop as training
+from resae import HookedLM, ReSAE
 from resae.cli import Display, main
-from resae.data import TokenRows, fingerprint, load_texts
+from resae.data import cache as activation_cache
+from resae.data.batches import TokenRows, fingerprint, load_texts
+from resae.data.text_record import RunText
 from resae.storage import load_json, load_tensors
-from resae.text_record import RunText
 
-training = import_module("resae.train")  # resae.train is also the function
 TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
 SMALL = ["--train-tokens", "4096", "--batch-tokens", "128", "--buffer-tokens", "1024"]
 SMALL += ["--calibration-tokens", "2048", "--d-sae", "64"]
@@ -121,8 +121,7 @@ def evaluated(monkeypatch):
         rows.append(torch.cat(list(arguments[2])))
         raise ValueError("enough")
 
-    module = import_module("resae.evaluate")  # resae.evaluate is also the function
-    monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr("resae.evaluation.comparison.evaluate", evaluate)
     return rows
 
 

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from resae.data import (
+from resae.data.batches import (
     ActivationBatches,
     Position,
     StoredActivations,

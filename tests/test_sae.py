@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resae.sae import BoostedSAE, SAEConfig, TopKSAE, auxk_loss
+from resae.sae.losses import auxk_loss
+from resae.sae.topk import BoostedSAE, SAEConfig, TopKSAE
 from resae_kernels import sparse_decode, topk_encode
 
 

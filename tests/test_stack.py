@@ -8,10 +8,10 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
-from resae.affine import KINDS
-from resae.data import capture_tokens
-from resae.sae import BoostedSAE, SAEConfig
-from resae.stack import new_stack
+from resae.data.batches import capture_tokens
+from resae.sae.topk import BoostedSAE, SAEConfig
+from resae.stack.affine import KINDS
+from resae.stack.stack import new_stack
 from resae_kernels import native, reference
 
 
@@ -130,7 +130,7 @@ def test_a_hub_name_is_downloaded_and_opened(lm, tmp_path, monkeypatch):
         asked.append((name, options["revision"], options["allow_patterns"]))
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr("resae.stack.snapshot_download", snapshot_download)
+    monkeypatch.setattr("resae.stack.stack.snapshot_download", snapshot_download)
     loaded = ReSAE.from_pretrained("someone/some-stack", revision="v1")
     assert asked == [("someone/some-stack", "v1", ["*.json", "*.safetensors"])]
     assert torch.equal(loaded.sae(2).W_dec, stack.sae(2).W_dec)
@@ -142,7 +142,7 @@ def test_a_name_that_is_nowhere_is_called_no_folder_first(name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     if name in ("typo", "runs/typo"):
         error = RepositoryNotFoundError("404: no such repository", response=MagicMock())
-        monkeypatch.setattr("resae.stack.snapshot_download", MagicMock(side_effect=error))
+        monkeypatch.setattr("resae.stack.stack.snapshot_download", MagicMock(side_effect=error))
     with pytest.raises(FileNotFoundError) as raised:
         ReSAE.from_pretrained(name)
     said = str(raised.value)

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resae.affine import Moments
-from resae.distributed import Ranks
-from resae.model import HookedLM
-from resae.train import TrainConfig
+from resae.models.hooked import HookedLM
+from resae.stack.affine import Moments
+from resae.training.distributed import Ranks
+from resae.training.loop import TrainConfig
 from resae_kernels._launch import WORKSPACE_BYTES
 
 STREAMS = 6

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from resae.assets import CORPUS
-from resae.model import EMBEDDED, HookedLM, HookPoint
+from resae.models.hooked import EMBEDDED, HookedLM, HookPoint
 from resae_kernels.onednn import OneDNNLinear
 
 MODEL_ROWS = 8

@@ -13,7 +13,8 @@ Online, the residual is taken against the reconstructions that were put into the
 loop); loop "open" takes it against the stream as it was before each replacement. The chain runs
 through all selected layers, one token at a time, within one forward pass; nothing is kept between
 decode steps but the model's own cache, and beams may be reordered between them. `layers` chooses
-where its result enters the stream. Codes can be read and edited on the way (`resae.intervene`).
+where its result enters the stream. Codes can be read and edited on the way
+(`resae.replacements.edits`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +28,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from resae.decode_loop import DEFERRED, DecodeLoop
-from resae.intervene import ActiveEdits, Change, EditCount, Interventions, PassTokens
-from resae.model import HookedLM, HookPoint, cache_of, type_name
-from resae.stack import AffineOnly, Loop, ReSAE
+from resae.models.hooked import HookedLM, HookPoint, cache_of, type_name
+from resae.replacements.decode_loop import DEFERRED, DecodeLoop
+from resae.replacements.edits import ActiveEdits, Change, EditCount, Interventions, PassTokens
+from resae.stack.stack import AffineOnly, Loop, ReSAE
 from resae.threads import PerThread
 from resae_kernels import TopK, Transported
 

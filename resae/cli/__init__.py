@@ -25,23 +25,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from resae import arguments as types
 from resae.choices import DTYPES, FORMS, KINDS, OPS, WAYS
+from resae.demo.recipes import EXTRA_METHODS, METHOD_GROUPS
 from resae.environment import describe_device, environment, find_device, keep_freed_memory
-from resae.recipes import EXTRA_METHODS, METHOD_GROUPS
 
 if TYPE_CHECKING:
     import torch
 
-    from resae.activation_cache import ActivationCache
-    from resae.affine import Moments
-    from resae.data import TokenRows
-    from resae.distributed import Ranks
-    from resae.evaluate import Method
-    from resae.intervene import Interventions, StrongestLatents
-    from resae.model import HookedLM, HookPoint
-    from resae.replace import Generated
-    from resae.stack import Loop, ReSAE
-    from resae.text_record import Overlap, RunText, TrainedText
-    from resae.train import Calibration, Progress, TrainConfig
+    from resae.data.batches import TokenRows
+    from resae.data.cache import ActivationCache
+    from resae.data.text_record import Overlap, RunText, TrainedText
+    from resae.evaluation.comparison import Method
+    from resae.models.hooked import HookedLM, HookPoint
+    from resae.replacements.context import Generated
+    from resae.replacements.edits import Interventions, StrongestLatents
+    from resae.stack.affine import Moments
+    from resae.stack.stack import Loop, ReSAE
+    from resae.training.distributed import Ranks
+    from resae.training.loop import Calibration, Progress, TrainConfig
 
 HELD_OUT_DEFAULTS: dict[str, Any] = {
     "data": None,
@@ -125,7 +125,7 @@ def _choose_devices(options: argparse.Namespace, display: Display) -> None:
 def _described(name: str) -> HookedLM:
     """A model without its weights, by which layers, sizes and text are judged before they are
     read."""
-    from resae.model import HookedLM
+    from resae.models.hooked import HookedLM
 
     _quiet_libraries()
     return HookedLM.described(name, tokenizer=True)
@@ -134,7 +134,7 @@ def _described(name: str) -> HookedLM:
 def _load_model(options: argparse.Namespace, name: str) -> HookedLM:
     import torch
 
-    from resae.model import HookedLM
+    from resae.models.hooked import HookedLM
 
     device = getattr(options, "model_device", None) or options.device
     return HookedLM.from_pretrained(name, dtype=getattr(torch, options.dtype), device=device)
@@ -148,8 +148,8 @@ def _quiet_libraries() -> None:
 
 
 def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRows]:
-    from resae.data import train_and_held_out
-    from resae.model import EMBEDDED
+    from resae.data.batches import train_and_held_out
+    from resae.models.hooked import EMBEDDED
 
     if options.data != EMBEDDED:
         import datasets
@@ -171,7 +171,7 @@ def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRo
 def _captured(
     lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]
 ) -> Iterator[list[torch.Tensor]]:
-    from resae.data import MODEL_ROWS, capture_tokens
+    from resae.data.batches import MODEL_ROWS, capture_tokens
 
     return (capture_tokens(lm, ids, points) for ids in rows.batches(MODEL_ROWS))
 
@@ -184,7 +184,7 @@ def _moments(
     display: Display,
     ranks: Ranks,
 ) -> Moments:
-    from resae.train import sum_moments
+    from resae.training.loop import sum_moments
 
     def shown() -> Iterator[Sequence[torch.Tensor]]:
         done = 0
@@ -223,10 +223,10 @@ def _calibrate(
     """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
     beside the identity's; of a hop that several layers are sources of, also their shares. There
     are none without a predictor (nothing held out is read then) or where `unseen` is empty."""
-    from resae.affine import r2_per_layer, routing_shares
-    from resae.evaluate import predictor_name
-    from resae.report import LABELS
-    from resae.train import calibrate
+    from resae.evaluation.comparison import predictor_name
+    from resae.evaluation.predictors import r2_per_layer, routing_shares
+    from resae.report.page import LABELS
+    from resae.training.loop import calibrate
 
     moments = _moments(lm, points, batches, config, display, ranks)
     form: dict[str, Any] = {"form": config.form, "rank": config.rank}
@@ -268,8 +268,8 @@ def _stored(
 ) -> ActivationCache | None:
     """The activation cache of one part of the text, if --cache asks for one; of several ranks each
     has one of its own share, which no other number of ranks can read."""
-    from resae.activation_cache import ActivationCache
-    from resae.data import ModelActivations
+    from resae.data.batches import ModelActivations
+    from resae.data.cache import ActivationCache
 
     if options.cache is None:
         return None
@@ -303,7 +303,7 @@ def _stored(
 def _train_config(
     options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint], base: ReSAE | None
 ) -> TrainConfig:
-    from resae.train import TrainConfig
+    from resae.training.loop import TrainConfig
 
     chosen = {
         f.name: getattr(options, f.name)
@@ -340,7 +340,7 @@ RECORDED = (
 
 
 def _run_record(options: argparse.Namespace, rows: TokenRows, affine: Any) -> dict[str, Any]:
-    from resae.data import fingerprint
+    from resae.data.batches import fingerprint
 
     return {
         "command": options.command_line,
@@ -356,7 +356,7 @@ def _run_record(options: argparse.Namespace, rows: TokenRows, affine: Any) -> di
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from resae.report import require_matplotlib
+    from resae.report.page import require_matplotlib
     from resae.storage import is_unused, locked
 
     require_matplotlib()
@@ -370,8 +370,8 @@ def _demo(options: argparse.Namespace) -> int:
 def _demo_into(out: Path, options: argparse.Namespace) -> int:
     import torch
 
-    from resae.demo import DemoConfig, run_demo
-    from resae.report import write_report
+    from resae.demo.comparison import DemoConfig, run_demo
+    from resae.report.page import write_report
 
     _quiet_libraries()
     # The model is so small that a second thread gains a third, and loses far more than that where
@@ -414,10 +414,10 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _fit_into(out: Path, options: argparse.Namespace) -> int:
-    from resae.distributed import ALONE
+    from resae.data.text_record import TrainedText
     from resae.storage import save_json
-    from resae.text_record import TrainedText
-    from resae.train import TrainConfig
+    from resae.training.distributed import ALONE
+    from resae.training.loop import TrainConfig
 
     display = Display()
     _choose_devices(options, display)
@@ -449,9 +449,9 @@ def _fit_into(out: Path, options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     if options.plan:
         return _plan(options)
-    from resae.distributed import Ranks
     from resae.storage import locked
-    from resae.watch import Watch
+    from resae.training.distributed import Ranks
+    from resae.training.watch import Watch
 
     _require_followers(options)
     ranks, options.device = Ranks.launched(options.parallel, find_device(options.device))
@@ -483,7 +483,7 @@ def _require_startable(out: Path, resume: bool) -> None:
 def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
     import torch
 
-    from resae.data import (
+    from resae.data.batches import (
         MODEL_ROWS,
         ActivationBatches,
         ModelActivations,
@@ -491,12 +491,12 @@ def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
         fingerprint,
         in_order,
     )
-    from resae.distributed import ALONE
-    from resae.evaluate import delta_ce
-    from resae.stack import ModelIdentity
+    from resae.data.text_record import save_held_out
+    from resae.evaluation.comparison import delta_ce
+    from resae.models.identity import ModelIdentity
     from resae.storage import load_json, save_json
-    from resae.text_record import save_held_out
-    from resae.train import (
+    from resae.training.distributed import ALONE
+    from resae.training.loop import (
         Calibration,
         boost_calibration,
         require_divisible,
@@ -641,7 +641,7 @@ def _trained_text(
     out: Path, options: argparse.Namespace, display: Display, ranks: Ranks
 ) -> TrainedText | None:
     """What a run notes its text in; None where the text of an earlier part is not known."""
-    from resae.text_record import TrainedText
+    from resae.data.text_record import TrainedText
 
     if options.resume and (out / "calibration.safetensors").exists():
         return TrainedText.load(out, ranks.rank, ranks.size)
@@ -670,7 +670,7 @@ class _Maps(NamedTuple):
     def open(cls, options: argparse.Namespace) -> _Maps:
         """Open `--maps`, and take from it the layers and settings that the command leaves open."""
         from resae.storage import load_json
-        from resae.train import Calibration
+        from resae.training.loop import Calibration
 
         if options.boost is not None:
             raise ValueError("--maps with --boost, which keeps the maps of its run; leave one out")
@@ -731,10 +731,10 @@ class _Maps(NamedTuple):
 def _plan(options: argparse.Namespace) -> int:
     import torch
 
-    from resae.data import MODEL_ROWS
-    from resae.distributed import Ranks
-    from resae.model import HookedLM
-    from resae.plan import Device, ModelSizes, plan
+    from resae.data.batches import MODEL_ROWS
+    from resae.models.hooked import HookedLM
+    from resae.training.distributed import Ranks
+    from resae.training.estimate import Device, ModelSizes, plan
 
     _quiet_libraries()
     lm = HookedLM.described(options.model)
@@ -861,7 +861,7 @@ class _Interruptible:
 
 def _open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
     """The record and the stack of a finished run."""
-    from resae.stack import ReSAE
+    from resae.stack.stack import ReSAE
     from resae.storage import load_json
 
     if not (folder / "run.json").exists() and not (folder / "resae.json").exists():
@@ -885,9 +885,9 @@ def _model_of(options: argparse.Namespace, record: dict[str, Any], stack: ReSAE)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from resae.data import MODEL_ROWS
-    from resae.evaluate import evaluate, forward_passes
-    from resae.report import whole_selection
+    from resae.data.batches import MODEL_ROWS
+    from resae.evaluation.comparison import evaluate, forward_passes
+    from resae.report.page import whole_selection
     from resae.storage import require_writable, save_json
 
     display = Display()
@@ -967,7 +967,7 @@ def _unseen(
     Raises:
         ValueError: text that a run was trained on, or may have been, unless that is allowed.
     """
-    from resae.text_record import RunText
+    from resae.data.text_record import RunText
 
     texts = [RunText.load(folder) for folder, _ in runs]
     unknown = [str(folder) for (folder, _), text in zip(runs, texts, strict=True) if text is None]
@@ -1020,7 +1020,7 @@ def _rows_to_evaluate(
     given, or of a validation split, which is never trained on, any that are asked for."""
     import torch
 
-    from resae.text_record import held_out_by_all, in_rows_of
+    from resae.data.text_record import held_out_by_all, in_rows_of
 
     folder, record = runs[0]
     given = options.data is not None
@@ -1062,8 +1062,8 @@ def _methods(
     runs: Sequence[tuple[Path, dict[str, Any], ReSAE]], ks: Sequence[int] | None
 ) -> list[Method]:
     """Every run, at every k asked for; and the maps alone."""
-    from resae.evaluate import Method, method_name
-    from resae.stack import AffineOnly
+    from resae.evaluation.comparison import Method, method_name
+    from resae.stack.stack import AffineOnly
 
     methods: list[Method] = []
     for folder, _, stack in runs:
@@ -1097,8 +1097,8 @@ def _print_table(display: Display, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from resae.intervene import ActiveEdits, Interventions, StrongestLatents
-    from resae.replace import generate, prompt_ids
+    from resae.replacements.context import generate, prompt_ids
+    from resae.replacements.edits import ActiveEdits, Interventions, StrongestLatents
 
     display = Display()
     _choose_devices(options, display)
@@ -1159,7 +1159,7 @@ def _print_effects(
     """What the edits did to later layers in the text just written, beside what was predicted."""
     import torch
 
-    from resae.evaluate import edit_effects
+    from resae.evaluation.comparison import edit_effects
 
     ids = torch.tensor([written.ids])
     prompt = len(written.ids) - written.tokens
@@ -1187,7 +1187,7 @@ def _print_latents(
 
 
 def _report(options: argparse.Namespace) -> int:
-    from resae.report import write_report
+    from resae.report.page import write_report
 
     print(write_report(Path(options.run_directory)))
     return 0
@@ -1689,7 +1689,3 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and activations"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resae.intervene import Interventions, predicted_effects
-from resae.metrics import (
+from resae.evaluation.metrics import (
     HISTOGRAM_EDGES,
     VarianceUnexplained,
     cosine_histogram,
@@ -23,9 +22,10 @@ from resae.metrics import (
     recovered,
     redundancy,
 )
-from resae.model import HookedLM, HookPoint
-from resae.replace import Mode, replacement
-from resae.stack import AffineOnly, Loop, ReSAE
+from resae.models.hooked import HookedLM, HookPoint
+from resae.replacements.context import Mode, replacement
+from resae.replacements.edits import Interventions, predicted_effects
+from resae.stack.stack import AffineOnly, Loop, ReSAE
 
 METHOD_OF_PREDICTOR = {
     "none": "raw",

@@ -14,14 +14,13 @@ mean eigenvalue of the sources' covariance, after each layer is divided by its R
 value suits every layer and model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from resae.choices import FORMS, KINDS
-from resae.metrics import VarianceUnexplained
 from resae.storage import load_tensors, save_tensors
 from resae_kernels.reference import accumulation_dtype
 
@@ -355,36 +354,6 @@ def _solve(
     B.view(s, D, D).diagonal(dim1=1, dim2=2).sub_(alpha.unsqueeze(1))
     V = torch.linalg.eigh(B.T @ gram @ B).eigenvectors[:, D - rank :]
     return B @ V, V.T.contiguous(), alpha
-
-
-def routing_shares(predictor: AffinePredictor, moments: Moments) -> list[list[float]]:
-    """Of each prediction (layers 1 … L−1) the share of every source, `E‖(x_j − μ_j) A_lj‖²` over
-    its sum over j: what a LIMe router's heat map shows (arXiv 2502.09245). Sources are correlated,
-    so that a share is not a share of the explained variance."""
-    shares = []
-    for layer, A in enumerate(predictor.A, start=1):
-        sources = sources_of(predictor.kind, layer)
-        if len(sources) == 1:
-            shares.append([1.0])
-            continue
-        blocks = A.double().cpu().split(A.shape[1])
-        energy = [
-            float(((moments.covariance(j, j) @ block) * block).sum())
-            for j, block in zip(sources, blocks, strict=True)
-        ]
-        shares.append([e / max(sum(energy), 1e-300) for e in energy])
-    return shares
-
-
-def r2_per_layer(predictor: AffinePredictor, batches: Iterable[Sequence[Tensor]]) -> list[float]:
-    """R² of each prediction (layers 1 … L−1) on held-out activations: 1 − Σ‖x−pred‖²/Σ‖x−x̄‖²."""
-    sums: dict[int, VarianceUnexplained] = {}
-    for xs in batches:
-        for layer in range(1, len(xs)):
-            prediction = predictor(layer, xs)
-            if prediction is not None:
-                sums.setdefault(layer, VarianceUnexplained()).add(xs[layer], prediction)
-    return [1.0 - s.fvu() for s in sums.values()]
 
 
 def _check_kind(kind: str) -> None:

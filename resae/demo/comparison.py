@@ -16,19 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resae.affine import Moments, r2_per_layer, routing_shares
-from resae.data import (
+from resae.data.batches import (
     StoredActivations,
     TokenRows,
     capture_tokens,
     load_texts,
     train_and_held_out,
 )
-from resae.environment import environment
-from resae.evaluate import Method, collapse_difference, evaluate
-from resae.findings import extra_findings, findings
-from resae.model import EMBEDDED, HookedLM, HookPoint
-from resae.recipes import (
+from resae.data.text_record import TrainedText, save_held_out
+from resae.demo.recipes import (
     ELSEWHERE,
     EXTRA_METHODS,
     FAIR_RECIPES,
@@ -39,12 +35,18 @@ from resae.recipes import (
     RECIPES,
     Recipe,
 )
-from resae.replace import generate
-from resae.sae import BoostedSAE
-from resae.stack import AffineOnly, ModelIdentity, ReSAE
+from resae.environment import environment
+from resae.evaluation.comparison import Method, collapse_difference, evaluate
+from resae.evaluation.predictors import r2_per_layer, routing_shares
+from resae.models.hooked import EMBEDDED, HookedLM, HookPoint
+from resae.models.identity import ModelIdentity
+from resae.replacements.context import generate
+from resae.report.findings import extra_findings, findings
+from resae.sae.topk import BoostedSAE
+from resae.stack.affine import Moments
+from resae.stack.stack import AffineOnly, ReSAE
 from resae.storage import save_json
-from resae.text_record import TrainedText, save_held_out
-from resae.train import (
+from resae.training.loop import (
     Calibration,
     Progress,
     TrainConfig,

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resae.affine import Moments
-from resae.sae import Total, in_one_piece
+from resae.sae.losses import Total, in_one_piece
+from resae.stack.affine import Moments
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from resae.model import HookedLM
+from resae.models.hooked import HookedLM
 
 if TYPE_CHECKING:
     from transformers import Cache

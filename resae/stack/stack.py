@@ -13,7 +13,7 @@ are folded in before saving.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +22,11 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from resae.affine import AffinePredictor
 from resae.choices import KINDS
-from resae.model import HookedLM, HookPoint, type_name
-from resae.sae import BoostedSAE, SAEConfig, TopKSAE
+from resae.models.hooked import HookedLM, HookPoint, type_name
+from resae.models.identity import ModelIdentity
+from resae.sae.topk import BoostedSAE, SAEConfig, TopKSAE
+from resae.stack.affine import AffinePredictor
 from resae.storage import load_json, save_json
 from resae_kernels import ScreenedEncoder, TopK, Transported, affine_chain, online_step, transport
 from resae_kernels.online_step import FEW_TOKENS
@@ -38,23 +39,6 @@ Loop = Literal["open", "closed"]
 Activations = Sequence[Tensor] | Mapping[HookPoint, Tensor] | Mapping[str, Tensor]
 """One `[..., D]` per hook point: in the order of the forward pass, or by hook point, as
 `HookedLM.capture` returns them, or by its name."""
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """What a stack remembers of the model that it was trained on."""
-
-    name: str
-    model_type: str
-    d_model: int
-    n_layers: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, lm: HookedLM) -> "ModelIdentity":
-        return cls(
-            lm.name, lm.config.model_type, lm.d_model, lm.n_layers, int(lm.config.vocab_size)
-        )
 
 
 class StackOutput(NamedTuple):

@@ -425,7 +425,7 @@ def _family_of(config: Any, name: str) -> Family:
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model {name}: architecture {config.model_type!r} has no entry in "
-            f"resae.model.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
+            f"resae.models.hooked.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
         )
     return FAMILIES[config.model_type]
 
@@ -466,7 +466,9 @@ def _root_of(model: nn.Module, path: str, name: str) -> nn.Module:
             inner = None if inner is None else inner._modules.get(part)
         if inner is not None:
             return module
-    raise ValueError(f"model {name}: it has no {path}, which resae.model.FAMILIES names for it")
+    raise ValueError(
+        f"model {name}: it has no {path}, which resae.models.hooked.FAMILIES names for it"
+    )
 
 
 class _Eager:

@@ -31,13 +31,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from resae.affine import AffinePredictor, Moments, check_form, fit_predictor
 from resae.choices import DTYPES, KINDS
-from resae.data import ActivationSource, Position
-from resae.distributed import ALONE, Ranks
-from resae.sae import BoostedSAE, SAEConfig, TopKSAE, Total, auxk_loss, in_one_piece
-from resae.stack import ModelIdentity, ReSAE, new_stack
+from resae.data.batches import ActivationSource, Position
+from resae.models.identity import ModelIdentity
+from resae.sae.losses import Total, auxk_loss, in_one_piece
+from resae.sae.topk import BoostedSAE, SAEConfig, TopKSAE
+from resae.stack.affine import AffinePredictor, Moments, check_form, fit_predictor
+from resae.stack.stack import ReSAE, new_stack
 from resae.storage import load_tensors, remove_partial, save_tensors, write_atomically
+from resae.training.distributed import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Text, token rows, and the activations that training reads."""

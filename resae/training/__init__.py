@@ -1,0 +1,1 @@
+"""Calibration, the training loop, checkpoints and several processes."""
