@@ -25,9 +25,9 @@ from ops import commit
 from torch import Tensor
 
 from resae import HookedLM, ReSAE, StrongestLatents, replacement
-from resae.data.batches import train_and_held_out
+from resae.data.rows import train_and_held_out
 from resae.environment import environment
-from resae.evaluation.comparison import edit_effects
+from resae.evaluation.effects import edit_effects
 from resae.models.hooked import EMBEDDED
 from resae.storage import write_atomically
 

@@ -28,7 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resae.data.batches import ActivationBatches, Position, capture_tokens, train_and_held_out
+from resae.data.activations import capture_tokens
+from resae.data.batches import ActivationBatches, Position
+from resae.data.rows import train_and_held_out
 from resae.environment import environment
 from resae.models.hooked import EMBEDDED, HookedLM
 from resae.profile import (
@@ -50,7 +52,9 @@ from resae.profile import (
 from resae.sae.topk import TopKSAE
 from resae.stack.affine import AffinePredictor
 from resae.storage import load_tensors, save_json, write_atomically
-from resae.training.loop import Calibration, TrainConfig, sum_moments, train
+from resae.training.calibration import Calibration, sum_moments
+from resae.training.config import TrainConfig
+from resae.training.loop import train
 
 GPU_CASES = [
     # Pythia-1.4B (D = 2048) and Gemma-2-9B (D = 3584); training or prefill, then generation.

@@ -12,17 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resae.data.batches import (
-        ActivationBatches,
-        ModelActivations,
-        StoredActivations,
-        TokenRows,
-        load_texts,
-    )
+    from resae.data.activations import ModelActivations
+    from resae.data.batches import ActivationBatches, StoredActivations
     from resae.data.cache import ActivationCache
-    from resae.evaluation.comparison import Method, evaluate
-    from resae.models.hooked import FAMILIES, Family, HookedLM, HookPoint
-    from resae.replacements.context import generate, replacement
+    from resae.data.rows import TokenRows
+    from resae.data.texts import load_texts
+    from resae.evaluation.comparison import evaluate
+    from resae.evaluation.methods import Method
+    from resae.models.families import FAMILIES, Family
+    from resae.models.hooked import HookedLM
+    from resae.models.points import HookPoint
+    from resae.replacements.context import replacement
     from resae.replacements.decode_loop import DecodeLoop
     from resae.replacements.edits import (
         Change,
@@ -31,10 +31,15 @@ if TYPE_CHECKING:
         StrongestLatents,
         predicted_effects,
     )
+    from resae.replacements.generation import generate
     from resae.sae.topk import BoostedSAE, SAEConfig, TopKSAE
-    from resae.stack.affine import AffinePredictor, Moments, fit_predictor
+    from resae.stack.affine import AffinePredictor
+    from resae.stack.fit import Moments, fit_predictor
     from resae.stack.stack import AffineOnly, ReSAE
-    from resae.training.loop import Calibration, TrainConfig, train, train_step
+    from resae.training.calibration import Calibration
+    from resae.training.config import TrainConfig
+    from resae.training.loop import train
+    from resae.training.step import train_step
 
 __all__ = [
     "FAMILIES",
@@ -74,28 +79,23 @@ __all__ = [
 # Each name is imported when it is first used (PEP 562): most of them need torch, and `resae --help`
 # is to answer without it. Type checkers read the imports above; a test compares the two lists.
 _MODULES = {
+    "data.activations": ("ModelActivations",),
     "data.batches": (
         "ActivationBatches",
-        "ModelActivations",
         "StoredActivations",
-        "TokenRows",
-        "load_texts",
     ),
     "data.cache": ("ActivationCache",),
-    "evaluation.comparison": (
-        "Method",
-        "evaluate",
-    ),
-    "models.hooked": (
+    "data.rows": ("TokenRows",),
+    "data.texts": ("load_texts",),
+    "evaluation.comparison": ("evaluate",),
+    "evaluation.methods": ("Method",),
+    "models.families": (
         "FAMILIES",
         "Family",
-        "HookedLM",
-        "HookPoint",
     ),
-    "replacements.context": (
-        "generate",
-        "replacement",
-    ),
+    "models.hooked": ("HookedLM",),
+    "models.points": ("HookPoint",),
+    "replacements.context": ("replacement",),
     "replacements.decode_loop": ("DecodeLoop",),
     "replacements.edits": (
         "Change",
@@ -104,13 +104,14 @@ _MODULES = {
         "StrongestLatents",
         "predicted_effects",
     ),
+    "replacements.generation": ("generate",),
     "sae.topk": (
         "BoostedSAE",
         "SAEConfig",
         "TopKSAE",
     ),
-    "stack.affine": (
-        "AffinePredictor",
+    "stack.affine": ("AffinePredictor",),
+    "stack.fit": (
         "Moments",
         "fit_predictor",
     ),
@@ -118,12 +119,10 @@ _MODULES = {
         "AffineOnly",
         "ReSAE",
     ),
-    "training.loop": (
-        "Calibration",
-        "TrainConfig",
-        "train",
-        "train_step",
-    ),
+    "training.calibration": ("Calibration",),
+    "training.config": ("TrainConfig",),
+    "training.loop": ("train",),
+    "training.step": ("train_step",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -5,8 +5,10 @@ import pytest
 import tiny
 import torch
 
-from resae.data.batches import ActivationBatches, ModelActivations, Position, TokenRows, in_order
+from resae.data.activations import ModelActivations
+from resae.data.batches import ActivationBatches, Position, in_order
 from resae.data.cache import ActivationCache
+from resae.data.rows import TokenRows
 
 TEXTS = [f"{word} and the earth was without form, and void; " * 60 for word in ("In", "On", "At")]
 WIDTH = 32

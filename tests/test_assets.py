@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resae import HookedLM
 from resae.assets import CORPUS, TINY_PYTHIA
-from resae.data.batches import TokenRows
+from resae.data.rows import TokenRows
 from resae.evaluation.metrics import cross_entropy
 
 DOMAINS = {"bible", "wordnet", "jargon", "pysrc", "pydocs", "sqldoc", "csrc"}

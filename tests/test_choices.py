@@ -1,7 +1,7 @@
 import torch
 
 from resae import choices
-from resae.stack.affine import check_form
+from resae.choices import check_form
 
 
 def test_choices_are_those_of_the_modules_that_use_them():

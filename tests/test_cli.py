@@ -21,8 +21,9 @@ import resae.training.loop as training
 from resae import HookedLM, ReSAE
 from resae.cli import Display, main
 from resae.data import cache as activation_cache
-from resae.data.batches import TokenRows, fingerprint, load_texts
+from resae.data.rows import TokenRows
 from resae.data.text_record import RunText
+from resae.data.texts import fingerprint, load_texts
 from resae.storage import load_json, load_tensors
 
 TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from resae import AffineOnly, replacement
-from resae.evaluation.comparison import edit_effects
+from resae.evaluation.effects import edit_effects
 from resae.replacements.edits import (
     ActiveEdits,
     Change,

@@ -6,7 +6,7 @@ import torch
 from measured import assert_error_as_torch
 from torch import nn
 
-from resae.data.batches import capture_tokens
+from resae.data.activations import capture_tokens
 from resae_kernels import onednn, topk_encode
 from resae_kernels.onednn import MOST_DEPTH, OneDNNLinear
 

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
-from resae.data.batches import capture_tokens
+from resae.data.activations import capture_tokens
 from resae.sae.topk import BoostedSAE, SAEConfig
 from resae.stack.affine import KINDS
 from resae.stack.stack import new_stack

@@ -11,17 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from resae import ReSAE, StoredActivations, TrainConfig, train, train_step
-from resae.data.batches import ActivationBatches, Position, TokenRows, capture_tokens
+from resae.data.activations import capture_tokens
+from resae.data.batches import ActivationBatches, Position
+from resae.data.rows import TokenRows
 from resae.models.identity import ModelIdentity
-from resae.stack.affine import Moments
+from resae.stack.fit import Moments
 from resae.storage import load_tensors
-from resae.training.loop import (
-    Calibration,
-    boost_calibration,
-    calibrate,
-    initial_state,
-    stack_loss,
-)
+from resae.training.calibration import Calibration, boost_calibration, calibrate
+from resae.training.loss import stack_loss
+from resae.training.start import initial_state
 
 TEXT = ["The cat sat on the mat, and the dog sat by the door. " * 40]
 
@@ -416,7 +414,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_is_gone_on_from(
             raise error
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("resae.training.loop.save_file", until_full)
+    monkeypatch.setattr("resae.training.checkpoints.save_file", until_full)
     said = r"cannot write .*step_00000010.*No space left.*step_00000005\.safetensors is intact"
     with pytest.raises(OSError, match=said):
         run(xs, tmp_path / "cut", checkpoint_steps=5)

@@ -25,7 +25,7 @@ from transformers import (
 import resae.stack.stack as stack_module
 from resae import AffinePredictor, HookedLM, Moments, ReSAE, fit_predictor
 from resae.assets import TINY_PYTHIA
-from resae.data.batches import capture_tokens
+from resae.data.activations import capture_tokens
 from resae.models.identity import ModelIdentity
 from resae.stack.stack import new_stack
 

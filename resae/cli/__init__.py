@@ -31,17 +31,20 @@ from resae.environment import describe_device, environment, find_device, keep_fr
 if TYPE_CHECKING:
     import torch
 
-    from resae.data.batches import TokenRows
     from resae.data.cache import ActivationCache
+    from resae.data.rows import TokenRows
     from resae.data.text_record import Overlap, RunText, TrainedText
-    from resae.evaluation.comparison import Method
-    from resae.models.hooked import HookedLM, HookPoint
-    from resae.replacements.context import Generated
+    from resae.evaluation.methods import Method
+    from resae.models.hooked import HookedLM
+    from resae.models.points import HookPoint
     from resae.replacements.edits import Interventions, StrongestLatents
-    from resae.stack.affine import Moments
+    from resae.replacements.generation import Generated
+    from resae.stack.fit import Moments
     from resae.stack.stack import Loop, ReSAE
+    from resae.training.calibration import Calibration
+    from resae.training.config import TrainConfig
     from resae.training.distributed import Ranks
-    from resae.training.loop import Calibration, Progress, TrainConfig
+    from resae.training.loop import Progress
 
 HELD_OUT_DEFAULTS: dict[str, Any] = {
     "data": None,
@@ -148,7 +151,7 @@ def _quiet_libraries() -> None:
 
 
 def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRows]:
-    from resae.data.batches import train_and_held_out
+    from resae.data.rows import train_and_held_out
     from resae.models.hooked import EMBEDDED
 
     if options.data != EMBEDDED:
@@ -171,7 +174,7 @@ def _data(options: argparse.Namespace, lm: HookedLM) -> tuple[TokenRows, TokenRo
 def _captured(
     lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]
 ) -> Iterator[list[torch.Tensor]]:
-    from resae.data.batches import MODEL_ROWS, capture_tokens
+    from resae.data.activations import MODEL_ROWS, capture_tokens
 
     return (capture_tokens(lm, ids, points) for ids in rows.batches(MODEL_ROWS))
 
@@ -184,7 +187,7 @@ def _moments(
     display: Display,
     ranks: Ranks,
 ) -> Moments:
-    from resae.training.loop import sum_moments
+    from resae.training.calibration import sum_moments
 
     def shown() -> Iterator[Sequence[torch.Tensor]]:
         done = 0
@@ -223,10 +226,10 @@ def _calibrate(
     """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
     beside the identity's; of a hop that several layers are sources of, also their shares. There
     are none without a predictor (nothing held out is read then) or where `unseen` is empty."""
-    from resae.evaluation.comparison import predictor_name
+    from resae.evaluation.methods import predictor_name
     from resae.evaluation.predictors import r2_per_layer, routing_shares
-    from resae.report.page import LABELS
-    from resae.training.loop import calibrate
+    from resae.report.labels import LABELS
+    from resae.training.calibration import calibrate
 
     moments = _moments(lm, points, batches, config, display, ranks)
     form: dict[str, Any] = {"form": config.form, "rank": config.rank}
@@ -268,7 +271,7 @@ def _stored(
 ) -> ActivationCache | None:
     """The activation cache of one part of the text, if --cache asks for one; of several ranks each
     has one of its own share, which no other number of ranks can read."""
-    from resae.data.batches import ModelActivations
+    from resae.data.activations import ModelActivations
     from resae.data.cache import ActivationCache
 
     if options.cache is None:
@@ -303,7 +306,7 @@ def _stored(
 def _train_config(
     options: argparse.Namespace, lm: HookedLM, points: Sequence[HookPoint], base: ReSAE | None
 ) -> TrainConfig:
-    from resae.training.loop import TrainConfig
+    from resae.training.config import TrainConfig
 
     chosen = {
         f.name: getattr(options, f.name)
@@ -340,7 +343,7 @@ RECORDED = (
 
 
 def _run_record(options: argparse.Namespace, rows: TokenRows, affine: Any) -> dict[str, Any]:
-    from resae.data.batches import fingerprint
+    from resae.data.texts import fingerprint
 
     return {
         "command": options.command_line,
@@ -356,7 +359,7 @@ def _run_record(options: argparse.Namespace, rows: TokenRows, affine: Any) -> di
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from resae.report.page import require_matplotlib
+    from resae.report.figures import require_matplotlib
     from resae.storage import is_unused, locked
 
     require_matplotlib()
@@ -416,8 +419,8 @@ def _fit(options: argparse.Namespace) -> int:
 def _fit_into(out: Path, options: argparse.Namespace) -> int:
     from resae.data.text_record import TrainedText
     from resae.storage import save_json
+    from resae.training.config import TrainConfig
     from resae.training.distributed import ALONE
-    from resae.training.loop import TrainConfig
 
     display = Display()
     _choose_devices(options, display)
@@ -483,26 +486,18 @@ def _require_startable(out: Path, resume: bool) -> None:
 def _train_into(out: Path, options: argparse.Namespace, ranks: Ranks) -> int:
     import torch
 
-    from resae.data.batches import (
-        MODEL_ROWS,
-        ActivationBatches,
-        ModelActivations,
-        WithRows,
-        fingerprint,
-        in_order,
-    )
+    from resae.data.activations import MODEL_ROWS, ModelActivations
+    from resae.data.batches import ActivationBatches, WithRows, in_order
     from resae.data.text_record import save_held_out
+    from resae.data.texts import fingerprint
     from resae.evaluation.comparison import delta_ce
     from resae.models.identity import ModelIdentity
     from resae.storage import load_json, save_json
+    from resae.training.calibration import Calibration, boost_calibration
+    from resae.training.checkpoints import resumed_config
     from resae.training.distributed import ALONE
-    from resae.training.loop import (
-        Calibration,
-        boost_calibration,
-        require_divisible,
-        resumed_config,
-        train,
-    )
+    from resae.training.loop import train
+    from resae.training.start import require_divisible
 
     display = Display(silent=ranks.rank > 0)
     _choose_devices(options, display)
@@ -670,7 +665,7 @@ class _Maps(NamedTuple):
     def open(cls, options: argparse.Namespace) -> _Maps:
         """Open `--maps`, and take from it the layers and settings that the command leaves open."""
         from resae.storage import load_json
-        from resae.training.loop import Calibration
+        from resae.training.calibration import Calibration
 
         if options.boost is not None:
             raise ValueError("--maps with --boost, which keeps the maps of its run; leave one out")
@@ -731,7 +726,7 @@ class _Maps(NamedTuple):
 def _plan(options: argparse.Namespace) -> int:
     import torch
 
-    from resae.data.batches import MODEL_ROWS
+    from resae.data.activations import MODEL_ROWS
     from resae.models.hooked import HookedLM
     from resae.training.distributed import Ranks
     from resae.training.estimate import Device, ModelSizes, plan
@@ -885,9 +880,9 @@ def _model_of(options: argparse.Namespace, record: dict[str, Any], stack: ReSAE)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from resae.data.batches import MODEL_ROWS
+    from resae.data.activations import MODEL_ROWS
     from resae.evaluation.comparison import evaluate, forward_passes
-    from resae.report.page import whole_selection
+    from resae.report.labels import whole_selection
     from resae.storage import require_writable, save_json
 
     display = Display()
@@ -1062,7 +1057,7 @@ def _methods(
     runs: Sequence[tuple[Path, dict[str, Any], ReSAE]], ks: Sequence[int] | None
 ) -> list[Method]:
     """Every run, at every k asked for; and the maps alone."""
-    from resae.evaluation.comparison import Method, method_name
+    from resae.evaluation.methods import Method, method_name
     from resae.stack.stack import AffineOnly
 
     methods: list[Method] = []
@@ -1097,8 +1092,8 @@ def _print_table(display: Display, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from resae.replacements.context import generate, prompt_ids
     from resae.replacements.edits import ActiveEdits, Interventions, StrongestLatents
+    from resae.replacements.generation import generate, prompt_ids
 
     display = Display()
     _choose_devices(options, display)
@@ -1159,7 +1154,7 @@ def _print_effects(
     """What the edits did to later layers in the text just written, beside what was predicted."""
     import torch
 
-    from resae.evaluation.comparison import edit_effects
+    from resae.evaluation.effects import edit_effects
 
     ids = torch.tensor([written.ids])
     prompt = len(written.ids) - written.tokens

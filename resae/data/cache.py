@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from resae.choices import DTYPES
-from resae.data.batches import MODEL_ROWS, ModelActivations, Read
+from resae.data.activations import MODEL_ROWS, ModelActivations, Read
 from resae.models.hooked import HookedLM
 from resae.models.identity import ModelIdentity
 from resae.storage import load_json, save_json, save_tensors

@@ -16,14 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resae.data.batches import (
-    StoredActivations,
-    TokenRows,
-    capture_tokens,
-    load_texts,
-    train_and_held_out,
-)
+from resae.data.activations import capture_tokens
+from resae.data.batches import StoredActivations
+from resae.data.rows import TokenRows, train_and_held_out
 from resae.data.text_record import TrainedText, save_held_out
+from resae.data.texts import load_texts
 from resae.demo.recipes import (
     ELSEWHERE,
     EXTRA_METHODS,
@@ -36,25 +33,21 @@ from resae.demo.recipes import (
     Recipe,
 )
 from resae.environment import environment
-from resae.evaluation.comparison import Method, collapse_difference, evaluate
+from resae.evaluation.comparison import collapse_difference, evaluate
+from resae.evaluation.methods import Method
 from resae.evaluation.predictors import r2_per_layer, routing_shares
-from resae.models.hooked import EMBEDDED, HookedLM, HookPoint
+from resae.models.hooked import EMBEDDED, HookedLM
 from resae.models.identity import ModelIdentity
-from resae.replacements.context import generate
+from resae.models.points import HookPoint
+from resae.replacements.generation import generate
 from resae.report.findings import extra_findings, findings
 from resae.sae.topk import BoostedSAE
-from resae.stack.affine import Moments
+from resae.stack.fit import Moments
 from resae.stack.stack import AffineOnly, ReSAE
 from resae.storage import save_json
-from resae.training.loop import (
-    Calibration,
-    Progress,
-    TrainConfig,
-    boost_calibration,
-    calibrate,
-    sum_moments,
-    train,
-)
+from resae.training.calibration import Calibration, boost_calibration, calibrate, sum_moments
+from resae.training.config import TrainConfig
+from resae.training.loop import Progress, train
 
 SCHEMA_VERSION = 1
 HOP_HELD_OUT_ROWS = 64

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from resae.evaluation.metrics import VarianceUnexplained
-from resae.stack.affine import AffinePredictor, Moments, sources_of
+from resae.stack.affine import AffinePredictor, sources_of
+from resae.stack.fit import Moments
 
 
 def routing_shares(predictor: AffinePredictor, moments: Moments) -> list[list[float]]:

@@ -12,14 +12,11 @@ that return a tuple get a tuple back, with everything but its first element unto
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from copy import copy, deepcopy
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -27,64 +24,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from resae.assets import TINY_PYTHIA
+from resae.models.families import family_of
+from resae.models.points import SITES, HookPoint
+from resae.models.splice import EAGER, add_function, in_this_thread, on_input, on_output
 
 EMBEDDED = "embedded"
 """The name of the model and of the corpus that come with the package."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of keys and values in a model's arguments and output: of transformers 5.24 and before."""
-
-SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where one HF architecture keeps what the hook points name; paths are relative to a block."""
-
-    blocks: str
-    """Path from the causal LM to its list of blocks."""
-    attn_out: str
-    """Submodule whose output attention adds to the stream."""
-    mlp_out: str
-    """Submodule whose output the MLP adds to the stream."""
-    parallel: str | None = None
-    """Config flag which, when true, says that the block has no `resid_mid`."""
-
-
-FAMILIES: dict[str, Family] = {
-    "gpt_neox": Family(  # Pythia
-        blocks="gpt_neox.layers",
-        attn_out="attention",
-        mlp_out="mlp",
-        parallel="use_parallel_residual",
-    ),
-    "gpt2": Family(blocks="transformer.h", attn_out="attn", mlp_out="mlp"),
-    **{
-        name: Family(blocks="model.layers", attn_out="self_attn", mlp_out="mlp")
-        for name in ("llama", "qwen2", "qwen3")
-    },
-    **{
-        name: Family(
-            blocks="model.layers",
-            attn_out="post_attention_layernorm",
-            mlp_out="post_feedforward_layernorm",
-        )
-        for name in ("gemma2", "gemma3_text")
-    },
-}
-
-
-@dataclass(frozen=True, order=True)
-class HookPoint:
-    """A place in the forward pass; ordered as the pass meets them."""
-
-    layer: int
-    order: int
-    site: str
-
-    @property
-    def name(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.site}"
 
 
 class _PassEnded(Exception):
@@ -116,7 +64,7 @@ class HookedLM:
         self.tokenizer = tokenizer
         self.config: Any = model.config
         self.name = name or getattr(self.config, "name_or_path", "") or self.config.model_type
-        self.family = _family_of(self.config, self.name)
+        self.family = family_of(self.config, self.name)
         path = self.family.blocks
         self._root = _root_of(model, path, self.name)
         self.blocks: Any = self._root.get_submodule(path)
@@ -159,7 +107,7 @@ class HookedLM:
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
-            _family_of(config, name)  # an unknown one is an error before gigabytes are read
+            family_of(config, name)  # an unknown one is an error before gigabytes are read
             tokenizer = _tokenizer(path, name)
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, device_map="auto" if spread else None
@@ -189,7 +137,7 @@ class HookedLM:
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
-            _family_of(config, name)
+            family_of(config, name)
             words = _tokenizer(path, name) if tokenizer else None
         except OSError as error:
             raise _not_found(name, error) from None
@@ -313,23 +261,23 @@ class HookedLM:
         with ExitStack() as stack:
             if around is not None:
                 path = self.family.blocks.rpartition(".")[0]
-                stack.callback(_add(self._root, path, "around", 0, around))
+                stack.callback(add_function(self._root, path, "around", 0, around))
             for point, function in hooks.items():
                 for splice in self._splices(point, function):
-                    stack.callback(_add(*splice))
+                    stack.callback(add_function(*splice))
             yield
 
     def _splices(
         self, point: HookPoint, function: Callable[[Tensor], Tensor | None]
     ) -> list[tuple[nn.Module, str, str, int, Callable[..., Any]]]:
-        """Arguments of `_add` that have `function` called at one hook point."""
+        """Arguments of `add_function` that have `function` called at one hook point."""
         block = str(point.layer)
         if point.site == "resid_pre":
-            return [(self.blocks, block, "before", point.order, _on_input(function))]
+            return [(self.blocks, block, "before", point.order, on_input(function))]
         if point.site != "resid_mid":
             inside = {"attn_out": self.family.attn_out, "mlp_out": self.family.mlp_out}
             path = f"{block}.{inside[point.site]}" if point.site in inside else block
-            return [(self.blocks, path, "after", point.order, _on_output(function))]
+            return [(self.blocks, path, "after", point.order, on_output(function))]
         # No module returns resid_mid: it is the block's input plus attn_out, and is changed by
         # changing attn_out, since the block goes on with that same sum.
         thread = threading.local()
@@ -346,8 +294,8 @@ class HookedLM:
 
         attention = f"{block}.{self.family.attn_out}"
         return [
-            (self.blocks, block, "before", point.order, _on_input(remember)),
-            (self.blocks, attention, "after", point.order, _on_output(change)),
+            (self.blocks, block, "before", point.order, on_input(remember)),
+            (self.blocks, attention, "after", point.order, on_output(change)),
         ]
 
     def logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -388,8 +336,8 @@ class HookedLM:
             if point == last:
                 raise _PassEnded
 
-        hooks = {p: _in_this_thread(partial(save, p)) for p in points}
-        with self.hooked(hooks), torch.no_grad(), _EAGER, suppress(_PassEnded):
+        hooks = {p: in_this_thread(partial(save, p)) for p in points}
+        with self.hooked(hooks), torch.no_grad(), EAGER, suppress(_PassEnded):
             self.model(input_ids=input_ids, use_cache=False, **kwargs)
         return captured
 
@@ -402,7 +350,7 @@ class HookedLM:
         """Logits `[B, T, V]` with activations replaced by tensors `[B, T, D]` or by functions of
         what the running pass holds there. Passes of other threads go on as they are."""
         hooks = {
-            point: _in_this_thread(
+            point: in_this_thread(
                 (lambda _activation, new=new: new) if isinstance(new, Tensor) else new
             )
             for point, new in replacements.items()
@@ -419,15 +367,6 @@ def type_name(value: object) -> str:
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
     """Keys and values among the keyword arguments of a pass; None: there are none."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-
-
-def _family_of(config: Any, name: str) -> Family:
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model {name}: architecture {config.model_type!r} has no entry in "
-            f"resae.models.hooked.FAMILIES (there are {', '.join(sorted(FAMILIES))}); add one"
-        )
-    return FAMILIES[config.model_type]
 
 
 def _not_found(name: str, error: OSError) -> FileNotFoundError:
@@ -467,159 +406,5 @@ def _root_of(model: nn.Module, path: str, name: str) -> nn.Module:
         if inner is not None:
             return module
     raise ValueError(
-        f"model {name}: it has no {path}, which resae.models.hooked.FAMILIES names for it"
+        f"model {name}: it has no {path}, which resae.models.families.FAMILIES names for it"
     )
-
-
-class _Eager:
-    """Within it nothing runs compiled. torch has one stance for all threads: the first one in sets
-    it, the last one out takes it back."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._stance = ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-            self._inside += 1
-
-    def __exit__(self, *_exception: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._stance.close()
-
-
-_EAGER = _Eager()
-
-
-_Entry = tuple[int, Callable[..., Any]]
-"""Order of its hook point, and a function."""
-
-
-class _Splice:
-    """Functions around the forward of one module of a model.
-
-    A stand-in takes the module's place in its parent: a shallow copy, of the same class and with
-    the same parameters, submodules, hooks and names, so that whatever looks at the layer finds the
-    layer; only its forward is ours. `torch.compile` traces through it, and notices it in a model
-    compiled before, where a forward hook breaks the graph or is ignored. Hooks of the module, those
-    of `output_hidden_states` among them, see what the functions leave.
-    """
-
-    @classmethod
-    def at(cls, root: nn.Module, path: str) -> "_Splice":
-        """The splice at the submodule `path` of `root`: the one that is there, or a new one."""
-        parent_path, _, name = path.rpartition(".")
-        parent = root.get_submodule(parent_path)
-        there = getattr(parent.get_submodule(name).forward, "__self__", None)
-        return there if isinstance(there, cls) else cls(parent, name)
-
-    def __init__(self, parent: nn.Module, name: str):
-        self.parent = parent
-        self.name = name
-        self.module = parent.get_submodule(name)
-        self.stand_in = copy(self.module)
-        self.own = self.inner = self.stand_in.forward
-        # Tuples, made anew at every change: passes of other threads may be going through them.
-        self.before: tuple[_Entry, ...] = ()
-        self.after: tuple[_Entry, ...] = ()
-        self.around: tuple[_Entry, ...] = ()
-        vars(self.stand_in).update(
-            forward=self.forward,
-            __deepcopy__=lambda memo: deepcopy(self.plain(), memo),
-            __reduce_ex__=lambda protocol: self.plain().__reduce_ex__(protocol),
-        )
-        setattr(parent, name, self.stand_in)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for _, function in self.before:
-            args, kwargs = function(args, kwargs)
-        output = self.inner(*args, **kwargs)
-        for _, function in self.after:
-            output = function(output)
-        return output
-
-    def plain(self) -> nn.Module:
-        """A module without the functions, of the same parameters and submodules."""
-        module = copy(self.module)
-        vars(module).update(self._meanwhile())
-        return module
-
-    def set(self, place: str, entries: Iterable[_Entry]) -> None:
-        """Call these functions at one of the places; restore the module if there are none."""
-        # By order of the hook points: resid_mid is made of resid_pre and attn_out, and must see
-        # what the functions there left.
-        setattr(self, place, tuple(sorted(entries, key=itemgetter(0))))
-        inner = self.own
-        for _, function in self.around:
-            inner = partial(function, inner)
-        self.inner = inner
-        if not self.before and not self.after and not self.around:
-            vars(self.module).update(self._meanwhile())
-            setattr(self.parent, self.name, self.module)
-
-    def _meanwhile(self) -> dict[str, Any]:
-        """What was set, as by `model.eval()`, was set on the stand-in."""
-        ours = ("forward", "__deepcopy__", "__reduce_ex__")
-        return {name: value for name, value in vars(self.stand_in).items() if name not in ours}
-
-
-_STRUCTURE = threading.RLock()
-"""Held while stand-ins come and go: also when the garbage collector ends a forgotten context."""
-
-
-def _add(
-    root: nn.Module, path: str, place: str, order: int, function: Callable[..., Any]
-) -> Callable[[], None]:
-    """Call `function` at the submodule `path` of `root`; returns what undoes it.
-
-    before  `function(args, kwargs)`, which returns those that the module is called with
-    after   `function(output)`, which returns the output
-    around  `function(forward, *args, **kwargs)`, which calls the module and returns the output
-    """
-    entry = (order, function)
-    with _STRUCTURE:
-        splice = _Splice.at(root, path)
-        splice.set(place, (*getattr(splice, place), entry))
-
-    def remove() -> None:
-        with _STRUCTURE:
-            splice.set(place, (other for other in getattr(splice, place) if other is not entry))
-
-    return remove
-
-
-def _in_this_thread(function: Callable[[Tensor], Tensor | None]):
-    """`function` in the passes of the calling thread; nothing in those of others."""
-    thread = threading.local()
-    thread.calling = True
-    return lambda activation: function(activation) if hasattr(thread, "calling") else None
-
-
-def _on_input(function: Callable[[Tensor], Tensor | None]):
-    """`function` applied to the stream that a block is called with, wherever it is passed."""
-
-    def before(args, kwargs):
-        new = function(args[0] if args else kwargs["hidden_states"])
-        if new is None:
-            return args, kwargs
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-    return before
-
-
-def _on_output(function: Callable[[Tensor], Tensor | None]):
-    """`function` applied to a tensor output, or to a tuple's first element."""
-
-    def after(output):
-        if not isinstance(output, tuple):
-            new = function(output)
-            return output if new is None else new
-        new = function(output[0])
-        return output if new is None else (new, *output[1:])
-
-    return after

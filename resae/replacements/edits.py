@@ -478,7 +478,7 @@ def predicted_effects(stack: ReSAE, changes: Sequence[Change | None]) -> list[Te
     `Σ_{l≤m} amounts_l @ (directions_l A_{l+1} … A_m)`, the transported directions.
 
     Exact for the chain (effects "carried", codes of later layers held); for the model's own stream
-    it is a prediction, whose quality `resae.evaluation.comparison.edit_effects` measures.
+    it is a prediction, whose quality `resae.evaluation.effects.edit_effects` measures.
 
     Args:
         changes: one per selected layer, None where nothing is edited.

@@ -23,8 +23,9 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from resae.choices import KINDS
-from resae.models.hooked import HookedLM, HookPoint, type_name
+from resae.models.hooked import HookedLM, type_name
 from resae.models.identity import ModelIdentity
+from resae.models.points import HookPoint
 from resae.sae.topk import BoostedSAE, SAEConfig, TopKSAE
 from resae.stack.affine import AffinePredictor
 from resae.storage import load_json, save_json

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from resae.sae.losses import Total, in_one_piece
-from resae.stack.affine import Moments
+from resae.stack.fit import Moments
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from resae.models.hooked import HookedLM
-from resae.stack.affine import Moments
+from resae.stack.fit import Moments
+from resae.training.config import TrainConfig
 from resae.training.distributed import Ranks
-from resae.training.loop import TrainConfig
 from resae_kernels._launch import WORKSPACE_BYTES
 
 STREAMS = 6
