@@ -8,8 +8,9 @@ with replacement(lm, stack) as replaced:
 replaced.counts
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from resae.lazy import on_demand
 
 if TYPE_CHECKING:
     from resae.data.activations import ModelActivations
@@ -124,16 +125,4 @@ _MODULES = {
     "training.loop": ("train",),
     "training.step": ("train_step",),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_demand(__name__, _MODULES)

@@ -331,7 +331,8 @@ def fitted(material):
 
 
 def test_train_takes_the_maps_of_fit_and_fits_none(material, fitted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("resae.cli._moments", None)
+    monkeypatch.setattr("resae.training.maps.measure_moments", None)
+    monkeypatch.setattr("resae.training.pipeline.measure_moments", None)
     arguments = ["train", str(material / "model"), str(material / "text.txt"), "--k", "4"]
     arguments += ["--context-tokens", "24", "--held-out-rows", "8", "--d-sae", "64"]
     arguments += ["--train-tokens", "512", "--batch-tokens", "128", "--maps", str(fitted)]
@@ -486,7 +487,7 @@ def test_progress_goes_to_tensorboard_and_wandb_with_delta_ce(run, material, mon
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_logger_is_named_before_anything_runs(name, material, monkeypatch, capsys):
-    monkeypatch.setattr("resae.cli.find_spec", lambda _: None)
+    monkeypatch.setattr("resae.training.loggers.find_spec", lambda _: None)
     monkeypatch.delitem(sys.modules, name, raising=False)
     arguments = ["train", "no-model", "no-data", "--k", "4", "--out", str(material / "none")]
     assert main([*arguments, f"--{name}", *(["shelf"] if name == "wandb" else [])]) == 2
@@ -985,7 +986,7 @@ def test_the_buffer_of_calibration_is_freed_once_it_is_used_up(material, tmp_pat
             next(batches)
         alive.append([x() is not None for x in buffer])
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr("resae.training.pipeline.train", train)
     given = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN]
     sizes = ["--train-tokens", "2048", "--batch-tokens", "64", "--buffer-tokens", "256"]
     sizes += ["--calibration-tokens", "400", "--d-sae", "64"]

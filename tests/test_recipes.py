@@ -8,7 +8,7 @@ from resae.demo.recipes import (
     METHOD_GROUPS,
     RECIPES,
 )
-from resae.report.labels import LABELS
+from resae.evaluation.labels import LABELS
 
 
 def test_every_recipe_is_one_method_that_can_be_trained_and_has_a_label():

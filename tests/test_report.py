@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from resae.report.labels import label, whole_selection
+from resae.evaluation.labels import label, whole_selection
 from resae.report.page import write_report
 from resae.storage import save_json
 

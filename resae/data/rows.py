@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resae.data.config import Source
 from resae.data.texts import load_texts
 from resae.models.hooked import HookedLM
 
@@ -167,3 +168,16 @@ def train_and_held_out(
     train = TokenRows(texts, lm.tokenizer, context_tokens, skip=skip)
     train.require_rows(1, f"training rows of {data!r}")
     return train, held_out
+
+
+def read_rows(source: Source, lm: HookedLM) -> tuple[TokenRows, TokenRows]:
+    """Training rows and held-out rows of a source; errors as of `train_and_held_out`."""
+    return train_and_held_out(
+        source.data,
+        lm,
+        context_tokens=source.context_tokens,
+        held_out_rows=source.held_out_rows,
+        text_column=source.text_column,
+        streaming=source.streaming,
+        seed=source.seed,
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from resae.report.labels import LABELS, MODES, Row, label, whole_selection
+from resae.evaluation.labels import LABELS, MODES, Row, label, whole_selection
 
 COLORS = {  # Okabe and Ito: told apart by colour-blind readers too
     "raw": "#d55e00",

@@ -8,16 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from resae.evaluation.labels import LABELS, MODES, Row, label, whole_selection
 from resae.report.figures import draw, require_matplotlib
-from resae.report.labels import COMPARED, LABELS, MODES, Row, label, whole_selection
 from resae.storage import load_json, require_writable, write_atomically
-
-LABELS |= {
-    f"{name}_{suffix}": f"{LABELS[name]}, {text}"
-    for name in COMPARED
-    for suffix, text in (("best_lr", "best learning rate"), ("long", "more tokens"))
-}
-
 
 STYLE = """
 :root { color-scheme: light }

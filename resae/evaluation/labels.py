@@ -5,7 +5,6 @@ from typing import Any
 
 Row = dict[str, Any]
 
-
 LABELS = {
     "raw": "raw SAEs",
     "raw_equal_total": "raw SAEs, equal total latents",
@@ -33,6 +32,11 @@ LABELS = {
 
 
 COMPARED = ("raw", "raw_equal_total", "raw_matched", "raw_wide", "identity", "resae")
+LABELS |= {
+    f"{name}_{suffix}": f"{LABELS[name]}, {text}"
+    for name in COMPARED
+    for suffix, text in (("best_lr", "best learning rate"), ("long", "more tokens"))
+}
 
 
 MODES = {
