@@ -33,7 +33,9 @@ if TYPE_CHECKING:
         predicted_effects,
     )
     from resae.replacements.generation import generate
-    from resae.sae.topk import BoostedSAE, SAEConfig, TopKSAE
+    from resae.sae.base import SAEConfig
+    from resae.sae.boosted import BoostedSAE
+    from resae.sae.topk import TopKSAE
     from resae.stack.affine import AffinePredictor
     from resae.stack.fit import Moments, fit_predictor
     from resae.stack.stack import AffineOnly, ReSAE
@@ -106,11 +108,9 @@ _MODULES = {
         "predicted_effects",
     ),
     "replacements.generation": ("generate",),
-    "sae.topk": (
-        "BoostedSAE",
-        "SAEConfig",
-        "TopKSAE",
-    ),
+    "sae.base": ("SAEConfig",),
+    "sae.boosted": ("BoostedSAE",),
+    "sae.topk": ("TopKSAE",),
     "stack.affine": ("AffinePredictor",),
     "stack.fit": (
         "Moments",

@@ -27,7 +27,7 @@ from resae import (
     replacement,
 )
 from resae.replacements.context import MODES
-from resae.sae.topk import BoostedSAE
+from resae.sae.boosted import BoostedSAE
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)

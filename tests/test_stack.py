@@ -9,7 +9,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
 from resae.data.activations import capture_tokens
-from resae.sae.topk import BoostedSAE, SAEConfig
+from resae.sae.base import SAEConfig
+from resae.sae.boosted import BoostedSAE
 from resae.stack.affine import KINDS
 from resae.stack.stack import new_stack
 from resae_kernels import native, reference

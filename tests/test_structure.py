@@ -12,6 +12,7 @@ import pytest
 
 import resae
 import resae_kernels
+from resae.sae.registry import KINDS
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
@@ -100,6 +101,15 @@ def test_kernels_know_no_model_and_autoencoders_no_transformers():
     for path in (ROOT / "resae" / "models").glob("*.py"):
         inside = {m for m in imported(path) if m.startswith("resae")}
         assert all(m == "resae.assets" or m.startswith("resae.models") for m in inside), path
+
+
+def test_only_the_registry_asks_which_kind_an_autoencoder_is():
+    kinds = {cls.__name__ for cls in KINDS.values()}
+    for path in (p for p in SOURCES if p.stem != "registry"):
+        for call in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "issubclass"):
+                asked = {n.id for n in ast.walk(call.args[1]) if isinstance(n, ast.Name)}
+                assert not asked & kinds, f"{module_of(path)}, line {call.lineno}"
 
 
 def test_nothing_reads_the_environment_or_prints():

@@ -1,7 +1,7 @@
 """Time one op at one shape against roofs and alternatives."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +69,7 @@ def run(options: Options, display: Display) -> int:
     )
     rows = profile(case, device=device, roofs=roofs, clock=clock, rounds=options.rounds)
     if options.json:
-        display.result(json.dumps({"roofs": asdict(roofs), "rows": rows}, indent=1))
+        display.result(json.dumps({"roofs": roofs._asdict(), "rows": rows}, indent=1))
     else:
         display.result(table(rows))
     if options.trace:

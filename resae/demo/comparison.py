@@ -41,7 +41,6 @@ from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
 from resae.replacements.generation import generate
 from resae.report.findings import extra_findings, findings
-from resae.sae.topk import BoostedSAE
 from resae.stack.fit import Moments
 from resae.stack.stack import AffineOnly, ReSAE
 from resae.storage import save_json
@@ -604,9 +603,7 @@ def _boost(
     boosted, _ = _train(settings, calibration, domain, target, lm, plan)
     topk = ReSAE.load(target)
     for layer in range(topk.n_layers):
-        sae = topk.sae(layer)
-        assert isinstance(sae, BoostedSAE)
-        sae.threshold.zero_()
+        topk.sae(layer).get_buffer("threshold").zero_()
     compared = [("before", base), ("after", boosted), ("after, TopK alone", topk)]
     table = []
     for text, inside in (("rest", False), (BOOST_DOMAIN, True)):

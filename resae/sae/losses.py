@@ -1,11 +1,24 @@
 """Loss terms of one autoencoder beside its reconstruction error, and sums of batches in pieces."""
 
 from collections.abc import Callable
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from resae.sae.topk import TopKSAE
 from resae_kernels import sparse_decode, topk_encode
+
+
+class TopKWeights(Protocol):
+    """An autoencoder with one encoder and one dictionary."""
+
+    encoder: nn.Linear
+
+    @property
+    def W_dec(self) -> Tensor: ...
+
+    @property
+    def b_dec(self) -> Tensor: ...
+
 
 Total = Callable[[Tensor], Tensor]
 """Makes of a sum over a piece of a batch the sum over the whole batch."""
@@ -17,7 +30,7 @@ def in_one_piece(sum_of_piece: Tensor) -> Tensor:
 
 
 def auxk_loss(
-    sae: TopKSAE,
+    sae: TopKWeights,
     x: Tensor,
     error: Tensor,
     dead: Tensor,

@@ -8,70 +8,20 @@ encode without it. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from resae.sae.base import Autoencoder, SAEConfig, Screening, StepWeights, describe_sizes
+from resae.sae.losses import Total, auxk_loss, in_one_piece
 from resae.storage import load_json, load_tensors, save_json, save_tensors
 from resae_kernels import ScreenedEncoder, TopK, sparse_decode, topk_encode
 
-InputKind = Literal["activation", "affine_residual"]
-Screening = Literal["statistical", "certain"]
-SCREENINGS = ("statistical", "certain", None)
 
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """Sizes of one autoencoder, and what it encodes."""
-
-    d_in: int
-    """D, width of the activation."""
-    d_sae: int
-    """M, number of latents."""
-    k: int
-    """Active latents per token."""
-    prefix_gain: float = 0.0
-    """Of the j strongest latents alone every act counts (k / j) ** prefix_gain times: fewer latents
-    have to carry a part of what the others would have added."""
-    input_kind: InputKind = "activation"
-    """`activation`: x itself; `affine_residual`: x minus a prediction, which `encode` then needs. A
-    `ReSAE` sets it."""
-    screening: Screening | None = "statistical"
-    """How latents are ruled out by an 8-bit product when encoding on a CPU, before the rest are
-    scored in float32. `statistical`: a latent of the TopK is missed with probability below 1e-12
-    per row (proof: `resae_kernels.screened_encode`); `certain`: never, at more candidates; None: no
-    screening, the whole float32 product."""
-
-    def __post_init__(self) -> None:
-        if self.screening not in SCREENINGS:
-            raise ValueError(
-                f"SAEConfig: screening={self.screening!r}, expected 'statistical', 'certain' or "
-                f"None"
-            )
-        for name in ("d_in", "d_sae", "k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"SAEConfig: {name}={getattr(self, name)}, expected at least 1")
-        if self.k > self.d_sae:
-            raise ValueError(
-                f"SAEConfig: k={self.k} exceeds the number of latents d_sae={self.d_sae}; lower k "
-                f"or raise d_sae"
-            )
-
-
-class SAEOutput(NamedTuple):
-    """What one autoencoder makes of N tokens."""
-
-    x_hat: Tensor
-    """`[..., D]`, reconstruction, `base` included."""
-    code: TopK
-    """Acts and indices `[..., k]`."""
-
-
-class TopKSAE(nn.Module):
+class TopKSAE(Autoencoder):
     """A TopK autoencoder. Initialised with random unit decoder rows, the encoder tied to them,
     biases zero; `seed` fixes the directions (give every layer its own: equal ones start out
     redundant).
@@ -80,6 +30,8 @@ class TopKSAE(nn.Module):
     is made at the first call (a quarter more memory), in training from one made for each large
     batch. `config.screening` chooses its margin.
     """
+
+    kind = "topk"
 
     def __init__(self, config: SAEConfig, *, seed: int = 0):
         super().__init__()
@@ -154,43 +106,37 @@ class TopKSAE(nn.Module):
         return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, base=base)
 
     def extra_repr(self) -> str:
-        return f"{_sizes(self.config)}, screening={self.screening!r}"
+        return f"{describe_sizes(self.config)}, screening={self.screening!r}"
 
-    def set_input_kind(self, kind: InputKind) -> None:
-        self.config = replace(self.config, input_kind=kind)
+    def share_dictionary(self, other: Autoencoder) -> bool:
+        theirs = other.step_weights
+        if theirs is None:
+            return False
+        equal = torch.equal(self.encoder.weight, theirs.weight) and torch.equal(
+            self.W_dec, theirs.W_dec
+        )
+        if equal:
+            self.encoder.weight, self.W_dec = theirs.weight, theirs.W_dec
+        return equal
 
     @property
-    def trained(self) -> "TopKSAE":
-        """The part that training changes: all of it."""
-        return self
+    def step_weights(self) -> StepWeights:
+        return StepWeights(self.encoder.weight, self.encoder.bias, self.config.k, self.W_dec)
 
-    def trained_code(self, code: TopK) -> TopK:
-        """The part of a code that belongs to `trained`: all of it."""
-        return code
-
-    def decode_prefixes(
-        self, code: TopK, prefixes: Sequence[int], *, base: Tensor | None = None
-    ) -> list[Tensor]:
-        """x̂ `[..., D]` of the j strongest latents for each j of `prefixes`, rising, of a sorted
-        code: each adds its rows to the one before, so that all together gather k rows.
-        HierarchicalTopK (arXiv 2505.24473), section 3; the gain is ours."""
-        offset = self.b_dec if base is None else self.b_dec + base
-        x_hats: list[Tensor] = []
-        rows: Tensor | None = None
-        first = 0
-        for last in prefixes:
-            acts, indices = (part[..., first:last] for part in code)
-            rows = sparse_decode(acts, indices, self.W_dec, base=rows)
-            x_hats.append(torch.add(offset, rows, alpha=self._gain(last)))
-            first = last
-        return x_hats
+    def dead_latent_loss(
+        self,
+        x: Tensor,
+        error: Tensor,
+        dead: Tensor,
+        *,
+        base: Tensor | None = None,
+        total: Total = in_one_piece,
+    ) -> Tensor:
+        """`auxk_loss` of D / 2 dead latents."""
+        return auxk_loss(self, x, error, dead, max(1, x.shape[1] // 2), base=base, total=total)
 
     def _gain(self, k: int) -> float:
         return (self.config.k / k) ** self.config.prefix_gain
-
-    def forward(self, x: Tensor, *, base: Tensor | None = None) -> SAEOutput:
-        code = self.encode(x, base=base)
-        return SAEOutput(self.decode(*code, base=base), code)
 
     def at_k(self, k: int) -> "TopKSAE":
         """An autoencoder of the same parameters with fewer active latents, 1 ≤ k ≤ config.k; with a
@@ -230,7 +176,7 @@ class TopKSAE(nn.Module):
         self.encoder.bias = nn.Parameter(bias * factor, requires_grad=bias.requires_grad)
         self.b_dec = nn.Parameter(b_dec * factor, requires_grad=b_dec.requires_grad)
 
-    def save(self, folder: Path, **metadata: str | float | None) -> None:
+    def save(self, folder: Path, **metadata: Any) -> None:
         """Write `sae.safetensors` and then `cfg.json` (sparsify's keys, and `metadata`)."""
         save_tensors(folder / "sae.safetensors", self.state_dict())
         save_json(
@@ -246,6 +192,7 @@ class TopKSAE(nn.Module):
                 "transcode": False,
                 "d_in": self.config.d_in,
                 "metadata": {
+                    "kind": self.kind,
                     **metadata,
                     "prefix_gain": self.config.prefix_gain,
                     "input_kind": self.config.input_kind,
@@ -255,7 +202,7 @@ class TopKSAE(nn.Module):
         )
 
     @classmethod
-    def load(cls, folder: str | Path) -> "TopKSAE":
+    def load(cls, folder: str | Path) -> Self:
         """Read a folder in sparsify's layout, for use: in eval mode. sparsify wrote no `activation`
         before February 2025, when all of its autoencoders were TopK after ReLU.
 
@@ -303,133 +250,3 @@ def _require_sparsify(folder: Path) -> None:
             f"the four tensors by hand into TopKSAE(SAEConfig(d_in, d_sae, k)): encoder.weight = "
             f"W_enc.T, encoder.bias = b_enc, W_dec, b_dec"
         )
-
-
-class BoostedSAE(nn.Module):
-    """A frozen autoencoder and a second one of the same input, trained on what the first leaves:
-    x̂ = x̂_base + z_boost W_boost, without decoder bias.         SAE Boost (arXiv 2507.12990)
-
-    The code is that of the base, then that of the boost with indices M_base higher: to all that
-    reads codes this is an autoencoder of M_base + M_boost latents. In training the k strongest of
-    the boost count. In use only those of them above a threshold do, which keeps the boost silent on
-    text that it was not trained for: the quantile of the training's acts, averaged over batches,
-    that `keep` of them exceed (`follow`). Threshold 0 leaves TopK alone.
-
-    Args:
-        boost: its decoder bias is set to zero; both biases of decoders stay as they are.
-    """
-
-    def __init__(self, base: TopKSAE, boost: TopKSAE, *, keep: float = 0.1, threshold: float = 0.0):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.boost = boost
-        boost.b_dec.data.zero_()
-        boost.b_dec.requires_grad_(False)
-        self.keep = keep
-        self.threshold: Tensor
-        self.register_buffer("threshold", boost.b_dec.new_tensor(threshold))
-        ours, its = boost.config, base.config
-        self.config = SAEConfig(
-            ours.d_in,
-            its.d_sae + ours.d_sae,
-            its.k + ours.k,
-            input_kind=its.input_kind,
-            screening=its.screening,
-        )
-        boost.set_input_kind(its.input_kind)
-
-    @property
-    def trained(self) -> TopKSAE:
-        return self.boost
-
-    @property
-    def W_dec(self) -> Tensor:
-        """`[M_base + M_boost, D]`, a copy."""
-        return torch.cat([self.base.W_dec, self.boost.W_dec])
-
-    @property
-    def b_dec(self) -> Tensor:
-        return self.base.b_dec
-
-    def encode(self, x: Tensor, *, base: Tensor | None = None, sorted: bool = True) -> TopK:
-        """Acts and indices `[..., k_base + k_boost]`, each part ordered by itself."""
-        first = self.base.encode(x, base=base, sorted=sorted)
-        acts, indices = self.boost.encode(x, base=base, sorted=sorted)
-        if not self.training:
-            acts = acts.masked_fill(acts < self.threshold, 0)
-        indices = torch.where(acts > 0, indices + self.base.config.d_sae, 0)
-        return TopK(torch.cat([first.acts, acts], -1), torch.cat([first.indices, indices], -1))
-
-    @torch.no_grad()
-    def follow(self, acts: Tensor) -> None:
-        """Move the threshold towards the quantile of the boost's acts `[N, k]` of a whole batch;
-        that of the first batch it becomes."""
-        kept = max(1, round(self.keep * acts.numel()))
-        now = acts.flatten().topk(kept, sorted=False).values.min().to(self.threshold.dtype)
-        self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(now, 0.01), now))
-
-    def trained_code(self, code: TopK) -> TopK:
-        """The part of a code from `encode` that is the boost's, by its own indices."""
-        acts, indices = (part[..., self.base.config.k :] for part in code)
-        return TopK(acts, (indices - self.base.config.d_sae).clamp_min(0))
-
-    def decode(self, acts: Tensor, indices: Tensor, *, base: Tensor | None = None) -> Tensor:
-        """As `TopKSAE.decode`; slots may come in any order."""
-        M = self.base.config.d_sae
-        boosted = indices >= M
-        parts = [acts.masked_fill(boosted, 0), acts.masked_fill(~boosted, 0)]
-        rows = [indices.masked_fill(boosted, 0), (indices - M).clamp_min(0)]
-        W_dec = [self.base.W_dec, self.boost.W_dec]
-        return sparse_decode(parts, rows, W_dec, bias=self.b_dec, base=base)
-
-    def forward(self, x: Tensor, *, base: Tensor | None = None) -> SAEOutput:
-        code = self.encode(x, base=base)
-        return SAEOutput(self.decode(*code, base=base), code)
-
-    def extra_repr(self) -> str:
-        return f"{_sizes(self.config)}, threshold={float(self.threshold):g}"
-
-    def set_input_kind(self, kind: InputKind) -> None:
-        self.config = replace(self.config, input_kind=kind)
-        self.base.set_input_kind(kind)
-        self.boost.set_input_kind(kind)
-
-    def at_k(self, k: int) -> "BoostedSAE":
-        raise ValueError(
-            f"at_k: k={k} for a boosted autoencoder, of {self.base.config.k} + "
-            f"{self.boost.config.k} active latents; lower k before boosting"
-        )
-
-    def normalize_decoder(self) -> None:
-        self.boost.normalize_decoder()
-
-    def remove_parallel_gradient(self) -> None:
-        self.boost.remove_parallel_gradient()
-
-    @torch.no_grad()
-    def rescale_(self, factor: float) -> None:
-        """As `TopKSAE.rescale_`; a power of two changes no bit but exponents, and can be undone."""
-        self.base.rescale_(factor)
-        self.boost.rescale_(factor)
-        self.threshold.mul_(factor)
-
-    def save(self, folder: Path, **metadata: str | float | None) -> None:
-        """The base as it was, and the boost with its threshold in `boost/`."""
-        self.base.save(folder, **metadata)
-        of_boost = {"threshold": float(self.threshold), "keep": self.keep}
-        self.boost.save(folder / "boost", **{**metadata, **of_boost})
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "BoostedSAE":
-        """Read what `save` wrote, for use; errors as of `TopKSAE.load`, which reads the base
-        alone."""
-        folder = Path(folder)
-        metadata = load_json(folder / "boost" / "cfg.json", "SAE")["metadata"]
-        base, boost = TopKSAE.load(folder), TopKSAE.load(folder / "boost")
-        return cls(base, boost, keep=metadata["keep"], threshold=metadata["threshold"]).eval()
-
-
-def _sizes(config: SAEConfig) -> str:
-    return (
-        f"d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, input_kind={config.input_kind!r}"
-    )

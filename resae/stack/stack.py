@@ -26,7 +26,8 @@ from resae.choices import KINDS
 from resae.models.hooked import HookedLM, type_name
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
-from resae.sae.topk import BoostedSAE, SAEConfig, TopKSAE
+from resae.sae.base import Autoencoder, SAEConfig
+from resae.sae.registry import load_sae, new_sae
 from resae.stack.affine import AffinePredictor
 from resae.storage import load_json, save_json
 from resae_kernels import ScreenedEncoder, TopK, Transported, affine_chain, online_step, transport
@@ -71,7 +72,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         self,
         hook_points: Sequence[str],
         predictor: AffinePredictor,
-        saes: Sequence[TopKSAE | BoostedSAE] = (),
+        saes: Sequence[Autoencoder] = (),
         model: ModelIdentity | None = None,
     ):
         super().__init__()
@@ -111,7 +112,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             f"d_in={self.d_in}, k={k}, shared={self.shared}, boosted={self.boosted}"
         )
 
-    def _hold(self, saes: Sequence[TopKSAE | BoostedSAE]) -> None:
+    def _hold(self, saes: Sequence[Autoencoder]) -> None:
         distinct = list(dict.fromkeys(saes))
         self.saes = nn.ModuleList(distinct)
         self._of_layer = [distinct.index(sae) for sae in saes]
@@ -131,13 +132,13 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         sizes = tuple(self.sae(layer).config.d_sae for layer in range(self.n_layers))
         return sizes[0] if len(set(sizes)) == 1 else sizes
 
-    def sae(self, layer: int) -> TopKSAE | BoostedSAE:
+    def sae(self, layer: int) -> Autoencoder:
         """The autoencoder of selected layer `layer` (its position in `hook_points`)."""
         module = self.saes[self._of_layer[layer]]
-        assert isinstance(module, TopKSAE | BoostedSAE)
+        assert isinstance(module, Autoencoder)
         return module
 
-    def distinct(self) -> list[TopKSAE | BoostedSAE]:
+    def distinct(self) -> list[Autoencoder]:
         """The autoencoders, each once, where `saes` of several layers are one."""
         return [self.sae(self._of_layer.index(i)) for i in range(len(self.saes))]
 
@@ -165,7 +166,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     @property
     def boosted(self) -> bool:
         """Whether autoencoders have a second one beside them (SAE Boost)."""
-        return any(isinstance(sae, BoostedSAE) for sae in self.saes)
+        return any(sae.dictionaries > 1 for sae in self.distinct())
 
     def at_k(self, k: int) -> "ReSAE":
         """The same stack, of the same parameters, run with k active latents in every layer; k at
@@ -242,7 +243,8 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         """
         sae, N = self.sae(layer), x.shape[:-1].numel()
         few = N <= FEW_TOKENS and not torch.is_grad_enabled()
-        if few and seen is put_in and isinstance(sae, TopKSAE):  # a boosted one is two encodes
+        weights = sae.step_weights if few and seen is put_in else None
+        if weights is not None:
             on_cpu = x.is_cpu and not torch.compiler.is_compiling()
             encoder = sae.screened if on_cpu else None
             by_maps = carried is None or (on_cpu and _maps_are_faster(N, x.shape[-1], codes))
@@ -250,7 +252,6 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                 step = self._step_at_once(layer, x, seen, sae, encoder)
                 if step is not None:
                     return step
-            weights = (sae.encoder.weight, sae.encoder.bias, sae.config.k, sae.W_dec)
             if not by_maps:
                 return online_step(x, *weights, codes=codes, transported=carried, encoder=encoder)
             if x.is_cuda:
@@ -267,7 +268,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         layer: int,
         x: Tensor,
         seen: Sequence[Tensor],
-        sae: TopKSAE,
+        sae: Autoencoder,
         encoder: ScreenedEncoder,
     ) -> tuple[Tensor, TopK] | None:
         """`online_step`, prediction included, as one call of the compiled library; None: not the
@@ -418,13 +419,10 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         if description["predictor"] not in KINDS:
             raise ValueError(f"stack {folder}: unknown predictor {description['predictor']!r}")
         folders = [folder / name for name in description["hook_points"]]
-        saes: Sequence[TopKSAE | BoostedSAE]
-        if description.get("boosted", False):
-            saes = [BoostedSAE.load(path) for path in folders]
-        else:
-            saes = plain = [TopKSAE.load(path) for path in folders]
-            if description.get("shared", False):
-                _share(plain, folder)
+        kind = "boosted" if description.get("boosted", False) else None
+        saes = [load_sae(path, kind) for path in folders]
+        if description.get("shared", False):
+            _share(saes, folder)
         stack = cls(
             description["hook_points"],
             AffinePredictor.load(folder / "affine.safetensors", description["predictor"]),
@@ -443,6 +441,7 @@ def new_stack(
     k: Sequence[int],
     seed: int = 0,
     shared: bool = False,
+    prefixes: Sequence[int] | None = None,
     prefix_gain: float = 0.0,
     model: ModelIdentity | None = None,
 ) -> ReSAE:
@@ -450,27 +449,26 @@ def new_stack(
 
     Args:
         d_sae: latents, for every layer or one number per layer.
+        prefixes: numbers of latents that are trained at once (`PrefixSAE`).
     """
     d_saes = [d_sae] * len(k) if isinstance(d_sae, int) else d_sae
     sizes = list(zip(d_saes, k, strict=True))
     saes = [
-        TopKSAE(SAEConfig(d_in, M, k_l, prefix_gain), seed=seed * 1_000 + layer)
+        new_sae(SAEConfig(d_in, M, k_l, prefix_gain), seed=seed * 1_000 + layer, prefixes=prefixes)
         for layer, (M, k_l) in enumerate(sizes[:1] if shared else sizes)
     ]
     return ReSAE(hook_points, predictor, saes * len(k) if shared else saes, model)
 
 
-def _share(saes: Sequence[TopKSAE], folder: Path) -> None:
+def _share(saes: Sequence[Autoencoder], folder: Path) -> None:
     """Make the equal dictionaries of several files one again."""
     first = saes[0]
     for sae in saes[1:]:
-        pairs = ((sae.encoder.weight, first.encoder.weight), (sae.W_dec, first.W_dec))
-        if not all(torch.equal(own, common) for own, common in pairs):
+        if not sae.share_dictionary(first):
             raise ValueError(
                 f"stack {folder}: resae.json says that all layers share one dictionary, but their "
                 f"files hold different ones; restore them"
             )
-        sae.encoder.weight, sae.W_dec = first.encoder.weight, first.W_dec
 
 
 class AffineOnly:
@@ -539,7 +537,7 @@ def _require_types(hook_points: Any, predictor: Any, saes: Any) -> None:
             f"ordinary autoencoders ReSAE(hook_points, AffinePredictor('none'), saes)"
         )
     for sae in saes:
-        if not isinstance(sae, TopKSAE | BoostedSAE):
+        if not isinstance(sae, Autoencoder):
             raise TypeError(
                 f"ReSAE: got {type_name(sae)} as an autoencoder, expected a TopKSAE or BoostedSAE; "
                 f"TopKSAE.load(folder) reads what sparsify saves"

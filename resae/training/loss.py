@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resae.sae.losses import Total, auxk_loss, in_one_piece
+from resae.sae.losses import Total, in_one_piece
 from resae.stack.stack import ReSAE
 from resae.training.config import TrainConfig
 
@@ -69,21 +69,16 @@ def stack_loss(
         base = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
         its_dead = dead[stack.position(layer)]
         code = sae.encode(x, base=base)
-        partial: list[Tensor] = []
-        if config.prefixes is None:
-            x_hat = sae.decode(*code, base=base)
-        else:
-            *partial, x_hat = sae.trained.decode_prefixes(code, config.prefixes, base=base)
+        *partial, x_hat = sae.reconstructions(code, base=base)
         x_hats.append(x_hat.detach())
         target = x if base is None else x - base
         variance = centred_energy(target, total).to(x.dtype)
         fvu = F.mse_loss(x_hat, x, reduction="sum") / variance
         errors = [F.mse_loss(y, x, reduction="sum") / variance for y in partial]
         error = sum(errors, fvu) / (1 + len(errors))
-        k_aux = max(1, x.shape[1] // 2)
-        aux = auxk_loss(sae.trained, x, x - x_hats[-1], its_dead, k_aux, base=base, total=total)
+        aux = sae.dead_latent_loss(x, x - x_hats[-1], its_dead, base=base, total=total)
         loss = loss + error + config.auxk_coefficient * aux
-        acts, indices = sae.trained_code(code)
+        acts, indices = sae.trainable_code(code)
         active = acts > 0
         fired[stack.position(layer)].append(indices[active])
         all_acts[stack.position(layer)].append(acts.detach())

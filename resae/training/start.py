@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 
 from resae.models.identity import ModelIdentity
-from resae.sae.topk import BoostedSAE, SAEConfig, TopKSAE
+from resae.sae.base import SAEConfig
+from resae.sae.boosted import BoostedSAE
+from resae.sae.topk import TopKSAE
 from resae.stack.affine import AffinePredictor
 from resae.stack.stack import ReSAE, new_stack
 from resae.training.calibration import Calibration
@@ -28,7 +30,7 @@ def initial_state(
         _boosted(config, calibration) if config.boost else _random(config, calibration, identity)
     )
     stack.to(device)
-    Ms = [sae.trained.config.d_sae for sae in stack.distinct()]
+    Ms = [sae.trainable.config.d_sae for sae in stack.distinct()]
     since = [torch.zeros(M, dtype=torch.int64, device=device) for M in Ms]
     return TrainState(stack, _optimizer(stack, config), since)
 
@@ -96,6 +98,7 @@ def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdenti
         k=config.k,
         seed=config.seed,
         shared=config.shared,
+        prefixes=config.prefixes,
         prefix_gain=config.prefix_gain if config.prefixes else 0.0,
         model=identity,
     )
@@ -125,10 +128,8 @@ def _boosted(config: TrainConfig, calibration: Calibration) -> ReSAE:
     base.rescale_([1.0 / s for s in calibration.scale])
     saes = []
     for layer, (d_sae, k) in enumerate(zip(config.d_saes, config.k, strict=True)):
-        sae = base.sae(layer)
-        assert isinstance(sae, TopKSAE)
         # Other directions than the base began with.
         seed = config.seed * 1_000 + 500 + layer
         boost = TopKSAE(SAEConfig(base.d_in, d_sae, k), seed=seed)
-        saes.append(BoostedSAE(sae, boost, keep=config.boost_keep))
+        saes.append(BoostedSAE(base.sae(layer), boost, keep=config.boost_keep))
     return ReSAE(base.hook_points, base.predictor, saes, base.model_identity)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from resae.data.batches import Position
 from resae.sae.losses import Total, in_one_piece
-from resae.sae.topk import BoostedSAE
 from resae.stack.stack import ReSAE
 from resae.training.config import TrainConfig
 from resae.training.distributed import ALONE, Ranks
@@ -73,7 +72,7 @@ def train_step(
     for sae in stack.distinct():
         sae.normalize_decoder()
     for i, sae in enumerate(stack.distinct()):
-        if isinstance(sae, BoostedSAE):
+        if sae.follows_acts:
             sae.follow(ranks.whole(torch.cat([part.acts[i] for _, part in parts])))
     state.step += 1
     return _sum_of_parts(parts)
