@@ -246,6 +246,23 @@ def test_an_autoencoder_of_residuals_knows_it_and_asks_for_the_prediction(lm, xs
     assert torch.equal(code.indices, stack.encode(xs)[1].indices)
 
 
+def test_a_boosted_stack_is_not_shared_and_opens_where_it_was_recorded_as_such(lm, tmp_path):
+    plain = tiny.stack(lm, "none")
+    saes = [BoostedSAE(plain.sae(i), TopKSAE(SAEConfig(32, 16, 2))) for i in range(3)]
+    stack = ReSAE(tiny.NAMES, plain.predictor, saes)
+    assert not stack.shared
+    stack.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "resae.json").read_text())
+    assert record["shared"] is False
+    for name in ("resae.json", *(f"{name}/cfg.json" for name in tiny.NAMES)):  # as before kinds
+        content = json.loads((tmp_path / name).read_text())
+        content |= {"shared": True} if name == "resae.json" else {}
+        content.get("metadata", {}).pop("kind", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    loaded = ReSAE.load(tmp_path)
+    assert [sae.kind for sae in loaded.distinct()] == ["boosted"] * 3
+
+
 def test_what_capture_returns_is_encoded_by_hook_point(lm):
     """In whatever order, with other points beside."""
     stack = tiny.stack(lm)

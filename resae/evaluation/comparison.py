@@ -288,6 +288,8 @@ class _Reconstruction:
 
 
 def _dictionaries(method: Method) -> list[Tensor]:
-    if not isinstance(method.stack, ReSAE) or method.stack.shared:
+    # Of a boosted autoencoder the dictionary is two, that of the frozen one among them.
+    stack = method.stack
+    if not isinstance(stack, ReSAE) or stack.shared or stack.boosted:
         return []
-    return [method.stack.sae(i).W_dec for i in range(method.stack.n_layers)]
+    return [stack.sae(i).W_dec for i in range(stack.n_layers)]

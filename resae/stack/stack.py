@@ -149,8 +149,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     @property
     def shared(self) -> bool:
         """Whether all layers have one dictionary (MLSAE); biases may differ by a factor each."""
-        dictionaries = {id(self.sae(layer).W_dec) for layer in range(self.n_layers)}
-        return self.n_layers > 1 and len(dictionaries) == 1
+        # Held while they are compared: a boosted autoencoder's W_dec is a copy made at each call.
+        dictionaries = [self.sae(layer).W_dec for layer in range(self.n_layers)]
+        return self.n_layers > 1 and len({id(W_dec) for W_dec in dictionaries}) == 1
 
     @property
     def chained(self) -> bool:
@@ -419,9 +420,10 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         if description["predictor"] not in KINDS:
             raise ValueError(f"stack {folder}: unknown predictor {description['predictor']!r}")
         folders = [folder / name for name in description["hook_points"]]
-        kind = "boosted" if description.get("boosted", False) else None
-        saes = [load_sae(path, kind) for path in folders]
-        if description.get("shared", False):
+        boosted = description.get("boosted", False)
+        saes = [load_sae(path, "boosted" if boosted else None) for path in folders]
+        # Earlier versions could record boosted autoencoders as shared, which they never are.
+        if description.get("shared", False) and not boosted:
             _share(saes, folder)
         stack = cls(
             description["hook_points"],
