@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import weakref
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from string import ascii_letters
@@ -16,6 +15,7 @@ from string import ascii_letters
 import pytest
 import tiny
 import torch
+from commands import SMALL, TRAIN, free_ports
 
 import resae.training.loop as training
 from resae import HookedLM, ReSAE
@@ -25,35 +25,6 @@ from resae.data.rows import TokenRows
 from resae.data.text_record import RunText
 from resae.data.texts import fingerprint, load_texts
 from resae.storage import load_json, load_tensors
-
-TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
-SMALL = ["--train-tokens", "4096", "--batch-tokens", "128", "--buffer-tokens", "1024"]
-SMALL += ["--calibration-tokens", "2048", "--d-sae", "64"]
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A model folder and a text file, as a user has them."""
-    folder = tmp_path_factory.mktemp("material")
-    lm = tiny.pythia()
-    lm.model.save_pretrained(folder / "model")
-    lm.tokenizer.save_pretrained(folder / "model")
-    other = tiny.pythia()
-    other.model.resize_token_embeddings(1024, mean_resizing=False)
-    other.model.save_pretrained(folder / "other")
-    lm.tokenizer.save_pretrained(folder / "other")
-    words = " ".join(f"The {w} sat by number {i}." for i, w in enumerate(["cat", "dog"] * 900))
-    (folder / "text.txt").write_text(words)
-    (folder / "empty.txt").write_text("")
-    (folder / "latin1.txt").write_bytes("Wörter ".encode("latin1") * 900)
-    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b')
-    (folder / "integers.jsonl").write_text('{"text": 1}\n')
-    (folder / "nulls.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
-    (folder / "mixed").mkdir()
-    (folder / "mixed" / "a.txt").write_text(words)
-    (folder / "mixed" / "b.jsonl").write_text('{"text": "a"}\n')
-    lm.model.save_pretrained(folder / "no-tokenizer")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -653,14 +624,6 @@ def of_two(rank, ports, runs, cut):
         codes.append(main(arguments))
         torch.distributed.destroy_process_group()
     assert codes == [130, *(0 for _ in runs[1:])]
-
-
-def free_ports(n):
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(n)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def test_each_rank_keeps_its_share_on_disk_and_goes_on_from_it(

@@ -11,7 +11,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from test_train import calibration_of, config_of, stop_after
+from test_loop import calibration_of, config_of, stop_after
 
 from resae import Moments, ReSAE, StoredActivations, train
 from resae.data.activations import capture_tokens

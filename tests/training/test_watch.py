@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
+from commands import SMALL, TRAIN, free_ports
 from safetensors import safe_open
-from test_cli import SMALL, TRAIN, free_ports, material  # noqa: F401
 
 import resae.training.loop as training
 from resae import ReSAE
@@ -65,7 +65,7 @@ def run_ranks(processes, arguments, folder, *, size=2, victim=None, how=None):
 
 
 @pytest.fixture(scope="module")
-def whole(material, processes, tmp_path_factory):  # noqa: F811
+def whole(material, processes, tmp_path_factory):
     """The arguments, and runs that nothing stopped, by the way of sharing."""
     folder = tmp_path_factory.mktemp("whole")
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]

@@ -12,7 +12,7 @@ from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, Plan, _divided, run_
 from resae.demo.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
 from resae.report.page import write_report
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")

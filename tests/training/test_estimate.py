@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
-from test_train import calibration_of, config_of, run
+from test_loop import calibration_of, config_of, run
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma2Config, GPTNeoXConfig
 
