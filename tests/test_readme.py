@@ -344,6 +344,30 @@ def test_times_in_the_tables_are_those_measured(path, providers):
             assert cell == (f"{ms[provider]:.3g}" if provider in ms else "–"), (case, provider)
 
 
+@pytest.mark.parametrize(
+    ("path", "dtypes", "ops", "latents"),
+    [
+        ("README.md", "float32", "encode forward", range(4096, 1 << 20)),
+        ("bench/README.md", "float32", "encode forward", range(4096, 1 << 20)),
+        ("bench/README.md", "bfloat16", "encode forward", range(4096, 1 << 20)),
+        ("bench/README.md", "float32 bfloat16", "decode", range(4096, 1 << 20)),
+        ("bench/README.md", "float32 bfloat16", "decode", range(512, 513)),
+    ],
+)
+def test_shares_of_the_fastest_peers_time_are_those_measured(path, dtypes, ops, latents):
+    shares = []
+    for dtype in dtypes.split():
+        with (ROOT / "bench/results/cpu/real" / dtype / "ops.csv").open(newline="") as lines:
+            shares += [
+                float(row["x_peer"])
+                for row in csv.DictReader(lines)
+                if row["provider"] == "resae"
+                and row["op"] in ops.split()
+                and int(row["M"]) in latents
+            ]
+    assert f"{min(shares):.2f} to {max(shares):.2f}" in (ROOT / path).read_text()
+
+
 def test_speed_of_generation_is_that_measured():
     places = {
         "Pythia-160m shape, Xeon": "xeon/generate.csv",
