@@ -135,8 +135,8 @@ def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
     An op's own cost is the difference between its line and that of its implementation alone.
     """
     del shrink
-    encode = import_module("resae_kernels.topk_encode")._encode
-    decode = import_module("resae_kernels.sparse_decode")._decode
+    encode = import_module("resae_kernels.encode")._encode
+    decode = import_module("resae_kernels.decode")._decode
     chosen = "triton" if clock.device.type == "cuda" else "torch"
     x = torch.randn(1, 16, device=clock.device)
     weight = torch.randn(32, 16, device=clock.device)

@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-MODULES = ("topk_encode", "sparse_decode", "affine_chain", "online_step")
+MODULES = ("encode", "decode", "chain", "step")
 SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448}
 SHARED_BYTES |= {"sm_100": 232448}
 SHARED_PER_MULTIPROCESSOR = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90": 233472}
@@ -59,7 +59,7 @@ def compiled(case, architecture: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from resae_kernels import _launch
+    from resae_kernels.triton import runtime as _launch
 
     kernel = case.kernel.load() if isinstance(case.kernel, _launch.Kernel) else case.kernel
     names = kernel.arg_names

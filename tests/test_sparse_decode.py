@@ -17,16 +17,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resae_kernels import (
-    _launch,
-    affine_chain,
-    native,
-    reconstruction_error,
-    reference,
-    sparse_decode,
-    topk_encode,
-)
-from resae_kernels.sparse_decode import _sorted_stably, latent_outer, latent_sum
+from resae_kernels import affine_chain, reconstruction_error, reference, sparse_decode, topk_encode
+from resae_kernels.cpu import native
+from resae_kernels.decode import _sorted_stably, latent_outer, latent_sum
+from resae_kernels.triton import runtime as _launch
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -52,7 +46,7 @@ SHAPES = [
     pytest.param(17, 293, 23, 19, id="many-tiles"),
     pytest.param(2, 131, 71, 67, id="many-tiles-of-few-tokens"),
 ]
-module = importlib.import_module("resae_kernels.sparse_decode")
+module = importlib.import_module("resae_kernels.decode")
 
 
 def decoder_inputs(N, D, M, k, dtype=torch.float64) -> dict[str, Tensor]:

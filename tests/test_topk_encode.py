@@ -13,7 +13,8 @@ from measured import (
 )
 from torch import Tensor
 
-from resae_kernels import TopK, _launch, reference, topk_encode
+from resae_kernels import TopK, reference, topk_encode
+from resae_kernels.triton import runtime as _launch
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -368,7 +369,7 @@ def test_special_values_have_their_place_among_ties(case, sorted_):
 @pytest.mark.parametrize("least", [0, 10**9], ids=["by-groups", "at-once"])
 def test_selection_by_groups_and_at_once(monkeypatch, least, M, k, sorted_):
     """Rows of few values, of all kinds, and of distinct ones, beside each other."""
-    module = import_module("resae_kernels.topk_encode")  # resae_kernels.topk_encode is the op
+    module = import_module("resae_kernels.encode")  # resae_kernels.topk_encode is the op
     monkeypatch.setattr(module, "GROUPED_SCORES", least)
     generator = torch.Generator().manual_seed(M + k)
     few = torch.tensor([-inf, -1.0, 0.0, 1.0, 2.0, inf, nan])

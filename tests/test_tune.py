@@ -11,8 +11,9 @@ from resae import tune as module
 from resae.cli import main
 from resae.profile import Case
 from resae.tune import Timing, fastest, measure, store
-from resae_kernels import _launch, sparse_decode
-from resae_kernels.topk_encode import FEW_TOKENS, _plan
+from resae_kernels import sparse_decode
+from resae_kernels.encode import FEW_TOKENS, _plan
+from resae_kernels.triton import runtime as _launch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAME, CLASS = _launch.device_name(DEVICE), _launch.device_class(DEVICE)

@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels import _launch, native, screening_torch
+from resae_kernels.cpu import native, screening_torch
+from resae_kernels.cpu.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
+from resae_kernels.cpu.screening_native import NativeCopy
+from resae_kernels.encode import _backward, _check, _setup_context, fits, topk_encode
 from resae_kernels.reference import TopK
-from resae_kernels.screening import SAMPLES, ScreeningCopy, StaleCopyError
-from resae_kernels.screening_native import NativeCopy
-from resae_kernels.topk_encode import _backward, _check, _setup_context, fits, topk_encode
+from resae_kernels.triton import runtime as _launch
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resae_kernels import _launch, native
-from resae_kernels._launch import AotCase, tl, triton
+from resae_kernels.cpu import native
 from resae_kernels.reference import ReconstructionError, accumulation_dtype
+from resae_kernels.triton import runtime as _launch
+from resae_kernels.triton.runtime import AotCase, tl, triton
 
 GATHER_BYTES = 64 << 20
 """Bound on the gathered rows `[n, k, D]` that the torch gradient of the acts holds at once."""

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resae_kernels import _launch
+from resae_kernels.decode import code_gradients, product, sparse_decode
 from resae_kernels.reference import TopK, Transported, accumulation_dtype
-from resae_kernels.sparse_decode import code_gradients, product, sparse_decode
+from resae_kernels.triton import runtime as _launch
 
 TRANSPORTED_TOKENS = 32
 """Tokens times layers before the last up to which gathering carried rows beats the products, which

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from resae_kernels.native import packed
+from resae_kernels.cpu.native import packed
 
 LEAST_SCORES = 16_384
 """Entries of the result below which a call's fixed cost of some 10 µs outweighs the gain."""

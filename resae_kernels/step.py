@@ -19,12 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from resae_kernels import _launch, native
-from resae_kernels._launch import AotCase, tl, triton
-from resae_kernels.reference import OnlineStep, TopK, Transported
-from resae_kernels.screened_encode import ScreenedEncoder, layout_of
-from resae_kernels.sparse_decode import _launch_decode, _sum_entries, sparse_decode
-from resae_kernels.topk_encode import (
+from resae_kernels.cpu import native
+from resae_kernels.decode import _launch_decode, _sum_entries, sparse_decode
+from resae_kernels.encode import (
     FEW_TOKENS,
     GROUP_SIZES,
     KEYS,
@@ -34,6 +31,10 @@ from resae_kernels.topk_encode import (
     _select_row,
     _select_warps,
 )
+from resae_kernels.reference import OnlineStep, TopK, Transported
+from resae_kernels.screened import ScreenedEncoder, layout_of
+from resae_kernels.triton import runtime as _launch
+from resae_kernels.triton.runtime import AotCase, tl, triton
 
 # As narrow as the decode of few tokens: chosen from ahead-of-time compilation, NOT yet measured.
 SLICE_BYTES = 128

@@ -1,6 +1,6 @@
 """Screening by torch's own operations: where the compiled library (`native.c`) is not at hand.
 
-The mathematics is in `screened_encode.py`. Screens float32 alone. The integer product is oneDNN's
+The mathematics is in `screened.py`. Screens float32 alone. The integer product is oneDNN's
 quantised linear op, which torch keeps among its private ones: `unavailable` and `TorchCopy` are
 where it is used.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels.screening import (
+from resae_kernels.cpu.screening_bounds import (
     LANES,
     ROUNDING,
     STEPS,
@@ -21,8 +21,8 @@ from resae_kernels.screening import (
     draw_dither,
     statistical_bounds,
 )
-from resae_kernels.sparse_decode import pair_products
-from resae_kernels.topk_encode import _descending, _residual, _select
+from resae_kernels.decode import pair_products
+from resae_kernels.encode import _descending, _residual, _select
 
 ROWS = 256
 """Rows screened at a time: their scores stay in the cache."""

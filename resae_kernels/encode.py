@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels import _launch, native, onednn
-from resae_kernels._launch import AotCase, tl, triton
+from resae_kernels.cpu import native, onednn
+from resae_kernels.decode import latent_outer, latent_sum
 from resae_kernels.reference import TopK, accumulation_dtype
-from resae_kernels.sparse_decode import latent_outer, latent_sum
+from resae_kernels.triton import runtime as _launch
+from resae_kernels.triton.runtime import AotCase, tl, triton
 
 FEW_TOKENS = 16
 """Up to here the product is bound by reading `weight`: one Triton kernel instead of a GEMM."""

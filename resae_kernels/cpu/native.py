@@ -100,7 +100,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 @cache
 def _load() -> tuple[Any, str | None]:
     """The library, or why there is none."""
-    from resae_kernels.build_native import LIBRARY, SOURCE, source_version
+    from resae_kernels.cpu.build_native import LIBRARY, SOURCE, source_version
 
     if not LIBRARY.exists():
         return None, (
