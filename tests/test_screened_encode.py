@@ -454,7 +454,7 @@ def test_why_nothing_is_screened():
     assert "float64" in reason(weight.double(), bias.double(), x.double())
     x = torch.randn(40, 256)
     assert "does not pay" in reason(big, x=x, k=2000)
-    if screening_torch.unavailable() is None:
+    if screened_encode.unavailable("torch") is None:
         options = {"margin": "certain", "implementation": "torch"}
         assert "certain margin does not pay at 40 rows" in reason(big, x=x, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
