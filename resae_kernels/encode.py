@@ -2,7 +2,7 @@
 
 N tokens, D width, M latents, k active. 2·N·D·M FLOPs; the scores `[N, M]` exist for one chunk of
 rows at a time, so that they stay in cache between the product and the selection. Selection is
-exact: ties go to the lower index, whatever the chunking.
+exact: ties go to the lower index, whatever the chunking (`cpu/encode.py`, `triton/encode.py`).
 
 Backward is sparse. With g the gradient of the acts where they are positive, dx is a sparse decode
 of g through `weight`, and dweight sums g · residual per latent (`latent_outer`, over codes sorted
@@ -213,6 +213,7 @@ def _encode_fake(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes, im
 
 
 def setup_context(ctx, inputs, output) -> None:
+    """Keep what `backward` needs, which does not depend on how the code was found."""
     x, weight, bias, _, pre_bias, base, _, _, ctx.implementation = inputs
     acts, indices = output
     ctx.mark_non_differentiable(indices)
@@ -233,6 +234,7 @@ def _combined(total: Tensor, weight: Tensor) -> Tensor:
 
 
 def backward(ctx, grad_acts, grad_indices):
+    """Gradients of the inputs of `encode_rows`, in their order."""
     del grad_indices  # integers carry no gradient
     if grad_acts is None:
         return (None,) * 9

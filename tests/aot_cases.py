@@ -35,7 +35,7 @@ def all_cases() -> Iterator[AotCase]:
 
 
 def decode_cases() -> Iterator[AotCase]:
-    """Every kernel as it runs at the shapes that matter, for a compiler without a device."""
+    """The kernels of the decode, its error and the two sums of its backward."""
     D, k = 2048, 64
     i64 = "*i64:16"
     for name, dtype, architectures in (
@@ -128,7 +128,7 @@ def decode_cases() -> Iterator[AotCase]:
 
 
 def encode_cases() -> Iterator[AotCase]:
-    """Every kernel as it runs at the shapes that matter, for a compiler without a device."""
+    """The kernels of the encode."""
 
     def each(kind: str, names: str) -> dict[str, str]:
         return dict.fromkeys(names.split(), kind)
@@ -209,7 +209,7 @@ def encode_cases() -> Iterator[AotCase]:
 
 
 def step_cases() -> Iterator[AotCase]:
-    """The kernel as it runs at the shapes that matter, for a compiler without a device."""
+    """The kernels of the online step."""
     k = 64
     for name, dtype, M, D in (
         ("bf16", torch.bfloat16, 65536, 2048),

@@ -1134,7 +1134,7 @@ def test_index_outside_the_dictionary_is_refused_in_16_bits_too(index):
         sparse_decode(acts, torch.tensor([[index]]), W_dec, bias=W_dec[0])
 
 
-def test_gathered_dot_without_the_private_op_are_the_same(monkeypatch):
+def test_gathered_dot_without_the_private_op_is_the_same(monkeypatch):
     """Where torch has moved the op that copies no row, rows are gathered."""
     x, W = torch.randn(7, 12), torch.randn(20, 12)
     tokens, latents = torch.randint(7, (50,)), torch.randint(20, (50,))

@@ -29,6 +29,7 @@ token would otherwise keep one program busy long after the rest."""
 
 
 def decode_tile_name(N: int) -> str:
+    """The name in `tiles.TILES` of what N tokens are decoded with."""
     return "decode_few" if N <= SPREAD_TOKENS else "decode"
 
 

@@ -127,6 +127,7 @@ def _gemm(x, weight, bias, pre_bias, base, out) -> None:
 
 
 def _subtract(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
+    """`precision.residual` in one launch."""
     n, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     tile = tiles.tile("residual", x.device)
@@ -203,6 +204,7 @@ def product_of_few(
 
 
 def product_tile_name(dtype: torch.dtype, D: int) -> str:
+    """The name in `tiles.TILES` of what `product_of_few` is launched with."""
     # Rows that start anywhere are loaded element by element: in tiles for elements twice as wide,
     # or registers would not suffice.
     aligned = D % 16 == 0

@@ -99,6 +99,8 @@ def workspace_layout(
 def launch_step(
     x, weight, bias, W_dec, b_dec, base, acts, indices, dictionaries, constant, to: StepWorkspace
 ) -> None:
+    """Write code and x̂ of N rows into `to`. With dictionaries base is what the codes `acts`,
+    `indices` and `constant` predict."""
     N, (M, D), k = x.shape[0], weight.shape, to.acts.shape[1]
     layout = selection_layout(M, k) if x.dtype in KEYS else None
     if layout is None:
