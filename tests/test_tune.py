@@ -204,7 +204,7 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
         return [out * 1.001 if implementation == "triton" else out]
 
     monkeypatch.setitem(module.TUNABLES, "decode", module.Tunable(wrong, ()))
-    with pytest.raises(ValueError, match="decode with Tile.* is wrong on decode N=18"):
+    with pytest.raises(ValueError, match="decode with GatherTile.* is wrong on decode N=18"):
         measure("decode", SMALL["decode"], device=DEVICE, rounds=1, seconds=lambda _call: 1.0)
 
 
