@@ -1233,7 +1233,7 @@ def _tune(options: argparse.Namespace) -> int:
     import torch
 
     from resae.tune import tiles_in_force, tune
-    from resae_kernels import _launch
+    from resae_kernels.triton import tiles as _launch
 
     device = torch.device("cuda" if options.device == "auto" else options.device)
     if options.show:

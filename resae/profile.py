@@ -40,7 +40,7 @@ from resae_kernels import (
     topk_encode,
     transport,
 )
-from resae_kernels.online_step import FEW_TOKENS
+from resae_kernels.step import FEW_TOKENS
 
 COLD_BYTES = 256 << 20
 """Written before each cold call: more than any last-level cache in use."""

@@ -11,8 +11,9 @@ from resae import tune as module
 from resae.cli import main
 from resae.profile import Case
 from resae.tune import Timing, fastest, measure, store
-from resae_kernels import _launch, sparse_decode
-from resae_kernels.topk_encode import FEW_TOKENS, _plan
+from resae_kernels import sparse_decode
+from resae_kernels.triton import tiles as _launch
+from resae_kernels.triton.encode import FEW_TOKENS, selection_layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAME, CLASS = _launch.device_name(DEVICE), _launch.device_class(DEVICE)
@@ -95,7 +96,7 @@ def test_tiles_are_looked_up_at_every_launch(kernel):
 @kernels
 def test_representative_shapes_are_of_the_kernel_they_tune(kernel):
     for case in module.TUNABLES[kernel].cases:
-        assert case.op != "encode" or _plan(case.M, case.k) is not None
+        assert case.op != "encode" or selection_layout(case.M, case.k) is not None
         assert (case.N <= FEW_TOKENS) == ("few" in kernel)
         if "bit" in kernel:
             assert kernel.endswith({"float32": "32bit", "bfloat16": "16bit"}[case.dtype])
@@ -203,7 +204,7 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
         return [out * 1.001 if implementation == "triton" else out]
 
     monkeypatch.setitem(module.TUNABLES, "decode", module.Tunable(wrong, ()))
-    with pytest.raises(ValueError, match="decode with Tile.* is wrong on decode N=18"):
+    with pytest.raises(ValueError, match="decode with GatherTile.* is wrong on decode N=18"):
         measure("decode", SMALL["decode"], device=DEVICE, rounds=1, seconds=lambda _call: 1.0)
 
 
