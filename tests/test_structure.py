@@ -14,14 +14,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"demo", "report", "tune"},
+    {"demo", "report"},
     {"evaluate", "plan", "findings"},
     {"train", "replace"},
     {"intervene", "activation_cache", "decode_loop", "distributed"},
     {"stack"},
     {"data", "affine", "sae"},
     {"model"},
-    {"metrics", "profile", "arguments", "text_record", "watch"},
+    {"metrics", "arguments", "text_record", "watch"},
     {"storage", "environment", "assets", "threads", "choices", "recipes"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -55,7 +55,7 @@ def test_imports_go_down(path):
 
 
 def test_kernels_know_no_model_and_autoencoders_no_transformers():
-    for path in (ROOT / "resae_kernels").glob("*.py"):
+    for path in (ROOT / "resae_kernels").rglob("*.py"):
         outside = {m.split(".")[0] for m in imported(path)} - sys.stdlib_module_names
         builds = {"hatchling"} if path.stem == "build_native" else set()
         assert outside <= {"torch", "triton", "numpy", "resae_kernels"} | builds, path
@@ -66,7 +66,7 @@ def test_kernels_know_no_model_and_autoencoders_no_transformers():
 
 def test_nothing_reads_the_environment_or_prints():
     for package in ("resae", "resae_kernels"):
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             text = path.read_text()
             assert "environ" not in text.replace("environment", ""), path
             assert "getenv" not in text, path

@@ -8,19 +8,21 @@ directory, where the ops find them.
 """
 
 import datetime
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from resae.environment import environment
-from resae.profile import Case, Clock, Inputs, make_inputs
-from resae.storage import save_json
 from resae_kernels import TopK, _launch, sparse_decode, topk_encode
+from resae_kernels.files import write_atomically
+from resae_kernels.profiling.clock import Clock
+from resae_kernels.profiling.specs import Case, Inputs, make_inputs, relative_error
 
 MARGIN = 0.02
 """The shipped tile stays unless another takes this share less time: repeated runs differ by it."""
@@ -178,7 +180,7 @@ def _widened(value: Any) -> Any:
 
 def _check(kernel, case: Case, tile, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for got, want in zip(outputs, expected, strict=True):
-        error = float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+        error = relative_error(got, want)
         if not error < TOLERANCE[case.dtype]:
             raise ValueError(
                 f"tune: {kernel} with {tile} is wrong on {case.name}: relative error {error:.2e}, "
@@ -240,14 +242,14 @@ def _require_gpu(device: torch.device) -> None:
 def store(device: torch.device, tiles: Mapping[str, Any]) -> None:
     """Write the tiles of a device to the user's file; those of other devices stay."""
     stored = _launch.stored_tiles()
-    versions = environment()
     stored[_launch.device_name(device)] = {
         "date": datetime.date.today().isoformat(),
-        "torch": versions["torch"],
-        "triton": versions["triton"],
+        "torch": torch.__version__,
+        "triton": version("triton"),
         "tiles": {kernel: tile._asdict() for kernel, tile in tiles.items()},
     }
-    save_json(_launch.tiles_file(), stored)
+    text = json.dumps(stored, indent=2) + "\n"
+    write_atomically(_launch.tiles_file(), lambda temporary: temporary.write_text(text))
     _launch.forget_tiles()
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from resae import tune as module
 from resae.cli import main
-from resae.profile import Case
-from resae.tune import Timing, fastest, measure, store
 from resae_kernels import _launch, sparse_decode
+from resae_kernels.profiling import Case
+from resae_kernels.profiling import tuning as module
+from resae_kernels.profiling.tuning import Timing, fastest, measure, store
 from resae_kernels.topk_encode import FEW_TOKENS, _plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
