@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_device import KERNEL_DEVICE as DEVICE
 
 from resae.cli import main
 from resae_kernels import _launch, sparse_decode
@@ -14,7 +15,6 @@ from resae_kernels.profiling import tuning as module
 from resae_kernels.profiling.tuning import Timing, fastest, measure, store
 from resae_kernels.topk_encode import FEW_TOKENS, _plan
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAME, CLASS = _launch.device_name(DEVICE), _launch.device_class(DEVICE)
 SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
     "product_of_few_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
