@@ -1237,8 +1237,8 @@ def _profile(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     import torch
 
-    from resae_kernels import _launch
     from resae_kernels.profiling import tiles_in_force, tune
+    from resae_kernels.triton.tiles import tiles_file
 
     device = torch.device("cuda" if options.device == "auto" else options.device)
     if options.show:
@@ -1248,7 +1248,7 @@ def _tune(options: argparse.Namespace) -> int:
     chosen = tune(device, rounds=options.rounds, say=display.say)
     display.say(
         f"* chosen, by the geometric mean of the last column: the time relative to the tile that "
-        f"comes with resae. {len(chosen)} tiles written to {_launch.tiles_file()}"
+        f"comes with resae. {len(chosen)} tiles written to {tiles_file()}"
     )
     return 0
 

@@ -78,7 +78,7 @@ def screened_by_torch_at_any_size(monkeypatch):
 
 
 def screen_at_any_size(implementation: str, monkeypatch) -> None:
-    from resae_kernels import screened_encode
+    from resae_kernels import screened as screened_encode
 
     reason = screened_encode.unavailable(implementation)
     if reason is not None:

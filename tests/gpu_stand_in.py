@@ -49,7 +49,7 @@ torch.library.Library.impl = impl
 torch.library.register_fake = register_implementation
 torch.tensor = tensor
 
-from resae_kernels._launch import Kernel  # noqa: E402  (after the ops' registration is replaced)
+from resae_kernels.triton.runtime import Kernel  # noqa: E402  (after the ops' registration is replaced)
 
 reached: set[str] = set()
 """Tests that have launched a kernel."""

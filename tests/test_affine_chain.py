@@ -53,7 +53,7 @@ SHAPES = [
     pytest.param((), 3, id="a-vector"),
     pytest.param((2, 3), 3, id="batch-of-sequences"),
 ]
-module = importlib.import_module("resae_kernels.affine_chain")
+module = importlib.import_module("resae_kernels.chain")
 FIELDS = ("acts", "indices", "W_dec", "A", "c", "b_dec")
 
 

@@ -13,14 +13,14 @@ from resae_kernels import (
     ScreenedEncoder,
     StepWorkspace,
     TopK,
-    _launch,
-    native,
     online_step,
     reference,
     transport,
 )
+from resae_kernels.cpu import native
+from resae_kernels.triton import runtime as _launch
 
-online_step_module = import_module("resae_kernels.online_step")
+online_step_module = import_module("resae_kernels.step")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -22,7 +22,7 @@ from resae_kernels import (
     topk_encode,
     transport,
 )
-from resae_kernels.online_step import FEW_TOKENS
+from resae_kernels.step import FEW_TOKENS
 
 PRODUCT = "bare product"
 """Provider of the encode's scores alone, `x @ weight.T + bias`: timed, but no answer to check."""
