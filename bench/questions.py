@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from resae.environment import environment
-from resae.profile import Case, Clock, make_inputs, trace, train_step
 from resae.storage import write_atomically
 from resae_kernels import sparse_decode, topk_encode
 from resae_kernels.decode import decode_rows
 from resae_kernels.encode import encode_rows
+from resae_kernels.profiling import Case, Clock, make_inputs, trace
+from resae_kernels.profiling.specs import train_step
 
 Answer = tuple[str, str]
 """The question, and the measured answer with its unit."""

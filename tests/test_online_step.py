@@ -24,7 +24,7 @@ online_step_module = import_module("resae_kernels.step")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-either = pytest.mark.parametrize("implementation", ["torch", "triton"])
+either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
     pytest.param(torch.bfloat16, id="bf16"),

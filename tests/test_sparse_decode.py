@@ -38,7 +38,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, id="bf16"),
     pytest.param(torch.float16, id="fp16"),
 ]
-either = pytest.mark.parametrize("implementation", ["torch", "triton"])
+either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
 in_both_forms = pytest.mark.parametrize("form", ["gather", "dense"])
 # (N, D, M, k)
 SHAPES = [
@@ -449,7 +449,7 @@ def test_latent_of_half_of_all_tokens_is_summed_in_pieces(piece, dtype, monkeypa
     assert_close_as_torch(op, plain, inputs)
 
 
-def test_pieces_of_every_length_sum_to_the_whole(monkeypatch):
+def test_pieces_of_every_length_sum_to_the_whole(monkeypatch, device):  # noqa: ARG001
     # Latent m has m entries: whole pieces, one entry less and one more, and none at all.
     latents = torch.arange(18).repeat_interleave(torch.arange(18))
     indices = latents[torch.randperm(len(latents))].unsqueeze(1)
@@ -902,6 +902,7 @@ def test_bad_target_is_refused(target, error, message):
         (None, set()),  # by device: the inputs are on CPU
     ],
     ids=["triton", "torch", "by-device"],
+    indirect=["implementation"],
 )
 def test_implementation_asked_for_computes_the_sum_and_its_gradients(
     implementation, launched, monkeypatch

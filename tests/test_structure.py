@@ -14,14 +14,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"demo", "report", "tune"},
+    {"demo", "report"},
     {"evaluate", "plan", "findings"},
     {"train", "replace"},
     {"intervene", "activation_cache", "decode_loop", "distributed"},
     {"stack"},
     {"data", "affine", "sae"},
     {"model"},
-    {"metrics", "profile", "arguments", "text_record", "watch"},
+    {"metrics", "arguments", "text_record", "watch"},
     {"storage", "environment", "assets", "threads", "choices", "recipes"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
