@@ -1196,7 +1196,8 @@ def _report(options: argparse.Namespace) -> int:
 def _profile(options: argparse.Namespace) -> int:
     import torch
 
-    from resae.profile import Case, Clock, measure_roofs, profile, table, trace
+    from resae.storage import write_atomically
+    from resae_kernels.profiling import Case, Clock, measure_roofs, profile, table, trace
 
     _choose_devices(options, Display())
     device = torch.device(options.device)
@@ -1218,7 +1219,11 @@ def _profile(options: argparse.Namespace) -> int:
         print(
             f"\n{'us':>12}{'calls':>8}{'registers':>11}{'shared':>9}{'occupancy':>11}  kernel or op"
         )
-        for row in trace(case, device=device, path=Path(options.trace))[:20]:
+        ran: list[dict[str, Any]] = []
+        write_atomically(
+            Path(options.trace), lambda path: ran.extend(trace(case, device=device, path=path))
+        )
+        for row in ran[:20]:
             known = [row[key] for key in ("registers", "shared_bytes", "occupancy_percent")]
             facts = ["–" if value is None else str(value) for value in known]
             print(
@@ -1232,8 +1237,8 @@ def _profile(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     import torch
 
-    from resae.tune import tiles_in_force, tune
-    from resae_kernels import _launch
+    from resae_kernels.profiling import tiles_in_force, tune
+    from resae_kernels.triton.tiles import tiles_file
 
     device = torch.device("cuda" if options.device == "auto" else options.device)
     if options.show:
@@ -1243,7 +1248,7 @@ def _tune(options: argparse.Namespace) -> int:
     chosen = tune(device, rounds=options.rounds, say=display.say)
     display.say(
         f"* chosen, by the geometric mean of the last column: the time relative to the tile that "
-        f"comes with resae. {len(chosen)} tiles written to {_launch.tiles_file()}"
+        f"comes with resae. {len(chosen)} tiles written to {tiles_file()}"
     )
     return 0
 

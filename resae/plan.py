@@ -21,7 +21,7 @@ from resae.affine import Moments
 from resae.distributed import Ranks
 from resae.model import HookedLM
 from resae.train import TrainConfig
-from resae_kernels._launch import WORKSPACE_BYTES
+from resae_kernels.memory import WORKSPACE_BYTES
 
 STREAMS = 6
 """Tensors `[N, D]` in float32 that a layer holds until the backward: the raw and the scaled

@@ -28,7 +28,7 @@ from resae.model import HookedLM, HookPoint, type_name
 from resae.sae import BoostedSAE, SAEConfig, TopKSAE
 from resae.storage import load_json, save_json
 from resae_kernels import ScreenedEncoder, TopK, Transported, affine_chain, online_step, transport
-from resae_kernels.online_step import FEW_TOKENS
+from resae_kernels.step import FEW_TOKENS
 
 FORMAT_VERSION = 1
 FEW_ENTRIES = 2048

@@ -10,12 +10,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from resae_kernels import reference
-from resae_kernels.affine_chain import affine_chain, transport
-from resae_kernels.online_step import StepWorkspace, online_step
-from resae_kernels.reference import OnlineStep, ReconstructionError, TopK, Transported
-from resae_kernels.screened_encode import ScreenedEncoder, Screening
-from resae_kernels.sparse_decode import reconstruction_error, sparse_decode
-from resae_kernels.topk_encode import topk_encode
+from resae_kernels.chain import affine_chain, transport
+from resae_kernels.decode import reconstruction_error, sparse_decode
+from resae_kernels.encode import topk_encode
+from resae_kernels.screened import ScreenedEncoder, Screening
+from resae_kernels.step import StepWorkspace, online_step
+from resae_kernels.types import OnlineStep, ReconstructionError, TopK, Transported
 
 __all__ = [
     "OnlineStep",

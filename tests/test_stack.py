@@ -12,7 +12,8 @@ from resae.affine import KINDS
 from resae.data import capture_tokens
 from resae.sae import BoostedSAE, SAEConfig
 from resae.stack import new_stack
-from resae_kernels import native, reference
+from resae_kernels import reference
+from resae_kernels.cpu import native
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,22 @@ directory, where the ops find them.
 """
 
 import datetime
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from resae.environment import environment
-from resae.profile import Case, Clock, Inputs, make_inputs
-from resae.storage import save_json
-from resae_kernels import TopK, _launch, sparse_decode, topk_encode
+from resae_kernels import TopK, sparse_decode, topk_encode
+from resae_kernels.files import write_atomically
+from resae_kernels.profiling.clock import Clock
+from resae_kernels.profiling.specs import Case, Inputs, make_inputs, relative_error
+from resae_kernels.triton import tiles as kernel_tiles
 
 MARGIN = 0.02
 """The shipped tile stays unless another takes this share less time: repeated runs differ by it."""
@@ -138,19 +141,19 @@ def measure(
     Raises:
         ValueError: a tile's answer is wrong.
     """
-    tiles = _launch.TILES[kernel].candidates(_launch.device_class(device))
+    tiles = kernel_tiles.TILES[kernel].candidates(kernel_tiles.device_class(device))
     inputs = make_inputs(case, device)
     run = TUNABLES[kernel].run
     expected = run(case, _widened(inputs), "torch")
     call = partial(run, case, inputs, "triton")
     taken: dict[Any, list[float]] = {tile: [] for tile in tiles}
-    with _launch.forced_tiles(_shipped(device)):
+    with kernel_tiles.forced_tiles(_shipped(device)):
         for tile in tiles:
-            with _launch.forced_tiles({kernel: tile}):
+            with kernel_tiles.forced_tiles({kernel: tile}):
                 _check(kernel, case, tile, call(), expected)
         for _ in range(rounds):
             for tile in tiles:
-                with _launch.forced_tiles({kernel: tile}):
+                with kernel_tiles.forced_tiles({kernel: tile}):
                     taken[tile].append(seconds(call))
     medians = {tile: statistics.median(times) for tile, times in taken.items()}
     base = medians[tiles[0]]
@@ -161,8 +164,8 @@ def measure(
 
 def _shipped(device: torch.device) -> dict[str, Any]:
     """What this package chooses for the device, whatever the user's file says."""
-    name = _launch.device_class(device)
-    return {kernel: table.of(name).tile for kernel, table in _launch.TILES.items()}
+    name = kernel_tiles.device_class(device)
+    return {kernel: table.of(name).tile for kernel, table in kernel_tiles.TILES.items()}
 
 
 def _widened(value: Any) -> Any:
@@ -178,7 +181,7 @@ def _widened(value: Any) -> Any:
 
 def _check(kernel, case: Case, tile, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for got, want in zip(outputs, expected, strict=True):
-        error = float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+        error = relative_error(got, want)
         if not error < TOLERANCE[case.dtype]:
             raise ValueError(
                 f"tune: {kernel} with {tile} is wrong on {case.name}: relative error {error:.2e}, "
@@ -214,7 +217,7 @@ def tune(
     _require_gpu(device)
     if rounds < 1:
         raise ValueError(f"rounds={rounds}, expected at least 1")
-    _launch.stored_tiles()  # a damaged file is better known before the work than after it
+    kernel_tiles.stored_tiles()  # a damaged file is better known before the work than after it
     if seconds is None:
         # With an empty cache, as inside a model; and while it is emptied the op can be launched.
         seconds = partial(Clock(device).seconds, cold=True)
@@ -239,16 +242,16 @@ def _require_gpu(device: torch.device) -> None:
 
 def store(device: torch.device, tiles: Mapping[str, Any]) -> None:
     """Write the tiles of a device to the user's file; those of other devices stay."""
-    stored = _launch.stored_tiles()
-    versions = environment()
-    stored[_launch.device_name(device)] = {
+    stored = kernel_tiles.stored_tiles()
+    stored[kernel_tiles.device_name(device)] = {
         "date": datetime.date.today().isoformat(),
-        "torch": versions["torch"],
-        "triton": versions["triton"],
+        "torch": version("torch"),
+        "triton": version("triton"),
         "tiles": {kernel: tile._asdict() for kernel, tile in tiles.items()},
     }
-    save_json(_launch.tiles_file(), stored)
-    _launch.forget_tiles()
+    text = json.dumps(stored, indent=2) + "\n"
+    write_atomically(kernel_tiles.tiles_file(), lambda temporary: temporary.write_text(text))
+    kernel_tiles.forget_tiles()
 
 
 def table(timings: Sequence[Timing], winner: Any) -> str:
@@ -263,9 +266,10 @@ def table(timings: Sequence[Timing], winner: Any) -> str:
 
 def tiles_in_force(device: torch.device) -> str:
     """One line per kernel: its tile here, where that comes from, when it was measured."""
-    lines = [f"tiles on {_launch.device_name(device)}; tuned ones are in {_launch.tiles_file()}"]
-    for kernel in _launch.TILES:
-        chosen, source = _launch.tile_in_force(kernel, device)
+    name, file = kernel_tiles.device_name(device), kernel_tiles.tiles_file()
+    lines = [f"tiles on {name}; tuned ones are in {file}"]
+    for kernel in kernel_tiles.TILES:
+        chosen, source = kernel_tiles.tile_in_force(kernel, device)
         measured = chosen.measured or "not measured"
         lines.append(f"{kernel:<22}{_fields(chosen.tile):<58}{source:<9}{measured}")
     return "\n".join(lines)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resae_kernels.cpu.private_torch import is_eager, is_profiled
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 EXACT_ROWS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
 """Rows up to which `exact_encode` is faster than torch's product and `select`, by dtype: measured
@@ -24,11 +26,6 @@ LATENTS, DEPTH = 32, 64
 MOST_COLUMNS = 16
 """Outlier dimensions that a copy can hold."""
 _PLAIN = (Tensor, torch.nn.Parameter)
-_dispatch_modes: Any = torch._C._len_torch_dispatch_stack
-"""How many modes (fake tensors, tracing, counting of FLOPs) see what the dispatcher is given."""
-_transform: Any = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
-"""Level of the innermost transform of `torch.func`, whose tensors have no memory; None: none."""
-_is_profiled: Any = torch._C._autograd._profiler_enabled  # type: ignore[attr-defined]
 _INTEGERS = torch.empty(0, dtype=torch.int64)
 """Prototype of indices: naming the dtype takes torch a microsecond longer."""
 _OK, _NO_MEMORY, _BAD_INDEX, STALE_COPY, NEW_COLUMNS, ROWS_LEFT = range(6)
@@ -100,7 +97,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 @cache
 def _load() -> tuple[Any, str | None]:
     """The library, or why there is none."""
-    from resae_kernels.build_native import LIBRARY, SOURCE, source_version
+    from resae_kernels.cpu.build_native import LIBRARY, SOURCE, source_version
 
     if not LIBRARY.exists():
         return None, (
@@ -143,16 +140,6 @@ def takes(*tensors: Tensor | None) -> bool:
     )
 
 
-def is_eager() -> bool:
-    """Does nothing trace, transform or cast what is called?"""
-    return not (
-        torch.compiler.is_compiling()
-        or _dispatch_modes()
-        or _transform() is not None
-        or torch.is_autocast_enabled("cpu")
-    )
-
-
 def direct(first: Tensor, *others: Tensor | None) -> bool:
     """May the library be called with these tensors at once, past the dispatcher?
 
@@ -160,7 +147,7 @@ def direct(first: Tensor, *others: Tensor | None) -> bool:
     dispatcher takes longer than the work. Under torch's profiler, which sees what is dispatched,
     calls take the long way.
     """
-    if not is_eager() or _load()[1] is not None or _is_profiled():
+    if not is_eager() or _load()[1] is not None or is_profiled():
         return False
     wants_gradient, dtype = torch.is_grad_enabled(), getattr(first, "dtype", None)
     if dtype not in DTYPES:

@@ -4,86 +4,27 @@ p is what the layer reconstructs when none of its latents is active: what the co
 before it predict, and b_dec. N ≤ 16 tokens (generation), D width, M latents, k active; bound by
 reading `weight`, M·D elements.
 
-In Triton at most three launches: p by a gather over the earlier codes (where there are any); scores
-and group maxima; then, per token and slice of D, select and decode at once. There every program
-makes the whole selection for itself: it costs less than a launch between the two.
+In Triton at most three launches (`triton/step.py`).
 
 On a CPU a `ScreenedEncoder` encodes; where it screens by the compiled library, code and x̂ are one
 call.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from resae_kernels import _launch, native
-from resae_kernels._launch import AotCase, tl, triton
-from resae_kernels.reference import OnlineStep, TopK, Transported
-from resae_kernels.screened_encode import ScreenedEncoder, layout_of
-from resae_kernels.sparse_decode import _launch_decode, _sum_entries, sparse_decode
-from resae_kernels.topk_encode import (
-    FEW_TOKENS,
-    GROUP_SIZES,
-    KEYS,
-    _Plan,
-    _plan,
-    _product_of_few,
-    _select_row,
-    _select_warps,
-)
-
-# As narrow as the decode of few tokens: chosen from ahead-of-time compilation, NOT yet measured.
-SLICE_BYTES = 128
-"""Part of a row of `W_dec` that one program decodes."""
-ROWS = 64
-"""Rows of `W_dec` that a program loads at a time, up to k."""
-
-
-class StepWorkspace(NamedTuple):
-    """Memory of an online step: its results, and what passes between its launches."""
-
-    x_hat: Tensor
-    """`[N, D]`, a result."""
-    acts: Tensor
-    """`[N, k]`, a result."""
-    indices: Tensor
-    """`[N, k]` int64, a result."""
-    prediction: Tensor
-    """`[N, D]`: what the earlier codes predict. Written where they are given with `transported`."""
-    scores: Tensor
-    """`[N, M]`, each row padded; in use by "triton" alone, as all that follow."""
-    best: Tensor
-    """`[N, groups at most]`: the largest score of each group of latents."""
-    program_acts: Tensor
-    """`[N, slices of D, k]`: the code as each program selects it."""
-    program_indices: Tensor
-    """`[N, slices of D, k]` int64."""
-
-    @classmethod
-    def allocate(
-        cls,
-        N: int,
-        M: int,
-        k: int,
-        D: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> "StepWorkspace":
-        """For `online_step` of N tokens through one layer, call after call.
-
-        Layers of one size can share it where each result is used up before the next step; in
-        closed loop, where later layers read the codes of earlier ones, each has its own.
-        """
-        return cls(
-            *(
-                torch.empty(shape, dtype=dtype, device=device)
-                for shape, dtype in _layout(N, M, k, D, dtype)
-            )
-        )
+from resae_kernels import checks, memory
+from resae_kernels.cpu.private_torch import is_eager
+from resae_kernels.decode import sparse_decode
+from resae_kernels.dispatch import implementation_for, register
+from resae_kernels.screened import ScreenedEncoder, layout_of
+from resae_kernels.triton import step as triton_step
+from resae_kernels.triton.encode import FEW_TOKENS
+from resae_kernels.triton.step import StepWorkspace, workspace_layout
+from resae_kernels.types import OnlineStep, TopK, Transported
 
 
 def online_step(
@@ -141,7 +82,7 @@ def online_step(
         graph, after one call that compiles its kernels.
     """
     if implementation not in (None, "torch", "triton"):
-        _launch.implementation_for("online_step", x, implementation)
+        implementation_for("online_step", x, implementation)
     if x.is_cpu and implementation != "triton" and not torch.compiler.is_compiling():
         step = _step_on_cpu(
             x, weight, bias, k, W_dec, b_dec, base, codes, transported, encoder, out
@@ -214,7 +155,7 @@ def _step_on_cpu(
     """The step by a `ScreenedEncoder`, where that can in one call of the compiled library; None:
     what is called is traced, transformed or cast."""
     if encoder is None:
-        if not native.is_eager():
+        if not is_eager():
             return None
         encoder = _encoder_of(weight, bias)
     elif encoder.weight is not weight or encoder.bias is not bias:
@@ -224,7 +165,7 @@ def _step_on_cpu(
         step = encoder.online_step(x, k, b_dec, base, W_dec)
         if step is not None:
             return OnlineStep(step[0], TopK(*step[1:]))
-    if not native.is_eager():
+    if not is_eager():
         return None
     codes = [TopK(*code) for code in codes]
     _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported)
@@ -247,7 +188,7 @@ def _step_on_cpu(
 
 def _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported) -> None:
     op = "online_step"
-    _launch.check_floating(op, "x", x)
+    checks.check_floating(op, "x", x)
     if weight.ndim != 2:
         raise ValueError(f"{op}: weight has shape {list(weight.shape)}, expected [M, D]")
     M, D = weight.shape
@@ -291,7 +232,7 @@ def _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported) -> None:
             )
         inputs.append(("transported.constants", transported.constants[m], (D,), "width of x"))
         for j, code in enumerate(codes):
-            _launch.check_codes(op, code.acts, code.indices, f" of codes[{j}]")
+            checks.check_codes(op, code.acts, code.indices, f" of codes[{j}]")
             inputs += [
                 (f"codes[{j}]", code.acts, (*tokens, code.acts.shape[-1]), "the tokens of x"),
                 (
@@ -303,8 +244,8 @@ def _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported) -> None:
             ]
     for name, tensor, shape, why in inputs:
         if tensor is not None:
-            _launch.check_shape(op, name, tensor, shape, why)
-            _launch.check_like(op, name, tensor, "x", x)
+            checks.check_shape(op, name, tensor, shape, why)
+            checks.check_like(op, name, tensor, "x", x)
     if torch.is_grad_enabled():
         for name, tensor in [("x", x), *((name, tensor) for name, tensor, _, _ in inputs)]:
             if tensor is not None and tensor.requires_grad:
@@ -316,7 +257,7 @@ def _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported) -> None:
 
 def _check_workspace(out: StepWorkspace, N: int, M: int, k: int, D: int, x: Tensor) -> None:
     for name, tensor, (shape, dtype) in zip(
-        StepWorkspace._fields, out, _layout(N, M, k, D, x.dtype), strict=True
+        StepWorkspace._fields, out, workspace_layout(N, M, k, D, x.dtype), strict=True
     ):
         found = (tuple(tensor.shape), tensor.dtype, tensor.device, tensor.is_contiguous())
         if found != (shape, dtype, x.device, True):
@@ -347,8 +288,9 @@ def _step(
     implementation: str = "",
 ) -> None:
     to = StepWorkspace(*out)
-    if _launch.implementation_for("online_step", x, implementation or None) == "triton":
-        _step_triton(x, weight, bias, W_dec, b_dec, base, acts, indices, dictionaries, constant, to)
+    if implementation_for("online_step", x, implementation or None) == "triton":
+        codes = acts, indices, dictionaries
+        triton_step.launch_step(x, weight, bias, W_dec, b_dec, base, *codes, constant, to)
         return
     encode, decode = torch.ops.resae.topk_encode, torch.ops.resae.sparse_decode
     if dictionaries:
@@ -356,7 +298,7 @@ def _step(
             decode(acts, indices, dictionaries, constant, None, implementation="torch")
         )
     k = to.acts.shape[1]
-    code = encode(x, weight, bias, k, b_dec, base, False, _launch.workspace_bytes(x), "torch")
+    code = encode(x, weight, bias, k, b_dec, base, False, memory.workspace_bytes(x), "torch")
     x_hat = decode([code[0]], [code[1]], [W_dec], b_dec, base, implementation="torch")
     for result, value in zip((to.acts, to.indices, to.x_hat), (*code, x_hat), strict=True):
         result.copy_(value)
@@ -366,176 +308,10 @@ def _step_fake(*_inputs, **_options) -> None:
     return None
 
 
-_launch.register(
+register(
     "online_step(Tensor x, Tensor weight, Tensor? bias, Tensor W_dec, Tensor? b_dec, Tensor? base, "
     "Tensor[] acts, Tensor[] indices, Tensor[] dictionaries, Tensor? constant, Tensor(a!)[] out, "
     "*, str implementation='') -> ()",
     _step,
     _step_fake,
 )
-
-
-# -- launchers -------------------------------------------------------------------------------------
-
-
-def _layout(
-    N: int, M: int, k: int, D: int, dtype: torch.dtype
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each field of the workspace."""
-
-    def cdiv(a: int, b: int) -> int:
-        return -(-a // b)
-
-    slices = cdiv(D, SLICE_BYTES // dtype.itemsize)
-    return [
-        ((N, D), dtype),
-        ((N, k), dtype),
-        ((N, k), torch.int64),
-        ((N, D), dtype),
-        ((N, cdiv(M, 64) * 64), dtype),  # every row starts at a multiple of 16 bytes
-        ((N, cdiv(M, min(GROUP_SIZES))), dtype),
-        ((N, slices, k), dtype),
-        ((N, slices, k), torch.int64),
-    ]
-
-
-def _step_triton(
-    x, weight, bias, W_dec, b_dec, base, acts, indices, dictionaries, constant, to: StepWorkspace
-) -> None:
-    N, (M, D), k = x.shape[0], weight.shape, to.acts.shape[1]
-    plan = _plan(M, k) if x.dtype in KEYS else None
-    if plan is None:
-        raise ValueError(
-            f"online_step: 'triton' does not select k={k} of M={M} in {x.dtype} (fp32, bf16 or "
-            f"fp16, k ≤ 1024, M ≤ 2¹⁹, next_power_of_2(k) · M ≤ 2²⁶); pass implementation='torch'"
-        )
-    if N == 0:
-        return
-    keys = KEYS[x.dtype]
-    x, weight, W_dec = x.contiguous(), weight.contiguous(), W_dec.contiguous()
-    bias, b_dec, base = (None if t is None else t.contiguous() for t in (bias, b_dec, base))
-    with torch.cuda.device_of(x):
-        if dictionaries:
-            base, _ = _launch_decode(acts, indices, dictionaries, constant, None, to.prediction)
-        scores, best = to.scores[:, :M], to.best.view(keys.dtype)
-        _product_of_few(x, weight, bias, b_dec, base, scores, plan, best)
-        _select_decode_kernel[(N, to.program_acts.shape[1])](
-            to.x_hat,
-            to.acts.view(keys.dtype),
-            to.indices,
-            to.program_acts,
-            to.program_acts.view(keys.dtype),
-            to.program_indices,
-            scores.view(keys.dtype),
-            best,
-            W_dec,
-            b_dec,
-            base,
-            M,
-            plan.groups,
-            scores.stride(0),
-            k,
-            **_select_decode_constants(plan, D, x.dtype),
-            **_launch.launch_options(_select_warps(plan), num_stages=1),
-        )
-
-
-def _select_decode_constants(plan: _Plan, D: int, dtype: torch.dtype) -> dict[str, int]:
-    return {
-        "GROUP": plan.group,
-        "GROUPS": triton.next_power_of_2(plan.groups),
-        "SLOTS": plan.slots,
-        "INF": KEYS[dtype].inf,
-        "TOP": KEYS[dtype].top,
-        "D": D,
-        "BE": min(ROWS, plan.slots),
-        "BD": min(SLICE_BYTES // dtype.itemsize, triton.next_power_of_2(D)),
-    }
-
-
-# -- kernels ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _select_decode_kernel(
-    x_hat,  # [N, D]
-    acts,  # [N, k], as integers
-    indices,  # [N, k]
-    program_acts,  # [N, slices, k]
-    program_keys,  # the same memory, as integers
-    program_indices,  # [N, slices, k]
-    scores,  # [N, M], rows s_scores apart, as integers
-    best,  # [N, groups]
-    W_dec,  # [M, D]
-    b_dec,  # [D] or None
-    base,  # [N, D] or None
-    M,
-    groups,
-    s_scores,
-    k,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    INF: tl.constexpr,
-    TOP: tl.constexpr,
-    D: tl.constexpr,
-    BE: tl.constexpr,
-    BD: tl.constexpr,
-):
-    i_n, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    # A row of its own: the programs of a token pass through the selection at different times.
-    o_row = (i_n * tl.num_programs(1) + i_s) * k
-    p_keys, p_indices = program_keys + o_row, program_indices + o_row
-    p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
-    _select_row(p_scores, p_best, p_keys, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP)
-    tl.debug_barrier()  # the row is read by other threads than those that wrote it
-    if i_s == 0:
-        o_s = tl.arange(0, SLOTS)
-        m_s = o_s < k
-        tl.store(acts + i_n * k + o_s, tl.load(p_keys + o_s, mask=m_s, other=0), mask=m_s)
-        tl.store(indices + i_n * k + o_s, tl.load(p_indices + o_s, mask=m_s, other=0), mask=m_s)
-    o_d = i_s * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    # [BD]
-    b_sum = _sum_entries(program_acts + o_row, p_indices, W_dec, 0, k, o_d, D, tl.float32, BE, BD)
-    if b_dec is not None:
-        b_sum += tl.load(b_dec + o_d, mask=m_d, other=0.0).to(tl.float32)
-    if base is not None:
-        b_sum += tl.load(base + i_n * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-    tl.store(x_hat + i_n * D + o_d, b_sum.to(x_hat.dtype.element_ty), mask=m_d)
-
-
-# -- compilation ahead of time ---------------------------------------------------------------------
-
-
-def aot_cases() -> Iterator[AotCase]:
-    """The kernel as it runs at the shapes that matter, for a compiler without a device."""
-    k = 64
-    for name, dtype, M, D in (
-        ("bf16", torch.bfloat16, 65536, 2048),
-        ("bf16", torch.bfloat16, 131072, 3584),
-        ("fp32", torch.float32, 65536, 2048),
-    ):
-        plan = _plan(M, k)
-        assert plan is not None
-        warps = _select_warps(plan)
-        floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
-
-        def each(kind: str, names: str) -> dict[str, str]:
-            return dict.fromkeys(names.split(), kind)
-
-        yield AotCase(
-            f"select_decode {name}, M={M} k={k} D={D}",
-            _select_decode_kernel,
-            each(floats, "x_hat program_acts W_dec b_dec base")
-            | each(integers, "acts program_keys scores best")
-            | each("*i64:16", "indices program_indices")
-            | each("i32:16", "M groups s_scores k"),
-            _select_decode_constants(plan, D, dtype),
-            *(warps, 1),
-            {
-                "matrix": False,
-                "loads_128": ROWS * SLICE_BYTES // (warps * 512),
-                "instructions": 4000,
-            },
-        )

@@ -75,4 +75,4 @@ else:
                     return
                 build_data["pure_python"] = False
                 build_data["tag"] = f"py3-none-linux_{platform.machine()}"
-                build_data["artifacts"].append(f"resae_kernels/{LIBRARY.name}")
+                build_data["artifacts"].append(f"resae_kernels/cpu/{LIBRARY.name}")

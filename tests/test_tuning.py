@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_device import KERNEL_DEVICE as DEVICE
 
-from resae import tune as module
 from resae.cli import main
-from resae.profile import Case
-from resae.tune import Timing, fastest, measure, store
-from resae_kernels import _launch, sparse_decode
-from resae_kernels.topk_encode import FEW_TOKENS, _plan
+from resae_kernels import sparse_decode
+from resae_kernels.profiling import Case
+from resae_kernels.profiling import tuning as module
+from resae_kernels.profiling.tuning import Timing, fastest, measure, store
+from resae_kernels.triton import tiles as kernel_tiles
+from resae_kernels.triton.encode import FEW_TOKENS, selection_layout
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NAME, CLASS = _launch.device_name(DEVICE), _launch.device_class(DEVICE)
+NAME, CLASS = kernel_tiles.device_name(DEVICE), kernel_tiles.device_class(DEVICE)
 SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
     "product_of_few_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
     "product_of_few_32bit": Case("encode", 3, 32, 192, 4),
@@ -33,17 +34,17 @@ kernels = pytest.mark.parametrize("kernel", module.TUNABLES)
 def home(tmp_path, monkeypatch) -> Iterator[Path]:
     """A user without tuned tiles."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    _launch.forget_tiles()
+    kernel_tiles.forget_tiles()
     yield tmp_path
     monkeypatch.undo()
-    _launch.forget_tiles()
+    kernel_tiles.forget_tiles()
 
 
 def write(content: object) -> Path:
-    path = _launch.tiles_file()
+    path = kernel_tiles.tiles_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    _launch.forget_tiles()
+    kernel_tiles.forget_tiles()
     return path
 
 
@@ -60,8 +61,8 @@ def decode() -> torch.Tensor:
 
 
 def test_every_kernel_with_tiles_can_be_tuned_and_has_alternatives():
-    assert set(module.TUNABLES) == set(_launch.TILES) == set(SMALL)
-    for table in _launch.TILES.values():
+    assert set(module.TUNABLES) == set(kernel_tiles.TILES) == set(SMALL)
+    for table in kernel_tiles.TILES.values():
         for tile in table.candidates("other"):
             assert all(isinstance(value, int) for value in tile._asdict().values())
         assert len(table.candidates("other")) > 1
@@ -69,7 +70,7 @@ def test_every_kernel_with_tiles_can_be_tuned_and_has_alternatives():
 
 
 def test_the_choice_of_a_class_comes_before_the_default():
-    table = _launch.TILES["product_of_few_16bit"]
+    table = kernel_tiles.TILES["product_of_few_16bit"]
     assert table.of("sm_90") == table.classes["sm_90"] != table.default
     assert table.of("sm_75") == table.default
     assert table.candidates("sm_90")[0] == table.classes["sm_90"].tile
@@ -86,7 +87,7 @@ def test_tiles_are_looked_up_at_every_launch(kernel):
             return super().get(name, default)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "_forced", Recording())
+        patch.setattr(kernel_tiles, "_forced", Recording())
         inputs = module.make_inputs(SMALL[kernel], DEVICE)
         module.TUNABLES[kernel].run(SMALL[kernel], inputs, "triton")
     assert kernel in asked
@@ -95,7 +96,7 @@ def test_tiles_are_looked_up_at_every_launch(kernel):
 @kernels
 def test_representative_shapes_are_of_the_kernel_they_tune(kernel):
     for case in module.TUNABLES[kernel].cases:
-        assert case.op != "encode" or _plan(case.M, case.k) is not None
+        assert case.op != "encode" or selection_layout(case.M, case.k) is not None
         assert (case.N <= FEW_TOKENS) == ("few" in kernel)
         if "bit" in kernel:
             assert kernel.endswith({"float32": "32bit", "bfloat16": "16bit"}[case.dtype])
@@ -105,29 +106,32 @@ def test_representative_shapes_are_of_the_kernel_they_tune(kernel):
 
 
 def test_without_a_file_the_package_chooses():
-    chosen, source = _launch.tile_in_force("decode", DEVICE)
-    assert (chosen, source) == (_launch.TILES["decode"].default, "default")
+    chosen, source = kernel_tiles.tile_in_force("decode", DEVICE)
+    assert (chosen, source) == (kernel_tiles.TILES["decode"].default, "default")
 
 
 def test_a_tuned_tile_is_preferred_and_says_where_it_was_measured():
-    tile = _launch.TILES["decode"].alternatives[0]
+    tile = kernel_tiles.TILES["decode"].alternatives[0]
     write(tuned({"decode": tile._asdict()}))
-    assert _launch.tile("decode", DEVICE) == tile
-    chosen, source = _launch.tile_in_force("decode", DEVICE)
+    assert kernel_tiles.tile("decode", DEVICE) == tile
+    chosen, source = kernel_tiles.tile_in_force("decode", DEVICE)
     assert (chosen.measured, source) == (f"{NAME}, 2026-01-31", "tuned")
     # Kernels that the file does not name, and other devices, keep theirs.
-    assert _launch.tile("decode_few", DEVICE) == _launch.TILES["decode_few"].default.tile
-    assert _launch.tile("decode", torch.device("meta")) == _launch.TILES["decode"].default.tile
+    assert kernel_tiles.tile("decode_few", DEVICE) == kernel_tiles.TILES["decode_few"].default.tile
+    assert (
+        kernel_tiles.tile("decode", torch.device("meta"))
+        == kernel_tiles.TILES["decode"].default.tile
+    )
 
 
 def test_the_file_is_read_once(monkeypatch):
     write(tuned({}))
     reads = []
-    stored = _launch.stored_tiles
-    monkeypatch.setattr(_launch, "stored_tiles", lambda: reads.append(1) or stored())
+    stored = kernel_tiles.stored_tiles
+    monkeypatch.setattr(kernel_tiles, "stored_tiles", lambda: reads.append(1) or stored())
     for _ in range(2):
-        for kernel in _launch.TILES:
-            _launch.tile(kernel, DEVICE)
+        for kernel in kernel_tiles.TILES:
+            kernel_tiles.tile(kernel, DEVICE)
     assert reads == [1]
 
 
@@ -166,13 +170,13 @@ def test_importing_reads_no_file():
 
 
 def test_forced_tiles_come_first_and_end_with_their_block():
-    table = _launch.TILES["decode"]
+    table = kernel_tiles.TILES["decode"]
     write(tuned({"decode": table.alternatives[0]._asdict()}))
-    with _launch.forced_tiles({"decode": table.default.tile}):
-        with _launch.forced_tiles({"decode": table.alternatives[1]}):
-            assert _launch.tile("decode", DEVICE) == table.alternatives[1]
-        assert _launch.tile("decode", DEVICE) == table.default.tile
-    assert _launch.tile("decode", DEVICE) == table.alternatives[0]
+    with kernel_tiles.forced_tiles({"decode": table.default.tile}):
+        with kernel_tiles.forced_tiles({"decode": table.alternatives[1]}):
+            assert kernel_tiles.tile("decode", DEVICE) == table.alternatives[1]
+        assert kernel_tiles.tile("decode", DEVICE) == table.default.tile
+    assert kernel_tiles.tile("decode", DEVICE) == table.alternatives[0]
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -184,12 +188,12 @@ def test_candidates_are_right_and_timed_in_turns(kernel):
     calls = []
 
     def seconds(call):
-        calls.append(dict(_launch._forced)[kernel])
+        calls.append(dict(kernel_tiles._forced)[kernel])
         call()
         return float(next(times))
 
     timings = measure(kernel, SMALL[kernel], device=DEVICE, rounds=2, seconds=seconds)
-    tiles = _launch.TILES[kernel].candidates(CLASS)
+    tiles = kernel_tiles.TILES[kernel].candidates(CLASS)
     n = len(tiles)
     assert calls == [*tiles, *tiles]
     assert [t.tile for t in timings] == list(tiles)
@@ -203,14 +207,14 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
         return [out * 1.001 if implementation == "triton" else out]
 
     monkeypatch.setitem(module.TUNABLES, "decode", module.Tunable(wrong, ()))
-    with pytest.raises(ValueError, match="decode with Tile.* is wrong on decode N=18"):
+    with pytest.raises(ValueError, match="decode with GatherTile.* is wrong on decode N=18"):
         measure("decode", SMALL["decode"], device=DEVICE, rounds=1, seconds=lambda _call: 1.0)
 
 
 def test_the_user_s_file_does_not_move_the_yardstick():
     write(tuned({"fly": {}}))  # nor does a stale one stand in the way of its replacement
     timings = measure("decode", SMALL["decode"], device=DEVICE, rounds=1, seconds=lambda _call: 1.0)
-    assert timings[0].tile == _launch.TILES["decode"].default.tile
+    assert timings[0].tile == kernel_tiles.TILES["decode"].default.tile
 
 
 @pytest.mark.parametrize(
@@ -232,11 +236,11 @@ def test_the_fastest_over_all_shapes_wins(relatives, winner):
 
 
 def test_winners_are_stored_and_used_and_other_devices_kept():
-    tile = _launch.TILES["decode"].alternatives[0]
+    tile = kernel_tiles.TILES["decode"].alternatives[0]
     path = write({"another GPU": {"date": "2026-01-31", "tiles": {}}})
-    assert _launch.tile("decode", DEVICE) != tile
+    assert kernel_tiles.tile("decode", DEVICE) != tile
     store(DEVICE, {"decode": tile})
-    assert _launch.tile("decode", DEVICE) == tile
+    assert kernel_tiles.tile("decode", DEVICE) == tile
     stored = json.loads(path.read_text())
     assert set(stored) == {"another GPU", NAME}
     assert stored[NAME]["tiles"] == {"decode": tile._asdict()}
@@ -259,25 +263,25 @@ def tiny_tunables(monkeypatch) -> None:
 def test_every_kernel_is_measured_and_the_faster_tile_stored(monkeypatch):
     tiny_tunables(monkeypatch)
     monkeypatch.setattr(module, "_require_gpu", lambda _device: None)
-    faster = _launch.TILES["latent_outer"].alternatives[0]
+    faster = kernel_tiles.TILES["latent_outer"].alternatives[0]
     lines = []
 
     def seconds(call):
         call()
-        return 0.5 if _launch._forced["latent_outer"] == faster else 1.0
+        return 0.5 if kernel_tiles._forced["latent_outer"] == faster else 1.0
 
     chosen = module.tune(DEVICE, rounds=1, seconds=seconds, say=lines.append)
     # Only where that tile is under measurement does the clock show a difference.
     assert chosen["latent_outer"] == faster
     assert all(
-        tile == _launch.TILES[kernel].of(CLASS).tile
+        tile == kernel_tiles.TILES[kernel].of(CLASS).tile
         for kernel, tile in chosen.items()
         if kernel != "latent_outer"
     )
     assert [line.splitlines()[0] for line in lines] == list(module.TUNABLES)
     assert "* N=5 D=40 M=16 k=5 float32" in lines[-1]
     assert "0.500" in lines[-1]
-    assert _launch.tile("latent_outer", DEVICE) == faster
+    assert kernel_tiles.tile("latent_outer", DEVICE) == faster
     assert f"{'latent_outer':<22}rows=8 row_bytes=512" in module.tiles_in_force(DEVICE)
 
 
@@ -299,12 +303,12 @@ def test_without_a_gpu_one_line_says_so(capsys, home):
 
 
 def test_show_prints_every_tile_and_its_source(capsys):
-    tile = _launch.TILES["decode"].alternatives[0]
+    tile = kernel_tiles.TILES["decode"].alternatives[0]
     path = write(tuned({"decode": tile._asdict()}))
     assert main(["tune", "--show"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert str(path) in first
-    assert [line.split()[0] for line in lines] == list(_launch.TILES)
+    assert [line.split()[0] for line in lines] == list(kernel_tiles.TILES)
     shown = {line.split()[0]: line for line in lines}
     assert shown["decode"].endswith(f"tuned    {NAME}, 2026-01-31")
     assert shown["residual"].endswith("default  not measured")

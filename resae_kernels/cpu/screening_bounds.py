@@ -1,5 +1,5 @@
 """Constants and bounds of screening, for both of its implementations (mathematics:
-`screened_encode.py`)."""
+`screened.py`)."""
 
 import math
 from typing import NamedTuple, Protocol

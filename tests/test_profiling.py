@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,20 +9,9 @@ import torch
 from ops import PEERS, as_provider, dense_code
 
 from resae.cli import main
-from resae.profile import (
-    LEAST_ROUNDS,
-    OPS,
-    PRODUCT,
-    Case,
-    Clock,
-    Roofs,
-    check,
-    make_inputs,
-    profile,
-    providers,
-    table,
-    trace,
-)
+from resae_kernels.profiling import Case, Clock, Roofs, make_inputs, profile, table, trace
+from resae_kernels.profiling.measuring import LEAST_ROUNDS
+from resae_kernels.profiling.specs import OPS, PRODUCT, check, providers
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -68,7 +58,7 @@ def test_times_are_multiples_of_the_bare_product_where_there_is_one(op):
 
 
 def test_long_cases_get_fewer_rounds_and_the_table_says_how_many(monkeypatch):
-    monkeypatch.setattr("resae.profile.CASE_SECONDS", 0.0)
+    monkeypatch.setattr("resae_kernels.profiling.measuring.CASE_SECONDS", 0.0)
     rows = profile(
         SMALL[0], device=CPU, roofs=Roofs(copy=1e10, product=1e11), clock=Clock(CPU), rounds=9
     )
@@ -211,6 +201,8 @@ OPS_FILES = {"ops.csv", "ops.md", "ops.svg", "environment.json"}
 )
 def test_bench_runs_dry_and_writes_its_files(tmp_path, script, options, files):
     command = [sys.executable, f"bench/{script}.py", "--dry", "--device", "cpu", *options]
-    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    command += ["--out", str(tmp_path)]
+    here = os.environ | {"PYTHONPATH": str(ROOT)}  # the packages of this checkout
+    subprocess.run(command, cwd=ROOT, env=here, check=True, capture_output=True)
     assert {p.name for p in tmp_path.iterdir()} == files
     assert (tmp_path / f"{script}.md").read_text().count("\n| ") > 6

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resae_kernels import _launch
-from resae_kernels.reference import TopK, Transported, accumulation_dtype
-from resae_kernels.sparse_decode import code_gradients, product, sparse_decode
+from resae_kernels import checks
+from resae_kernels.decode import sparse_decode
+from resae_kernels.dispatch import LIBRARY, implementation_for, register
+from resae_kernels.gradients import code_gradients
+from resae_kernels.precision import gemm
+from resae_kernels.types import TopK, Transported, accumulation_dtype
 
 TRANSPORTED_TOKENS = 32
 """Tokens times layers before the last up to which gathering carried rows beats the products, which
@@ -138,7 +141,7 @@ def transport(
             total = None
             for j, A_mj in sources:
                 if layer <= j:
-                    total = product(tables[j][layer], A_mj, total)
+                    total = gemm(tables[j][layer], A_mj, total)
             carried.append(
                 W_dec[layer].new_zeros(W_dec[layer].shape, dtype=wide) if total is None else total
             )
@@ -166,16 +169,16 @@ def _check(codes, W_dec, A, c, b_dec) -> None:
             raise ValueError(
                 f"{op}: W_dec{at} has shape {list(W_dec[layer].shape)}, expected [M, {D}]"
             )
-        _launch.check_like(op, f"W_dec{at}", W_dec[layer], "W_dec[0]", W_dec[0])
-        _launch.check_shape(op, f"b_dec{at}", b_dec[layer], (D,), "width of W_dec")
-        _launch.check_like(op, f"b_dec{at}", b_dec[layer], "W_dec[0]", W_dec[0])
+        checks.check_like(op, f"W_dec{at}", W_dec[layer], "W_dec[0]", W_dec[0])
+        checks.check_shape(op, f"b_dec{at}", b_dec[layer], (D,), "width of W_dec")
+        checks.check_like(op, f"b_dec{at}", b_dec[layer], "W_dec[0]", W_dec[0])
         if codes:
             acts, indices = codes[layer]
-            _launch.check_codes(op, acts, indices, at)
+            checks.check_codes(op, acts, indices, at)
             expected = (*codes[0].acts.shape[:-1], acts.shape[-1])
-            _launch.check_shape(op, f"acts{at}", acts, expected, "the tokens of the first code")
-            if not _launch.autocasts(acts.device.type):
-                _launch.check_like(op, f"acts{at}", acts, "W_dec[0]", W_dec[0])
+            checks.check_shape(op, f"acts{at}", acts, expected, "the tokens of the first code")
+            if not checks.autocasts(acts.device.type):
+                checks.check_like(op, f"acts{at}", acts, "W_dec[0]", W_dec[0])
         if layer == 0:
             continue
         at = f"[{layer - 1}]"
@@ -185,9 +188,9 @@ def _check(codes, W_dec, A, c, b_dec) -> None:
                 f"{op}: A{at} has shape {list(maps.shape)}, expected [s·{D}, {D}] with "
                 f"1 ≤ s ≤ {layer} sources"
             )
-        _launch.check_like(op, f"A{at}", maps, "W_dec[0]", W_dec[0])
-        _launch.check_shape(op, f"c{at}", c[layer - 1], (D,), "width of W_dec")
-        _launch.check_like(op, f"c{at}", c[layer - 1], "W_dec[0]", W_dec[0])
+        checks.check_like(op, f"A{at}", maps, "W_dec[0]", W_dec[0])
+        checks.check_shape(op, f"c{at}", c[layer - 1], (D,), "width of W_dec")
+        checks.check_like(op, f"c{at}", c[layer - 1], "W_dec[0]", W_dec[0])
 
 
 # -- op ------------------------------------------------------------------------------------------
@@ -203,14 +206,14 @@ def _chain(
     *,
     implementation: str = "",
 ) -> list[Tensor]:
-    implementation = _launch.implementation_for("affine_chain", acts[0], implementation or None)
+    implementation = implementation_for("affine_chain", acts[0], implementation or None)
     wide = accumulation_dtype(acts[0].dtype)
     x_hats: list[Tensor] = []
     for layer in range(len(acts)):
         bias, base = b_dec[layer].to(wide), None
         if layer > 0:
             # Prediction and constants stay in the accumulation dtype: one rounding per layer, here.
-            base = _product(x_hats, A[layer - 1])
+            base = _map_sources(x_hats, A[layer - 1])
             bias = bias + c[layer - 1]
         x_hat = torch.ops.resae.sparse_decode(
             [acts[layer]],
@@ -224,10 +227,10 @@ def _chain(
     return x_hats
 
 
-def _product(sources: list[Tensor], A: Tensor) -> Tensor:
+def _map_sources(sources: list[Tensor], A: Tensor) -> Tensor:
     """`affine_predict` without its constant: the most recent sources times A, not yet rounded."""
     recent = torch.cat(sources[len(sources) - A.shape[0] // A.shape[1] :], dim=-1)
-    return product(recent, A)
+    return gemm(recent, A)
 
 
 def _chain_fake(acts, indices, W_dec, A, c, b_dec, *, implementation=""):  # noqa: ARG001
@@ -265,12 +268,12 @@ def _backward(ctx, grads):
     return grad_acts, [None] * L, grad_W, grad_A, sums[1:], sums
 
 
-_launch.register(
+register(
     "affine_chain(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor[] A, Tensor[] c, "
     "Tensor[] b_dec, *, str implementation='') -> Tensor[]",
     _chain,
     _chain_fake,
 )
 torch.library.register_autograd(
-    "resae::affine_chain", _backward, setup_context=_setup_context, lib=_launch.LIBRARY
+    "resae::affine_chain", _backward, setup_context=_setup_context, lib=LIBRARY
 )

@@ -1,5 +1,4 @@
-"""`x @ weight.T + bias` on a CPU by oneDNN: float32, and 16-bit types where the processor has
-instructions for them.
+"""`x @ weight.T + bias` on a CPU by oneDNN, in float32.
 
 Torch has MKL multiply in float32, which leaves half of what an AMD processor can do. oneDNN, which
 torch carries for its 16-bit products, takes 0.4 to 0.5 of that time there from some 64 rows on (one
@@ -7,13 +6,12 @@ core; other makes were not measured). torch reaches it through an op that it kee
 and that has no gradient.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from resae_kernels.native import packed
+from resae_kernels.cpu import private_torch
+from resae_kernels.cpu.native import packed
 
 LEAST_SCORES = 16_384
 """Entries of the result below which a call's fixed cost of some 10 µs outweighs the gain."""
@@ -30,37 +28,24 @@ def pays(rows: int, weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and weight.is_contiguous()
         and rows * weight.shape[0] >= LEAST_SCORES
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and private_torch.has_onednn_linear()
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`[..., M]` of `x [..., D]`, `weight [M, D]`, `bias [M]`: float32, on a CPU, no gradient.
 
-    The op takes addresses: it reads a strided bias as if it were contiguous, past its end.
-
     Raises:
         TypeError: a dtype other than float32.
     """
-    tensors = [None if t is None else packed(t.detach()) for t in (x, weight, bias)]
-    for tensor in tensors:
+    x, weight = packed(x.detach()), packed(weight.detach())
+    bias = None if bias is None else packed(bias.detach())
+    for tensor in (x, weight, bias):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(
                 f"onednn.linear: got {tensor.dtype}, expected float32; convert it first"
             )
-    return torch.ops.mkldnn._linear_pointwise(*tensors, "none", [], "")
-
-
-@cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this 16-bit dtype on a CPU by instructions made for it,
-    accumulating in float32."""
-    names = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }
-    probe = getattr(torch.ops.mkldnn, names[dtype], None) if dtype in names else None
-    return probe is not None and bool(probe())
+    return private_torch.onednn_linear(x, weight, bias)
 
 
 class OneDNNLinear(TorchFunctionMode):

@@ -1,8 +1,7 @@
 """Screening by torch's own operations: where the compiled library (`native.c`) is not at hand.
 
-The mathematics is in `screened_encode.py`. Screens float32 alone. The integer product is oneDNN's
-quantised linear op, which torch keeps among its private ones: `unavailable` and `TorchCopy` are
-where it is used.
+The mathematics is in `screened.py`. Screens float32 alone. The integer product is oneDNN's
+quantised linear op (`private_torch.int8_linear`).
 """
 
 import math
@@ -11,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels.screening import (
+from resae_kernels.cpu.private_torch import gathered_dot, int8_linear, int8_pack
+from resae_kernels.cpu.screening_bounds import (
     LANES,
     ROUNDING,
     STEPS,
@@ -21,8 +21,8 @@ from resae_kernels.screening import (
     draw_dither,
     statistical_bounds,
 )
-from resae_kernels.sparse_decode import pair_products
-from resae_kernels.topk_encode import _descending, _residual, _select
+from resae_kernels.cpu.selection import descending, select
+from resae_kernels.precision import residual
 
 ROWS = 256
 """Rows screened at a time: their scores stay in the cache."""
@@ -35,22 +35,6 @@ OUTLIER = 12.0
 its dimension is multiplied exactly."""
 OUTLIER_DIMENSIONS = 16
 """At most so many dimensions are multiplied exactly."""
-
-
-def unavailable() -> str | None:
-    """Why this processor or torch cannot screen; None if it can.
-
-    Needs the 8-bit dot product instructions (VNNI: without them the integer product saturates) and
-    oneDNN's quantised linear op.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return "this torch has no oneDNN"
-    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
-        return "this processor has no 8-bit dot product instructions (AVX-512 VNNI)"
-    names = ("qlinear_prepack", "qlinear_pointwise")
-    if not all(hasattr(torch.ops.onednn, name) for name in names):
-        return f"torch {torch.__version__} has no torch.ops.onednn.{' and '.join(names)}"
-    return None
 
 
 class TorchCopy(NamedTuple):
@@ -98,7 +82,7 @@ class TorchCopy(NamedTuple):
         self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
     ) -> ScreenedRows:
         """As `ScreeningCopy.encode`, float32."""
-        rest = _residual(x, pre_bias, base)
+        rest = residual(x, pre_bias, base)
         if len(rest) == 1:
             found = _encode_row(self, rest, k, sorted)
             if found is not None:
@@ -161,7 +145,7 @@ def quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> Tor
     return TorchCopy(
         weight.contiguous(),
         bias,
-        torch.ops.onednn.qlinear_prepack(q, [ROWS, D]),
+        int8_pack(q, ROWS),
         steps,
         shift,
         steps.new_zeros(padded, dtype=torch.int64),
@@ -180,21 +164,7 @@ def quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> Tor
 def _product(copy: TorchCopy, levels: Tensor) -> Tensor:
     """`[n, M']` float32: `steps · (levels @ weight's q) + shift`."""
     unsigned = (levels + 128.0).to(torch.uint8)
-    return torch.ops.onednn.qlinear_pointwise(
-        unsigned,
-        1.0,
-        128,
-        copy.packed,
-        copy.steps,
-        copy.zero_points,
-        copy.shift,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
+    return int8_linear(unsigned, copy.packed, copy.steps, copy.zero_points, copy.shift)
 
 
 # -- screening -------------------------------------------------------------------------------------
@@ -361,7 +331,7 @@ def _encode_row(copy: TorchCopy, rest: Tensor, k: int, sorted: bool) -> Screened
     n = len(candidates)
     if not k <= n <= CANDIDATES * len(copy.weight):
         return None
-    exact = pair_products(rest, torch.zeros_like(candidates), copy.weight, candidates)
+    exact = gathered_dot(rest, torch.zeros_like(candidates), copy.weight, candidates)
     if copy.bias is not None:
         exact += copy.bias.index_select(0, candidates)
     # ŝ + λ − s, of which every entry lies between 0 and 2 λ
@@ -372,7 +342,7 @@ def _encode_row(copy: TorchCopy, rest: Tensor, k: int, sorted: bool) -> Screened
     widest = 2.0 * factor * copy.largest_bound + tolerance
     if not (float(lowest) >= -tolerance and float(highest) <= widest):
         return None
-    order = _descending(exact.unsqueeze(0))[0, :k]
+    order = descending(exact.unsqueeze(0))[0, :k]
     acts = exact.index_select(0, order)
     if not float(acts[-1]) > 0.0:
         return None
@@ -388,7 +358,7 @@ def _score(copy: TorchCopy, block: Tensor, k: int) -> tuple["_Candidates", Tenso
     found = _Candidates.join([_screen(copy, rows, k) for rows in block.split(ROWS)], ROWS)
     scores = block.new_empty(len(found.rows))
     order = found.latents.argsort()  # each row of the weight is read once
-    scores[order] = pair_products(block, found.rows[order], copy.weight, found.latents[order])
+    scores[order] = gathered_dot(block, found.rows[order], copy.weight, found.latents[order])
     if copy.bias is not None:
         scores += copy.bias[found.latents]
     if not bool(((scores - found.middle).abs() <= found.width).all()):
@@ -410,7 +380,7 @@ def _select_candidates(
 ) -> tuple[Tensor, Tensor]:
     """TopK of each row's candidates, laid out in order of latent in a rectangle."""
     if n == 1 and len(scores) >= k:
-        acts, position = _select(scores.unsqueeze(0), k, sorted)
+        acts, position = select(scores.unsqueeze(0), k, sorted)
         return acts, torch.where(acts > 0, found.latents[position], 0)
     counts = torch.bincount(found.rows, minlength=n)
     width = max(k, int(counts.max()))
@@ -419,7 +389,7 @@ def _select_candidates(
     latents = found.latents.new_zeros(n, width)
     table[found.rows, slot] = scores
     latents[found.rows, slot] = found.latents
-    acts, position = _select(table, k, sorted)
+    acts, position = select(table, k, sorted)
     return acts, torch.where(acts > 0, latents.gather(1, position), 0)
 
 

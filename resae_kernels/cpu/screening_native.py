@@ -1,6 +1,6 @@
 """Screening by the compiled library (`native.c`): a whole encode is one call.
 
-The mathematics is in `screened_encode.py`. Beside float32, weights and activations may be bfloat16
+The mathematics is in `screened.py`. Beside float32, weights and activations may be bfloat16
 or float16: scores are summed in float32 and rounded to their dtype before they are compared, so the
 bounds are widened by that rounding.
 """
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resae_kernels import native
-from resae_kernels.screening import (
+from resae_kernels.cpu import native
+from resae_kernels.cpu.screening_bounds import (
     ROUNDING,
     SAMPLES,
     STEPS,

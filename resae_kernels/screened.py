@@ -29,11 +29,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels import _launch, native, screening_torch
-from resae_kernels.reference import TopK
-from resae_kernels.screening import SAMPLES, ScreeningCopy, StaleCopyError
-from resae_kernels.screening_native import NativeCopy
-from resae_kernels.topk_encode import _backward, _check, _setup_context, fits, topk_encode
+from resae_kernels import checks
+from resae_kernels.cpu import native, screening_torch
+from resae_kernels.cpu.private_torch import int8_linear_unavailable
+from resae_kernels.cpu.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
+from resae_kernels.cpu.screening_native import NativeCopy
+from resae_kernels.encode import backward, check_arguments, fits, setup_context, topk_encode
+from resae_kernels.types import TopK
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +103,9 @@ def unavailable(implementation: str | None = None) -> str | None:
     if implementation == "native":
         return native.unavailable()
     if implementation == "torch":
-        return screening_torch.unavailable()
+        return int8_linear_unavailable()
     compiled = native.unavailable()
-    return None if compiled is None else screening_torch.unavailable()
+    return None if compiled is None else int8_linear_unavailable()
 
 
 @cache
@@ -173,7 +175,7 @@ class ScreenedEncoder:
                 f"ScreenedEncoder: weight has shape {list(weight.shape)}, expected [M, D]"
             )
         if bias is not None:
-            _launch.check_shape("ScreenedEncoder", "bias", bias, (weight.shape[0],), "one a latent")
+            checks.check_shape("ScreenedEncoder", "bias", bias, (weight.shape[0],), "one a latent")
         if implementation not in (None, *IMPLEMENTATIONS):
             raise ValueError(
                 f"ScreenedEncoder: implementation={implementation!r}, expected "
@@ -314,7 +316,7 @@ class ScreenedEncoder:
                 x, self.weight, self.bias, k, pre_bias=pre_bias, base=base, sorted=sorted
             )
             return Screening(code, 0, N, 0, reason, None)
-        _check(x, self.weight, self.bias, k, pre_bias, base, None)
+        check_arguments(x, self.weight, self.bias, k, pre_bias, base, None)
         flat = x if x.ndim == 2 else x.reshape(N, D)
         flat_base = base if base is None or base.ndim == 2 else base.reshape(N, D)
         info = _Info()
@@ -431,7 +433,7 @@ class ScreenedEncoder:
         if not weight.is_cpu or rule is None:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in rules)
             return f"the weight is {weight.dtype} on {weight.device}, not {names} on cpu"
-        if x.dtype != weight.dtype or _launch.autocasts("cpu"):
+        if x.dtype != weight.dtype or checks.autocasts("cpu"):
             return f"the product is not in {str(weight.dtype).removeprefix('torch.')}"
         if weight.is_inference():
             return "the weight was made in inference mode, where changes are not counted"
@@ -467,8 +469,10 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 
 def _sample(tensor: Tensor) -> Any:
     """A view of `SAMPLES` entries as a numpy array."""
-    view: Any = torch._neg_view  # pyright: ignore[reportPrivateImportUsage]
-    memory = view(tensor) if tensor.is_neg() else tensor
+    memory = tensor
+    if tensor.is_neg():  # numpy takes no tensor whose memory is to be read negated
+        where = tensor.storage_offset(), tensor.shape, tensor.stride()
+        memory = tensor.new_empty(0).set_(tensor.untyped_storage(), *where)
     some = memory[:: max(1, len(memory) // SAMPLES)]
     some = some if some.ndim == 1 else some[:, some.shape[1] // 2]
     return (some if some.dtype != torch.bfloat16 else some.view(torch.int16)).numpy()
@@ -488,5 +492,5 @@ class _WithGradient(torch.autograd.Function):
         encoder, info = screened
         return encoder._encode(x, k, pre_bias, base, sorted, info)
 
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)  # type: ignore[assignment]
+    setup_context = staticmethod(setup_context)
+    backward = staticmethod(backward)  # type: ignore[assignment]
