@@ -319,6 +319,22 @@ def test_losses_and_cosines_of_the_method_are_those_of_the_report(report):
         assert cells == measured, row
 
 
+FAIR = ("raw", "raw_equal_total", "raw_matched", "raw_wide", "identity", "resae")
+
+
+def test_fair_rows_are_those_measured():
+    methods = json.loads((ROOT / "bench/results/demo/methods.json").read_text())
+    rows = {row["method"]: row for row in methods["fair"] if row["k"] == 8}
+    table = table_under("resae/README.md", "| | latents by layer |")
+    for method, (name, latents, *cells) in zip(FAIR, table, strict=True):
+        assert latents == ", ".join(map(str, rows[method]["d_sae"])), name
+        for suffix, cell in zip(("", "_best_lr", "_long"), cells, strict=True):
+            row = rows[method + suffix]
+            measured = f"{row['online']:.2f} ({row['teacher_forced']:.2f})"
+            rate = f", {row['lr'][0]:.1e}".replace("e-0", "e-") if suffix == "_best_lr" else ""
+            assert cell.replace("*", "") == measured + rate, f"{name}{suffix}"
+
+
 @pytest.mark.parametrize(
     ("path", "providers"),
     [
