@@ -28,13 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resae.affine import AffinePredictor
-from resae.data import ActivationBatches, Position, capture_tokens, train_and_held_out
+from resae.data.activations import capture_tokens
+from resae.data.batches import ActivationBatches, Position
+from resae.data.rows import train_and_held_out
 from resae.environment import environment
-from resae.model import EMBEDDED, HookedLM
-from resae.sae import TopKSAE
+from resae.models.hooked import EMBEDDED, HookedLM
+from resae.sae.topk import TopKSAE
+from resae.stack.affine import AffinePredictor
 from resae.storage import load_tensors, save_json, write_atomically
-from resae.train import Calibration, TrainConfig, sum_moments, train
+from resae.training.calibration import Calibration, sum_moments
+from resae.training.config import TrainConfig
+from resae.training.loop import train
 from resae_kernels.profiling import (
     Case,
     Clock,

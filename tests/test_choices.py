@@ -1,7 +1,7 @@
 import torch
 
 from resae import choices
-from resae.affine import check_form
+from resae.choices import check_form
 from resae_kernels.profiling.specs import OPS
 
 

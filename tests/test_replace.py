@@ -26,8 +26,8 @@ from resae import (
     generate,
     replacement,
 )
-from resae.replace import MODES
-from resae.sae import BoostedSAE
+from resae.replacements.context import MODES
+from resae.sae.boosted import BoostedSAE
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)

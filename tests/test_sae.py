@@ -5,7 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resae.sae import BoostedSAE, SAEConfig, TopKSAE, auxk_loss
+from resae.sae.base import SAEConfig
+from resae.sae.boosted import BoostedSAE
+from resae.sae.losses import auxk_loss
+from resae.sae.prefix import PrefixSAE
+from resae.sae.registry import KINDS, load_sae, new_sae
+from resae.sae.topk import TopKSAE
 from resae_kernels import sparse_decode, topk_encode
 
 
@@ -246,7 +251,7 @@ def test_impossible_sizes_are_errors(sizes, message):
 
 @pytest.mark.parametrize("gain", [0.0, 0.25])
 def test_prefixes_are_the_reconstructions_of_fewer_latents(gain):
-    sae = small(k=5).double()
+    sae = PrefixSAE(small(k=5).config).double()
     sae.config = replace(sae.config, prefix_gain=gain)
     sae.b_dec.data.normal_()
     x, base = torch.randn(2, 7, 8, dtype=torch.float64)
@@ -365,3 +370,45 @@ def test_a_boosted_autoencoder_is_rescaled_and_comes_back(tmp_path):
     assert torch.equal(alone(x).x_hat, sae.base(x).x_hat)
     with pytest.raises(ValueError, match=r"at_k: k=2.*3 \+ 2"):
         sae.at_k(2)
+
+
+# -- kinds -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_comes_back_from_disk_as_it_was(kind, tmp_path):
+    sae = {
+        "topk": lambda: small(k=4),
+        "prefix": lambda: new_sae(SAEConfig(8, 20, 4, 0.125), prefixes=(1, 2, 4)),
+        "boosted": lambda: boosted(threshold=0.25).eval(),
+    }[kind]()
+    assert sae.kind == kind
+    sae.save(tmp_path, hook_point="x")
+    loaded = load_sae(tmp_path)
+    assert type(loaded) is type(sae) is KINDS[kind]
+    assert getattr(loaded, "prefixes", None) == getattr(sae, "prefixes", None)
+    x = torch.randn(6, 8)
+    assert torch.equal(loaded(x).x_hat, sae(x).x_hat)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_last_reconstruction_of_the_loss_is_the_decode(kind):
+    sae = boosted() if kind == "boosted" else KINDS[kind](SAEConfig(8, 20, 4))
+    code = sae.encode(torch.randn(6, 8))
+    torch.testing.assert_close(sae.reconstructions(code)[-1], sae.decode(*code))
+    assert sae.follows_acts == (kind == "boosted")
+    assert (sae.step_weights is None) == (sae.dictionaries > 1)
+
+
+def test_folders_of_earlier_versions_and_unknown_kinds(tmp_path):
+    boosted().save(tmp_path / "boosted")
+    small(k=4).save(tmp_path / "other")
+    for folder, kind in (("boosted", None), ("other", "jumprelu")):
+        path = tmp_path / folder / "cfg.json"
+        cfg = json.loads(path.read_text())
+        cfg["metadata"] |= {"kind": kind}
+        path.write_text(json.dumps(cfg))
+    assert load_sae(tmp_path / "boosted", "boosted").kind == "boosted"
+    assert load_sae(tmp_path / "boosted").kind == "topk"
+    with pytest.raises(ValueError, match="kind 'jumprelu', expected one of topk, prefix, boosted"):
+        load_sae(tmp_path / "other")

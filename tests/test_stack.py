@@ -8,10 +8,11 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
-from resae.affine import KINDS
-from resae.data import capture_tokens
-from resae.sae import BoostedSAE, SAEConfig
-from resae.stack import new_stack
+from resae.data.activations import capture_tokens
+from resae.sae.base import SAEConfig
+from resae.sae.boosted import BoostedSAE
+from resae.stack.affine import KINDS
+from resae.stack.stack import new_stack
 from resae_kernels import reference
 from resae_kernels.cpu import native
 
@@ -131,7 +132,7 @@ def test_a_hub_name_is_downloaded_and_opened(lm, tmp_path, monkeypatch):
         asked.append((name, options["revision"], options["allow_patterns"]))
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr("resae.stack.snapshot_download", snapshot_download)
+    monkeypatch.setattr("resae.stack.stack.snapshot_download", snapshot_download)
     loaded = ReSAE.from_pretrained("someone/some-stack", revision="v1")
     assert asked == [("someone/some-stack", "v1", ["*.json", "*.safetensors"])]
     assert torch.equal(loaded.sae(2).W_dec, stack.sae(2).W_dec)
@@ -143,7 +144,7 @@ def test_a_name_that_is_nowhere_is_called_no_folder_first(name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     if name in ("typo", "runs/typo"):
         error = RepositoryNotFoundError("404: no such repository", response=MagicMock())
-        monkeypatch.setattr("resae.stack.snapshot_download", MagicMock(side_effect=error))
+        monkeypatch.setattr("resae.stack.stack.snapshot_download", MagicMock(side_effect=error))
     with pytest.raises(FileNotFoundError) as raised:
         ReSAE.from_pretrained(name)
     said = str(raised.value)
@@ -244,6 +245,23 @@ def test_an_autoencoder_of_residuals_knows_it_and_asks_for_the_prediction(lm, xs
         sae.encode(xs[0])
     code = TopKSAE.load(tmp_path / tiny.NAMES[1]).encode(xs[1], base=stack.predictor(1, xs))
     assert torch.equal(code.indices, stack.encode(xs)[1].indices)
+
+
+def test_a_boosted_stack_is_not_shared_and_opens_where_it_was_recorded_as_such(lm, tmp_path):
+    plain = tiny.stack(lm, "none")
+    saes = [BoostedSAE(plain.sae(i), TopKSAE(SAEConfig(32, 16, 2))) for i in range(3)]
+    stack = ReSAE(tiny.NAMES, plain.predictor, saes)
+    assert not stack.shared
+    stack.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "resae.json").read_text())
+    assert record["shared"] is False
+    for name in ("resae.json", *(f"{name}/cfg.json" for name in tiny.NAMES)):  # as before kinds
+        content = json.loads((tmp_path / name).read_text())
+        content |= {"shared": True} if name == "resae.json" else {}
+        content.get("metadata", {}).pop("kind", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    loaded = ReSAE.load(tmp_path)
+    assert [sae.kind for sae in loaded.distinct()] == ["boosted"] * 3
 
 
 def test_what_capture_returns_is_encoded_by_hook_point(lm):
