@@ -19,7 +19,8 @@ from torch import Tensor
 
 from resae.environment import environment
 from resae.storage import write_atomically
-from resae_kernels import ScreenedEncoder, screened_encode
+from resae_kernels import ScreenedEncoder
+from resae_kernels import screened as screened_encode
 
 TIE = 1e-6
 """Of ‖x‖‖w‖ + |b|: a few times what a float32 sum of some hundred products is off by."""

@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 # Warnings of other versions than the gate's must not end a long run on a GPU.
 "$python" -m pytest -q -p no:cacheprovider -W default tests/test_topk_encode.py \
   tests/test_sparse_decode.py tests/test_affine_chain.py tests/test_online_step.py \
-  tests/test_tune.py 2>&1 \
+  tests/test_tuning.py 2>&1 \
   | tee "$out/tests.log"
 "$python" bench/questions.py --out "$out" "${@:2}"
 "$python" bench/train.py --out "$out" --rounds 1 "${@:2}"

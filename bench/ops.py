@@ -5,8 +5,8 @@
     python bench/ops.py --out DIR --data FOLDER        (autoencoders that bench/real.py has trained)
 
 Writes `ops.csv`, `ops.md` and `ops.svg` (time as a multiple of ours, per case) with versions and
-hardware. The measuring is `resae.profile`; this file holds the shapes and the peers, each taken if
-it is installed (`pip install "resae[peers]"`): eai-sparsify, sae-lens, dictionary-learning. On a
+hardware. `resae_kernels.profiling` measures; this file holds the shapes and the peers, each taken
+if it is installed (`pip install "resae[peers]"`): eai-sparsify, sae-lens, dictionary-learning. On a
 CPU "oneDNN" is the fastest plain PyTorch: oneDNN's product, `torch.topk`, `embedding_bag`.
 """
 
@@ -33,12 +33,13 @@ from resae.data.batches import ActivationBatches, Position
 from resae.data.rows import train_and_held_out
 from resae.environment import environment
 from resae.models.hooked import EMBEDDED, HookedLM
-from resae.profile import (
-    CASE_SECONDS,
-    DTYPES,
-    LEAST_ROUNDS,
-    OPS,
-    PRODUCT,
+from resae.sae.topk import TopKSAE
+from resae.stack.affine import AffinePredictor
+from resae.storage import load_tensors, save_json, write_atomically
+from resae.training.calibration import Calibration, sum_moments
+from resae.training.config import TrainConfig
+from resae.training.loop import train
+from resae_kernels.profiling import (
     Case,
     Clock,
     Inputs,
@@ -49,12 +50,8 @@ from resae.profile import (
     profile,
     table,
 )
-from resae.sae.topk import TopKSAE
-from resae.stack.affine import AffinePredictor
-from resae.storage import load_tensors, save_json, write_atomically
-from resae.training.calibration import Calibration, sum_moments
-from resae.training.config import TrainConfig
-from resae.training.loop import train
+from resae_kernels.profiling.measuring import CASE_SECONDS, LEAST_ROUNDS
+from resae_kernels.profiling.specs import DTYPES, OPS, PRODUCT
 
 GPU_CASES = [
     # Pythia-1.4B (D = 2048) and Gemma-2-9B (D = 3584); training or prefill, then generation.

@@ -15,16 +15,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from resae.environment import environment
-from resae.profile import Case, Clock, make_inputs, trace, train_step
 from resae.storage import write_atomically
 from resae_kernels import sparse_decode, topk_encode
+from resae_kernels.decode import decode_rows
+from resae_kernels.encode import encode_rows
+from resae_kernels.profiling import Case, Clock, make_inputs, trace
+from resae_kernels.profiling.specs import train_step
 
 Answer = tuple[str, str]
 """The question, and the measured answer with its unit."""
@@ -135,8 +137,6 @@ def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
     An op's own cost is the difference between its line and that of its implementation alone.
     """
     del shrink
-    encode = import_module("resae_kernels.topk_encode")._encode
-    decode = import_module("resae_kernels.sparse_decode")._decode
     chosen = "triton" if clock.device.type == "cuda" else "torch"
     x = torch.randn(1, 16, device=clock.device)
     weight = torch.randn(32, 16, device=clock.device)
@@ -155,12 +155,12 @@ def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
         ("topk_encode", lambda: topk_encode(x, weight, bias, 4, sorted=False)),
         (
             "topk_encode, implementation alone",
-            lambda: encode(x, weight, bias, 4, None, None, False, 1 << 25, chosen),
+            lambda: encode_rows(x, weight, bias, 4, None, None, False, 1 << 25, chosen),
         ),
         ("sparse_decode", lambda: sparse_decode(acts, indices, weight)),
         (
             "sparse_decode, implementation alone",
-            lambda: decode([acts], [indices], [weight], None, None, implementation=chosen),
+            lambda: decode_rows([acts], [indices], [weight], None, None, implementation=chosen),
         ),
     ):
         for _ in range(50):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from ops import CPU_CASES, DRY_CASES, GPU_CASES
 
-from resae.profile import check, make_inputs, providers
+from resae_kernels.profiling import make_inputs
+from resae_kernels.profiling.specs import check, providers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -8,7 +8,8 @@ with replacement(lm, stack) as replaced:
 replaced.counts
 """
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from resae.lazy import on_demand
 
@@ -125,4 +126,10 @@ _MODULES = {
     "training.loop": ("train",),
     "training.step": ("train_step",),
 }
-__getattr__, __dir__ = on_demand(__name__, _MODULES)
+_get, __dir__ = on_demand(__name__, _MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("resae")
+    return _get(name)

@@ -18,8 +18,7 @@ FORMS = {
 WAYS = ("data", "layers")
 """Ways of parallelism: by data (each batch is shared out) or by layers."""
 
-TRAINING = ("train", "train+adam")
-OPS = ("encode", "decode", "forward", *TRAINING, "step", "chain")
+OPS = ("encode", "decode", "forward", "train", "train+adam", "step", "chain")
 """Ops that `resae profile` times."""
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from resae_kernels import files
+from resae_kernels.files import PARTIAL
+
 log = logging.getLogger(__name__)
 
-PARTIAL = ".partial"
-"""Ending of the temporary names."""
 LOCK = ".lock"
 """File in a folder that a process is writing into: its process id, host and start time."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -33,24 +34,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: it cannot be written, such as on a full disk; the message names the file.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-        os.close(handle)
-        temporary = Path(name)
+
+    def guarded(temporary: Path) -> None:
         try:
             write(temporary)
-            temporary.chmod(0o644)
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())  # or a power failure could leave the name and no content
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"cannot write {path} ({error}); what was there before is untouched; look for free "
-            f"space and permissions"
-        ) from error
+        except SafetensorError as error:  # its own, such as on a full disk
+            raise OSError(str(error)) from error
+
+    files.write_atomically(path, guarded)
 
 
 def require_writable(folder: Path) -> None:

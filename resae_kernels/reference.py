@@ -17,51 +17,17 @@ are held whole. ReSAE: arXiv 2605.27819; TopK autoencoders: Gao et al., arXiv 24
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class TopK(NamedTuple):
-    """The code of each token: its k largest positive pre-activations."""
-
-    acts: Tensor
-    """`[..., k]`, in the input's dtype; ≥ 0 (or NaN where the score is NaN)."""
-    indices: Tensor
-    """`[..., k]` int64, the latent of each act. Padding slots hold act 0 and index 0."""
-
-
-class ReconstructionError(NamedTuple):
-    """What a reconstruction misses."""
-
-    error: Tensor
-    """`[..., D]`, x̂ − target."""
-    squared: Tensor
-    """`[...]`, the squares of the error summed over D, in the accumulation dtype."""
-
-
-class Transported(NamedTuple):
-    """Dictionaries carried through the affine maps to every later layer."""
-
-    dictionaries: list[list[Tensor]]
-    """`dictionaries[m][l]`, l ≤ m: `D_{m←l} = W_dec_l A_{l+1} … A_m`, `[M_l, D]`."""
-    constants: list[Tensor]
-    """`constants[m]`, `[D]`: what layer m reconstructs when no latent is active."""
-
-
-class OnlineStep(NamedTuple):
-    """What one layer makes of the running stream."""
-
-    x_hat: Tensor
-    """`[..., D]`, the reconstruction that takes the activation's place."""
-    code: TopK
-    """`[..., k]`, in order of index."""
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the 16-bit types, otherwise the dtype itself."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+from resae_kernels.types import (
+    OnlineStep,
+    ReconstructionError,
+    TopK,
+    Transported,
+    accumulation_dtype,
+)
 
 
 def topk_encode(

@@ -6,10 +6,11 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from kernel_device import KERNEL_DEVICE
 
 # Without a device the kernels themselves run all the same, in Triton's interpreter. Read when a
 # kernel is defined: set before any test imports one.
-if not torch.cuda.is_available():
+if KERNEL_DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 # The shapes here are tiny: a second thread gains nothing, and loses much where cores are shared.
@@ -33,8 +34,20 @@ def seed():
 
 @pytest.fixture
 def device():
-    """Where the Triton kernels are tested."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Device of the Triton kernels. A test that names no other makes its tensors there."""
+    if KERNEL_DEVICE.type == "cpu":  # tensors are made there anyway
+        yield KERNEL_DEVICE
+        return
+    with KERNEL_DEVICE:
+        yield KERNEL_DEVICE
+
+
+@pytest.fixture
+def implementation(request):
+    """`torch` or `triton`, as parametrized; with `triton` a test's tensors are on `device`."""
+    if request.param == "triton":
+        request.getfixturevalue("device")
+    return request.param
 
 
 @pytest.fixture
@@ -65,7 +78,7 @@ def screened_by_torch_at_any_size(monkeypatch):
 
 
 def screen_at_any_size(implementation: str, monkeypatch) -> None:
-    from resae_kernels import screened_encode
+    from resae_kernels import screened as screened_encode
 
     reason = screened_encode.unavailable(implementation)
     if reason is not None:

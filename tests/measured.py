@@ -63,9 +63,11 @@ def values_and_gradients(
     leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
     outputs = function(**leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     incoming = [
-        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype or out.dtype)
+        torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+            out.device, dtype or out.dtype
+        )
         for out in outputs
     ]
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}

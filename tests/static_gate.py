@@ -1,8 +1,7 @@
 """Compile every kernel ahead of time, without a device, and read what the machine code shows.
 
-Sources are the modules of `resae_kernels` with a function `aot_cases()`. Of each case, on each of
-its architectures: no spills (stack, local memory), shared memory within the device's, and what its
-`expect` says:
+The cases are those of `aot_cases.py`. Of each case, on each of its architectures: no
+spills (stack, local memory), shared memory within the device's, and what its `expect` says:
 
     instructions   at most so many in the kernel: an unrolled loop that blew up is seen
     loads_128      at least so many 128-bit loads from global memory, to registers or shared memory
@@ -15,7 +14,6 @@ It cannot see bank conflicts, caches, latency or races. Run it without TRITON_IN
 takes the place of the compiler: `python tests/static_gate.py [name …]`, names select cases.
 """
 
-import importlib
 import re
 import subprocess
 import sys
@@ -23,7 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-MODULES = ("topk_encode", "sparse_decode", "affine_chain", "online_step")
+import aot_cases
+
 SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448}
 SHARED_BYTES |= {"sm_100": 232448}
 SHARED_PER_MULTIPROCESSOR = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90": 233472}
@@ -59,9 +58,9 @@ def compiled(case, architecture: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from resae_kernels import _launch
+    from resae_kernels.triton import runtime
 
-    kernel = case.kernel.load() if isinstance(case.kernel, _launch.Kernel) else case.kernel
+    kernel = case.kernel.load() if isinstance(case.kernel, runtime.Kernel) else case.kernel
     names = kernel.arg_names
     unknown = (set(case.signature) | set(case.constexprs)) - set(names)
     assert not unknown, f"{case.name}: no such argument: {unknown}"
@@ -84,7 +83,7 @@ def compiled(case, architecture: str):
     return triton.compile(
         source,
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
-        options=_launch.launch_options(case.num_warps, case.num_stages),
+        options=runtime.launch_options(case.num_warps, case.num_stages),
     )
 
 
@@ -159,26 +158,24 @@ def main(names: list[str]) -> int:
         f"{'kernel':<50} | {'arch':<6} | registers | shared | occupancy | instructions | compile s"
     )
     failed = 0
-    for module in MODULES:
-        cases = getattr(importlib.import_module(f"resae_kernels.{module}"), "aot_cases", tuple)
-        for case in cases():
-            if names and not any(name in case.name for name in names):
-                continue
-            for architecture in case.architectures:
-                start = time.perf_counter()
-                kernel = compiled(case, architecture)
-                found = usage(cuobjdump, nvdisasm, kernel.asm["cubin"])
-                seconds = time.perf_counter() - start
-                shared = kernel.metadata.shared
-                share = occupancy(architecture, int(found["reg"]), shared, case.num_warps)
-                print(
-                    f"{case.name:<50} | {architecture:<6} | {found['reg']:>9} | {shared:>6} | "
-                    f"{share:>9.0%} | {found['instructions']:>12} | {seconds:>9.1f}",
-                    flush=True,
-                )
-                for wrong in failures(case, architecture, shared, found):
-                    failed += 1
-                    print(f"    FAILED {wrong}", flush=True)
+    for case in aot_cases.all_cases():
+        if names and not any(name in case.name for name in names):
+            continue
+        for architecture in case.architectures:
+            start = time.perf_counter()
+            kernel = compiled(case, architecture)
+            found = usage(cuobjdump, nvdisasm, kernel.asm["cubin"])
+            seconds = time.perf_counter() - start
+            shared = kernel.metadata.shared
+            share = occupancy(architecture, int(found["reg"]), shared, case.num_warps)
+            print(
+                f"{case.name:<50} | {architecture:<6} | {found['reg']:>9} | {shared:>6} | "
+                f"{share:>9.0%} | {found['instructions']:>12} | {seconds:>9.1f}",
+                flush=True,
+            )
+            for wrong in failures(case, architecture, shared, found):
+                failed += 1
+                print(f"    FAILED {wrong}", flush=True)
     print(f"{failed} failed" if failed else "all passed")
     return int(failed > 0)
 

@@ -34,7 +34,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, id="bf16"),
     pytest.param(torch.float16, id="fp16"),
 ]
-either = pytest.mark.parametrize("implementation", ["torch", "triton"])
+either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
 # How many of the layers before it each layer but the first is predicted from.
 SOURCES = [
     pytest.param((), id="one-layer"),
@@ -53,7 +53,7 @@ SHAPES = [
     pytest.param((), 3, id="a-vector"),
     pytest.param((2, 3), 3, id="batch-of-sequences"),
 ]
-module = importlib.import_module("resae_kernels.affine_chain")
+module = importlib.import_module("resae_kernels.chain")
 FIELDS = ("acts", "indices", "W_dec", "A", "c", "b_dec")
 
 
@@ -178,6 +178,7 @@ def test_reconstructions_and_gradients_are_as_close_to_fp64_as_plain_torch(
         pytest.param(torch.float16, "triton", id="fp16-triton"),
         # Triton's interpreter cuts fp32 down to bf16 where a device rounds to nearest.
     ],
+    indirect=["implementation"],
 )
 def test_each_reconstruction_is_rounded_once(dtype, implementation):
     inputs = chain_inputs((1, 2), (23,), 12, dtype)

@@ -9,18 +9,17 @@ from torch import Tensor
 
 from resae_kernels import (
     ScreenedEncoder,
-    native,
     online_step,
     reconstruction_error,
     reference,
-    screened_encode,
-    screening_native,
     sparse_decode,
     topk_encode,
 )
-from resae_kernels.build_native import compile_library
-from resae_kernels.screening import STEPS, draw_dither
-from resae_kernels.screening_native import NativeCopy
+from resae_kernels import screened as screened_encode
+from resae_kernels.cpu import native, screening_native
+from resae_kernels.cpu.build_native import compile_library
+from resae_kernels.cpu.screening_bounds import STEPS, draw_dither
+from resae_kernels.cpu.screening_native import NativeCopy
 
 needs_native = pytest.mark.skipif(
     native.unavailable() is not None, reason=str(native.unavailable())

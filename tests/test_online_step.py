@@ -13,18 +13,18 @@ from resae_kernels import (
     ScreenedEncoder,
     StepWorkspace,
     TopK,
-    _launch,
-    native,
     online_step,
     reference,
     transport,
 )
+from resae_kernels.cpu import native
+from resae_kernels.triton import runtime as _launch
 
-online_step_module = import_module("resae_kernels.online_step")
+online_step_module = import_module("resae_kernels.step")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-either = pytest.mark.parametrize("implementation", ["torch", "triton"])
+either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
     pytest.param(torch.bfloat16, id="bf16"),

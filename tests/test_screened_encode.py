@@ -16,17 +16,11 @@ from hypothesis import strategies as st
 from measured import assert_error_as_torch
 from torch import Tensor
 
-from resae_kernels import (
-    ScreenedEncoder,
-    TopK,
-    native,
-    reference,
-    screened_encode,
-    screening_torch,
-    topk_encode,
-)
-from resae_kernels.screened_encode import MARGINS
-from resae_kernels.screening import FAILURE, STEPS, StaleCopyError
+from resae_kernels import ScreenedEncoder, TopK, reference, topk_encode
+from resae_kernels import screened as screened_encode
+from resae_kernels.cpu import native, screening_torch
+from resae_kernels.cpu.screening_bounds import FAILURE, STEPS, StaleCopyError
+from resae_kernels.screened import MARGINS
 
 screens = pytest.mark.usefixtures("screened_at_any_size")
 screens_by_torch = pytest.mark.usefixtures("screened_by_torch_at_any_size")
@@ -460,7 +454,7 @@ def test_why_nothing_is_screened():
     assert "float64" in reason(weight.double(), bias.double(), x.double())
     x = torch.randn(40, 256)
     assert "does not pay" in reason(big, x=x, k=2000)
-    if screening_torch.unavailable() is None:
+    if screened_encode.unavailable("torch") is None:
         options = {"margin": "certain", "implementation": "torch"}
         assert "certain margin does not pay at 40 rows" in reason(big, x=x, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):

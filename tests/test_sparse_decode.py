@@ -18,15 +18,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resae_kernels import (
-    _launch,
     affine_chain,
-    native,
+    gradients,
+    memory,
     reconstruction_error,
     reference,
     sparse_decode,
     topk_encode,
 )
-from resae_kernels.sparse_decode import _sorted_stably, latent_outer, latent_sum
+from resae_kernels import dense as dense_form
+from resae_kernels.cpu import native, private_torch, sums
+from resae_kernels.gradients import latent_outer, latent_sum
+from resae_kernels.triton import decode as triton_decode
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -35,7 +38,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, id="bf16"),
     pytest.param(torch.float16, id="fp16"),
 ]
-either = pytest.mark.parametrize("implementation", ["torch", "triton"])
+either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
 in_both_forms = pytest.mark.parametrize("form", ["gather", "dense"])
 # (N, D, M, k)
 SHAPES = [
@@ -52,7 +55,7 @@ SHAPES = [
     pytest.param(17, 293, 23, 19, id="many-tiles"),
     pytest.param(2, 131, 71, 67, id="many-tiles-of-few-tokens"),
 ]
-module = importlib.import_module("resae_kernels.sparse_decode")
+module = importlib.import_module("resae_kernels.decode")
 
 
 def decoder_inputs(N, D, M, k, dtype=torch.float64) -> dict[str, Tensor]:
@@ -433,7 +436,7 @@ def often_active(N: int, k: int, M: int, dtype: torch.dtype) -> tuple[Tensor, Te
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("piece", [8, 10, 64], ids="pieces-of-{}".format)
 def test_latent_of_half_of_all_tokens_is_summed_in_pieces(piece, dtype, monkeypatch):
-    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(triton_decode, "PIECE", piece)
     N, D, M, k = 131, 5, 11, 3
     acts, indices = often_active(N, k, M, dtype)
     assert min((indices[acts > 0] == latent).sum() for latent in (2, M - 1)) >= 64
@@ -446,13 +449,13 @@ def test_latent_of_half_of_all_tokens_is_summed_in_pieces(piece, dtype, monkeypa
     assert_close_as_torch(op, plain, inputs)
 
 
-def test_pieces_of_every_length_sum_to_the_whole(monkeypatch):
+def test_pieces_of_every_length_sum_to_the_whole(monkeypatch, device):  # noqa: ARG001
     # Latent m has m entries: whole pieces, one entry less and one more, and none at all.
     latents = torch.arange(18).repeat_interleave(torch.arange(18))
     indices = latents[torch.randperm(len(latents))].unsqueeze(1)
     acts, rows = torch.rand(len(indices), 1).double() + 1, torch.randn(len(indices), 3).double()
     for piece in (1, 4, 8, 200):
-        monkeypatch.setattr(module, "PIECE", piece)
+        monkeypatch.setattr(triton_decode, "PIECE", piece)
         torch.testing.assert_close(
             latent_outer(acts, indices, rows, 18, "triton"), scatter(acts, indices, 18).T @ rows
         )
@@ -516,9 +519,7 @@ def test_chunks_of_the_scattered_code_are_bounded_and_change_nothing(
     op, _ = both(implementation, "dense")
     whole = values_and_gradients(op, inputs)
     row_bytes = 4 * M  # of fp32, in which a CPU takes the product
-    monkeypatch.setattr(
-        _launch, "WORKSPACE_BYTES", dict.fromkeys(("cpu", "cuda"), rows * row_bytes)
-    )
+    monkeypatch.setattr(memory, "WORKSPACE_BYTES", dict.fromkeys(("cpu", "cuda"), rows * row_bytes))
     ulps = 4 * torch.finfo(dtype).eps
     assert_same(values_and_gradients(op, inputs), whole, rtol=ulps, atol=ulps)
     if implementation == "torch":  # the interpreter takes memory of its own
@@ -561,16 +562,16 @@ def test_dense_form_passes_what_is_not_finite_in_the_dictionary_to_every_token(i
     assert torch.equal(dense[:, [0, 2]], gather[:, [0, 2]])
 
 
-SUMS = ("_dense_sum", "_dense_outer", "_dense_sampled_product")
+SUMS = ("dense_sum", "dense_outer", "dense_sampled_product")
 
 
 def dense_sums_used(monkeypatch, run) -> list[str]:
     """Which of the three products `run` takes, in order."""
     used = []
     for name in SUMS:
-        function = getattr(module, name)
+        function = getattr(dense_form, name)
         monkeypatch.setattr(
-            module, name, lambda *a, name=name, f=function: used.append(name) or f(*a)
+            dense_form, name, lambda *a, name=name, f=function: used.append(name) or f(*a)
         )
     run()
     return used
@@ -589,15 +590,15 @@ def test_rule_takes_the_dense_form_for_many_tokens_of_few_latents(
     tokens, latents, dense, dtype, monkeypatch
 ):
     k = 2
-    M = int(module.DENSE_RATIO["cpu"][dtype == torch.bfloat16] * k) + latents
-    inputs = decoder_inputs(module.DENSE_TOKENS + tokens, 3, M, k, dtype)
+    M = int(dense_form.DENSE_RATIO["cpu"][dtype == torch.bfloat16] * k) + latents
+    inputs = decoder_inputs(dense_form.DENSE_TOKENS + tokens, 3, M, k, dtype)
     used = dense_sums_used(monkeypatch, lambda: values_and_gradients(sparse_decode, inputs))
     assert sorted(used) == (sorted(SUMS) if dense else [])
 
 
 @either
 def test_rule_holds_in_the_gradients_of_the_encoder_and_in_the_chain(implementation, monkeypatch):
-    N, D, M, k = module.DENSE_TOKENS, 3, 4, 2
+    N, D, M, k = dense_form.DENSE_TOKENS, 3, 4, 2
     x, weight, bias, A = (torch.randn(shape).double() for shape in ((N, D), (M, D), (M,), (D, D)))
     inputs = {"x": x, "weight": weight, "bias": bias, "W_dec": torch.randn(M, D).double(), "A": A}
 
@@ -610,16 +611,16 @@ def test_rule_holds_in_the_gradients_of_the_encoder_and_in_the_chain(implementat
     with monkeypatch.context() as patch:
         used = dense_sums_used(patch, lambda: results.append(values_and_gradients(stack, inputs)))
     # Two sums, their gradients, and of the encoder dx by a sum and dweight.
-    assert sorted(used) == sorted([*SUMS, *SUMS, "_dense_sum", "_dense_outer"])
-    monkeypatch.setattr(module, "DENSE_TOKENS", N + 1)
+    assert sorted(used) == sorted([*SUMS, *SUMS, "dense_sum", "dense_outer"])
+    monkeypatch.setattr(dense_form, "DENSE_TOKENS", N + 1)
     assert_same(results[0], values_and_gradients(stack, inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_form_never_waits_for_a_value(dtype, device, monkeypatch):
     # Fake tensors have none: whatever asks for one raises. So do factors that do not fit.
-    monkeypatch.setattr(module, "_launch_scatter", lambda code, acts, indices: None)  # noqa: ARG005
-    monkeypatch.setattr(_launch, "WORKSPACE_BYTES", {"cpu": 100, "cuda": 100})
+    monkeypatch.setattr(triton_decode, "launch_scatter", lambda code, acts, indices: None)  # noqa: ARG005
+    monkeypatch.setattr(memory, "WORKSPACE_BYTES", {"cpu": 100, "cuda": 100})
     with FakeTensorMode():
         acts, rows, W = (
             torch.empty(shape, dtype=dtype, device=device) for shape in ((9, 3), (9, 5), (8, 5))
@@ -627,13 +628,13 @@ def test_dense_form_never_waits_for_a_value(dtype, device, monkeypatch):
         indices = torch.empty(9, 3, dtype=torch.int64, device=device)
         for implementation in ("torch", "triton"):
             named = {"implementation": implementation, "form": "dense"}
-            sums = [
-                module._decode([acts], [indices], [W], None, rows, **named),
-                module._latent_outer(acts, indices, rows, 8, **named),
-                module._sampled_product(rows, indices, W, **named),
+            made = [
+                module.decode_rows([acts], [indices], [W], None, rows, **named),
+                gradients._latent_outer(acts, indices, rows, 8, **named),
+                gradients._sampled_product(rows, indices, W, **named),
             ]
-            assert [tuple(t.shape) for t in sums] == [(9, 5), (8, 5), (9, 3)]
-            assert all(t.dtype == dtype and t.device.type == device.type for t in sums)
+            assert [tuple(t.shape) for t in made] == [(9, 5), (8, 5), (9, 3)]
+            assert all(t.dtype == dtype and t.device.type == device.type for t in made)
 
 
 @pytest.mark.gpu
@@ -651,7 +652,7 @@ def test_dense_form_in_a_cuda_graph_gives_the_same_bits(dtype):
 
 @in_both_forms
 def test_form_asked_for_overrules_the_rule(form, monkeypatch):
-    big, small = decoder_inputs(module.DENSE_TOKENS, 3, 2, 2), decoder_inputs(3, 4, 8, 1)
+    big, small = decoder_inputs(dense_form.DENSE_TOKENS, 3, 2, 2), decoder_inputs(3, 4, 8, 1)
     for inputs in (big, small):
         with monkeypatch.context() as patch:
             used = dense_sums_used(
@@ -662,7 +663,7 @@ def test_form_asked_for_overrules_the_rule(form, monkeypatch):
 
 @either
 def test_dictionaries_of_one_sum_take_the_form_that_suits_each(implementation, monkeypatch):
-    N = module.DENSE_TOKENS
+    N = dense_form.DENSE_TOKENS
     parts = [decoder_inputs(N, 3, M, k) for M, k in ((60, 2), (4, 2), (50, 1))]
     lists = [[part[name] for part in parts] for name in ("acts", "indices", "W_dec")]
     offsets = {name: parts[0][name] for name in ("bias", "base")}
@@ -672,7 +673,7 @@ def test_dictionaries_of_one_sum_take_the_form_that_suits_each(implementation, m
     def run():
         results.append(sparse_decode(*lists, **offsets, implementation=implementation))
 
-    assert dense_sums_used(monkeypatch, run) == ["_dense_sum"]
+    assert dense_sums_used(monkeypatch, run) == ["dense_sum"]
     torch.testing.assert_close(results[0], reference.sparse_decode(*lists, **offsets))
     assert torch.equal(offsets["base"], kept)
 
@@ -846,7 +847,7 @@ def test_error_of_non_contiguous_inputs_is_the_same(implementation):
 
 @either
 def test_error_by_the_rule_takes_the_dense_form_where_the_decode_does(implementation, monkeypatch):
-    N = module.DENSE_TOKENS
+    N = dense_form.DENSE_TOKENS
     parts = [decoder_inputs(N, 3, M, k) for M, k in ((60, 2), (4, 2))]
     target = torch.randn(N, 3, dtype=torch.float64)
     for chosen in (parts, parts[1:]):
@@ -857,7 +858,7 @@ def test_error_by_the_rule_takes_the_dense_form_where_the_decode_does(implementa
             results.append(reconstruction_error(*lists, target, implementation=implementation))
 
         with monkeypatch.context() as patch:
-            assert dense_sums_used(patch, run) == ["_dense_sum"]
+            assert dense_sums_used(patch, run) == ["dense_sum"]
         for ours, theirs in zip(
             results[0], reference.reconstruction_error(*lists, target), strict=True
         ):
@@ -896,20 +897,21 @@ def test_bad_target_is_refused(target, error, message):
 @pytest.mark.parametrize(
     ("implementation", "launched"),
     [
-        ("triton", {"_launch_decode", "_launch_sampled_product", "_launch_latent_outer"}),
+        ("triton", {"launch_decode", "launch_sampled_product", "launch_latent_outer"}),
         ("torch", set()),
         (None, set()),  # by device: the inputs are on CPU
     ],
     ids=["triton", "torch", "by-device"],
+    indirect=["implementation"],
 )
 def test_implementation_asked_for_computes_the_sum_and_its_gradients(
     implementation, launched, monkeypatch
 ):
     called = set()
-    for name in ("_launch_decode", "_launch_sampled_product", "_launch_latent_outer"):
-        launch = getattr(module, name)
+    for name in ("launch_decode", "launch_sampled_product", "launch_latent_outer"):
+        launch = getattr(triton_decode, name)
         monkeypatch.setattr(
-            module, name, lambda *a, name=name, launch=launch: called.add(name) or launch(*a)
+            triton_decode, name, lambda *a, name=name, launch=launch: called.add(name) or launch(*a)
         )
     inputs = decoder_inputs(5, 4, 8, 3)
     values_and_gradients(lambda **t: sparse_decode(**t, implementation=implementation), inputs)
@@ -945,7 +947,7 @@ def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
 
     whole, gathered = product(), N * k * D * 4  # rows are widened to fp32
     assert largest_allocation(product) >= gathered
-    monkeypatch.setattr(module, "GATHER_BYTES", gathered // 13)
+    monkeypatch.setattr(memory, "GATHER_BYTES", gathered // 13)
     torch.testing.assert_close(product(), whole)
     assert largest_allocation(product) <= gathered // 13
 
@@ -1133,15 +1135,15 @@ def test_index_outside_the_dictionary_is_refused_in_16_bits_too(index):
         sparse_decode(acts, torch.tensor([[index]]), W_dec, bias=W_dec[0])
 
 
-def test_pair_products_without_the_private_op_are_the_same(monkeypatch):
+def test_gathered_dot_without_the_private_op_is_the_same(monkeypatch):
     """Where torch has moved the op that copies no row, rows are gathered."""
     x, W = torch.randn(7, 12), torch.randn(20, 12)
     tokens, latents = torch.randint(7, (50,)), torch.randint(20, (50,))
     expected = (x.double()[tokens] * W.double()[latents]).sum(-1).float()
-    torch.testing.assert_close(module.pair_products(x, tokens, W, latents), expected)
+    torch.testing.assert_close(private_torch.gathered_dot(x, tokens, W, latents), expected)
     monkeypatch.setattr(torch.ops, "aten", object())
-    monkeypatch.setattr(module, "GATHER_BYTES", 12 * 4 * 8)
-    torch.testing.assert_close(module.pair_products(x, tokens, W, latents), expected)
+    monkeypatch.setattr(memory, "GATHER_BYTES", 12 * 4 * 8)
+    torch.testing.assert_close(private_torch.gathered_dot(x, tokens, W, latents), expected)
 
 
 def test_one_token_on_a_cpu_is_decoded_as_any_other():
@@ -1168,7 +1170,7 @@ def test_one_token_on_a_cpu_is_decoded_as_any_other():
 @pytest.mark.skipif(native.unavailable() is not None, reason="without the compiled library")
 def test_many_tokens_of_a_sparse_code_take_one_compiled_call(monkeypatch):
     """Those of a code that pays in the dense form do not."""
-    N, M = module.DENSE_TOKENS, 4096
+    N, M = dense_form.DENSE_TOKENS, 4096
     acts, indices, W = torch.rand(N, 2), torch.randint(M, (N, 2)), torch.randn(M, 6)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_check", lambda *_: pytest.fail("passed through the dispatcher"))
@@ -1182,7 +1184,7 @@ def test_many_tokens_of_a_sparse_code_take_one_compiled_call(monkeypatch):
 def test_sorting_by_latent_is_stable(M, entries):
     latents = torch.randint(0, M + 1, (entries,), dtype=torch.int32)
     expected = latents.sort(stable=True)
-    values, order = _sorted_stably(latents)
+    values, order = sums.sort_stably(latents)
     assert torch.equal(values, expected.values)
     assert torch.equal(order, expected.indices)
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"demo", "tune"},
+    {"demo"},
     {"report"},
     {"training"},
     {"evaluation"},
@@ -26,7 +26,6 @@ FLOORS = [
     {"stack"},
     {"data", "sae"},
     {"models"},
-    {"profile"},
     {*("arguments", "assets", "choices", "console", "environment", "lazy", "settings", "storage")}
     | {"threads"},
 ]
@@ -91,7 +90,7 @@ def test_no_module_bears_the_name_of_a_public_function():
 
 
 def test_kernels_know_no_model_and_autoencoders_no_transformers():
-    for path in (ROOT / "resae_kernels").glob("*.py"):
+    for path in (ROOT / "resae_kernels").rglob("*.py"):
         outside = {m.split(".")[0] for m in imported(path)} - sys.stdlib_module_names
         builds = {"hatchling"} if path.stem == "build_native" else set()
         assert outside <= {"torch", "triton", "numpy", "resae_kernels"} | builds, path
@@ -110,6 +109,99 @@ def test_only_the_registry_asks_which_kind_an_autoencoder_is():
             if isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "issubclass"):
                 asked = {n.id for n in ast.walk(call.args[1]) if isinstance(n, ast.Name)}
                 assert not asked & kinds, f"{module_of(path)}, line {call.lineno}"
+
+
+KERNEL_FLOORS = [
+    {"step"},
+    {"screened", "chain"},
+    {"encode", "decode"},
+    {"gradients"},
+    {"dense"},
+    {"dispatch"},
+    {"triton.step"},
+    {"triton.encode", "triton.decode", "cpu.encode"},
+    {"cpu.sums", "cpu.screening_native", "cpu.screening_torch"},
+    {"cpu.selection", "cpu.onednn", "triton.tiles"},
+    {"cpu.native", "cpu.screening_bounds", "triton.runtime"},
+    {"cpu.private_torch", "cpu.build_native"},
+    {"checks", "memory", "precision", "reference"},
+    {"types"},
+]
+KERNEL_FLOOR_OF = {name: number for number, names in enumerate(KERNEL_FLOORS) for name in names}
+
+
+def kernel_module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "resae_kernels").with_suffix("").parts)
+
+
+KERNEL_SOURCES = {
+    kernel_module(p): p
+    for p in sorted((ROOT / "resae_kernels").rglob("*.py"))
+    if p.stem != "__init__"
+}
+PROFILING = {m for m in KERNEL_SOURCES if m.startswith("profiling.")}
+"""Above all floors: it may import everything here, and nothing here imports it."""
+
+
+def kernels_imported(path: Path) -> dict[str, set[str]]:
+    """The modules of `resae_kernels` that a file imports, and the names it takes from each."""
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        package, _, module = (node.module or "").partition(".")
+        if package != "resae_kernels":
+            continue
+        for alias in node.names:
+            submodule = f"{module}.{alias.name}".lstrip(".")
+            if submodule in KERNEL_SOURCES:
+                found.setdefault(submodule, set())
+            else:
+                found.setdefault(module, set()).add(alias.name)
+    return found
+
+
+@pytest.mark.parametrize("module", [m for m in KERNEL_SOURCES if m not in PROFILING])
+def test_imports_of_the_kernels_go_down(module):
+    """Backends know neither ops nor each other."""
+    backend = module.partition(".")[0]
+    for other in kernels_imported(KERNEL_SOURCES[module]):
+        assert KERNEL_FLOOR_OF[other] > KERNEL_FLOOR_OF[module], f"{module} imports {other}"
+        if backend in ("cpu", "triton"):
+            assert not {"cpu", "triton"} - {backend} & {other.partition(".")[0]}, other
+
+
+NAMED_TUPLE = {"_fields", "_replace", "_asdict", "_make"}
+"""Public methods of named tuples, underscored so as not to be taken for fields."""
+
+
+def test_no_private_name_crosses_the_border_of_a_file():
+    for package in ("resae_kernels", "resae", "bench"):
+        for path in (ROOT / package).rglob("*.py"):
+            for module, names in kernels_imported(path).items():
+                private = {name for name in names if name.startswith("_")}
+                assert not private, f"{path} takes {private} from resae_kernels.{module}"
+            tree = ast.parse(path.read_text())
+            modules = {
+                alias.asname or alias.name
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom)
+                and (node.module or "").startswith("resae_kernels")
+                for alias in node.names
+            }
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules:
+                    private = node.attr.startswith("_") and node.attr not in NAMED_TUPLE
+                    assert not private, f"{path}: {ast.unparse(node)}"
+
+
+def test_private_interfaces_of_torch_are_in_one_file():
+    for module, path in KERNEL_SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if module != "cpu.private_torch" and isinstance(node, ast.Attribute):
+                root, *rest = ast.unparse(node).split(".")
+                private = [name for name in rest if name.startswith("_")]
+                assert root != "torch" or not private, f"{module}: {ast.unparse(node)}"
 
 
 def test_nothing_reads_the_environment_or_prints():

@@ -1,5 +1,4 @@
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +12,10 @@ from measured import (
 )
 from torch import Tensor
 
-from resae_kernels import TopK, _launch, reference, topk_encode
+from resae_kernels import TopK, reference, topk_encode
+from resae_kernels import dispatch as _launch
+from resae_kernels.cpu import selection
+from resae_kernels.triton import runtime
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -368,8 +370,7 @@ def test_special_values_have_their_place_among_ties(case, sorted_):
 @pytest.mark.parametrize("least", [0, 10**9], ids=["by-groups", "at-once"])
 def test_selection_by_groups_and_at_once(monkeypatch, least, M, k, sorted_):
     """Rows of few values, of all kinds, and of distinct ones, beside each other."""
-    module = import_module("resae_kernels.topk_encode")  # resae_kernels.topk_encode is the op
-    monkeypatch.setattr(module, "GROUPED_SCORES", least)
+    monkeypatch.setattr(selection, "GROUPED_SCORES", least)
     generator = torch.Generator().manual_seed(M + k)
     few = torch.tensor([-inf, -1.0, 0.0, 1.0, 2.0, inf, nan])
     special = few[torch.randint(7, (60, M), generator=generator)]
@@ -377,7 +378,7 @@ def test_selection_by_groups_and_at_once(monkeypatch, least, M, k, sorted_):
     distinct = torch.randn(60, M, generator=generator)
     one_nan = distinct.index_fill(1, torch.tensor([M - 3]), nan)
     scores = torch.cat([special, levels, distinct, one_nan, levels - 3])
-    acts, indices = module._select(scores, k, sorted_)
+    acts, indices = selection.select(scores, k, sorted_)
     expected = [ranked(row, k) for row in scores.tolist()]
     for row, found, wanted in zip(scores, indices, expected, strict=True):
         wanted = wanted if sorted_ else sorted(wanted)
@@ -878,7 +879,7 @@ def test_implementation_that_cannot_run_is_refused(monkeypatch):
     x, weight = torch.zeros(3, 4), torch.zeros(8, 4)
     with pytest.raises(ValueError, match="topk_encode: implementation='cuda', expected 'torch'"):
         topk_encode(x, weight, None, 2, implementation="cuda")
-    monkeypatch.setattr(_launch, "_interpreted", lambda: False)
+    monkeypatch.setattr(runtime, "is_interpreted", lambda: False)
     with pytest.raises(ValueError, match="implementation='triton' needs a CUDA device, .* cpu"):
         topk_encode(x, weight, None, 2, implementation="triton")
 

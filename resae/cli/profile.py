@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from resae.arguments import whole, writable_file
 from resae.choices import OPS
@@ -47,7 +47,8 @@ class Options(Shape, Machine):
 def run(options: Options, display: Display) -> int:
     import torch
 
-    from resae.profile import Case, Clock, measure_roofs, profile, table, trace
+    from resae.storage import write_atomically
+    from resae_kernels.profiling import Case, Clock, measure_roofs, profile, table, trace
 
     if options.json:
         display.report_to_stderr()
@@ -76,7 +77,11 @@ def run(options: Options, display: Display) -> int:
         display.say(
             f"\n{'us':>12}{'calls':>8}{'registers':>11}{'shared':>9}{'occupancy':>11}  kernel or op"
         )
-        for row in trace(case, device=device, path=Path(options.trace))[:20]:
+        ran: list[dict[str, Any]] = []
+        write_atomically(
+            Path(options.trace), lambda path: ran.extend(trace(case, device=device, path=path))
+        )
+        for row in ran[:20]:
             known = [row[key] for key in ("registers", "shared_bytes", "occupancy_percent")]
             facts = ["–" if value is None else str(value) for value in known]
             display.say(

@@ -29,8 +29,8 @@ class Options:
 def run(options: Options, display: Display) -> int:
     import torch
 
-    from resae.tune import tiles_in_force, tune
-    from resae_kernels import _launch
+    from resae_kernels.profiling import tiles_in_force, tune
+    from resae_kernels.triton.tiles import tiles_file
 
     gpu = torch.device("cuda" if options.device == "auto" else options.device)
     if options.show:
@@ -39,6 +39,6 @@ def run(options: Options, display: Display) -> int:
     chosen = tune(gpu, rounds=options.rounds, say=display.say)
     display.say(
         f"* chosen, by the geometric mean of the last column: the time relative to the tile that "
-        f"comes with resae. {len(chosen)} tiles written to {_launch.tiles_file()}"
+        f"comes with resae. {len(chosen)} tiles written to {tiles_file()}"
     )
     return 0

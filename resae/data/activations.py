@@ -10,7 +10,7 @@ from torch import Tensor
 from resae.data.rows import TokenRows
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
-from resae_kernels.onednn import OneDNNLinear
+from resae_kernels.cpu.onednn import OneDNNLinear
 
 MODEL_ROWS = 8
 """Rows per forward pass. With more, on a CPU, an op's output is so large that it goes back to the

@@ -42,7 +42,7 @@ class SAEConfig:
     screening: Screening | None = "statistical"
     """How latents are ruled out by an 8-bit product when encoding on a CPU, before the rest are
     scored in float32. `statistical`: a latent of the TopK is missed with probability below 1e-12
-    per row (proof: `resae_kernels.screened_encode`); `certain`: never, at more candidates; None: no
+    per row (proof: `resae_kernels.screened`); `certain`: never, at more candidates; None: no
     screening, the whole float32 product."""
 
     def __post_init__(self) -> None:

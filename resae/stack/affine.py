@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from resae.choices import FORMS, KINDS
 from resae.storage import load_tensors, save_tensors
-from resae_kernels.reference import accumulation_dtype
+from resae_kernels.types import accumulation_dtype
 
 
 def sources_of(kind: str, layer: int) -> range:

@@ -31,7 +31,7 @@ from resae.sae.registry import load_sae, new_sae
 from resae.stack.affine import AffinePredictor
 from resae.storage import load_json, save_json
 from resae_kernels import ScreenedEncoder, TopK, Transported, affine_chain, online_step, transport
-from resae_kernels.online_step import FEW_TOKENS
+from resae_kernels.step import FEW_TOKENS
 
 FORMAT_VERSION = 1
 FEW_ENTRIES = 2048

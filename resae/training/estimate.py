@@ -21,7 +21,7 @@ from resae.models.hooked import HookedLM
 from resae.stack.fit import Moments
 from resae.training.config import TrainConfig
 from resae.training.distributed import Ranks
-from resae_kernels._launch import WORKSPACE_BYTES
+from resae_kernels.memory import WORKSPACE_BYTES
 
 STREAMS = 6
 """Tensors `[N, D]` in float32 that a layer holds until the backward: the raw and the scaled

@@ -13,7 +13,8 @@ from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
 from resae.stack.affine import KINDS
 from resae.stack.stack import new_stack
-from resae_kernels import native, reference
+from resae_kernels import reference
+from resae_kernels.cpu import native
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,279 @@
+"""Chained affine back-projection: x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l.
+
+Codes of L layers → reconstructions of L layers. Sequential form: a sparse decode per layer and
+2·N·D² FLOPs per source. Transported form: dictionaries carried through the maps beforehand,
+`D_{m←l} = W_dec_l A_{l+1} … A_m`, so that x̂_m is one gather over all codes up to m and no dense
+product: for few tokens, at the price of L(L−1)/2 further `[M, D]` tables.
+ReSAE, arXiv 2605.27819.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resae_kernels import checks
+from resae_kernels.decode import sparse_decode
+from resae_kernels.dispatch import LIBRARY, implementation_for, register
+from resae_kernels.gradients import code_gradients
+from resae_kernels.precision import gemm
+from resae_kernels.types import TopK, Transported, accumulation_dtype
+
+TRANSPORTED_TOKENS = 32
+"""Tokens times layers before the last up to which gathering carried rows beats the products, which
+read all of A but once for all tokens (from a cost model, not measured)."""
+
+
+def affine_chain(
+    codes: Sequence[TopK | tuple[Tensor, Tensor]],  # L × ([..., k_l], [..., k_l])
+    W_dec: Sequence[Tensor],  # L × [M_l, D]
+    A: Sequence[Tensor],  # (L-1) × [s_l·D, D]
+    c: Sequence[Tensor],  # (L-1) × [D]
+    *,
+    b_dec: Sequence[Tensor],  # L × [D]
+    transported: Transported | None = None,
+    form: str | None = None,
+    implementation: str | None = None,
+) -> list[Tensor]:
+    """Reconstructions of all layers from their codes (formula: `reference.affine_chain`).
+
+    Args:
+        codes: one `(acts, indices)` per layer, `[..., k_l]`, the same tokens in each.
+        W_dec: one `[M_l, D]` per layer.
+        A: one `[s·D, D]` per layer but the first: `A[l-1]` maps the `s` layers before l, stacked
+            in order, to layer l. s = 1: from the previous layer; s = l: from all previous ones.
+        c: one `[D]` per layer but the first.
+        b_dec: one `[D]` per layer.
+        transported: from `transport(W_dec, A, c, b_dec=b_dec)`: allows the transported form.
+        form: "sequential", "transported", or None: transported where `transported` is given and
+            the tokens are few (N · (L − 1) ≤ TRANSPORTED_TOKENS), otherwise sequential.
+        implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
+            torch.
+
+    Returns:
+        L tensors `[..., D]` in W_dec's dtype.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices, shapes or lengths that do not fit.
+
+    Note:
+        Sequential: gradients reach every floating input through each output. Transported: they
+        reach the acts and the carried dictionaries and constants, not W_dec, A, c and b_dec. Name
+        the form where gradients of more than the acts are wanted. Under autocast the acts are cast
+        to W_dec's dtype and products stay in it. Decodes take the form of `sparse_decode`'s rule.
+    """
+    codes = [TopK(*code) for code in codes]
+    _check(codes, W_dec, A, c, b_dec)
+    if form not in (None, "sequential", "transported"):
+        raise ValueError(
+            f"affine_chain: form={form!r}, expected 'sequential', 'transported' or None (by the "
+            f"number of tokens)"
+        )
+    if form == "transported" and transported is None:
+        raise ValueError(
+            "affine_chain: form='transported' needs transported; build it with transport()"
+        )
+    leading = codes[0].acts.shape[:-1]
+    N = leading.numel()
+    if transported is not None:
+        if len(transported.dictionaries) != len(codes):
+            raise ValueError(
+                f"affine_chain: transported covers {len(transported.dictionaries)} layers, codes "
+                f"{len(codes)}; build it with transport() from the same W_dec, A and c"
+            )
+        if form is None and N * (len(codes) - 1) <= TRANSPORTED_TOKENS:
+            form = "transported"
+    if form == "transported":
+        assert transported is not None
+        return [
+            sparse_decode(
+                [code.acts for code in codes[: m + 1]],
+                [code.indices for code in codes[: m + 1]],
+                transported.dictionaries[m],
+                bias=transported.constants[m],
+                implementation=implementation,
+            )
+            for m in range(len(codes))
+        ]
+    x_hats = torch.ops.resae.affine_chain(
+        [code.acts.to(W_dec[0].dtype).reshape(N, code.acts.shape[-1]) for code in codes],
+        [code.indices.reshape(N, code.indices.shape[-1]) for code in codes],
+        list(W_dec),
+        list(A),
+        list(c),
+        list(b_dec),
+        implementation=implementation or "",
+    )
+    return [x_hat.reshape(*leading, x_hat.shape[-1]) for x_hat in x_hats]
+
+
+def transport(
+    W_dec: Sequence[Tensor],  # L × [M_l, D]
+    A: Sequence[Tensor],  # (L-1) × [s_l·D, D]
+    c: Sequence[Tensor],  # (L-1) × [D]
+    *,
+    b_dec: Sequence[Tensor],  # L × [D]
+) -> Transported:
+    """Carry every dictionary to every later layer (formula: `reference.transport`).
+
+    L(L−1)/2 new tables `[M, D]`, 2·M·D² FLOPs each, folded in fp32 and rounded once; the table of
+    a layer itself is W_dec's own memory. For inference: detached, and the carried tables do not
+    follow later changes of W_dec, A or c.
+    """
+    _check([], W_dec, A, c, b_dec)
+    # Detached inputs, not no_grad: a table that is W_dec itself would still require its gradient.
+    W_dec, A, c, b_dec = ([t.detach() for t in tensors] for tensors in (W_dec, A, c, b_dec))
+    (D, dtype), L = (W_dec[0].shape[1], W_dec[0].dtype), len(W_dec)
+    wide = accumulation_dtype(dtype)
+    tables: list[list[Tensor]] = []
+    constants: list[Tensor] = []
+    for m in range(L):
+        maps = A[m - 1].to(wide).split(D) if m else ()
+        sources = list(zip(range(m - len(maps), m), maps, strict=True))
+        constant = b_dec[m].to(wide)
+        if m:
+            constant = constant + c[m - 1].to(wide)
+        for j, A_mj in sources:
+            constant = constant + constants[j] @ A_mj
+        constants.append(constant)
+        carried = []
+        for layer in range(m):
+            total = None
+            for j, A_mj in sources:
+                if layer <= j:
+                    total = gemm(tables[j][layer], A_mj, total)
+            carried.append(
+                W_dec[layer].new_zeros(W_dec[layer].shape, dtype=wide) if total is None else total
+            )
+        tables.append([*carried, W_dec[m].to(wide)])
+    return Transported(
+        [[table.to(dtype) for table in row] for row in tables], [v.to(dtype) for v in constants]
+    )
+
+
+def _check(codes, W_dec, A, c, b_dec) -> None:
+    op = "affine_chain"
+    L = len(W_dec)
+    if L == 0:
+        raise ValueError(f"{op}: W_dec is empty, expected one dictionary per layer")
+    lengths = {"A": (len(A), L - 1), "c": (len(c), L - 1), "b_dec": (len(b_dec), L)}
+    if codes:
+        lengths["codes"] = (len(codes), L)
+    for name, (got, expected) in lengths.items():
+        if got != expected:
+            raise ValueError(f"{op}: {name} has {got} entries, expected {expected} for {L} layers")
+    D = W_dec[0].shape[-1]
+    for layer in range(L):
+        at = f"[{layer}]"
+        if W_dec[layer].ndim != 2 or W_dec[layer].shape[1] != D:
+            raise ValueError(
+                f"{op}: W_dec{at} has shape {list(W_dec[layer].shape)}, expected [M, {D}]"
+            )
+        checks.check_like(op, f"W_dec{at}", W_dec[layer], "W_dec[0]", W_dec[0])
+        checks.check_shape(op, f"b_dec{at}", b_dec[layer], (D,), "width of W_dec")
+        checks.check_like(op, f"b_dec{at}", b_dec[layer], "W_dec[0]", W_dec[0])
+        if codes:
+            acts, indices = codes[layer]
+            checks.check_codes(op, acts, indices, at)
+            expected = (*codes[0].acts.shape[:-1], acts.shape[-1])
+            checks.check_shape(op, f"acts{at}", acts, expected, "the tokens of the first code")
+            if not checks.autocasts(acts.device.type):
+                checks.check_like(op, f"acts{at}", acts, "W_dec[0]", W_dec[0])
+        if layer == 0:
+            continue
+        at = f"[{layer - 1}]"
+        maps = A[layer - 1]
+        if maps.ndim != 2 or maps.shape[1] != D or maps.shape[0] not in range(D, layer * D + 1, D):
+            raise ValueError(
+                f"{op}: A{at} has shape {list(maps.shape)}, expected [s·{D}, {D}] with "
+                f"1 ≤ s ≤ {layer} sources"
+            )
+        checks.check_like(op, f"A{at}", maps, "W_dec[0]", W_dec[0])
+        checks.check_shape(op, f"c{at}", c[layer - 1], (D,), "width of W_dec")
+        checks.check_like(op, f"c{at}", c[layer - 1], "W_dec[0]", W_dec[0])
+
+
+# -- op ------------------------------------------------------------------------------------------
+
+
+def _chain(
+    acts: list[Tensor],
+    indices: list[Tensor],
+    W_dec: list[Tensor],
+    A: list[Tensor],
+    c: list[Tensor],
+    b_dec: list[Tensor],
+    *,
+    implementation: str = "",
+) -> list[Tensor]:
+    implementation = implementation_for("affine_chain", acts[0], implementation or None)
+    wide = accumulation_dtype(acts[0].dtype)
+    x_hats: list[Tensor] = []
+    for layer in range(len(acts)):
+        bias, base = b_dec[layer].to(wide), None
+        if layer > 0:
+            # Prediction and constants stay in the accumulation dtype: one rounding per layer, here.
+            base = _map_sources(x_hats, A[layer - 1])
+            bias = bias + c[layer - 1]
+        x_hat = torch.ops.resae.sparse_decode(
+            [acts[layer]],
+            [indices[layer]],
+            [W_dec[layer]],
+            bias,
+            base,
+            implementation=implementation,
+        )
+        x_hats.append(x_hat)
+    return x_hats
+
+
+def _map_sources(sources: list[Tensor], A: Tensor) -> Tensor:
+    """`affine_predict` without its constant: the most recent sources times A, not yet rounded."""
+    recent = torch.cat(sources[len(sources) - A.shape[0] // A.shape[1] :], dim=-1)
+    return gemm(recent, A)
+
+
+def _chain_fake(acts, indices, W_dec, A, c, b_dec, *, implementation=""):  # noqa: ARG001
+    return [a.new_empty(a.shape[0], W_dec[0].shape[1]) for a in acts]
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+    acts, indices, W_dec, A, _, _ = inputs
+    ctx.implementation = keyword_only_inputs["implementation"]
+    ctx.set_materialize_grads(False)
+    ctx.layers = len(acts)
+    # x̂ of every layer but the last gives dA; the rest as in sparse_decode.
+    ctx.save_for_backward(*acts, *indices, *W_dec, *A, *output)
+
+
+def _backward(ctx, grads):
+    L = ctx.layers
+    saved = list(ctx.saved_tensors)
+    acts, indices, W_dec = saved[:L], saved[L : 2 * L], saved[2 * L : 3 * L]
+    A, x_hats = saved[3 * L : 4 * L - 1], saved[4 * L - 1 :]
+    D = W_dec[0].shape[1]
+    total = [torch.zeros_like(x) if g is None else g for x, g in zip(x_hats, grads, strict=True)]
+    grad_A: list[Tensor] = []
+    for layer in range(L - 1, 0, -1):
+        sources = A[layer - 1].shape[0] // D
+        back = (total[layer] @ A[layer - 1].T).split(D, dim=-1)
+        for source, piece in zip(range(layer - sources, layer), back, strict=True):
+            total[source] = total[source] + piece
+        recent = torch.cat(x_hats[layer - sources : layer], dim=-1)
+        grad_A.insert(0, recent.T @ total[layer])
+    grad_acts, grad_W = code_gradients(
+        acts, indices, W_dec, total, [(True, True)] * L, implementation=ctx.implementation
+    )
+    sums = [g.sum(0) for g in total]
+    return grad_acts, [None] * L, grad_W, grad_A, sums[1:], sums
+
+
+register(
+    "affine_chain(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor[] A, Tensor[] c, "
+    "Tensor[] b_dec, *, str implementation='') -> Tensor[]",
+    _chain,
+    _chain_fake,
+)
+torch.library.register_autograd(
+    "resae::affine_chain", _backward, setup_context=_setup_context, lib=LIBRARY
+)

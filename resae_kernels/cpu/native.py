@@ -1,0 +1,432 @@
+"""The compiled CPU library (`native.c`): loading it, and its functions on tensors.
+
+Every function takes CPU tensors of one dtype (float32, bfloat16 or float16), in any layout: this
+is the one place that makes them what C reads, with unit stride along a row. None has a gradient.
+Built when the package is installed (`build_native.py`); runs where the processor has AVX-512 with
+VNNI, and multiplies by AMX where there is that too. Threads are torch's.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resae_kernels.cpu.private_torch import is_eager, is_profiled
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+EXACT_ROWS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
+"""Rows up to which `exact_encode` is faster than torch's product and `select`, by dtype: measured
+on one core of an Intel Xeon with AMX at 1 to 16 rows, D from 128 to 768, M from 512 to 24,576."""
+LATENTS, DEPTH = 32, 64
+"""Latents and entries of a row are padded to multiples of these in the 8-bit copy."""
+MOST_COLUMNS = 16
+"""Outlier dimensions that a copy can hold."""
+_PLAIN = (Tensor, torch.nn.Parameter)
+_INTEGERS = torch.empty(0, dtype=torch.int64)
+"""Prototype of indices: naming the dtype takes torch a microsecond longer."""
+_OK, _NO_MEMORY, _BAD_INDEX, STALE_COPY, NEW_COLUMNS, ROWS_LEFT = range(6)
+
+
+class Copy(ctypes.Structure):
+    """The 8-bit copy of a weight, as `native.c` reads it."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("M", "D")),
+        ("weight", c_void_p),
+        *((name, c_int64) for name in ("weight_stride", "weight_dtype")),
+        ("live_bias", c_void_p),
+        *(
+            (name, c_void_p)
+            for name in (
+                *("packed", "start", "steps", "shift", "bias", "bounds", "norm_bounds"),
+                *("dither", "weight_dither", "columns", "column_dimensions"),
+            )
+        ),
+        ("n_columns", c_int64),
+        ("samples", c_void_p),
+        ("sample_step", c_int64),
+        *(
+            (name, c_float)
+            for name in ("ratio", "largest_bias", "largest_bound", "outlier", "rounding")
+        ),
+    ]
+
+
+_Counts = c_int64 * 2
+
+
+class _Code(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("acts", "indices", "W")),
+        *((name, c_int64) for name in ("k", "M", "stride")),
+    ]
+
+
+_SIGNATURES: dict[str, list[Any]] = {
+    "resae_select": [
+        *(c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int, c_int),
+        *(c_void_p, c_void_p),
+    ],
+    "resae_quantise": [
+        *(c_void_p, c_int64, c_int, c_int64, c_int64, c_float, c_void_p, c_void_p, c_int),
+        *(c_void_p,) * 7,
+    ],
+    "resae_screened_encode": [
+        *(POINTER(Copy), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int64, c_int64),
+        *(c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ],
+    "resae_decode": [
+        *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
+        c_void_p,
+    ],
+    "resae_online_step": [
+        *(POINTER(Copy), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+        *(c_int64, c_int64, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p),
+    ],
+    "resae_exact_encode": [
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int),
+        *(c_int64, c_int64, c_int64, c_int64, c_int, c_int, c_void_p, c_void_p),
+    ],
+}
+
+
+@cache
+def _load() -> tuple[Any, str | None]:
+    """The library, or why there is none."""
+    from resae_kernels.cpu.build_native import LIBRARY, SOURCE, source_version
+
+    if not LIBRARY.exists():
+        return None, (
+            "the package was installed without its compiled CPU library; install a C compiler, "
+            "then `pip install` it again"
+        )
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:  # of another platform, or a torch without OpenMP
+        return None, f"the compiled CPU library cannot be loaded: {error}"
+    library.resae_source_version.restype = ctypes.c_uint32
+    if SOURCE.exists() and library.resae_source_version() != source_version():
+        return None, f"{LIBRARY} was built from another native.c; `pip install` the package again"
+    if not library.resae_features():
+        return None, "this processor has no AVX-512 with 8-bit dot products (VNNI)"
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    return library, None
+
+
+def unavailable() -> str | None:
+    """Why the compiled path cannot run here; None if it can."""
+    return _load()[1]
+
+
+@cache
+def has_amx() -> bool:
+    """Whether products are made by AMX."""
+    library, _ = _load()
+    return library is not None and bool(library.resae_features() & 2)
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Can the library work on these tensors: is it there, and are they CPU tensors of one dtype?"""
+    given = [t for t in tensors if t is not None]
+    return (
+        given[0].dtype in DTYPES
+        and all(t.device.type == "cpu" and t.dtype == given[0].dtype for t in given)
+        and _load()[1] is None
+    )
+
+
+def direct(first: Tensor, *others: Tensor | None) -> bool:
+    """May the library be called with these tensors at once, past the dispatcher?
+
+    That is: plain CPU tensors of one dtype, no gradient wanted, eager. For few tokens the
+    dispatcher takes longer than the work. Under torch's profiler, which sees what is dispatched,
+    calls take the long way.
+    """
+    if not is_eager() or _load()[1] is not None or is_profiled():
+        return False
+    wants_gradient, dtype = torch.is_grad_enabled(), getattr(first, "dtype", None)
+    if dtype not in DTYPES:
+        return False
+    for t in (first, *others):
+        if t is not None and (
+            type(t) not in _PLAIN
+            or t.dtype is not dtype
+            or not t.is_cpu
+            or t.is_neg()
+            or (wants_gradient and t.requires_grad)
+        ):
+            return False
+    return True
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor with unit stride along its last dimension: itself, if it has."""
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """The tensor with all its entries side by side."""
+    return (
+        tensor
+        if tensor.is_contiguous() and not tensor.is_neg()
+        else tensor.resolve_neg().contiguous()
+    )
+
+
+def new_code(x: Tensor, N: int, k: int) -> tuple[Tensor, Tensor]:
+    """Acts in x's dtype and indices, `[N, k]`, not yet written."""
+    return x.new_empty(N, k), _INTEGERS.new_empty(N, k)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _require_memory(status: int) -> None:
+    if status == _NO_MEMORY:
+        raise MemoryError("resae_kernels: out of memory on the CPU")
+
+
+def select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
+    """Exact TopK of relu(scores), `[N, M]` → `[N, k]`: ties to the lower index, NaN first, padding
+    last."""
+    scores = rows(scores)
+    (N, M), (library, _) = scores.shape, _load()
+    acts, indices = new_code(scores, N, k)
+    status = library.resae_select(
+        scores.data_ptr(),
+        scores.stride(0),
+        DTYPES[scores.dtype],
+        N,
+        M,
+        k,
+        sorted,
+        torch.get_num_threads(),
+        acts.data_ptr(),
+        indices.data_ptr(),
+    )
+    _require_memory(status)
+    return acts, indices
+
+
+def decode(
+    acts: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    W_dec: Sequence[Tensor],
+    bias: Tensor | None,
+    base: Tensor | None,
+) -> Tensor:
+    """`Σ acts · W_dec + base + bias`: codes `[..., k]` to `[..., D]`, summed in float32 and rounded
+    once; acts of 0 are left out.
+
+    Raises:
+        RuntimeError: an index outside its dictionary.
+    """
+    library = _load()[0]
+    leading, D = acts[0].shape[:-1], W_dec[0].shape[1]
+    kept, codes = [], (_Code * len(acts))()
+    for code, a, i, W in zip(codes, acts, indices, W_dec, strict=True):
+        a, i, W = packed(a), packed(i), rows(W)
+        kept.append((a, i, W))
+        code.acts, code.indices, code.W = a.data_ptr(), i.data_ptr(), W.data_ptr()
+        code.k, (code.M, _), code.stride = a.shape[-1], W.shape, W.stride(0)
+    bias = None if bias is None else packed(bias)
+    base = None if base is None else packed(base)
+    out = W_dec[0].new_empty(*leading, D)
+    status = library.resae_decode(
+        codes,
+        len(acts),
+        leading.numel(),
+        D,
+        DTYPES[out.dtype],
+        _address(bias),
+        _address(base),
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    if status == _BAD_INDEX:
+        for i, W in zip(indices, W_dec, strict=True):
+            if i.numel() and not 0 <= int(i.min()) <= int(i.max()) < W.shape[0]:
+                raise RuntimeError(
+                    f"sparse_decode: indices from {int(i.min())} to {int(i.max())}, expected 0 to "
+                    f"{W.shape[0] - 1} (W_dec is {list(W.shape)})"
+                )
+    return out
+
+
+def exact_encode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    sorted: bool,
+) -> tuple[Tensor, Tensor]:
+    """TopK of relu((x − base − pre_bias) weightᵀ + bias), `[N, D]` → acts and indices
+    `[N, k]`: all N·M scores are summed in float32, held at once and rounded to the dtype of
+    everything given."""
+    library = _load()[0]
+    x, weight = packed(x), rows(weight)
+    bias = None if bias is None else packed(bias)
+    pre_bias = None if pre_bias is None else packed(pre_bias)
+    base = None if base is None else packed(base)
+    (N, D), M = x.shape, weight.shape[0]
+    acts, indices = new_code(x, N, k)
+    status = library.resae_exact_encode(
+        x.data_ptr(),
+        _address(base),
+        _address(pre_bias),
+        weight.data_ptr(),
+        weight.stride(0),
+        _address(bias),
+        DTYPES[x.dtype],
+        N,
+        M,
+        D,
+        k,
+        sorted,
+        torch.get_num_threads(),
+        acts.data_ptr(),
+        indices.data_ptr(),
+    )
+    _require_memory(status)
+    return acts, indices
+
+
+def quantise(
+    weight: Tensor,
+    levels: int,
+    dither: Tensor,
+    weight_dither: Tensor,
+    packed: Tensor,
+    start: Tensor,
+    steps: Tensor,
+    shift: Tensor,
+    size: Tensor,
+    error: Tensor | None,
+    norm: Tensor | None,
+) -> None:
+    """Fill the 8-bit copy of `weight [M, D]`, with unit stride along a row, and what belongs to it
+    (`native.c`, `copy`)."""
+    library, _ = _load()
+    status = library.resae_quantise(
+        weight.data_ptr(),
+        weight.stride(0),
+        DTYPES[weight.dtype],
+        *weight.shape,
+        levels,
+        dither.data_ptr(),
+        weight_dither.data_ptr(),
+        torch.get_num_threads(),
+        packed.data_ptr(),
+        start.data_ptr(),
+        steps.data_ptr(),
+        shift.data_ptr(),
+        size.data_ptr(),
+        _address(error),
+        _address(norm),
+    )
+    _require_memory(status)
+
+
+def screened_encode(
+    copy: Copy,
+    x: Tensor,
+    base: Tensor | None,
+    pre_bias: Tensor | None,
+    k: int,
+    sorted: bool,
+    amx: bool,
+    accept_outliers: bool,
+    acts: Tensor,
+    indices: Tensor,
+    left: ctypes.Array,
+    relative: ctypes.Array,
+) -> tuple[int, int, int]:
+    """Write the codes of `x − base − pre_bias` `[N, D]` into acts and indices `[N, k]`: the status,
+    the number of exact scores, and of rows left to the exact path, which are 1 in `left [N]`."""
+    library, _ = _load()
+    x = rows(x)
+    base = None if base is None else rows(base)
+    pre_bias = None if pre_bias is None else packed(pre_bias)
+    counts = _Counts()
+    status = library.resae_screened_encode(
+        copy,
+        x.data_ptr(),
+        x.stride(0),
+        _address(base),
+        0 if base is None else base.stride(0),
+        _address(pre_bias),
+        DTYPES[x.dtype],
+        x.shape[0],
+        k,
+        sorted,
+        amx,
+        accept_outliers,
+        torch.get_num_threads(),
+        acts.data_ptr(),
+        indices.data_ptr(),
+        left,
+        relative,
+        counts,
+    )
+    _require_memory(status)
+    return status, counts[0], counts[1]
+
+
+def online_step(
+    copy: Copy,
+    x: Tensor,
+    base: Tensor | None,
+    affine: tuple[Tensor, Tensor, Tensor] | None,
+    b_dec: Tensor | None,
+    k: int,
+    W_dec: Tensor,
+    sorted: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """x̂ `[..., D]`, acts and indices `[..., k]` of `x [..., D]`; with
+    `affine = (source, A, c)` base is `source A + c`. None where one call does not do: a layout that
+    is not contiguous, rows left to the exact path, new outlier dimensions, or a weight that has
+    changed."""
+    if not x.is_contiguous() or not W_dec.is_contiguous():
+        return None
+    for t in (base, b_dec, *(affine or ())):
+        if t is not None and not t.is_contiguous():
+            return None
+    shape = x.shape
+    *leading, D = shape
+    x_hat, acts = x.new_empty(shape), x.new_empty(*leading, k)
+    indices = _INTEGERS.new_empty(*leading, k)
+    source, A, c = (None, None, None) if affine is None else (t.data_ptr() for t in affine)
+    status = _load()[0].resae_online_step(
+        copy,
+        x.data_ptr(),
+        None if base is None else base.data_ptr(),
+        source,
+        A,
+        c,
+        None if b_dec is None else b_dec.data_ptr(),
+        DTYPES[x.dtype],
+        x.numel() // D,
+        k,
+        sorted,
+        has_amx(),
+        W_dec.data_ptr(),
+        torch.get_num_threads(),
+        acts.data_ptr(),
+        indices.data_ptr(),
+        x_hat.data_ptr(),
+    )
+    if status == _OK:
+        return x_hat, acts, indices
+    _require_memory(status)
+    return None

@@ -1,0 +1,85 @@
+"""Constants and bounds of screening, for both of its implementations (mathematics:
+`screened.py`)."""
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+FAILURE = 1e-12
+"""Probability, over the dither, that the statistical margin misses a latent of a given row."""
+ROUNDING = 2.0**-20
+"""Bound on the rounding of float32 sums, relative to the norms or the bias that go into them, with
+room to spare."""
+STEPS = 126
+"""Quantisation steps on either side of zero; one less than int8 has, for the dither."""
+SAMPLES = 128
+"""Entries by which a write to the weight is noticed that torch does not count: one of every so many
+rows, or of all. More would cost a token what it saves: each lies in memory by itself."""
+LANES = 32
+"""Latents are padded to a multiple of this in the 8-bit copy."""
+
+
+class StaleCopyError(Exception):
+    """An exact score lies outside its bounds: the copy is of another weight."""
+
+
+class ScreenedRows(NamedTuple):
+    """Codes of N rows."""
+
+    acts: Tensor
+    """`[N, k]`"""
+    indices: Tensor
+    """`[N, k]` int64"""
+    rows_left: Tensor | None
+    """`[n]` int64: rows whose code is not here but left to the exact path; None if none are."""
+    candidates: int
+    """(Row, latent) pairs that were scored exactly."""
+
+
+class ScreeningCopy(Protocol):
+    """An 8-bit copy of one weight, and screening with it."""
+
+    def encode(
+        self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
+    ) -> ScreenedRows:
+        """Codes of `x − base − pre_bias`, `[N, D]`.
+
+        Raises:
+            StaleCopyError: the weight has changed since the copy was made.
+        """
+        ...
+
+
+class Bounds(NamedTuple):
+    """λ of every latent, up to factors of each row: `factors @ terms`."""
+
+    terms: Tensor
+    """`[1, M']` statistical, `[2, M']` certain: of the weight's error and of its copy's norm."""
+    ratio: float
+    """Statistical: the weight's steps over its norms, of the median latent; certain: 0."""
+
+
+def draw_dither(seed: int, D: int) -> tuple[Tensor, Tensor]:
+    """Dither of the residual, u on [0, 1), and of the weight, v − ½ on [−½, ½): `[D]` float32."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    dither, weight_dither = torch.rand(2, D, generator=generator, dtype=torch.float32)
+    return dither, weight_dither - 0.5
+
+
+def certain_bounds(error: Tensor, norm: Tensor, D: int) -> Bounds:
+    """From ‖w − ŵ‖ and ‖ŵ‖ `[M']`, widened by what float32 sums of D terms are off by at worst."""
+    return Bounds(torch.stack([error, norm]) * (1 + D * 2.0**-22), 0.0)
+
+
+def statistical_bounds(steps: Tensor, size: Tensor, M: int, D: int) -> Bounds:
+    """From the steps s and norms ‖w‖ `[M']` of the weight.
+
+    λ² = c² (s² ‖r‖² + t² ‖ŵ‖²) ≤ c² h² (ratio² ‖r‖² + t²), with ‖ŵ‖ bounded whatever the weight's
+    dither was; widened by what float32 sums of D terms are off by at worst.
+    """
+    ratio = float((steps / size.clamp_min(1e-30))[:M].median())
+    h = torch.maximum(size + steps * (math.sqrt(D) / 2), steps / ratio)
+    widened = 1.01 + D**1.5 * 2.0**-25
+    return Bounds(h.unsqueeze(0) * (widened * math.sqrt(math.log(2 * M / FAILURE) / 6)), ratio)

@@ -1,0 +1,395 @@
+"""Sparse decode: y[n] = Σ_j acts[n,j] · W_dec[indices[n,j]] + bias + base[n]; its squared error.
+
+N tokens, k active latents, D width, M latents. 2·N·k·D FLOPs against 2·N·M·D dense; bound by
+gathering N·k·D weight elements. Codes of several dictionaries are summed in one call.
+
+Backward: d acts is a sampled product ⟨g[n], W_dec[indices[n,j]]⟩; dW_dec is summed latent by latent
+over the codes sorted by latent (both in `gradients.py`).
+
+Where k is a large share of M, each of the three is faster as a dense product over the code
+scattered into `[n, M]`, chunk of rows by chunk: the `form` "dense" (`dense.py`), with as fixed an
+order of sums.
+
+Both implementations do this: `torch` with the compiled CPU library or `embedding_bag`
+(`cpu/sums.py`), `triton` with the kernels of `triton/decode.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resae_kernels import checks, dense
+from resae_kernels.cpu import native, sums
+from resae_kernels.dispatch import LIBRARY, implementation_for, register
+from resae_kernels.gradients import code_gradients
+from resae_kernels.triton import decode as triton_decode
+from resae_kernels.types import ReconstructionError, accumulation_dtype
+
+
+def sparse_decode(
+    acts: Tensor | Sequence[Tensor],  # [..., k] fp32|fp64|bf16|fp16
+    indices: Tensor | Sequence[Tensor],  # [..., k] int64
+    W_dec: Tensor | Sequence[Tensor],  # [M, D]
+    *,
+    bias: Tensor | None = None,  # [D]
+    base: Tensor | None = None,  # [..., D]
+    form: str | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ base)` (formula: `reference.sparse_decode`).
+
+    Args:
+        acts: `[..., k]`; or a list, one per dictionary, with the same leading shape.
+        indices: `[..., k]` int64, 0 ≤ index < M; or a list.
+        W_dec: `[M, D]`, one direction per contiguous row; or a list with the same D.
+        bias: `[D]`, added to every token.
+        base: `[..., D]`, added token by token.
+        form: "gather", "dense", or None: dense for a dictionary with M ≤ DENSE_RATIO · k and at
+            least DENSE_TOKENS tokens, otherwise gather. Of the gradients too.
+        implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
+            torch.
+
+    Returns:
+        `[..., D]` in W_dec's dtype.
+
+    Raises:
+        TypeError: dtypes that differ or are not floating (int64 for indices).
+        ValueError: shapes, devices or list lengths that do not fit.
+        RuntimeError: an index outside its dictionary (checked by torch on CPU, nowhere else).
+
+    Note:
+        Padding slots (act 0) add nothing to the sum. Gradients reach acts, W_dec, bias and base.
+        Under autocast the acts are cast to W_dec's dtype.
+
+        The forms agree up to rounding where W_dec and the incoming gradient are finite. The dense
+        one multiplies what a code leaves out by 0: an inf or NaN in a row of W_dec makes its
+        columns of every token NaN (and in a token's gradient, those of every row of W_dec's
+        gradient), where the gather sees it in the tokens that name the row alone. On CUDA it leaves
+        products to torch's GEMM, in the dtype of the inputs: fp32 follows the TF32 setting of
+        `torch.backends.cuda.matmul`, and in 16 bit acts that name the same latent in one token
+        (no code of `topk_encode` has such) are rounded once more, as their sum.
+    """
+    op = "sparse_decode"
+    if form is None and implementation is None:
+        out = _decode_at_once(acts, indices, W_dec, bias, base)
+        if out is not None:
+            return out
+    if form not in (None, "gather", "dense"):
+        raise ValueError(
+            f"{op}: form={form!r}, expected 'gather', 'dense' or None (by the number of tokens "
+            f"and M/k)"
+        )
+    offsets = {"bias": bias, "base": base}
+    *codes, leading = _check(op, acts, indices, W_dec, offsets)
+    out = torch.ops.resae.sparse_decode(
+        *codes, **offsets, implementation=implementation or "", form=form or ""
+    )
+    return out.reshape(*leading, out.shape[-1])
+
+
+def _decode_at_once(
+    acts: Any, indices: Any, W_dec: Any, bias: Tensor | None, base: Tensor | None
+) -> Tensor | None:
+    """The decode by one call of the compiled library; None: not the way for these arguments, or one
+    of them is wrong (`_check` tells which)."""
+    if type(acts) is Tensor:
+        acts, indices, W_dec = (acts,), (indices,), (W_dec,)
+    elif not all(type(t) in (list, tuple) for t in (acts, indices, W_dec)):
+        return None
+    if len(indices) != len(acts) or len(W_dec) != len(acts):
+        return None
+    if not native.direct(*acts, *W_dec, bias, base):
+        return None
+    leading, D = acts[0].shape[:-1], W_dec[0].shape[-1:]
+    for a, i, W in zip(acts, indices, W_dec, strict=True):
+        shape = a.shape
+        if (
+            type(i) is not Tensor
+            or i.dtype is not torch.int64
+            or not i.is_cpu
+            or i.shape != shape
+            or not shape
+            or shape[:-1] != leading
+            or W.ndim != 2
+            or W.shape[1:] != D
+        ):
+            return None
+    N = leading.numel()
+    if N >= dense.DENSE_TOKENS and any(
+        dense.is_dense("", i.reshape(N, -1), W.shape[0], W.dtype)
+        for i, W in zip(indices, W_dec, strict=True)
+    ):
+        return None
+    if bias is not None and bias.shape != D or base is not None and base.shape != leading + D:
+        return None
+    return native.decode(acts, indices, W_dec, bias, base)
+
+
+def reconstruction_error(
+    acts: Tensor | Sequence[Tensor],  # [..., k] fp32|fp64|bf16|fp16
+    indices: Tensor | Sequence[Tensor],  # [..., k] int64
+    W_dec: Tensor | Sequence[Tensor],  # [M, D]
+    target: Tensor,  # [..., D]
+    *,
+    bias: Tensor | None = None,  # [D]
+    base: Tensor | None = None,  # [..., D]
+    implementation: str | None = None,
+) -> ReconstructionError:
+    """`sparse_decode(…) − target` and its squares summed over D, the reconstruction itself never
+    written (formula: `reference.reconstruction_error`).
+
+    Args:
+        acts, indices, W_dec, bias, base, implementation: as in `sparse_decode`, in the form of its
+            rule.
+        target: `[..., D]`, what is to be reconstructed.
+
+    Returns:
+        `ReconstructionError(error, squared)`: `[..., D]` in W_dec's dtype, rounded once, and
+        `[...]` in the accumulation dtype (fp32 for 16 bit), of the error before it is rounded.
+        `squared.sum()` is the numerator of the FVU.
+
+    Raises:
+        As `sparse_decode`; target like base.
+
+    Note:
+        Gradients reach every floating input but no index, through both outputs; that of `squared`
+        is taken from the rounded error. Under autocast everything is cast to W_dec's dtype.
+    """
+    offsets = {"target": target, "bias": bias, "base": base}
+    *codes, leading = _check("reconstruction_error", acts, indices, W_dec, offsets)
+    error, squared = torch.ops.resae.reconstruction_error(
+        *codes, **offsets, implementation=implementation or ""
+    )
+    return ReconstructionError(error.reshape(target.shape), squared.reshape(leading))
+
+
+def _check(
+    op: str,
+    acts: Tensor | Sequence[Tensor],
+    indices: Tensor | Sequence[Tensor],
+    W_dec: Tensor | Sequence[Tensor],
+    offsets: dict[str, Tensor | None],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], torch.Size]:
+    """Lists of acts and indices `[N, k]` and of W_dec, and the leading shape. Tensors per token
+    among the offsets become `[N, D]` in place."""
+    if isinstance(acts, Tensor) and isinstance(indices, Tensor) and isinstance(W_dec, Tensor):
+        acts, indices, W_dec = [acts], [indices], [W_dec]
+    elif isinstance(acts, Tensor) or isinstance(indices, Tensor) or isinstance(W_dec, Tensor):
+        raise TypeError(
+            f"{op}: acts, indices and W_dec must be three tensors, or three lists of tensors"
+        )
+    if not (len(acts) == len(indices) == len(W_dec) > 0):
+        raise ValueError(
+            f"{op}: got {len(acts)} acts, {len(indices)} indices, {len(W_dec)} W_dec; expected the "
+            f"same number of each, at least one"
+        )
+    leading, W = acts[0].shape[:-1], W_dec[0]
+    if checks.autocasts(W.device.type):
+        acts = [a.to(W.dtype) for a in acts]
+        offsets.update({n: None if t is None else t.to(W.dtype) for n, t in offsets.items()})
+    for i in range(len(acts)):
+        at = f"[{i}]" if len(acts) > 1 else ""
+        checks.check_codes(op, acts[i], indices[i], at)
+        checks.check_shape(
+            op, f"acts{at}", acts[i], (*leading, acts[i].shape[-1]), "the tokens of the first acts"
+        )
+        if W_dec[i].ndim != 2 or W_dec[i].shape[1] != W.shape[-1]:
+            raise ValueError(
+                f"{op}: W_dec{at} has shape {list(W_dec[i].shape)}, expected [M, {W.shape[-1]}]"
+            )
+        checks.check_like(op, f"W_dec{at}", W_dec[i], f"acts{at}", acts[i])
+    N, D = leading.numel(), W.shape[1]
+    for name, tensor in offsets.items():
+        if tensor is not None:
+            shape = (D,) if name == "bias" else (*leading, D)
+            checks.check_shape(op, name, tensor, shape, "tokens of acts, width of W_dec")
+            checks.check_like(op, name, tensor, "W_dec", W)
+            if name != "bias":
+                offsets[name] = tensor.reshape(N, D)
+    return (
+        [a.reshape(N, a.shape[-1]) for a in acts],
+        [i.reshape(N, i.shape[-1]) for i in indices],
+        list(W_dec),
+        leading,
+    )
+
+
+# -- op ------------------------------------------------------------------------------------------
+
+
+def decode_rows(
+    acts: list[Tensor],
+    indices: list[Tensor],
+    W_dec: list[Tensor],
+    bias: Tensor | None,
+    base: Tensor | None,
+    *,
+    implementation: str = "",
+    form: str = "",
+) -> Tensor:
+    """The sum over codes `[N, k]`, `[N, D]`: the op itself, past the dispatcher."""
+    return _reconstruct(acts, indices, W_dec, bias, base, None, implementation, form)[0]
+
+
+def _error(
+    acts: list[Tensor],
+    indices: list[Tensor],
+    W_dec: list[Tensor],
+    target: Tensor,
+    bias: Tensor | None,
+    base: Tensor | None,
+    *,
+    implementation: str = "",
+) -> tuple[Tensor, Tensor]:
+    error, squared = _reconstruct(acts, indices, W_dec, bias, base, target, implementation, "")
+    assert squared is not None
+    return error, squared
+
+
+def _reconstruct(
+    acts: list[Tensor],
+    indices: list[Tensor],
+    W_dec: list[Tensor],
+    bias: Tensor | None,
+    base: Tensor | None,
+    target: Tensor | None,
+    implementation: str,
+    form: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The sum; or what it is off a target, and the squares of that summed over D."""
+    chosen = implementation_for("sparse_decode", W_dec[0], implementation or None)
+    dtype = W_dec[0].dtype
+    wide = accumulation_dtype(dtype)
+    codes = list(zip(acts, indices, W_dec, strict=True))
+    is_dense = [dense.is_dense(form, i, W.shape[0], dtype) for _, i, W in codes]
+    compiled = chosen == "torch" and target is None and not any(is_dense)
+    if compiled and native.takes(*acts, *W_dec, bias, base):
+        return native.decode(acts, indices, W_dec, bias, base), None
+    gathered: list[tuple[Tensor, Tensor, Tensor]] = []
+    total = base
+    for code, scattered in zip(codes, is_dense, strict=True):
+        if scattered:
+            total = dense.dense_sum(*code, total, chosen)
+        else:
+            gathered.append(code)
+    if gathered and chosen == "triton":
+        a, i, W = (list(tensors) for tensors in zip(*gathered, strict=True))
+        return triton_decode.launch_decode(a, i, W, bias, total, None, target)
+    if len(gathered) == 1 and bias is None and total is None and target is None:
+        return sums.gather_sum(*gathered[0], dtype), None  # a single sum is rounded once by itself
+    # Several terms are added up in the accumulation dtype.
+    if gathered:
+        rest, total = total, sums.gather_sum(*gathered[0], wide)
+        for code in gathered[1:]:
+            total += sums.gather_sum(*code, wide)
+        total = total if rest is None else total.add_(rest)
+    assert total is not None
+    if bias is not None:
+        total += bias
+    if target is None:
+        return total.to(dtype), None
+    total -= target
+    return total.to(dtype), total.square().sum(-1)
+
+
+def _decode_fake(acts, indices, W_dec, bias, base, *, implementation="", form=""):  # noqa: ARG001
+    return acts[0].new_empty(acts[0].shape[0], W_dec[0].shape[1])
+
+
+def _error_fake(acts, indices, W_dec, target, bias, base, *, implementation=""):  # noqa: ARG001
+    wide = accumulation_dtype(target.dtype)
+    return target.new_empty(target.shape), target.new_empty(target.shape[0], dtype=wide)
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+    del output
+    acts, indices, W_dec, _, _ = inputs
+    ctx.options = dict(keyword_only_inputs)
+    ctx.set_materialize_grads(False)
+    # acts weigh dW_dec, W_dec gives d acts, indices say where: no activation is kept.
+    ctx.save_for_backward(*acts, *indices, *W_dec)
+
+
+def _backward(ctx, grad):
+    n = len(ctx.saved_tensors) // 3
+    acts, indices, W_dec = (ctx.saved_tensors[i * n : (i + 1) * n] for i in range(3))
+    if grad is None:
+        return [None] * n, [None] * n, [None] * n, None, None
+    grad = grad.contiguous()
+    grad_acts, grad_W = code_gradients(
+        acts, indices, W_dec, [grad] * n, _needed(ctx, n), **ctx.options
+    )
+    _, _, _, need_bias, need_base = ctx.needs_input_grad
+    return (
+        grad_acts,
+        [None] * n,
+        grad_W,
+        grad.sum(0) if need_bias else None,
+        grad if need_base else None,
+    )
+
+
+def _error_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    acts, indices, W_dec, *_ = inputs
+    ctx.options = dict(keyword_only_inputs)
+    ctx.set_materialize_grads(False)
+    # The error gives the gradient of its squares; the rest as in the decode.
+    ctx.save_for_backward(*acts, *indices, *W_dec, output[0])
+
+
+def _error_backward(ctx, grad_error, grad_squared):
+    *codes, error = ctx.saved_tensors
+    n = len(codes) // 3
+    acts, indices, W_dec = (codes[i * n : (i + 1) * n] for i in range(3))
+    grad = grad_error
+    if grad_squared is not None:
+        grad = (2 * grad_squared).unsqueeze(1) * error
+        grad = (grad if grad_error is None else grad + grad_error).to(error.dtype)
+    if grad is None:
+        return [None] * n, [None] * n, [None] * n, None, None, None
+    grad = grad.contiguous()
+    grad_acts, grad_W = code_gradients(
+        acts, indices, W_dec, [grad] * n, _needed(ctx, n), **ctx.options
+    )
+    need_target, need_bias, need_base = ctx.needs_input_grad[3:]
+    return (
+        grad_acts,
+        [None] * n,
+        grad_W,
+        -grad if need_target else None,
+        grad.sum(0) if need_bias else None,
+        grad if need_base else None,
+    )
+
+
+def _needed(ctx, n: int) -> list[tuple[bool, bool]]:
+    """Per dictionary: does acts, does W_dec need its gradient?"""
+    need_acts, _, need_W = ctx.needs_input_grad[:3]
+
+    def flag(need, i: int) -> bool:
+        return bool(need[i]) if isinstance(need, (list, tuple)) else bool(need)
+
+    return [(flag(need_acts, i), flag(need_W, i)) for i in range(n)]
+
+
+register(
+    "sparse_decode(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor? bias, Tensor? base, "
+    "*, str implementation='', str form='') -> Tensor",
+    decode_rows,
+    _decode_fake,
+)
+register(
+    "reconstruction_error(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor target, "
+    "Tensor? bias, Tensor? base, *, str implementation='') -> (Tensor error, Tensor squared)",
+    _error,
+    _error_fake,
+)
+for _op, _its_backward, _its_setup in (
+    ("sparse_decode", _backward, _setup_context),
+    ("reconstruction_error", _error_backward, _error_setup),
+):
+    torch.library.register_autograd(
+        f"resae::{_op}", _its_backward, setup_context=_its_setup, lib=LIBRARY
+    )

@@ -1,0 +1,281 @@
+"""TopK encode: z[n] = the k largest of relu((x[n] − base[n] − pre_bias) weightᵀ + bias).
+
+N tokens, D width, M latents, k active. 2·N·D·M FLOPs; the scores `[N, M]` exist for one chunk of
+rows at a time, so that they stay in cache between the product and the selection. Selection is
+exact: ties go to the lower index, whatever the chunking (`cpu/encode.py`, `triton/encode.py`).
+
+Backward is sparse. With g the gradient of the acts where they are positive, dx is a sparse decode
+of g through `weight`, and dweight sums g · residual per latent (`latent_outer`, over codes sorted
+by latent: deterministic, no `[N, M]`). Gao et al. 2024 (arXiv 2406.04093), section 2.2.
+"""
+
+import torch
+from torch import Tensor
+
+from resae_kernels import checks, memory
+from resae_kernels.cpu import native
+from resae_kernels.cpu.encode import encode_in_chunks
+from resae_kernels.cpu.selection import select
+from resae_kernels.dispatch import LIBRARY, implementation_for, register
+from resae_kernels.gradients import latent_outer, latent_sum
+from resae_kernels.precision import residual
+from resae_kernels.triton import encode as triton_encode
+from resae_kernels.types import TopK, accumulation_dtype
+
+
+def topk_encode(
+    x: Tensor,  # [..., D] fp32|fp64|bf16|fp16
+    weight: Tensor,  # [M, D]
+    bias: Tensor | None,  # [M]
+    k: int,
+    *,
+    pre_bias: Tensor | None = None,  # [D]
+    base: Tensor | None = None,  # [..., D]
+    sorted: bool = True,
+    workspace_bytes: int | None = None,
+    check_nan: bool = False,
+    implementation: str | None = None,
+) -> TopK:
+    """The k largest positive pre-activations of each token (formula: `reference.topk_encode`).
+
+    Args:
+        x: `[..., D]`, the activations to encode.
+        weight: `[M, D]`, one latent per contiguous row; x's dtype and device, as every other input.
+        bias: `[M]` or None.
+        k: active latents per token, 1 ≤ k ≤ M.
+        pre_bias: `[D]`, subtracted from every token (an autoencoder's `b_dec`).
+        base: `[..., D]`, subtracted token by token (a prediction of x; the code is of the rest).
+        sorted: True orders a code by value, descending, then index; False by index, ascending.
+        workspace_bytes: bound on the scores held at once (one row at least); default 32 MiB on
+            CPU, 512 MiB on CUDA. Selection on a CPU may hold them a second time.
+        check_nan: raise if a score is NaN instead of sorting it first.
+        implementation: "torch", "triton" or None, by device (CUDA: triton). Same contract.
+
+    Returns:
+        `TopK(acts, indices)`: `[..., k]` in x's dtype, and int64. Slots beyond the positive
+        pre-activations hold act 0, index 0 and come last.
+
+    Raises:
+        TypeError: dtypes that differ or are not floating.
+        ValueError: shapes or devices that do not fit, k out of range, NaN in checked mode.
+
+    Note:
+        16-bit inputs: residual rounded to x's dtype, product in fp32, scores rounded to x's dtype
+        and selected in it; ties go to the lower index. Gradients reach x, weight, bias, pre_bias
+        and base through the acts, where they are positive; indices have none. Under autocast the
+        inputs are cast as for `F.linear`.
+
+        "triton" beyond 16 tokens leaves the product to the GEMM of torch, in x's dtype: fp32
+        accumulation with the bias added before the one rounding, unless the library splits the sum
+        over D and adds the parts in 16 bit, or takes TF32 for fp32; both are settings of
+        `torch.backends.cuda.matmul`. Its selection takes fp32, bf16 and fp16 with k ≤ 1024,
+        M ≤ 2¹⁹ and next_power_of_2(k) · M ≤ 2²⁶; other scores are selected as in "torch".
+    """
+    if workspace_bytes is None and implementation is None and not check_nan:
+        code = _encode_at_once(x, weight, bias, k, pre_bias, base, sorted)
+        if code is not None:
+            return code
+    x, weight, bias, pre_bias, base = checks.under_autocast(x, weight, bias, pre_bias, base)  # type: ignore[assignment]
+    check_arguments(x, weight, bias, k, pre_bias, base, workspace_bytes)
+    D = weight.shape[1]
+    if workspace_bytes is None:
+        workspace_bytes = memory.workspace_bytes(x)
+    acts, indices = torch.ops.resae.topk_encode(
+        x.reshape(-1, D),
+        weight,
+        bias,
+        k,
+        pre_bias,
+        None if base is None else base.reshape(-1, D),
+        sorted,
+        workspace_bytes,
+        implementation_for("topk_encode", x, implementation),
+    )
+    if check_nan and bool(acts.isnan().any()):
+        token = int(acts.isnan().any(-1).nonzero()[0])
+        raise ValueError(
+            f"topk_encode: NaN in the pre-activations of token {token} (of {acts.shape[0]}); "
+            f"look for NaN or inf in x, weight, bias, pre_bias and base"
+        )
+    code_shape = (*x.shape[:-1], k)
+    return TopK(acts.reshape(code_shape), indices.reshape(code_shape))
+
+
+def fits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+) -> bool:
+    """Would `check_arguments` let these shapes and this k pass? Says nothing of what does not."""
+    if weight.ndim != 2 or x.ndim == 0:
+        return False
+    (M, D), shape = weight.shape, x.shape
+    return (
+        shape[-1] == D
+        and 1 <= k <= M
+        and (bias is None or bias.shape == (M,))
+        and (pre_bias is None or pre_bias.shape == (D,))
+        and (base is None or base.shape == shape)
+    )
+
+
+def _encode_at_once(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    sorted: bool,
+) -> TopK | None:
+    """The code of few tokens by one call of the compiled library; None: not the way for these
+    arguments, or one of them is wrong (`check_arguments` tells which)."""
+    if not native.direct(x, weight, bias, pre_bias, base) or not fits(
+        x, weight, bias, k, pre_bias, base
+    ):
+        return None
+    leading, D = x.shape[:-1], x.shape[-1]
+    N = leading.numel()
+    if native.EXACT_ROWS[x.dtype] < N:
+        return None
+    if len(leading) == 1:
+        return TopK(*native.exact_encode(x, weight, bias, k, pre_bias, base, sorted))
+    base = None if base is None else base.reshape(N, D)
+    acts, indices = native.exact_encode(x.reshape(N, D), weight, bias, k, pre_bias, base, sorted)
+    return TopK(acts.view(*leading, k), indices.view(*leading, k))
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    workspace_bytes: int | None,
+) -> None:
+    op = "topk_encode"
+    checks.check_floating(op, "x", x)
+    if weight.ndim != 2:
+        raise ValueError(f"{op}: weight has shape {list(weight.shape)}, expected [M, D]")
+    M, D = weight.shape
+    if x.ndim == 0 or x.shape[-1] != D:
+        raise ValueError(
+            f"{op}: x has shape {list(x.shape)}, expected [..., {D}] (weight is [{M}, {D}], one "
+            f"latent per row; pass weight.T if yours is [D, M])"
+        )
+    checks.check_like(op, "weight", weight, "x", x)
+    for name, tensor, shape, why in (
+        ("bias", bias, (M,), "one entry per latent"),
+        ("pre_bias", pre_bias, (D,), "one entry per dimension"),
+        ("base", base, tuple(x.shape), "the shape of x"),
+    ):
+        if tensor is not None:
+            checks.check_shape(op, name, tensor, shape, why)
+            checks.check_like(op, name, tensor, "x", x)
+    if k < 1:
+        raise ValueError(f"{op}: k={k}, expected at least 1")
+    if k > M:
+        raise ValueError(
+            f"{op}: k={k} exceeds the number of latents M={M} (weight is [{M}, {D}]); lower k"
+        )
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise ValueError(f"{op}: workspace_bytes={workspace_bytes}, expected at least 1")
+
+
+# -- op ------------------------------------------------------------------------------------------
+
+
+def encode_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    sorted: bool,
+    workspace_bytes: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """Acts and indices `[N, k]` of `x [N, D]`: the op itself, past the dispatcher."""
+    if implementation == "triton":
+        return triton_encode.launch_encode(
+            x, weight, bias, k, pre_bias, base, sorted, workspace_bytes, select
+        )
+    return encode_in_chunks(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes)
+
+
+def _encode_fake(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes, implementation):  # noqa: ARG001
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+
+
+def setup_context(ctx, inputs, output) -> None:
+    """Keep what `backward` needs, which does not depend on how the code was found."""
+    x, weight, bias, _, pre_bias, base, _, _, ctx.implementation = inputs
+    acts, indices = output
+    ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)
+    # acts gate the gradient; x, pre_bias and base rebuild the residual that dweight needs.
+    ctx.save_for_backward(x, weight, pre_bias, base, acts, indices)
+    ctx.has_bias = bias is not None
+
+
+def _combined(total: Tensor, weight: Tensor) -> Tensor:
+    """`total @ weight`, `[D]`: total `[M]` in the accumulation dtype, weight not copied to it."""
+    if total.dtype == weight.dtype:
+        return total @ weight
+    # What the 16-bit total leaves out is a second row of the product.
+    coarse = total.to(weight.dtype)
+    fine = (total - coarse).to(weight.dtype)
+    return (torch.stack([coarse, fine]) @ weight).to(total.dtype).sum(0).to(weight.dtype)
+
+
+def backward(ctx, grad_acts, grad_indices):
+    """Gradients of the inputs of `encode_rows`, in their order."""
+    del grad_indices  # integers carry no gradient
+    if grad_acts is None:
+        return (None,) * 9
+    x, weight, pre_bias, base, acts, indices = ctx.saved_tensors
+    need_x, need_weight, need_bias, _, need_pre_bias, need_base, _, _, _ = ctx.needs_input_grad
+    grad = torch.where(acts > 0, grad_acts, 0.0)
+    grad_x = grad_weight = grad_bias = grad_pre_bias = grad_base = None
+    if need_x or need_base:
+        grad_x = torch.ops.resae.sparse_decode(
+            [grad], [indices], [weight], None, None, implementation=ctx.implementation
+        )
+        grad_base = -grad_x if need_base else None
+    if need_weight:
+        rest = residual(x, pre_bias, base)
+        grad_weight = latent_outer(grad, indices, rest, weight.shape[0], ctx.implementation)
+    need_bias = need_bias and ctx.has_bias
+    if need_bias or need_pre_bias:
+        wide = accumulation_dtype(weight.dtype)
+        total = latent_sum(grad.to(wide), indices, weight.shape[0], ctx.implementation)
+        grad_bias = total.to(weight.dtype) if need_bias else None
+        # One product with the sum over all tokens, where a decode would gather rows for each.
+        grad_pre_bias = -_combined(total, weight) if need_pre_bias else None
+    return (
+        grad_x if need_x else None,
+        grad_weight,
+        grad_bias,
+        None,
+        grad_pre_bias,
+        grad_base,
+        None,
+        None,
+        None,
+    )
+
+
+register(
+    "topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? base, "
+    "bool sorted, int workspace_bytes, str implementation) -> (Tensor acts, Tensor indices)",
+    encode_rows,
+    _encode_fake,
+)
+torch.library.register_autograd(
+    "resae::topk_encode", backward, setup_context=setup_context, lib=LIBRARY
+)

@@ -1,0 +1,156 @@
+"""Sums that gradients consist of, each an op with a gradient of its own.
+
+`latent_outer` sums a dictionary's gradient latent by latent over the codes sorted by latent, so
+that each row is one ordered sum: deterministic, no atomics, no `[N, M]`. `sampled_product` is the
+gradient of the acts: ⟨grad[n], W[indices[n,j]]⟩ (SDDMM). Gao et al. 2024 (arXiv 2406.04093),
+appendix on sparse kernels.
+"""
+
+import torch
+from torch import Tensor
+
+from resae_kernels import dense
+from resae_kernels.cpu import sums
+from resae_kernels.dispatch import LIBRARY, implementation_for, register
+from resae_kernels.triton import decode as triton_decode
+
+
+def code_gradients(acts, indices, W_dec, grads, needed, *, implementation="", form=""):
+    """Gradients of each code's acts and of its dictionary, given the gradient of its decode."""
+    options = {"implementation": implementation, "form": form}
+    grad_acts: list[Tensor | None] = []
+    grad_W: list[Tensor | None] = []
+    for a, i, W, grad, (need_acts, need_W) in zip(acts, indices, W_dec, grads, needed, strict=True):
+        grad_acts.append(
+            torch.ops.resae.sampled_product(grad, i, W, **options) if need_acts else None
+        )
+        grad_W.append(latent_outer(a, i, grad, W.shape[0], **options) if need_W else None)
+    return grad_acts, grad_W
+
+
+def latent_outer(
+    acts: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    M: int,
+    implementation: str = "",
+    form: str = "",
+) -> Tensor:
+    """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j] · rows[n]`, `[M, D]`: the gradient of a
+    dictionary (rows = gradient of the decode) or of an encoder (rows = residual)."""
+    return torch.ops.resae.latent_outer(
+        acts, indices, rows, M, implementation=implementation, form=form
+    )
+
+
+def _latent_outer(
+    acts: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    M: int,
+    *,
+    implementation: str = "",
+    form: str = "",
+) -> Tensor:
+    chosen = implementation_for("latent_outer", rows, implementation or None)
+    if dense.is_dense(form, indices, M, rows.dtype):
+        return dense.dense_outer(acts, indices, rows, M, chosen)
+    k = acts.shape[1]
+    acts, latents = acts.reshape(-1), indices.reshape(-1)
+    # Padding slots would pile up on latent 0: they sort behind the last latent and are cut off.
+    latents, order = sums.sort_stably(torch.where(acts != 0, latents, M).int())
+    bounds = torch.searchsorted(
+        latents, torch.arange(M + 1, dtype=torch.int32, device=latents.device)
+    )
+    tokens, weights = order.div(max(k, 1), rounding_mode="floor"), acts[order]
+    summed = triton_decode.launch_latent_outer if chosen == "triton" else sums.latent_outer
+    return summed(weights, tokens, bounds, rows)
+
+
+def _latent_outer_fake(acts, indices, rows, M, *, implementation="", form=""):  # noqa: ARG001
+    return rows.new_empty(M, rows.shape[1])
+
+
+def _latent_outer_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    del output
+    acts, indices, rows, _ = inputs
+    ctx.options = dict(keyword_only_inputs)
+    ctx.save_for_backward(acts, indices, rows)
+
+
+def _latent_outer_backward(ctx, grad):
+    """For gradients of gradients. The transposed dense code times rows is linear in both."""
+    acts, indices, rows = ctx.saved_tensors
+    need_acts, _, need_rows, _ = ctx.needs_input_grad
+    grad = grad.contiguous()
+    grad_acts = grad_rows = None
+    if need_acts:
+        grad_acts = torch.ops.resae.sampled_product(rows, indices, grad, **ctx.options)
+    if need_rows:
+        grad_rows = torch.ops.resae.sparse_decode(
+            [acts], [indices], [grad], None, None, **ctx.options
+        )
+    return grad_acts, None, grad_rows, None
+
+
+def latent_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") -> Tensor:
+    """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`: the gradient of an encoder bias."""
+    if acts.device.type == "cpu" and implementation != "triton":
+        return sums.latent_sum(acts, indices, M)  # no need to sort the codes
+    ones = acts.new_ones(acts.shape[0], 1)
+    # One column: never worth a scattered code.
+    return latent_outer(acts, indices, ones, M, implementation, form="gather").squeeze(1)
+
+
+def _sampled_product(
+    grad: Tensor, indices: Tensor, W: Tensor, *, implementation: str = "", form: str = ""
+) -> Tensor:
+    chosen = implementation_for("sampled_product", W, implementation or None)
+    if dense.is_dense(form, indices, W.shape[0], W.dtype):
+        return dense.dense_sampled_product(grad, indices, W, chosen)
+    sampled = triton_decode.launch_sampled_product if chosen == "triton" else sums.sampled_product
+    return sampled(grad, indices, W)
+
+
+def _sampled_product_fake(grad, indices, W, *, implementation="", form=""):  # noqa: ARG001
+    return grad.new_empty(indices.shape)
+
+
+def _sampled_product_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    del output
+    ctx.options = dict(keyword_only_inputs)
+    ctx.save_for_backward(*inputs)
+
+
+def _sampled_product_backward(ctx, grad):
+    """For gradients of gradients. The product is linear in the rows on either side."""
+    rows, indices, W = ctx.saved_tensors
+    need_rows, _, need_W = ctx.needs_input_grad
+    grad = grad.contiguous()
+    grad_rows = grad_W = None
+    if need_rows:
+        grad_rows = torch.ops.resae.sparse_decode([grad], [indices], [W], None, None, **ctx.options)
+    if need_W:
+        grad_W = latent_outer(grad, indices, rows, W.shape[0], **ctx.options)
+    return grad_rows, None, grad_W
+
+
+register(
+    "latent_outer(Tensor acts, Tensor indices, Tensor rows, SymInt M, *, str implementation='', "
+    "str form='') -> Tensor",
+    _latent_outer,
+    _latent_outer_fake,
+)
+register(
+    "sampled_product(Tensor grad, Tensor indices, Tensor W, *, str implementation='', "
+    "str form='') -> Tensor",
+    _sampled_product,
+    _sampled_product_fake,
+)
+for _op, _its_backward, _its_setup in (
+    ("latent_outer", _latent_outer_backward, _latent_outer_setup),
+    ("sampled_product", _sampled_product_backward, _sampled_product_setup),
+):
+    torch.library.register_autograd(
+        f"resae::{_op}", _its_backward, setup_context=_its_setup, lib=LIBRARY
+    )

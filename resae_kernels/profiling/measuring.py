@@ -1,0 +1,175 @@
+"""Measure the ops against alternatives and against the roofs of the machine.
+
+    case | provider | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | TFLOP/s | % of roof
+
+A *case* is an op at one shape and dtype. Every provider gets the same inputs and must give the
+reference's answer before it is timed. Providers are timed in turns, one call each per round, so
+that a slow phase of the machine hits all of them; where an op scores every latent, the encode's
+bare product takes its turn too ("× product": how many times its time; "× peer": how many times that
+of the fastest peer). Roofs are measured in the same process: copy bandwidth and the rate of a large
+matrix product; the roof of a case is the slower of moving the bytes that must move and computing
+the product that must be computed. "Cold" empties the last-level cache before each call, "hot" makes
+the same call for 10 ms before.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resae_kernels.profiling.clock import Clock, Roofs
+from resae_kernels.profiling.specs import (
+    PRODUCT,
+    Case,
+    Inputs,
+    Peer,
+    check,
+    make_inputs,
+    providers,
+)
+
+CASE_SECONDS, LEAST_ROUNDS = 30.0, 5
+"""A case that has taken this long gets no more than this number of rounds."""
+
+
+def profile(
+    case: Case,
+    *,
+    device: torch.device,
+    roofs: Roofs,
+    clock: Clock,
+    rounds: int = 20,
+    peers: Mapping[str, Peer] | None = None,
+    only: Sequence[str] | None = None,
+    hot_only: bool = False,
+    inputs: Inputs | None = None,
+) -> list[dict[str, Any]]:
+    """Check and time every provider of a case; one flat row per provider and cache state.
+
+    Args:
+        rounds: calls per provider and cache state; fewer, but `LEAST_ROUNDS`, once the case has
+            taken `CASE_SECONDS`.
+        only: names of providers beside "resae"; None: all.
+        hot_only: no calls with a cold cache.
+        inputs: in place of those of `make_inputs`.
+
+    Raises:
+        ValueError: a provider's answer is wrong.
+    """
+    inputs = inputs or make_inputs(case, device)
+    calls = providers(case, inputs, peers or {})
+    if only is not None:
+        calls = {name: call for name, call in calls.items() if name in ("resae", *only)}
+    for name, call in calls.items():
+        if name != PRODUCT:
+            check(case, inputs, name, call())
+    peaks = {name: clock.peak_bytes(call) for name, call in calls.items()}
+    times: dict[tuple[str, bool], list[float]] = {
+        (name, cold): [] for name in calls for cold in ((False,) if hot_only else (False, True))
+    }
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.perf_counter() - began > CASE_SECONDS:
+            break
+        for (name, cold), taken in times.items():
+            taken.append(clock.seconds(calls[name], cold=cold))
+    moved, computed = case.work()
+    bound = roofs.seconds(case)
+    rows = []
+    for (name, cold), taken in times.items():
+        p20, p50, p80 = _quantiles(taken)
+        peak = peaks[name]
+        product = times.get((PRODUCT, cold))
+        rivals = [statistics.median(times[n, cold]) for n in peers or () if n in calls]
+        rows.append(
+            {
+                **asdict(case),
+                "provider": name,
+                "cache": "cold" if cold else "hot",
+                "ms_p50": p50 * 1e3,
+                "ms_p20": p20 * 1e3,
+                "ms_p80": p80 * 1e3,
+                "rounds": len(taken),
+                "x_product": p50 / statistics.median(product) if product else None,
+                "x_peer": p50 / min(rivals) if rivals else None,
+                "gb_per_s": moved / p50 / 1e9,
+                "tflop_per_s": computed / p50 / 1e12,
+                "percent_of_roof": 100 * bound / p50,
+                "peak_mib": None if peak is None else peak / 2**20,
+            }
+        )
+    return rows
+
+
+def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], statistics.median(values), cuts[7]
+
+
+def trace(case: Case, *, device: torch.device, path: Path) -> list[dict[str, Any]]:
+    """Run our provider under torch's profiler, write a Chrome trace, and list what ran.
+
+    Returns:
+        Per kernel (on a GPU: with registers per thread, shared bytes and estimated occupancy, as
+        the driver reports them) or CPU op: name, calls and microseconds, slowest first.
+    """
+    call = next(iter(providers(case, make_inputs(case, device), {}).values()))
+    call()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(5):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    profiler.export_chrome_trace(str(path))
+    wanted = "kernel" if device.type == "cuda" else "cpu_op"
+    ran: dict[str, dict[str, Any]] = {}
+    for event in json.loads(path.read_text())["traceEvents"]:
+        if event.get("cat") != wanted:
+            continue
+        facts = event.get("args", {})
+        row = ran.setdefault(
+            event["name"],
+            {
+                "name": event["name"],
+                "calls": 0,
+                "us": 0.0,
+                "registers": facts.get("registers per thread"),
+                "shared_bytes": facts.get("shared memory"),
+                "occupancy_percent": facts.get("est. achieved occupancy %"),
+            },
+        )
+        row["calls"] += 1
+        row["us"] += event.get("dur", 0.0)
+    return sorted(ran.values(), key=lambda row: -row["us"])
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, one line per row."""
+    lines = [
+        "| case | provider | cache | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | "
+        "TFLOP/s | % of roof | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        case = Case(**{name: row[name] for name in ("op", "N", "D", "M", "k", "dtype", "L")})
+        peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        product, peer = (
+            "–" if row[ratio] is None else f"{row[ratio]:.2f}" for ratio in ("x_product", "x_peer")
+        )
+        lines.append(
+            f"| {case.name} | {row['provider']} | {row['cache']} | {row['ms_p50']:.3f} "
+            f"({row['ms_p20']:.3f}–{row['ms_p80']:.3f}) | {row['rounds']} | {product} | {peer} | "
+            f"{row['gb_per_s']:.1f} | {row['tflop_per_s']:.3f} | "
+            f"{row['percent_of_roof']:.0f} | {peak} |"
+        )
+    return "\n".join(lines)

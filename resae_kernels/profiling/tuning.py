@@ -1,0 +1,279 @@
+"""Choose the tiles of the kernels by measurement, on the GPU at hand.
+
+A *tile* is how much of its work a kernel's program takes at a time. Each kernel has a short table
+of them (`resae_kernels`), all of which compile without spilling registers; which is fastest depends
+on the GPU. Here every candidate runs the kernel's op at a few representative shapes, in turns,
+after its answer has been compared with a float64 one. The fastest are written to the user's cache
+directory, where the ops find them.
+"""
+
+import datetime
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resae_kernels import TopK, sparse_decode, topk_encode
+from resae_kernels.files import write_atomically
+from resae_kernels.profiling.clock import Clock
+from resae_kernels.profiling.specs import Case, Inputs, make_inputs, relative_error
+from resae_kernels.triton import tiles as kernel_tiles
+
+MARGIN = 0.02
+"""The shipped tile stays unless another takes this share less time: repeated runs differ by it."""
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 2e-2}
+"""Relative error of a whole answer: a few roundings of its entries."""
+
+
+# -- what is tuned ---------------------------------------------------------------------------------
+
+
+class Tunable(NamedTuple):
+    """How a kernel is put to work."""
+
+    run: Callable[[Case, Inputs, str], Sequence[Tensor]]
+    """Calls the op, by "triton" or "torch"; returns what is compared."""
+    cases: tuple[Case, ...]
+    """Shapes at which this kernel is the better part of the op."""
+
+
+def _encode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
+    code = topk_encode(
+        inputs["x"],
+        inputs["weight"],
+        inputs["bias"],
+        case.k,
+        pre_bias=inputs["b_dec"][0],
+        implementation=implementation,
+    )
+    return [code.acts]  # of two scores that differ by a rounding either may be the last one taken
+
+
+def _decode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
+    acts, indices = inputs["codes"][0]
+    W_dec, b_dec = inputs["W_dec"][0], inputs["b_dec"][0]
+    decode = partial(sparse_decode, form="gather", implementation=implementation)
+    return [decode(acts, indices, W_dec, bias=b_dec)]
+
+
+def _sampled_product(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
+    return [
+        torch.ops.resae.sampled_product(
+            inputs["x"],
+            inputs["codes"][0].indices,
+            inputs["W_dec"][0],
+            implementation=implementation,
+            form="gather",
+        )
+    ]
+
+
+def _latent_outer(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
+    acts, indices = inputs["codes"][0]
+    return [
+        torch.ops.resae.latent_outer(
+            acts, indices, inputs["x"], case.M, implementation=implementation, form="gather"
+        )
+    ]
+
+
+def _cases(op: str, tokens: Sequence[int], dtypes: Sequence[str]) -> tuple[Case, ...]:
+    """At the width and usual dictionary of Pythia-160m and Gemma-2-2B."""
+    shapes = ((768, 24576, 32), (2304, 16384, 64))
+    return tuple(
+        Case(op, N, D, M, k, dtype) for N in tokens for D, M, k in shapes for dtype in dtypes
+    )
+
+
+_BOTH = ("bfloat16", "float32")
+TUNABLES: Mapping[str, Tunable] = {
+    "product_of_few_16bit": Tunable(_encode, _cases("encode", (1, 16), ("bfloat16",))),
+    "product_of_few_32bit": Tunable(_encode, _cases("encode", (1, 16), ("float32",))),
+    # A narrow x leaves little of the op but its maxima, a single group of latents little but its
+    # residual.
+    "group_max": Tunable(_encode, tuple(Case("encode", 4096, 16, 24576, 32, d) for d in _BOTH)),
+    "residual": Tunable(_encode, tuple(Case("encode", 16384, 2304, 64, 1, d) for d in _BOTH)),
+    "decode": Tunable(_decode, _cases("decode", (4096,), _BOTH)),
+    "decode_few": Tunable(_decode, _cases("decode", (1, 16), _BOTH)),
+    "sampled_product": Tunable(_sampled_product, _cases("train", (4096,), _BOTH)),
+    "latent_outer": Tunable(_latent_outer, _cases("train", (4096,), _BOTH)),
+}
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+class Timing(NamedTuple):
+    """One tile of one kernel at one shape."""
+
+    kernel: str
+    case: Case
+    tile: Any
+    ms: float
+    """Median over the rounds."""
+    relative: float
+    """To the shipped tile: below 1 is faster."""
+
+
+def measure(
+    kernel: str,
+    case: Case,
+    *,
+    device: torch.device,
+    rounds: int,
+    seconds: Callable[[Callable[[], Any]], float],
+) -> list[Timing]:
+    """Check and time every candidate tile of a kernel at one shape, the shipped one first.
+
+    Args:
+        kernel: a key of `TUNABLES`.
+        case: the shape.
+        device: where to run; a CPU serves for tests, in Triton's interpreter.
+        rounds: calls of each tile, in turns.
+        seconds: times one call.
+
+    Raises:
+        ValueError: a tile's answer is wrong.
+    """
+    tiles = kernel_tiles.TILES[kernel].candidates(kernel_tiles.device_class(device))
+    inputs = make_inputs(case, device)
+    run = TUNABLES[kernel].run
+    expected = run(case, _widened(inputs), "torch")
+    call = partial(run, case, inputs, "triton")
+    taken: dict[Any, list[float]] = {tile: [] for tile in tiles}
+    with kernel_tiles.forced_tiles(_shipped(device)):
+        for tile in tiles:
+            with kernel_tiles.forced_tiles({kernel: tile}):
+                _check(kernel, case, tile, call(), expected)
+        for _ in range(rounds):
+            for tile in tiles:
+                with kernel_tiles.forced_tiles({kernel: tile}):
+                    taken[tile].append(seconds(call))
+    medians = {tile: statistics.median(times) for tile, times in taken.items()}
+    base = medians[tiles[0]]
+    return [
+        Timing(kernel, case, tile, 1e3 * median, median / base) for tile, median in medians.items()
+    ]
+
+
+def _shipped(device: torch.device) -> dict[str, Any]:
+    """What this package chooses for the device, whatever the user's file says."""
+    name = kernel_tiles.device_class(device)
+    return {kernel: table.of(name).tile for kernel, table in kernel_tiles.TILES.items()}
+
+
+def _widened(value: Any) -> Any:
+    """The same inputs in float64."""
+    if isinstance(value, dict):
+        return {name: _widened(part) for name, part in value.items()}
+    if isinstance(value, TopK):
+        return TopK(*map(_widened, value))
+    if isinstance(value, list):
+        return [_widened(part) for part in value]
+    return value.double() if value.is_floating_point() else value
+
+
+def _check(kernel, case: Case, tile, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for got, want in zip(outputs, expected, strict=True):
+        error = relative_error(got, want)
+        if not error < TOLERANCE[case.dtype]:
+            raise ValueError(
+                f"tune: {kernel} with {tile} is wrong on {case.name}: relative error {error:.2e}, "
+                f"expected below {TOLERANCE[case.dtype]:g}; nothing is stored"
+            )
+
+
+def fastest(timings: Sequence[Timing]) -> Any:
+    """The tile of least geometric mean over the shapes; the shipped one if it is as good."""
+    relatives: dict[Any, list[float]] = {}
+    for timing in timings:
+        relatives.setdefault(timing.tile, []).append(timing.relative)
+    means = {tile: math.exp(statistics.fmean(map(math.log, r))) for tile, r in relatives.items()}
+    shipped, best = next(iter(means)), min(means, key=means.__getitem__)
+    return best if means[best] < 1 - MARGIN else shipped
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def tune(
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    seconds: Callable[[Callable[[], Any]], float] | None = None,
+    say: Callable[[str], None] = lambda _line: None,
+) -> dict[str, Any]:
+    """Measure every tunable kernel on a GPU and store the fastest tiles for it; returns them.
+
+    Raises:
+        ValueError: there is no GPU, the user's file is damaged, or a tile's answer is wrong.
+    """
+    _require_gpu(device)
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}, expected at least 1")
+    kernel_tiles.stored_tiles()  # a damaged file is better known before the work than after it
+    if seconds is None:
+        # With an empty cache, as inside a model; and while it is emptied the op can be launched.
+        seconds = partial(Clock(device).seconds, cold=True)
+    winners = {}
+    for kernel, tunable in TUNABLES.items():
+        timings = []
+        for case in tunable.cases:
+            timings += measure(kernel, case, device=device, rounds=rounds, seconds=seconds)
+        winners[kernel] = fastest(timings)
+        say(table(timings, winners[kernel]))
+    store(device, winners)
+    return winners
+
+
+def _require_gpu(device: torch.device) -> None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(
+            "there is nothing to tune without a GPU: tiles belong to the kernels that run on one; "
+            "run this on a machine with CUDA"
+        )
+
+
+def store(device: torch.device, tiles: Mapping[str, Any]) -> None:
+    """Write the tiles of a device to the user's file; those of other devices stay."""
+    stored = kernel_tiles.stored_tiles()
+    stored[kernel_tiles.device_name(device)] = {
+        "date": datetime.date.today().isoformat(),
+        "torch": version("torch"),
+        "triton": version("triton"),
+        "tiles": {kernel: tile._asdict() for kernel, tile in tiles.items()},
+    }
+    text = json.dumps(stored, indent=2) + "\n"
+    write_atomically(kernel_tiles.tiles_file(), lambda temporary: temporary.write_text(text))
+    kernel_tiles.forget_tiles()
+
+
+def table(timings: Sequence[Timing], winner: Any) -> str:
+    """One line per shape and tile of one kernel; the winner has a star."""
+    lines = [timings[0].kernel]
+    for t in timings:
+        shape = t.case.name.partition(" ")[2]
+        star = "*" if t.tile == winner else " "
+        lines.append(f"{star} {shape:<36}{_fields(t.tile):<58}{t.ms:>9.4f} ms{t.relative:>8.3f}")
+    return "\n".join(lines)
+
+
+def tiles_in_force(device: torch.device) -> str:
+    """One line per kernel: its tile here, where that comes from, when it was measured."""
+    name, file = kernel_tiles.device_name(device), kernel_tiles.tiles_file()
+    lines = [f"tiles on {name}; tuned ones are in {file}"]
+    for kernel in kernel_tiles.TILES:
+        chosen, source = kernel_tiles.tile_in_force(kernel, device)
+        measured = chosen.measured or "not measured"
+        lines.append(f"{kernel:<22}{_fields(chosen.tile):<58}{source:<9}{measured}")
+    return "\n".join(lines)
+
+
+def _fields(tile: Any) -> str:
+    return " ".join(f"{name}={value}" for name, value in tile._asdict().items())

@@ -1,0 +1,496 @@
+"""TopK encode on a CPU that reads an 8-bit copy of the weight: screen, then score exactly.
+
+    ŝ = approximate scores, one integer product        |ŝ_j − s_j| ≤ λ_j for every latent j
+    t = the k-th largest of ŝ − λ                      so that at least k latents have s ≥ t
+    candidates = {j : ŝ_j + λ_j ≥ t}                   so that every one of the TopK is among them
+    code = TopK of the exact float32 scores of the candidates
+
+Residual r and weight row w are quantised with a dither that is subtracted again: with u uniform on
+[0, 1), q = ⌊r/t + u⌋ and r̂ = t (q − u + ½) the errors of the D entries are independent and uniform
+on ±t/2 whatever r is (Schuchman 1964). Two bounds λ follow:
+
+certain      Cauchy–Schwarz: |s − ŝ| ≤ ‖w − ŵ‖ ‖r‖ + ‖ŵ‖ ‖r − r̂‖, from the errors actually made.
+statistical  s − ŝ = (w − ŵ)·r + ŵ·(r − r̂): a sum of independent uniform errors, in the second term
+             given the first. A uniform variable on ±a is sub-Gaussian with variance a²/3, hence
+             P(|s − ŝ| ≥ λ) ≤ 2 exp(−6 λ² / (s² ‖r‖² + t² ‖ŵ‖²)), s and t the two steps; λ is
+             where the sum over all M latents is `FAILURE`. (The bound of Hoeffding, which knows the
+             range of the errors alone, would be √3 times as wide.)
+
+The screening pass moves a quarter of the bytes and takes a tenth of the time of the product.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resae_kernels import checks
+from resae_kernels.cpu import native, screening_torch
+from resae_kernels.cpu.private_torch import int8_linear_unavailable
+from resae_kernels.cpu.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
+from resae_kernels.cpu.screening_native import NativeCopy
+from resae_kernels.encode import backward, check_arguments, fits, setup_context, topk_encode
+from resae_kernels.types import TopK
+
+log = logging.getLogger(__name__)
+
+ROW_REASON = "not finite, all zero, or too many candidates"
+MARGINS = ("statistical", "certain")
+IMPLEMENTATIONS = ("native", "torch")
+
+
+LEAST_LATENTS = 16
+"""Latents per active one below which too many of them are candidates."""
+
+
+class Rule(NamedTuple):
+    """Where screening is faster than the exact product."""
+
+    entries: int
+    """Entries of the weight, M·D, below which the exact product is as fast,"""
+    width: int
+    """and so D,"""
+    training_rows: int
+    """Rows from which on a copy pays that is used once: in training the weight changes every
+    step."""
+    certain_rows: int
+    """Rows up to which the certain margin is not behind the exact product."""
+
+
+ANY = 1 << 62
+RULES: dict[str, dict[torch.dtype, Rule]] = {
+    # Measured on one core of an Intel Xeon with AMX, November 2026, beside oneDNN's product in the
+    # same dtype and the compiled selection: at 1 to 1024 rows, D from 16 to 2048, M·D from 2¹² to
+    # 2²⁵, k from M/512 to M/16. Up to 2¹⁶ entries both take the same time. The 16-bit product is by
+    # AMX in bfloat16 (by AVX-512 in float16, at the rate of float32): from 256 rows on, product and
+    # selection take 0.8 to 1.4 times the time of screening, and a copy that is used once hardly
+    # pays.
+    "native": {
+        torch.float32: Rule(entries=1 << 16, width=64, training_rows=128, certain_rows=ANY),
+        torch.bfloat16: Rule(entries=1 << 16, width=64, training_rows=1024, certain_rows=64),
+        torch.float16: Rule(entries=1 << 16, width=64, training_rows=128, certain_rows=ANY),
+    },
+    # Measured on one core of an AMD EPYC with AVX-512 VNNI, November 2026: at 1, 16, 64 and 256
+    # rows, M·D from 2¹⁹ to 2²⁵.
+    "torch": {
+        torch.float32: Rule(entries=1 << 22, width=256, training_rows=512, certain_rows=16),
+    },
+}
+
+
+class Screening(NamedTuple):
+    """A code, and how it was found."""
+
+    code: TopK
+    rows_screened: int
+    rows_exact: int
+    """Rows whose whole product was computed."""
+    candidates: int
+    """(Row, latent) pairs of the screened rows that were scored exactly."""
+    reason: str | None
+    """Why rows took the exact path; None if none did."""
+    implementation: str | None
+    """Screened by "native", the compiled library, or "torch"; None: no row was screened."""
+
+
+def unavailable(implementation: str | None = None) -> str | None:
+    """Why this machine cannot screen, by this implementation or (None) by any; None if it can."""
+    if implementation == "native":
+        return native.unavailable()
+    if implementation == "torch":
+        return int8_linear_unavailable()
+    compiled = native.unavailable()
+    return None if compiled is None else int8_linear_unavailable()
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    log.warning("encoding by the float32 product, at its full price: %s", reason)
+
+
+class _State(NamedTuple):
+    """A copy, and the weight and bias that it was made of."""
+
+    copy: ScreeningCopy
+    versions: tuple
+    """Address and version of each tensor."""
+    samples: list[tuple[Any, Any]]
+    """A view of entries of each tensor, and these entries as they were."""
+
+    def is_current(self, versions: tuple) -> bool:
+        if versions != self.versions:
+            return False
+        return not any((now != then).any() for now, then in self.samples)
+
+
+class ScreenedEncoder:
+    """An encoder's weight and, beside it, what screening needs: an 8-bit copy, steps, norms.
+
+    The copy is M·D bytes. It is made anew at the first call after the weight or bias has changed,
+    in place or to other memory. Where the weight's gradient is wanted it serves one call and is
+    dropped: the weight is about to change, and torch does not count the steps of fused optimisers.
+    Nor does it count writes through `.data`. Both are seen by a sample of entries, which may miss
+    a write to a few latents: call `forget` after such a write, and after the step of a fused
+    optimiser between two calls without gradients.
+
+    Several threads may encode at once. If the weight changes meanwhile, a call encodes anew with
+    the weight as it then is.
+
+    Args:
+        weight: `[M, D]`, one latent per row, on CPU to be screened; kept, not copied.
+        bias: `[M]` or None.
+        margin: "statistical": a row misses a latent with probability below 1e-12, by the proof
+            above, over the dither drawn here; "certain": never, at many times the candidates.
+        seed: of the dither. Equal seeds give equal codes, bit for bit.
+        implementation: "native", the compiled library: float32, bfloat16 and float16; "torch":
+            float32; None: native where it can run, else torch.
+
+    Raises:
+        ValueError: unknown margin or implementation, an implementation that cannot run here, a
+            weight that is not `[M, D]`, a bias that does not fit.
+
+    Note:
+        A code agrees with `topk_encode` but for ties within the rounding of float32 sums: the two
+        sum the same products in another order.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        margin: str = "statistical",
+        seed: int = 0,
+        implementation: str | None = None,
+    ):
+        if margin not in MARGINS:
+            raise ValueError(f"ScreenedEncoder: margin={margin!r}, expected {' or '.join(MARGINS)}")
+        if weight.ndim != 2:
+            raise ValueError(
+                f"ScreenedEncoder: weight has shape {list(weight.shape)}, expected [M, D]"
+            )
+        if bias is not None:
+            checks.check_shape("ScreenedEncoder", "bias", bias, (weight.shape[0],), "one a latent")
+        if implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"ScreenedEncoder: implementation={implementation!r}, expected "
+                f"{' or '.join(map(repr, IMPLEMENTATIONS))} or None"
+            )
+        if implementation is not None and (reason := unavailable(implementation)) is not None:
+            raise ValueError(f"ScreenedEncoder: implementation={implementation!r}, but {reason}")
+        self.weight, self.bias, self.margin, self._seed = weight, bias, margin, seed
+        self._asked = implementation
+        self._outlier_dimensions: tuple[int, ...] = ()
+        self._lock = threading.Lock()
+        self._state: _State | None = None
+
+    def __getstate__(self) -> dict:
+        """Without the copy: whoever is copied or unpickled makes its own."""
+        return {n: v for n, v in self.__dict__.items() if n != "_lock"} | {"_state": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def encode(
+        self,
+        x: Tensor,  # [..., D]
+        k: int,
+        *,
+        pre_bias: Tensor | None = None,  # [D]
+        base: Tensor | None = None,  # [..., D]
+        sorted: bool = True,
+    ) -> TopK:
+        """The code of `topk_encode` with this weight and bias: arguments, returns and errors are
+        the same, gradients too."""
+        code = self._encode_at_once(x, k, pre_bias, base, sorted)
+        if code is not None:
+            return code
+        return self.explain(x, k, pre_bias=pre_bias, base=base, sorted=sorted).code
+
+    def online_step(
+        self,
+        x: Tensor,
+        k: int,
+        b_dec: Tensor | None,
+        base: Tensor | None,
+        W_dec: Tensor,
+        affine: tuple[Tensor, Tensor, Tensor] | None = None,
+        *,
+        sorted: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x̂, acts and indices of `resae_kernels.online_step` by one call of the compiled library,
+        where that is possible: without gradients, with arguments that fit, and a copy that is there
+        and current. None: encode and decode instead.
+
+        Args:
+            affine: in place of base the source `[..., D]`, A `[D, D]` and c `[D]` of `source A +
+                c`: for few tokens, as A is read anew for each.
+            sorted: as of `encode`.
+        """
+        state = self._state
+        if not self._is_ready(state, x, k, b_dec, base, W_dec) or not x.numel():
+            return None
+        if affine is not None:
+            source, A, c = affine
+            D = x.shape[-1:]
+            if source.shape != x.shape or A.shape != D + D or c.shape != D:
+                return None
+            if not native.direct(x, source, A, c):
+                return None
+        held = state.copy.held  # type: ignore[union-attr]
+        step = native.online_step(held[0], x, base, affine, b_dec, k, W_dec, sorted)
+        return None if self._versions() != state.versions else step  # type: ignore[union-attr]
+
+    def _encode_at_once(
+        self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
+    ) -> TopK | None:
+        """The code by one call of the compiled library, of arguments that have nothing to be said
+        about, with a copy that is there and current; None: `explain` says what is the matter, or
+        makes a copy."""
+        state = self._state
+        if not self._is_ready(state, x, k, pre_bias, base) or not x.numel():
+            return None
+        leading, D = x.shape[:-1], x.shape[-1]
+        flat = x if len(leading) == 1 else x.reshape(-1, D)
+        flat_base = base if base is None or len(leading) == 1 else base.reshape(-1, D)
+        try:
+            acts, indices, left, _ = state.copy.encode(  # type: ignore[union-attr]
+                flat, k, pre_bias, flat_base, sorted
+            )
+        except StaleCopyError:
+            return None
+        if left is not None or self._versions() != state.versions:  # type: ignore[union-attr]
+            return None
+        if len(leading) == 1:
+            return TopK(acts, indices)
+        return TopK(acts.view(*leading, k), indices.view(*leading, k))
+
+    def _is_ready(
+        self,
+        state: "_State | None",
+        x: Tensor,
+        k: int,
+        pre_bias: Tensor | None,
+        base: Tensor | None,
+        W_dec: Tensor | None = None,
+    ) -> bool:
+        """May the compiled copy of `state`, which sees itself whether the weight holds its samples,
+        be given these arguments as they are?"""
+        weight, bias = self.weight, self.bias
+        return (
+            state is not None  # there is one only for a weight that is worth screening
+            and type(state.copy) is NativeCopy
+            and state.copy.is_live
+            and self.margin == "statistical"  # which knows no number of rows that is too many
+            and native.direct(x, weight, bias, pre_bias, base, W_dec)
+            and fits(x, weight, bias, k, pre_bias, base)
+            and (W_dec is None or W_dec.shape == weight.shape)
+            and LEAST_LATENTS * k <= weight.shape[0]
+            and self._versions() == state.versions
+        )
+
+    def explain(
+        self,
+        x: Tensor,
+        k: int,
+        *,
+        pre_bias: Tensor | None = None,
+        base: Tensor | None = None,
+        sorted: bool = True,
+    ) -> Screening:
+        """`encode`, and which path its rows took, with the reason."""
+        D = self.weight.shape[1]
+        shape = x.shape[:-1]
+        N = shape.numel()
+        trained = _require_gradient(self.weight, self.bias)
+        if trained:
+            self.forget()
+        reason = self._exact_reason(x, N, k, trained)
+        if reason is not None:
+            code = topk_encode(
+                x, self.weight, self.bias, k, pre_bias=pre_bias, base=base, sorted=sorted
+            )
+            return Screening(code, 0, N, 0, reason, None)
+        check_arguments(x, self.weight, self.bias, k, pre_bias, base, None)
+        flat = x if x.ndim == 2 else x.reshape(N, D)
+        flat_base = base if base is None or base.ndim == 2 else base.reshape(N, D)
+        info = _Info()
+        if trained or _require_gradient(x, pre_bias, base):
+            acts, indices = _WithGradient.apply(
+                flat, self.weight, self.bias, k, pre_bias, flat_base, sorted, (self, info), "torch"
+            )
+        else:
+            acts, indices = self._encode(flat, k, pre_bias, flat_base, sorted, info)
+        if trained:
+            self.forget()
+        if x.ndim != 2:
+            acts, indices = acts.view(*shape, k), indices.view(*shape, k)
+        return Screening(
+            TopK(acts, indices),
+            N - info.rows_exact,
+            info.rows_exact,
+            info.candidates,
+            ROW_REASON if info.rows_exact else None,
+            self.implementation,
+        )
+
+    @property
+    def implementation(self) -> str:
+        """What screens here: "native" or "torch"."""
+        return self._asked or ("torch" if native.unavailable() else "native")
+
+    def forget(self) -> None:
+        """Drop the copy: the next call makes a new one."""
+        state = self._state
+        if state is not None and isinstance(state.copy, NativeCopy):
+            self._outlier_dimensions = state.copy.dimensions
+        self._state = None
+
+    def _encode(
+        self,
+        x: Tensor,
+        k: int,
+        pre_bias: Tensor | None,
+        base: Tensor | None,
+        sorted: bool,
+        info: "_Info",
+    ) -> tuple[Tensor, Tensor]:
+        for state in self._states():
+            try:
+                acts, indices, left, info.candidates = state.copy.encode(
+                    x, k, pre_bias, base, sorted
+                )
+            except StaleCopyError:
+                self._drop(state)
+                continue
+            if self._versions() != state.versions:
+                continue  # another thread has written to the weight meanwhile
+            if left is not None:
+                info.rows_exact = len(left)
+                rest = None if base is None else base[left]
+                acts[left], indices[left] = topk_encode(
+                    x[left], self.weight, self.bias, k, pre_bias=pre_bias, base=rest, sorted=sorted
+                )
+            return acts, indices
+        raise RuntimeError(
+            "ScreenedEncoder: the weight or bias changes as fast as it is copied; is another "
+            "thread writing to it?"
+        )
+
+    def _states(self) -> "Iterator[_State]":
+        """The current copy, a few times: it may turn out stale, or become so."""
+        for _ in range(5):
+            state = self._current_state()
+            assert state is not None
+            yield state
+
+    def _versions(self) -> tuple:
+        weight, bias = self.weight, self.bias
+        if bias is None:
+            return layout_of(weight), weight._version
+        return layout_of(weight), weight._version, layout_of(bias), bias._version
+
+    def _current_state(self) -> _State | None:
+        """The copy, made anew if the weight or bias has changed; None where these are not
+        finite."""
+        state, versions = self._state, self._versions()
+        if state is not None and state.is_current(versions):
+            return state
+        with self._lock:
+            state, versions = self._state, self._versions()
+            if state is not None and state.is_current(versions):
+                return state
+            self.forget()
+            tensors = [t.detach() for t in (self.weight, self.bias) if t is not None]
+            samples = [(now, now.copy()) for now in map(_sample, tensors)]
+            made = self._make_copy(*tensors)
+            self._state = None if made is None else _State(made, versions, samples)
+            return self._state
+
+    def _make_copy(self, weight: Tensor, bias: Tensor | None = None) -> ScreeningCopy | None:
+        if self.implementation == "torch":
+            return screening_torch.quantise(weight, bias, self.margin, self._seed)
+        copy = NativeCopy(weight, bias, self.margin, self._seed, self._outlier_dimensions)
+        return copy if copy.finite else None
+
+    def _drop(self, state: _State) -> None:
+        with self._lock:
+            if self._state is state:
+                self.forget()
+
+    def _exact_reason(self, x: Tensor, N: int, k: int, trained: bool) -> str | None:
+        """Why a call is not screened at all; None if it is."""
+        weight = self.weight
+        M, D = weight.shape
+        implementation = self.implementation
+        rules = RULES[implementation]
+        rule = rules.get(weight.dtype)
+        if not weight.is_cpu or rule is None:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in rules)
+            return f"the weight is {weight.dtype} on {weight.device}, not {names} on cpu"
+        if x.dtype != weight.dtype or checks.autocasts("cpu"):
+            return f"the product is not in {str(weight.dtype).removeprefix('torch.')}"
+        if weight.is_inference():
+            return "the weight was made in inference mode, where changes are not counted"
+        few_groups = implementation == "torch" and screening_torch.group_size(M, k) is None
+        if rule.entries > M * D or rule.width > D or LEAST_LATENTS * k > M or few_groups:
+            return f"screening does not pay at M={M}, D={D}, k={k}"
+        if N == 0:
+            return "there are no rows"
+        if trained and rule.training_rows > N:
+            return (
+                f"the weight requires its gradient, and {N} rows do not pay for a copy that serves "
+                f"one call; if none is wanted, call under torch.no_grad()"
+            )
+        if self.margin == "certain" and rule.certain_rows < N:
+            return f"the certain margin does not pay at {N} rows"
+        state = self._state
+        cannot = unavailable(self._asked) if state is None else None
+        if cannot is not None:
+            _warn_once(cannot)
+        elif self._current_state() is None:
+            cannot = "the weight or bias is not finite"
+        return cannot
+
+
+def layout_of(tensor: Tensor) -> tuple:
+    """Which entries of which memory a tensor is: assigning `.data` changes these alone."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _require_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _sample(tensor: Tensor) -> Any:
+    """A view of `SAMPLES` entries as a numpy array."""
+    memory = tensor
+    if tensor.is_neg():  # numpy takes no tensor whose memory is to be read negated
+        where = tensor.storage_offset(), tensor.shape, tensor.stride()
+        memory = tensor.new_empty(0).set_(tensor.untyped_storage(), *where)
+    some = memory[:: max(1, len(memory) // SAMPLES)]
+    some = some if some.ndim == 1 else some[:, some.shape[1] // 2]
+    return (some if some.dtype != torch.bfloat16 else some.view(torch.int16)).numpy()
+
+
+@dataclass
+class _Info:
+    rows_exact: int = 0
+    candidates: int = 0
+
+
+class _WithGradient(torch.autograd.Function):
+    """The gradient of a code does not depend on how it was found: it is that of `topk_encode`."""
+
+    @staticmethod
+    def forward(x, weight, bias, k, pre_bias, base, sorted, screened, implementation):  # noqa: ARG004
+        encoder, info = screened
+        return encoder._encode(x, k, pre_bias, base, sorted, info)
+
+    setup_context = staticmethod(setup_context)
+    backward = staticmethod(backward)  # type: ignore[assignment]

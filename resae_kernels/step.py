@@ -1,0 +1,317 @@
+"""Online step of one layer: z = TopK_k(relu((x − p) weightᵀ + bias)), x̂ = p + z W_dec.
+
+p is what the layer reconstructs when none of its latents is active: what the codes of the layers
+before it predict, and b_dec. N ≤ 16 tokens (generation), D width, M latents, k active; bound by
+reading `weight`, M·D elements.
+
+In Triton at most three launches (`triton/step.py`).
+
+On a CPU a `ScreenedEncoder` encodes; where it screens by the compiled library, code and x̂ are one
+call.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from resae_kernels import checks, memory
+from resae_kernels.cpu.private_torch import is_eager
+from resae_kernels.decode import sparse_decode
+from resae_kernels.dispatch import implementation_for, register
+from resae_kernels.screened import ScreenedEncoder, layout_of
+from resae_kernels.triton import step as triton_step
+from resae_kernels.triton.encode import FEW_TOKENS
+from resae_kernels.triton.step import StepWorkspace, workspace_layout
+from resae_kernels.types import OnlineStep, TopK, Transported
+
+
+def online_step(
+    x: Tensor,  # [..., D] fp32|fp64|bf16|fp16, at most 16 tokens
+    weight: Tensor,  # [M, D]
+    bias: Tensor | None,  # [M]
+    k: int,
+    W_dec: Tensor,  # [M, D]
+    *,
+    b_dec: Tensor | None = None,  # [D]
+    base: Tensor | None = None,  # [..., D]
+    codes: Sequence[TopK | tuple[Tensor, Tensor]] = (),  # m × ([..., k_j], [..., k_j])
+    transported: Transported | None = None,
+    encoder: ScreenedEncoder | None = None,
+    out: StepWorkspace | None = None,
+    implementation: str | None = None,
+) -> OnlineStep:
+    """Code and reconstruction of one layer while the model runs (formula:
+    `reference.online_step`).
+
+    What the layers before this one predict is given either as `base`, or by their codes: with
+    `transported` the step is that of layer m = len(codes), closed loop.
+
+    Args:
+        x: `[..., D]`, the activations of at most 16 tokens.
+        weight, bias: `[M, D]` and `[M]` or None, the encoder.
+        k: active latents per token, 1 ≤ k ≤ M.
+        W_dec: `[M, D]`, the decoder.
+        b_dec: `[D]`, subtracted before encoding and added to x̂. Not with `transported`.
+        base: `[..., D]`, the prediction, without b_dec. Not with `transported`.
+        codes: of the m layers before, in order; with `transported` alone.
+        transported: from `transport()`. Its `constants[m]` hold the prediction's constant and this
+            layer's b_dec together, so neither is given again.
+        encoder: of this weight and bias, by which a CPU encodes. None: one is made at the first
+            step (a quarter more memory than the weight) and kept as long as the weight.
+        out: from `StepWorkspace.allocate`: all that the step writes, so that nothing is allocated
+            (contiguous inputs). The result is views of it, valid until the next step that is given
+            it.
+        implementation: "torch", "triton" or None, by device (CUDA: triton). Same contract.
+
+    Returns:
+        `OnlineStep(x_hat, code)`: `[..., D]`, and acts and indices `[..., k]` in order of index,
+        padding last, as `topk_encode(..., sorted=False)`.
+
+    Raises:
+        TypeError: dtypes that differ or are not floating.
+        ValueError: shapes or devices that do not fit, more than 16 tokens, k out of range; in
+            "triton" fp64, or more of k and M than its selection takes (see `topk_encode`).
+        RuntimeError: an input requires its gradient, and gradients are enabled.
+
+    Note:
+        For inference: no gradients. The prediction is rounded to x's dtype; code and x̂ are taken
+        against the same rounded prediction, each as in `topk_encode` and `sparse_decode`. Nothing
+        is cast under autocast. "triton" waits for nothing on the host: it can be captured in a CUDA
+        graph, after one call that compiles its kernels.
+    """
+    if implementation not in (None, "torch", "triton"):
+        implementation_for("online_step", x, implementation)
+    if x.is_cpu and implementation != "triton" and not torch.compiler.is_compiling():
+        step = _step_on_cpu(
+            x, weight, bias, k, W_dec, b_dec, base, codes, transported, encoder, out
+        )
+        if step is not None:
+            return step
+    codes = [TopK(*code) for code in codes]
+    _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported)
+    N, (M, D) = x.shape[:-1].numel(), weight.shape
+    dictionaries: list[Tensor] = []
+    constant = None
+    if transported is not None:
+        dictionaries = transported.dictionaries[len(codes)][:-1]
+        constant = transported.constants[len(codes)]
+        if not codes:
+            b_dec, constant = constant, None
+    if out is None:
+        out = StepWorkspace.allocate(N, M, k, D, dtype=x.dtype, device=x.device)
+    else:
+        _check_workspace(out, N, M, k, D, x)
+    torch.ops.resae.online_step(
+        x.reshape(N, D),
+        weight,
+        bias,
+        W_dec,
+        b_dec,
+        None if base is None else base.reshape(N, D),
+        [code.acts.reshape(N, code.acts.shape[-1]) for code in codes],
+        [code.indices.reshape(N, code.indices.shape[-1]) for code in codes],
+        dictionaries,
+        constant,
+        list(out),
+        implementation=implementation or "",
+    )
+    code_shape = (*x.shape[:-1], k)
+    code = TopK(out.acts.view(code_shape), out.indices.view(code_shape))
+    return OnlineStep(out.x_hat.view(x.shape), code)
+
+
+_ENCODERS = WeakIdKeyDictionary()
+"""A `ScreenedEncoder` by weight: what encodes on a CPU where the caller has none."""
+
+
+def _encoder_of(weight: Tensor, bias: Tensor | None) -> ScreenedEncoder:
+    held = _ENCODERS.get(weight)
+    if held is None or _layouts(held.weight, held.bias) != _layouts(weight, bias):
+        # Of other tensors of the same memory: it must not keep the weight alive that keeps it.
+        detached = weight.detach(), None if bias is None else bias.detach()
+        held = _ENCODERS[weight] = ScreenedEncoder(*detached)
+    return held
+
+
+def _layouts(weight: Tensor, bias: Tensor | None) -> tuple:
+    return layout_of(weight), None if bias is None else layout_of(bias)
+
+
+def _step_on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    base: Tensor | None,
+    codes: Sequence[TopK | tuple[Tensor, Tensor]],
+    transported: Transported | None,
+    encoder: ScreenedEncoder | None,
+    out: StepWorkspace | None,
+) -> OnlineStep | None:
+    """The step by a `ScreenedEncoder`, where that can in one call of the compiled library; None:
+    what is called is traced, transformed or cast."""
+    if encoder is None:
+        if not is_eager():
+            return None
+        encoder = _encoder_of(weight, bias)
+    elif encoder.weight is not weight or encoder.bias is not bias:
+        raise ValueError("online_step: encoder was made of another weight or bias; give it those")
+    plain = not codes and transported is None and out is None
+    if plain and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_TOKENS:
+        step = encoder.online_step(x, k, b_dec, base, W_dec)
+        if step is not None:
+            return OnlineStep(step[0], TopK(*step[1:]))
+    if not is_eager():
+        return None
+    codes = [TopK(*code) for code in codes]
+    _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported)
+    if transported is not None:
+        b_dec = transported.constants[len(codes)]
+        if codes:
+            acts, indices = zip(*codes, strict=True)
+            dictionaries = transported.dictionaries[len(codes)][:-1]
+            base, b_dec = sparse_decode(acts, indices, dictionaries, bias=b_dec), None
+    step = encoder.online_step(x, k, b_dec, base, W_dec)
+    if step is None:
+        code = encoder.encode(x, k, pre_bias=b_dec, base=base, sorted=False)
+        step = sparse_decode(*code, W_dec, bias=b_dec, base=base), *code
+    if out is not None:
+        _check_workspace(out, x.shape[:-1].numel(), weight.shape[0], k, weight.shape[1], x)
+        written = (out.x_hat, out.acts, out.indices)
+        step = tuple(to.view(t.shape).copy_(t) for to, t in zip(written, step, strict=True))
+    return OnlineStep(step[0], TopK(*step[1:]))
+
+
+def _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported) -> None:
+    op = "online_step"
+    checks.check_floating(op, "x", x)
+    if weight.ndim != 2:
+        raise ValueError(f"{op}: weight has shape {list(weight.shape)}, expected [M, D]")
+    M, D = weight.shape
+    if x.ndim == 0 or x.shape[-1] != D:
+        raise ValueError(
+            f"{op}: x has shape {list(x.shape)}, expected [..., {D}] (weight is [{M}, {D}])"
+        )
+    tokens = x.shape[:-1]
+    if tokens.numel() > FEW_TOKENS:
+        raise ValueError(
+            f"{op}: {tokens.numel()} tokens, expected at most {FEW_TOKENS}; use topk_encode and "
+            f"sparse_decode"
+        )
+    if not 1 <= k <= M:
+        raise ValueError(f"{op}: k={k}, expected 1 ≤ k ≤ M={M}")
+    inputs = [
+        ("weight", weight, (M, D), ""),
+        ("bias", bias, (M,), "one entry per latent"),
+        ("W_dec", W_dec, (M, D), "the shape of weight"),
+        ("b_dec", b_dec, (D,), "one entry per dimension"),
+        ("base", base, tuple(x.shape), "the shape of x"),
+    ]
+    if transported is None:
+        if codes:
+            raise ValueError(
+                f"{op}: {len(codes)} codes without transported; build it with transport(), or give "
+                f"the prediction as base"
+            )
+    else:
+        m, L = len(codes), len(transported.dictionaries)
+        if m >= L:
+            raise ValueError(
+                f"{op}: {m} codes, but transported covers {L} layers; give the codes of the layers "
+                f"before this one"
+            )
+        if b_dec is not None or base is not None:
+            name = "base" if b_dec is None else "b_dec"
+            raise ValueError(
+                f"{op}: {name} together with transported, which holds prediction and b_dec; give "
+                f"one of the two"
+            )
+        inputs.append(("transported.constants", transported.constants[m], (D,), "width of x"))
+        for j, code in enumerate(codes):
+            checks.check_codes(op, code.acts, code.indices, f" of codes[{j}]")
+            inputs += [
+                (f"codes[{j}]", code.acts, (*tokens, code.acts.shape[-1]), "the tokens of x"),
+                (
+                    f"transported.dictionaries[{m}][{j}]",
+                    transported.dictionaries[m][j],
+                    (transported.dictionaries[m][j].shape[0], D),
+                    "width of x",
+                ),
+            ]
+    for name, tensor, shape, why in inputs:
+        if tensor is not None:
+            checks.check_shape(op, name, tensor, shape, why)
+            checks.check_like(op, name, tensor, "x", x)
+    if torch.is_grad_enabled():
+        for name, tensor in [("x", x), *((name, tensor) for name, tensor, _, _ in inputs)]:
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{op}: {name} requires its gradient, and this op has none; call it under "
+                    f"torch.no_grad(), or use topk_encode and sparse_decode"
+                )
+
+
+def _check_workspace(out: StepWorkspace, N: int, M: int, k: int, D: int, x: Tensor) -> None:
+    for name, tensor, (shape, dtype) in zip(
+        StepWorkspace._fields, out, workspace_layout(N, M, k, D, x.dtype), strict=True
+    ):
+        found = (tuple(tensor.shape), tensor.dtype, tensor.device, tensor.is_contiguous())
+        if found != (shape, dtype, x.device, True):
+            raise ValueError(
+                f"online_step: out.{name} is {list(tensor.shape)} {tensor.dtype} on "
+                f"{tensor.device}, expected {list(shape)} {dtype} on {x.device}, contiguous; use "
+                f"StepWorkspace.allocate({N}, {M}, {k}, {D}, dtype={x.dtype}, "
+                f"device={str(x.device)!r})"
+            )
+
+
+# -- op ------------------------------------------------------------------------------------------
+
+
+def _step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    base: Tensor | None,
+    acts: list[Tensor],
+    indices: list[Tensor],
+    dictionaries: list[Tensor],
+    constant: Tensor | None,
+    out: list[Tensor],
+    *,
+    implementation: str = "",
+) -> None:
+    to = StepWorkspace(*out)
+    if implementation_for("online_step", x, implementation or None) == "triton":
+        codes = acts, indices, dictionaries
+        triton_step.launch_step(x, weight, bias, W_dec, b_dec, base, *codes, constant, to)
+        return
+    encode, decode = torch.ops.resae.topk_encode, torch.ops.resae.sparse_decode
+    if dictionaries:
+        base = to.prediction.copy_(
+            decode(acts, indices, dictionaries, constant, None, implementation="torch")
+        )
+    k = to.acts.shape[1]
+    code = encode(x, weight, bias, k, b_dec, base, False, memory.workspace_bytes(x), "torch")
+    x_hat = decode([code[0]], [code[1]], [W_dec], b_dec, base, implementation="torch")
+    for result, value in zip((to.acts, to.indices, to.x_hat), (*code, x_hat), strict=True):
+        result.copy_(value)
+
+
+def _step_fake(*_inputs, **_options) -> None:
+    return None
+
+
+register(
+    "online_step(Tensor x, Tensor weight, Tensor? bias, Tensor W_dec, Tensor? b_dec, Tensor? base, "
+    "Tensor[] acts, Tensor[] indices, Tensor[] dictionaries, Tensor? constant, Tensor(a!)[] out, "
+    "*, str implementation='') -> ()",
+    _step,
+    _step_fake,
+)

@@ -1,0 +1,66 @@
+"""Triton, imported at the first launch of a kernel, and the options of every launch."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+class Kernel:
+    """A Triton kernel that imports Triton when it is first launched.
+
+    The import takes a tenth of the time of importing torch, and on a CPU no kernel is launched.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.__name__ = function.__name__
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.load()[grid]
+
+    def load(self) -> Any:
+        """The kernel as `triton.jit` makes it.
+
+        Triton looks names up among the globals of a kernel: its module gets the real `triton`,
+        `tl` and all its kernels at once, and later launches find those.
+        """
+        names = self.function.__globals__
+        if names[self.__name__] is self:
+            real = import_module("triton")
+            kernels = {name: value for name, value in names.items() if isinstance(value, Kernel)}
+            loaded = {
+                name: real.jit(kernel.function)
+                if kernel.function.__globals__ is names
+                else kernel.load()
+                for name, kernel in kernels.items()
+            }
+            names.update(loaded, triton=real, tl=import_module("triton.language"))
+        return names[self.__name__]
+
+
+class _Lazy:
+    """A module that is imported when anything is asked for but what stands in for it here."""
+
+    def __init__(self, module: str, **stand_ins: Any):
+        self._module = module
+        vars(self).update(stand_ins)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._module), name)
+
+
+triton: Any = _Lazy("triton", jit=Kernel)
+if TYPE_CHECKING:
+    import triton.language as tl
+else:
+    tl = _Lazy("triton.language", constexpr="constexpr")  # Triton knows an annotation by this word
+
+
+def is_interpreted() -> bool:
+    """Do kernels run in Triton's interpreter, on CPU tensors? (Tests do.)"""
+    return triton.knobs.runtime.interpret
+
+
+def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
+    """Options of every launch. Fusion is named since Triton's default changes with its versions."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}

@@ -1,0 +1,204 @@
+"""Online step in Triton: at most three launches.
+
+A gather over the earlier codes (where there are any); scores and group maxima; then, per token and
+slice of D, select and decode at once. There every program makes the whole selection for itself: it
+costs less than a launch between the two.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resae_kernels.triton import runtime
+from resae_kernels.triton.decode import launch_decode, sum_entries
+from resae_kernels.triton.encode import (
+    GROUP_SIZES,
+    KEYS,
+    SelectionLayout,
+    product_of_few,
+    select_row,
+    select_warps,
+    selection_layout,
+)
+from resae_kernels.triton.runtime import tl, triton
+
+# As narrow as the decode of few tokens: chosen from ahead-of-time compilation, NOT yet measured.
+SLICE_BYTES = 128
+"""Part of a row of `W_dec` that one program decodes."""
+
+ROWS = 64
+"""Rows of `W_dec` that a program loads at a time, up to k."""
+
+
+class StepWorkspace(NamedTuple):
+    """Memory of an online step: its results, and what passes between its launches."""
+
+    x_hat: Tensor
+    """`[N, D]`, a result."""
+    acts: Tensor
+    """`[N, k]`, a result."""
+    indices: Tensor
+    """`[N, k]` int64, a result."""
+    prediction: Tensor
+    """`[N, D]`: what the earlier codes predict. Written where they are given with `transported`."""
+    scores: Tensor
+    """`[N, M]`, each row padded; in use by "triton" alone, as all that follow."""
+    best: Tensor
+    """`[N, groups at most]`: the largest score of each group of latents."""
+    program_acts: Tensor
+    """`[N, slices of D, k]`: the code as each program selects it."""
+    program_indices: Tensor
+    """`[N, slices of D, k]` int64."""
+
+    @classmethod
+    def allocate(
+        cls,
+        N: int,
+        M: int,
+        k: int,
+        D: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> "StepWorkspace":
+        """For `online_step` of N tokens through one layer, call after call.
+
+        Layers of one size can share it where each result is used up before the next step; in
+        closed loop, where later layers read the codes of earlier ones, each has its own.
+        """
+        return cls(
+            *(
+                torch.empty(shape, dtype=dtype, device=device)
+                for shape, dtype in workspace_layout(N, M, k, D, dtype)
+            )
+        )
+
+
+def workspace_layout(
+    N: int, M: int, k: int, D: int, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each field of the workspace."""
+
+    def cdiv(a: int, b: int) -> int:
+        return -(-a // b)
+
+    slices = cdiv(D, SLICE_BYTES // dtype.itemsize)
+    return [
+        ((N, D), dtype),
+        ((N, k), dtype),
+        ((N, k), torch.int64),
+        ((N, D), dtype),
+        ((N, cdiv(M, 64) * 64), dtype),  # every row starts at a multiple of 16 bytes
+        ((N, cdiv(M, min(GROUP_SIZES))), dtype),
+        ((N, slices, k), dtype),
+        ((N, slices, k), torch.int64),
+    ]
+
+
+def launch_step(
+    x, weight, bias, W_dec, b_dec, base, acts, indices, dictionaries, constant, to: StepWorkspace
+) -> None:
+    """Write code and x̂ of N rows into `to`. With dictionaries base is what the codes `acts`,
+    `indices` and `constant` predict."""
+    N, (M, D), k = x.shape[0], weight.shape, to.acts.shape[1]
+    layout = selection_layout(M, k) if x.dtype in KEYS else None
+    if layout is None:
+        raise ValueError(
+            f"online_step: 'triton' does not select k={k} of M={M} in {x.dtype} (fp32, bf16 or "
+            f"fp16, k ≤ 1024, M ≤ 2¹⁹, next_power_of_2(k) · M ≤ 2²⁶); pass implementation='torch'"
+        )
+    if N == 0:
+        return
+    keys = KEYS[x.dtype]
+    x, weight, W_dec = x.contiguous(), weight.contiguous(), W_dec.contiguous()
+    bias, b_dec, base = (None if t is None else t.contiguous() for t in (bias, b_dec, base))
+    with torch.cuda.device_of(x):
+        if dictionaries:
+            base, _ = launch_decode(acts, indices, dictionaries, constant, None, to.prediction)
+        scores, best = to.scores[:, :M], to.best.view(keys.dtype)
+        product_of_few(x, weight, bias, b_dec, base, scores, layout, best)
+        select_decode_kernel[(N, to.program_acts.shape[1])](
+            to.x_hat,
+            to.acts.view(keys.dtype),
+            to.indices,
+            to.program_acts,
+            to.program_acts.view(keys.dtype),
+            to.program_indices,
+            scores.view(keys.dtype),
+            best,
+            W_dec,
+            b_dec,
+            base,
+            M,
+            layout.groups,
+            scores.stride(0),
+            k,
+            **select_decode_constants(layout, D, x.dtype),
+            **runtime.launch_options(select_warps(layout), num_stages=1),
+        )
+
+
+def select_decode_constants(layout: SelectionLayout, D: int, dtype: torch.dtype) -> dict[str, int]:
+    return {
+        "GROUP": layout.group,
+        "GROUPS": triton.next_power_of_2(layout.groups),
+        "SLOTS": layout.slots,
+        "INF": KEYS[dtype].inf,
+        "TOP": KEYS[dtype].top,
+        "D": D,
+        "BE": min(ROWS, layout.slots),
+        "BD": min(SLICE_BYTES // dtype.itemsize, triton.next_power_of_2(D)),
+    }
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def select_decode_kernel(
+    x_hat,  # [N, D]
+    acts,  # [N, k], as integers
+    indices,  # [N, k]
+    program_acts,  # [N, slices, k]
+    program_keys,  # the same memory, as integers
+    program_indices,  # [N, slices, k]
+    scores,  # [N, M], rows s_scores apart, as integers
+    best,  # [N, groups]
+    W_dec,  # [M, D]
+    b_dec,  # [D] or None
+    base,  # [N, D] or None
+    M,
+    groups,
+    s_scores,
+    k,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    INF: tl.constexpr,
+    TOP: tl.constexpr,
+    D: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_n, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    # A row of its own: the programs of a token pass through the selection at different times.
+    o_row = (i_n * tl.num_programs(1) + i_s) * k
+    p_keys, p_indices = program_keys + o_row, program_indices + o_row
+    p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
+    select_row(p_scores, p_best, p_keys, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP)
+    tl.debug_barrier()  # the row is read by other threads than those that wrote it
+    if i_s == 0:
+        o_s = tl.arange(0, SLOTS)
+        m_s = o_s < k
+        tl.store(acts + i_n * k + o_s, tl.load(p_keys + o_s, mask=m_s, other=0), mask=m_s)
+        tl.store(indices + i_n * k + o_s, tl.load(p_indices + o_s, mask=m_s, other=0), mask=m_s)
+    o_d = i_s * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    # [BD]
+    b_sum = sum_entries(program_acts + o_row, p_indices, W_dec, 0, k, o_d, D, tl.float32, BE, BD)
+    if b_dec is not None:
+        b_sum += tl.load(b_dec + o_d, mask=m_d, other=0.0).to(tl.float32)
+    if base is not None:
+        b_sum += tl.load(base + i_n * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(x_hat + i_n * D + o_d, b_sum.to(x_hat.dtype.element_ty), mask=m_d)

@@ -1,0 +1,251 @@
+"""Tiles of the kernels: the tables that come with the package, and those that a user tuned.
+
+A tile is a named tuple of integers: what one program of a kernel works on at a time.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from resae_kernels.triton import runtime
+from resae_kernels.triton.runtime import tl, triton
+
+
+class Chosen(NamedTuple):
+    """A tile, and what speaks for it."""
+
+    tile: Any
+    """A named tuple of integers."""
+    measured: str | None
+    """Device and date; None: chosen from ahead-of-time compilation, not yet measured."""
+
+
+class TileTable(NamedTuple):
+    """The tiles of one kernel."""
+
+    default: Chosen
+    alternatives: tuple[Any, ...]
+    """What else `resae tune` tries; `tests/static_gate.py` compiles each of them."""
+    classes: Mapping[str, Chosen] = MappingProxyType({})
+    """By device class (`sm_90`), where the default is not the choice."""
+
+    def of(self, device_class: str) -> Chosen:
+        return self.classes.get(device_class, self.default)
+
+    def candidates(self, device_class: str) -> tuple[Any, ...]:
+        """Without repetition, the choice for this class first."""
+        chosen = self.of(device_class).tile
+        return tuple(dict.fromkeys((chosen, self.default.tile, *self.alternatives)))
+
+
+class ProductTile(NamedTuple):
+    """Latents and dimensions of `weight` that a program of the product multiplies at a time."""
+
+    latents: int
+    dimensions: int
+    num_stages: int
+    num_warps: int
+
+
+class RowTile(NamedTuple):
+    """Consecutive entries of a row that one program reads."""
+
+    columns: int
+    num_warps: int
+
+
+class GatherTile(NamedTuple):
+    """How many gathered rows a program loads at a time, and which part of each."""
+
+    rows: int
+    row_bytes: int
+    num_warps: int
+
+    def constants(self, D: int, dtype: torch.dtype) -> dict[str, Any]:
+        """What every kernel here is compiled for."""
+        return {
+            "D": D,
+            "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+            "BD": min(self.row_bytes // dtype.itemsize, triton.next_power_of_2(D)),
+        }
+
+    @property
+    def loads(self) -> int:
+        """128-bit loads of a thread for one pass over the tile."""
+        return self.rows * self.row_bytes // (self.num_warps * 512)
+
+    def options(self) -> dict[str, Any]:
+        # One stage: pipelined loads would pass through shared memory.
+        return runtime.launch_options(self.num_warps, num_stages=1)
+
+
+_WIDE = Chosen(ProductTile(64, 128, num_stages=4, num_warps=4), measured=None)
+
+# A warp loads 512 bytes at once. Where a row's part is 512 bytes a warp, each thread holds its
+# columns of all rows: as many loads in flight as rows, and a sum that crosses no thread.
+TILES: dict[str, TileTable] = {
+    "decode": TileTable(
+        default=Chosen(GatherTile(rows=8, row_bytes=512, num_warps=1), measured=None),
+        alternatives=(
+            GatherTile(rows=4, row_bytes=512, num_warps=1),
+            GatherTile(rows=8, row_bytes=1024, num_warps=2),
+        ),
+    ),
+    "decode_few": TileTable(
+        default=Chosen(GatherTile(rows=64, row_bytes=128, num_warps=4), measured=None),
+        alternatives=(
+            GatherTile(rows=64, row_bytes=64, num_warps=4),
+            GatherTile(rows=32, row_bytes=128, num_warps=4),
+        ),
+    ),
+    "sampled_product": TileTable(
+        default=Chosen(GatherTile(rows=16, row_bytes=512, num_warps=4), measured=None),
+        alternatives=(
+            GatherTile(rows=8, row_bytes=512, num_warps=2),
+            GatherTile(rows=16, row_bytes=256, num_warps=2),
+        ),
+    ),
+    "latent_outer": TileTable(
+        default=Chosen(GatherTile(rows=8, row_bytes=1024, num_warps=2), measured=None),
+        alternatives=(
+            GatherTile(rows=8, row_bytes=512, num_warps=1),
+            GatherTile(rows=4, row_bytes=1024, num_warps=2),
+        ),
+    ),
+    "product_of_few_16bit": TileTable(
+        default=Chosen(ProductTile(64, 64, num_stages=4, num_warps=4), measured=None),
+        classes={"sm_80": _WIDE, "sm_90": _WIDE, "sm_100": _WIDE},
+        alternatives=(
+            ProductTile(64, 128, num_stages=3, num_warps=4),
+            ProductTile(128, 64, num_stages=4, num_warps=4),
+        ),
+    ),
+    "product_of_few_32bit": TileTable(
+        default=Chosen(ProductTile(64, 32, num_stages=4, num_warps=8), measured=None),
+        alternatives=(
+            ProductTile(64, 32, num_stages=3, num_warps=8),
+            ProductTile(64, 16, num_stages=4, num_warps=4),
+        ),
+    ),
+    "group_max": TileTable(
+        default=Chosen(RowTile(4096, num_warps=4), measured=None),
+        alternatives=(RowTile(2048, num_warps=2), RowTile(4096, num_warps=8)),
+    ),
+    "residual": TileTable(
+        default=Chosen(RowTile(1024, num_warps=4), measured=None),
+        alternatives=(RowTile(512, num_warps=2), RowTile(2048, num_warps=8)),
+    ),
+}
+"""Tiles of every kernel, by its name."""
+
+_forced: dict[str, Any] = {}
+
+
+def tile(kernel: str, device: torch.device) -> Any:
+    """The tile to launch `kernel` with."""
+    return _forced.get(kernel) or tile_in_force(kernel, device)[0].tile
+
+
+@cache
+def tile_in_force(kernel: str, device: torch.device) -> tuple[Chosen, str]:
+    """The user's own choice for this device, else that of its class, else the default; and which
+    of these it is."""
+    tuned = _tuned(device_name(device))
+    if kernel in tuned:
+        return tuned[kernel], "tuned"
+    name = device_class(device)
+    return TILES[kernel].of(name), name if name in TILES[kernel].classes else "default"
+
+
+def sizes(tile: Any) -> str:
+    """Short, for a name: `8/512/1`."""
+    return "/".join(map(str, tile))
+
+
+@contextmanager
+def forced_tiles(tiles: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, these kernels are launched with these tiles, whatever is in force."""
+    before = dict(_forced)
+    _forced.update(tiles)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def device_class(device: torch.device) -> str:
+    """`sm_90` and the like; `other` for what is no NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip:
+        return "other"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def tiles_file() -> Path:
+    """Where `resae tune` keeps what it measured."""
+    return Path.home() / ".cache" / "resae" / "tiles.json"
+
+
+def stored_tiles() -> dict[str, dict[str, Any]]:
+    """The content of the user's file, by device name; empty where there is none."""
+    path = tiles_file()
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(
+            f"tiles: {path} is not valid JSON ({error}); remove it, then `resae tune` again"
+        ) from None
+    if not isinstance(stored, dict) or not all(isinstance(v, dict) for v in stored.values()):
+        raise ValueError(
+            f"tiles: {path} has no object per device; remove it, then `resae tune` again"
+        )
+    return stored
+
+
+@cache
+def _tuned(name: str) -> dict[str, Chosen]:
+    """By kernel, what the user's file holds for a device. Read once, at the first launch."""
+    entry = stored_tiles().get(name)
+    if entry is None:
+        return {}
+    where = f"tiles: {tiles_file()}, device {name!r}"
+    remedy = "run `resae tune` again"
+    tiles = entry.get("tiles")
+    if not isinstance(tiles, dict) or not isinstance(entry.get("date"), str):
+        raise ValueError(f"{where}: expected a date and an object of tiles; {remedy}")
+    chosen = {}
+    for kernel, fields in tiles.items():
+        if kernel not in TILES:
+            raise ValueError(
+                f"{where}: unknown kernel {kernel!r}, expected {', '.join(TILES)}; {remedy}"
+            )
+        table = TILES[kernel]
+        others = (choice.tile for choice in table.classes.values())
+        known = {t: t._asdict() for t in (table.default.tile, *table.alternatives, *others)}
+        tile = next((t for t, its_fields in known.items() if its_fields == fields), None)
+        if tile is None:
+            raise ValueError(
+                f"{where}: unknown tile {fields} of {kernel}, expected one of "
+                f"{', '.join(map(str, known))}; {remedy}"
+            )
+        chosen[kernel] = Chosen(tile, measured=f"{name}, {entry['date']}")
+    return chosen
+
+
+def forget_tiles() -> None:
+    """Look tiles up anew: the user's file has changed."""
+    _tuned.cache_clear()
+    tile_in_force.cache_clear()

@@ -1,0 +1,241 @@
+"""Every kernel as it runs at the shapes that matter, to be compiled ahead of time
+(`static_gate.py`)."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from resae_kernels.triton import decode, encode, step, tiles
+from resae_kernels.triton.runtime import triton
+
+
+class AotCase(NamedTuple):
+    """A kernel as it is launched, to be compiled ahead of time (`tests/static_gate.py`)."""
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, Any]
+    """Type of each argument that is no constexpr: `*bf16:16`, `i32`, or a tuple of such. `:16` says
+    that the launcher finds it divisible by 16: a pointer's address, a size."""
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    expect: Mapping[str, int | bool]
+    """What the machine code must show, in the words of `tests/static_gate.py`."""
+    architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+
+
+def all_cases() -> Iterator[AotCase]:
+    """The cases of every kernel."""
+    yield from decode_cases()
+    yield from encode_cases()
+    yield from step_cases()
+
+
+def decode_cases() -> Iterator[AotCase]:
+    """The kernels of the decode, its error and the two sums of its backward."""
+    D, k = 2048, 64
+    i64 = "*i64:16"
+    for name, dtype, architectures in (
+        ("bf16", torch.bfloat16, ("sm_80", "sm_90", "sm_100")),
+        ("fp32", torch.float32, ("sm_90",)),
+    ):
+        floats = f"*{name}:16"
+        for (N, T, target), tile in (
+            (case, tile)
+            for case in ((8192, 1, False), (1, 1, False), (1, 4, False), (8192, 1, True))
+            for tile in tiles.TILES[decode.decode_tile_name(case[0])].candidates("other")
+        ):
+            constants = decode.decode_constants(tile, N, (k,) * T, D, dtype)
+            pointers = {"out": floats, "bias": floats, "base": "*fp32:16"}
+            # Few tokens make few programs: their registers are not what limits them.
+            few = {"shared": 1024, "barriers": 5, "registers": 128}
+            many = {"shared": 0, "barriers": 0, "registers": 80}
+            expect = few if constants["SPREAD"] else many
+            if target:
+                pointers |= {"target": floats, "squared": "*fp32:16"}
+                # The squares of several warps meet in shared memory.
+                if tile.num_warps > 1:
+                    expect = expect | {"shared": 64, "barriers": 2}
+            else:
+                constants |= {"target": None, "squared": None}
+            yield AotCase(
+                f"decode {name} N={N} dictionaries={T}{' error' * target} {tiles.sizes(tile)}",
+                decode.decode_kernel,
+                dict.fromkeys(("acts", "W_dec"), (floats,) * T)
+                | {"indices": (i64,) * T}
+                | pointers,
+                constants,
+                *(tile.num_warps, 1),
+                expect | {"matrix": False, "loads_128": T * tile.loads, "instructions": 1000},
+                architectures,
+            )
+
+        for tile in tiles.TILES["sampled_product"].candidates("other"):
+            yield AotCase(
+                f"sampled_product {name} {tiles.sizes(tile)}",
+                decode.sampled_product_kernel,
+                dict.fromkeys(("out", "grad", "W"), floats) | {"indices": i64},
+                {"K": k, "BK": tile.rows} | tile.constants(D, dtype),
+                *(tile.num_warps, 1),
+                {"matrix": False, "loads_128": tile.loads, "registers": 80, "instructions": 500},
+                architectures,
+            )
+
+        yield AotCase(
+            f"scatter {name}",
+            decode.scatter_kernel,
+            {"code": floats, "acts": floats, "indices": i64, "M": "i32:16"},
+            decode.scatter_constants(256, dtype),
+            *(4, 1),
+            {"matrix": False, "registers": 96, "instructions": 1000},
+            architectures,
+        )
+
+        entries = dict.fromkeys(("weights", "rows"), floats) | dict.fromkeys(
+            ("tokens", "bounds", "piece_bounds"), i64
+        )
+        kernels = (
+            # The sum in fp32 changes hands on its way to 16-byte stores.
+            (
+                decode.latent_piece_kernel,
+                {"partial": "*fp32:16", "piece_latent": i64, "M": "i32"},
+                2048,
+            ),
+            (decode.latent_outer_kernel, {"partial": "*fp32:16", "out": floats}, 0),
+        )
+        for (kernel, others, shared), tile in itertools.product(
+            kernels, tiles.TILES["latent_outer"].candidates("other")
+        ):
+            kernel_name = kernel.__name__.removesuffix("_kernel")
+            yield AotCase(
+                f"{kernel_name} {name} {tiles.sizes(tile)}",
+                kernel,
+                entries | others,
+                {"PIECE": decode.PIECE, "BE": tile.rows} | tile.constants(D, dtype),
+                *(tile.num_warps, 1),
+                {
+                    "matrix": False,
+                    "shared": shared,
+                    "loads_128": tile.loads,
+                    "registers": 80,
+                    "instructions": 1000,
+                },
+                architectures,
+            )
+
+
+def encode_cases() -> Iterator[AotCase]:
+    """The kernels of the encode."""
+
+    def each(kind: str, names: str) -> dict[str, str]:
+        return dict.fromkeys(names.split(), kind)
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        keys = encode.KEYS[dtype]
+        floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
+        levels = {"INF": keys.inf, "TOP": keys.top}
+
+        for tile in tiles.TILES["residual"].candidates("sm_90"):
+            yield AotCase(
+                f"residual {name} {tiles.sizes(tile)}",
+                encode.residual_kernel,
+                each(floats, "x base pre_bias out") | each("i32:16", "D s_x s_base"),
+                {"BD": tile.columns},
+                *(tile.num_warps, 1),
+                {"loads_128": 3, "instructions": 300},
+                ("sm_90",),
+            )
+
+        for tile in tiles.TILES["group_max"].candidates("sm_90"):
+            yield AotCase(
+                f"group_max {name} {tiles.sizes(tile)}",
+                encode.group_max_kernel,
+                each(integers, "scores best") | each("i32:16", "M groups s_scores"),
+                {"GROUP": 32, "BM": tile.columns} | levels,
+                *(tile.num_warps, 1),
+                {
+                    "loads_128": tile.columns * dtype.itemsize // (tile.num_warps * 512),
+                    "instructions": 700,
+                },
+                ("sm_90",),
+            )
+
+        for architecture, D in itertools.product(("sm_80", "sm_90", "sm_100"), (2048, 999)):
+            for tile in tiles.TILES[encode.product_tile_name(dtype, D)].candidates(architecture):
+                loads = tile.latents * tile.dimensions * dtype.itemsize // (tile.num_warps * 512)
+                yield AotCase(
+                    f"product_of_few {name}, D={D} {tiles.sizes(tile)}",
+                    encode.product_of_few_kernel,
+                    each(floats, "x base pre_bias weight bias")
+                    | each(integers, "scores best")
+                    | each("i32:16", "M groups s_scores")
+                    | each("i32:16" if D % 16 == 0 else "i32", "D s_x s_base")
+                    | each("i32", "n"),
+                    {"GROUP": 32, "BL": tile.latents, "BK": tile.dimensions}
+                    | {"BN": encode.FEW_TOKENS, "UPCAST": False}
+                    | levels,
+                    *(tile.num_warps, tile.num_stages),
+                    {
+                        # Weight's loads ahead of the loop and in it.
+                        "loads_128": loads * tile.num_stages if D % 16 == 0 else 0,
+                        # No matrix instruction has the precision of fp32.
+                        "matrix": dtype != torch.float32,
+                        "instructions": 1500,
+                    },
+                    (architecture,),
+                )
+
+        for M, k in ((8192, 32), (65536, 64), (131072, 256)):
+            layout = encode.selection_layout(M, k)
+            assert layout is not None
+            yield AotCase(
+                f"select {name}, M={M} k={k}",
+                encode.select_kernel,
+                each(integers, "scores best acts")
+                | each("*i64:16", "indices")
+                | each("i32:16", "M groups s_scores k"),
+                {
+                    "GROUP": layout.group,
+                    "GROUPS": triton.next_power_of_2(layout.groups),
+                    "SLOTS": layout.slots,
+                }
+                | levels,
+                *(encode.select_warps(layout), 3),
+                {"instructions": 4000},
+            )
+
+
+def step_cases() -> Iterator[AotCase]:
+    """The kernels of the online step."""
+    k = 64
+    for name, dtype, M, D in (
+        ("bf16", torch.bfloat16, 65536, 2048),
+        ("bf16", torch.bfloat16, 131072, 3584),
+        ("fp32", torch.float32, 65536, 2048),
+    ):
+        layout = encode.selection_layout(M, k)
+        assert layout is not None
+        warps = encode.select_warps(layout)
+        floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
+
+        def each(kind: str, names: str) -> dict[str, str]:
+            return dict.fromkeys(names.split(), kind)
+
+        yield AotCase(
+            f"select_decode {name}, M={M} k={k} D={D}",
+            step.select_decode_kernel,
+            each(floats, "x_hat program_acts W_dec b_dec base")
+            | each(integers, "acts program_keys scores best")
+            | each("*i64:16", "indices program_indices")
+            | each("i32:16", "M groups s_scores k"),
+            step.select_decode_constants(layout, D, dtype),
+            *(warps, 1),
+            {
+                "matrix": False,
+                "loads_128": step.ROWS * step.SLICE_BYTES // (warps * 512),
+                "instructions": 4000,
+            },
+        )
