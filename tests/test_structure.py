@@ -54,8 +54,39 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def test_every_source_file_has_a_floor():
+TESTED_BY = {
+    "cli/test_cli.py": "__main__ cli.demo cli.eval cli.fit cli.generate cli.libraries cli.profile "
+    "cli.report cli.train cli.tune training.loggers training.runs",
+    "cli/test_display.py": "console",
+    "data/test_batches.py": "data.activations data.config data.rows data.texts",
+    "demo/test_demo.py": "demo.comparison",
+    "evaluation/test_comparison.py": "evaluation.methods",
+    "models/test_hooked.py": "models.families models.points models.splice",
+    "replacements/test_context.py": "replacements.counts replacements.generation",
+    "replacements/test_edits.py": "evaluation.effects",
+    "report/test_page.py": "evaluation.labels report.figures",
+    "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.registry",
+    "stack/test_affine.py": "evaluation.predictors stack.fit",
+    "stack/test_stack.py": "models.identity",
+    "test_arguments.py": "cli.options",
+    "test_assets.py": "assets.build",
+    "test_structure.py": "lazy",
+    "training/test_loop.py": "training.calibration training.checkpoints training.loss "
+    "training.start training.step",
+    "training/test_pipeline.py": "training.maps",
+    "test_settings.py": "training.config",
+}
+TESTED_IN = {module: file for file, modules in TESTED_BY.items() for module in modules.split()}
+"""Modules without a test file of their own name, and the file that tests them."""
+
+
+def test_every_source_file_has_a_floor_and_a_test():
     assert {module_of(p).split(".")[0] for p in SOURCES} == set(FLOOR_OF)
+    for module in (module_of(p) for p in SOURCES if p.name != "__init__.py"):
+        *package, name = module.split(".")
+        own = Path(*package, f"test_{name}.py")
+        assert (ROOT / "tests" / TESTED_IN.get(module, own)).exists(), module
+        assert module not in TESTED_IN or not (ROOT / "tests" / own).exists(), module
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
