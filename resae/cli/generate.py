@@ -28,9 +28,9 @@ class Options(Machine):
     max_new_tokens: Annotated[int, whole(1)] = 64
     """Number of tokens to write."""
     temperature: Annotated[float, real(least=0)] = 0.8
-    """Of the sampling; 0: the most likely token."""
+    """Sampling temperature; 0: the most likely token."""
     seed: Annotated[int, seed_number] = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
     loop: Annotated[Literal["closed", "open"], ("closed", "open")] = "closed"
     """Residuals are taken against predictions from reconstructions (closed) or from the activations
     that they replaced (open)."""

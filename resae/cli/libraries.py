@@ -2,13 +2,13 @@
 
 import logging
 
-EMBEDDED = "embedded"
-
 
 def quiet_libraries(data: str | None = None) -> None:
     """Show only our own progress; downloads keep theirs. `datasets` is imported only for `data`
     that needs it."""
     from transformers.utils import logging as transformers_logging
+
+    from resae.models.hooked import EMBEDDED
 
     transformers_logging.disable_progress_bar()
     if data not in (None, EMBEDDED):

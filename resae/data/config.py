@@ -41,4 +41,4 @@ class Machine:
     device: Annotated[str, device_name] = "auto"
     """Where to run: cpu, cuda, cuda:1, or auto: the GPU where there is one."""
     dtype: Annotated[str, DTYPES] = "float32"
-    """Of the weights and activations of the language model."""
+    """Data type of the weights and activations of the language model."""

@@ -105,7 +105,7 @@ class BoostedSAE(Autoencoder):
         base: Tensor | None = None,
         total: Total = in_one_piece,
     ) -> Tensor:
-        """That of the boost."""
+        """Dead-latent loss of the boost; the base is frozen."""
         return self.boost.dead_latent_loss(x, error, dead, base=base, total=total)
 
     def extra_repr(self) -> str:

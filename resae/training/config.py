@@ -65,8 +65,8 @@ class TrainingSettings:
     buffer_tokens: Annotated[int, whole(1)] = 65_536
     """Tokens whose activations are shuffled together."""
     buffer_dtype: Annotated[str, DTYPES] = "bfloat16"
-    """Of the activations in that buffer; bfloat16 rounds each entry to 8 bits, a relative error of
-    at most 1/512, in half the memory of float32."""
+    """Data type of the activations in that buffer; bfloat16 rounds each entry to 8 bits, a relative
+    error of at most 1/512, in half the memory of float32."""
     lr: Annotated[float | None, real(above=0)] = None
     """Peak learning rate of Adam; None: 8e-3 · sqrt(512 / d_sae), in each layer by its own
     d_sae."""
@@ -277,14 +277,14 @@ class MapSettings:
     predictor: Annotated[str | None, KINDS] = None
     """What predicts a layer from others; None: previous."""
     form: Annotated[str | None, tuple(FORMS)] = None
-    """Of the maps of the predictors previous and all_previous; None: full."""
+    """Form of the maps of the predictors previous and all_previous; None: full."""
     rank: Annotated[int | None, whole(1)] = None
-    """Of the form low_rank."""
+    """Rank of the maps of the form low_rank."""
     calibration_tokens: Annotated[int | None, whole(2)] = None
     """Tokens that the maps are fitted on; without maps, scales and means are measured on a buffer
     at most; None: 100000."""
     ridge: Annotated[float | None, real(least=0)] = None
-    """Of the fit, relative to the mean eigenvalue of the sources' covariance; None: 1e-4."""
+    """Ridge of the fit, relative to the mean eigenvalue of the sources' covariance; None: 1e-4."""
 
     @property
     def chosen_maps(self) -> dict[str, Any]:
@@ -337,7 +337,7 @@ class Placement(Machine):
     """Where the language model runs, if not with the autoencoders: cpu, cuda:1, or auto: spread
     over all devices (accelerate)."""
     parallel: Annotated[str, WAYS] = "data"
-    """Of several processes started by torchrun: each has all autoencoders and a share of every
+    """Work of each process, where torchrun starts several: all autoencoders on a share of every
     batch (data), or the autoencoders of some layers (layers; open loop only)."""
 
 
@@ -354,8 +354,8 @@ class Files:
     """Keep the activations of the language model there, and read them where they are there
     already."""
     cache_dtype: Annotated[str | None, DTYPES] = None
-    """Of the activations kept; bfloat16 halves the disk of a float32 model and rounds every number
-    to 8 bits, a relative error of 1/512; None: as the model computes them."""
+    """Data type of the activations kept; bfloat16 halves the disk of a float32 model and rounds
+    every number to 8 bits, a relative error of 1/512; None: as the model computes them."""
     checkpoint_steps: Annotated[int, whole(1)] = 1_000
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, whole(1)] = 2
