@@ -11,7 +11,7 @@ from ops import PEERS, as_provider, dense_code
 from resae.cli import main
 from resae_kernels.profiling import Case, Clock, Roofs, make_inputs, profile, table, trace
 from resae_kernels.profiling.measuring import LEAST_ROUNDS, ratio
-from resae_kernels.profiling.specs import OPS, PRODUCT, check, providers
+from resae_kernels.profiling.specs import OPS, PRODUCT, SPECS, check, providers
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -42,6 +42,28 @@ def test_a_wrong_provider_is_not_timed(case):
     outputs[0] = outputs[0] * 1.01
     with pytest.raises(ValueError, match="is wrong on"):
         check(case, inputs, name, outputs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_may_be_twice_as_wrong_as_those_of_plain_torch(dtype):
+    case = Case("train", 64, 32, 64, 4, dtype)
+    inputs = make_inputs(case, CPU)
+    named = providers(case, inputs, {})
+    ours, plain = (named[name]() for name in (next(iter(named)), "dense PyTorch"))
+    check(case, inputs, "ours", ours)
+    check(case, inputs, "plain", plain)
+    # In bfloat16 a tenth of 0.6, which was allowed before.
+    wrong = [g * (1.06 if dtype == "bfloat16" else 1.0001) for g in ours]
+    with pytest.raises(ValueError, match="is wrong on train"):
+        check(case, inputs, "wrong", wrong)
+
+
+def test_training_inputs_hold_no_near_ties():
+    case = Case("train", 3, 4, 4, 2)
+    x = torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 2.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    inputs = {"x": x, "weight": torch.eye(4), "bias": torch.zeros(4), "b_dec": [torch.zeros(4)]}
+    replaced = SPECS["train"].more_inputs(case, inputs)["x"]
+    assert torch.equal(replaced, x[[0, 0, 2]])
 
 
 @pytest.mark.parametrize("op", ["encode", "forward", "step", "decode"])
