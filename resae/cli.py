@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from resae import arguments as types
-from resae.choices import DTYPES, FORMS, KINDS, OPS, WAYS
+from resae.choices import DTYPES, FORMS, GPUS, KINDS, OPS, WAYS
 from resae.environment import describe_device, environment, find_device, keep_freed_memory
 from resae.recipes import EXTRA_METHODS, METHOD_GROUPS
 
@@ -1193,21 +1193,39 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _case(options: argparse.Namespace, op: str) -> Any:
+    from resae_kernels.profiling import Case
+
+    tokens = options.tokens or (1 if op == "step" else 1024)
+    return Case(
+        op, tokens, options.width, options.latents, options.k, options.dtype, options.layers
+    )
+
+
+def _model(options: argparse.Namespace) -> int:
+    from resae_kernels.profiling.cost_model import model_table, read_rows
+
+    few = options.tokens is None or options.tokens <= 16  # of what an online step takes
+    ops = [options.op] if options.op else [op for op in OPS if op != "step" or few]
+    rows = read_rows(options.measured) if options.measured else []
+    print(model_table([_case(options, op) for op in ops], options.model, rows))
+    return 0
+
+
 def _profile(options: argparse.Namespace) -> int:
     import torch
 
     from resae.storage import write_atomically
-    from resae_kernels.profiling import Case, Clock, measure_roofs, profile, table, trace
+    from resae_kernels.profiling import Clock, measure_roofs, profile, table, trace
 
+    if options.model:
+        return _model(options)
+    if options.op is None or options.measured:
+        missing = "OP" if options.op is None else "--model, which --measured is compared with"
+        raise ValueError(f"profile needs {missing}")
     _choose_devices(options, Display())
     device = torch.device(options.device)
-    tokens = options.tokens
-    if tokens is None:
-        tokens = 1 if options.op == "step" else 1024
-    case = Case(
-        options.op, tokens, options.width, options.latents, options.k, options.dtype,
-        options.layers,
-    )  # fmt: skip
+    case = _case(options, options.op)
     clock = Clock(device)
     roofs = measure_roofs(clock, case.dtype)
     print(
@@ -1582,8 +1600,20 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument(
         "op",
         choices=OPS,
+        nargs="?",
         help="encode, decode, forward (both), train (its gradients; train+adam: and the update), "
-        "step (online) or chain",
+        "step (online) or chain; with --model all of them by default",
+    )
+    measuring.add_argument(
+        "--model",
+        choices=GPUS,
+        help="measure nothing: print what a cost model expects of this GPU, stage by stage",
+    )
+    measuring.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="with --model: ops.csv or rows.jsonl of bench/, to be compared with the model",
     )
     measuring.add_argument(
         "--tokens", type=types.whole(1), help="N (default: 1024; step: 1, at most 16)"

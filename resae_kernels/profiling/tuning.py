@@ -185,8 +185,9 @@ def measure(
             for tile in tiles:
                 with kernel_tiles.forced_tiles({kernel: tile}):
                     eager[tile].append(timers[tile].eager())
-                    if timers[tile].graph:
-                        graph[tile].append(timers[tile].graph())
+                    replay = timers[tile].graph
+                    if replay:
+                        graph[tile].append(replay())
     times = graph if all(graph.values()) else eager
     shipped = statistics.median(times[tiles[0]])
     return [
