@@ -195,7 +195,7 @@ def model_table(cases: Sequence[Case], name: str, rows: Sequence[Mapping[str, An
     lines = [
         f"MODEL of one {name}, not a measurement: copy {machine.copy / 1e9:.0f} GB/s, L2 "
         f"{machine.cache / 1e9:.0f} GB/s, bf16 GEMM {machine.gemm['bfloat16'] / 1e12:.0f} TFLOP/s. "
-        "Floors count gathered rows as read from memory, stages as read from the L2 cache.",
+        "Floors count each row of W_dec once, stages every gathered row, from the L2 cache.",
         "",
         "| case | floor µs | model µs | stages µs | measured µs | measured / model |",
         "|---|---|---|---|---|---|",

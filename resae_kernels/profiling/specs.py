@@ -196,7 +196,8 @@ def _code_bytes(case: Case) -> int:
 
 
 def _gather_bytes(case: Case) -> int:
-    return case.N * case.k * case.D * case.itemsize
+    """The rows of W_dec that the codes can name, each once: a cache may hold them for later codes."""
+    return min(case.N * case.k, case.M) * case.D * case.itemsize
 
 
 def _encode(case: Case, inputs: Inputs, function: Callable[..., TopK]) -> Sequence[Tensor]:
@@ -306,7 +307,7 @@ def _check_code(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]
 
 
 def _decode_work(case: Case) -> tuple[float, float]:
-    """N·k gathered rows and the code read, the output written."""
+    """The rows of the code's latents and the code read, the output written."""
     written = case.N * case.D * case.itemsize
     return _gather_bytes(case) + _code_bytes(case) + written, 2.0 * case.N * case.k * case.D
 
@@ -381,8 +382,8 @@ def _check_decode(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tenso
 
 
 def _train_work(case: Case, per_weight: int = 4) -> tuple[float, float]:
-    """Encode, decode and their gradients: the GEMM, four gathers of N·k rows, both weights read and
-    two weight gradients written once.
+    """Encode, decode and their gradients: the GEMM, W_dec gathered twice, x and the gradient of x̂
+    twice, both weights read and two weight gradients written once.
 
     Args:
         case: the shape.
@@ -390,7 +391,7 @@ def _train_work(case: Case, per_weight: int = 4) -> tuple[float, float]:
             and reads the gradients: 14 more.
     """
     N, D, M, k, s = case.N, case.D, case.M, case.k, case.itemsize
-    moved = 4 * _gather_bytes(case) + (per_weight * M * D + 4 * N * D) * s + _code_bytes(case)
+    moved = 2 * _gather_bytes(case) + (per_weight * M * D + 4 * N * D) * s + _code_bytes(case)
     return moved, 2.0 * N * D * M + 8.0 * N * k * D
 
 
