@@ -11,8 +11,8 @@ kernels.
 Where k is a large share of M, each of the three is faster as a dense product over the code
 scattered into `[n, M]`, chunk of rows by chunk: the `form` "dense", with as fixed an order of sums.
 
-Both implementations do this: `torch` with the compiled CPU library or `embedding_bag`, `triton`
-with the kernels at the end.
+Both implementations do this: `torch` with the compiled CPU library or, without it and in float64,
+with `embedding_bag`; `triton` with the kernels at the end.
 """
 
 import itertools
@@ -38,7 +38,8 @@ take 144·k/M of the time of a bf16 product at 790 TFLOP/s, 24·k/M of an fp32 o
 CPU: measured 2026-11-21 on one core of an AMD EPYC, fp32, N = 256 and 2048, D = 512 and 768,
 M = 2048, gather and dense in turns, fastest of several: sum and both gradients together take 1.7 to
 1.9 times as long gathered at M/k = 2, 1.06 to 1.24 times at 3, 0.79 to 0.92 times at 4. Each alone
-is even at about 2 (the sum), 2.5 to 3.5 (the gradient of W_dec) and 5 to 6 (of the acts)."""
+is even at about 2 (the sum), 2.5 to 3.5 (the gradient of W_dec) and 5 to 6 (of the acts). That was
+before the compiled library took all three, and is what float64 and machines without it have."""
 RADIX_ENTRIES = 32_768
 """From so many entries on, torch sorts integers on a CPU by radix, too (its `GRAIN_SIZE`).
 Measured 2026-11-21 on one core of an AMD EPYC: 8,192 entries of 512 latents 0.33 ms in torch, 0.03
@@ -448,6 +449,8 @@ def _latent_outer(
     chosen = _launch.implementation_for("latent_outer", rows, implementation or None)
     if _is_dense(form, indices, M, rows.dtype):
         return _dense_outer(acts, indices, rows, M, chosen)
+    if chosen == "torch" and native.takes(acts, rows):
+        return native.latent_outer(acts, indices, rows, M)
     k = acts.shape[1]
     acts, latents = acts.reshape(-1), indices.reshape(-1)
     # Padding slots would pile up on latent 0: they sort behind the last latent and are cut off.
@@ -517,6 +520,8 @@ def latent_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") 
     if acts.device.type == "cpu" and implementation != "triton":
         # One after another on a CPU, in the order of the codes: no need to sort them.
         wide = acts.to(accumulation_dtype(acts.dtype))
+        if native.takes(wide):
+            return native.latent_sum(wide, indices, M).to(acts.dtype)
         total = wide.new_zeros(M).index_add(0, indices.reshape(-1), wide.reshape(-1))
         return total.to(acts.dtype)
     ones = acts.new_ones(acts.shape[0], 1)
@@ -548,6 +553,8 @@ def _sampled_product(
         return _dense_sampled_product(grad, indices, W, chosen)
     if chosen == "triton":
         return _launch_sampled_product(grad, indices, W)
+    if native.takes(grad, W):
+        return native.sampled_product(grad, indices, W)
     (N, k), (M, D) = indices.shape, W.shape
     wide = accumulation_dtype(W.dtype)
     if W.device.type == "cpu" and indices.numel() >= (1 if W.dtype == wide else M):
