@@ -83,6 +83,15 @@ _SIGNATURES: dict[str, list[Any]] = {
         *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
         c_void_p,
     ],
+    "resae_sampled_product": [
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64),
+        *(c_int, c_void_p),
+    ],
+    "resae_latent_outer": [
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64),
+        *(c_int, c_void_p),
+    ],
+    "resae_latent_sum": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
     "resae_online_step": [
         *(POINTER(Copy), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
         *(c_int64, c_int64, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p),
@@ -254,11 +263,87 @@ def decode(
     )
     if status == _BAD_INDEX:
         for i, W in zip(indices, W_dec, strict=True):
-            if i.numel() and not 0 <= int(i.min()) <= int(i.max()) < W.shape[0]:
-                raise RuntimeError(
-                    f"sparse_decode: indices from {int(i.min())} to {int(i.max())}, expected 0 to "
-                    f"{W.shape[0] - 1} (W_dec is {list(W.shape)})"
-                )
+            _require_within("sparse_decode", i, W.shape[0])
+    return out
+
+
+def _require_within(op: str, indices: Tensor, M: int) -> None:
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < M:
+        raise RuntimeError(
+            f"{op}: indices from {int(indices.min())} to {int(indices.max())}, expected 0 to "
+            f"{M - 1}, one for each of the {M} latents"
+        )
+
+
+def sampled_product(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """`out[n,j] = ⟨x[n], W[indices[n,j]]⟩`: `x [N, D]`, `indices [N, k]`, `W [M, D]` to `[N, k]`,
+    summed in float32 and rounded once.
+
+    Raises:
+        RuntimeError: an index outside W.
+    """
+    x, indices, W = packed(x), packed(indices), rows(W)
+    out = x.new_empty(indices.shape)
+    status = _load()[0].resae_sampled_product(
+        x.data_ptr(),
+        indices.data_ptr(),
+        W.data_ptr(),
+        W.stride(0),
+        DTYPES[x.dtype],
+        *indices.shape,
+        *W.shape,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    if status == _BAD_INDEX:
+        _require_within("sampled_product", indices, W.shape[0])
+    return out
+
+
+def latent_outer(acts: Tensor, indices: Tensor, tokens: Tensor, M: int) -> Tensor:
+    """`out[m] = Σ acts[n,j] · tokens[n]` over the entries with `indices[n,j] = m`: codes `[N, k]`
+    and `tokens [N, D]` to `[M, D]`, summed in float32 in order of n and rounded once; acts of 0 are
+    left out.
+
+    Raises:
+        RuntimeError: an index outside 0 to M − 1.
+        MemoryError: no memory for the sorted code.
+    """
+    acts, indices, tokens = packed(acts), packed(indices), rows(tokens)
+    D = tokens.shape[1]
+    out = tokens.new_empty(M, D)
+    status = _load()[0].resae_latent_outer(
+        acts.data_ptr(),
+        indices.data_ptr(),
+        tokens.data_ptr(),
+        tokens.stride(0),
+        DTYPES[tokens.dtype],
+        *indices.shape,
+        M,
+        D,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    _require_memory(status)
+    if status == _BAD_INDEX:
+        _require_within("latent_outer", indices, M)
+    return out
+
+
+def latent_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
+    """`out[m] = Σ acts[n,j]` over the entries with `indices[n,j] = m`: float32 codes `[N, k]` to
+    `[M]`.
+
+    Raises:
+        RuntimeError: an index outside 0 to M − 1.
+    """
+    acts, indices = packed(acts), packed(indices)
+    out = acts.new_empty(M)
+    status = _load()[0].resae_latent_sum(
+        acts.data_ptr(), indices.data_ptr(), indices.numel(), M, out.data_ptr()
+    )
+    if status == _BAD_INDEX:
+        _require_within("latent_sum", indices, M)
     return out
 
 

@@ -196,7 +196,7 @@ def _code_bytes(case: Case) -> int:
 
 
 def _gather_bytes(case: Case) -> int:
-    """The rows of W_dec that the codes can name, each once: a cache may hold them for later codes."""
+    """The rows of W_dec that the codes can name, each once: a cache may hold them meanwhile."""
     return min(case.N * case.k, case.M) * case.D * case.itemsize
 
 
