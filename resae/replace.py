@@ -606,7 +606,9 @@ def _home(stack: ReSAE | AffineOnly, layer: int) -> Tensor | None:
 
 
 def _to(x: Tensor, like: Tensor | None) -> Tensor:
-    return x if like is None else x.to(like.device, like.dtype)
+    # Not always by `to`, which takes as long as a prediction for one token.
+    same = like is None or (x.dtype == like.dtype and x.device == like.device)
+    return x if same else x.to(like.device, like.dtype)
 
 
 # -- generation ------------------------------------------------------------------------------------

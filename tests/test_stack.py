@@ -413,7 +413,7 @@ def test_a_layer_of_few_tokens_on_a_cpu_is_one_compiled_call(kind, tokens, monke
     xs = [torch.randn(*tokens, D) for _ in range(L)]
     steps = []
     compiled = native.online_step
-    monkeypatch.setattr(native, "online_step", lambda *a: steps.append(a[3]) or compiled(*a))
+    monkeypatch.setattr(native, "online_step", lambda *a: steps.append(a[1].A) or compiled(*a))
     exact = [x.double() for x in xs]
     wide = copy.deepcopy(stack).double()
     with torch.no_grad():
@@ -430,6 +430,6 @@ def test_a_layer_of_few_tokens_on_a_cpu_is_one_compiled_call(kind, tokens, monke
     N = tokens[0] * tokens[1]
     assert len(steps) == (L if N <= 16 else 0)
     inside = kind in ("identity", "previous") and N * D <= 2048
-    by_map = [affine is not None for affine in steps]
+    by_map = [A is not None for A in steps]
     one_source = [False, kind == "all_previous" and N * D <= 2048, False]
     assert by_map == ([False, True, True] if inside else one_source)[: len(steps)]
