@@ -1287,9 +1287,9 @@ typedef struct {
    base is `source A + c`. Everything is contiguous. ROWS_LEFT: a row wants the exact path;
    otherwise as `resae_screened_encode`. */
 int resae_online_step(const copy *screen, const layer *l, const void *x, const void *base, i64 N,
-                      int threads, void *acts, i64 *indices, void *x_hat) {
+                      void *acts, i64 *indices, void *x_hat) {
   i64 D = screen->D, predicted = N * D * sizeof(float);
-  int dtype = (int)l->dtype;
+  int dtype = (int)l->dtype, threads = omp_get_max_threads(); /* what torch calls its threads */
   char *memory = calloc(predicted + D * sizeof(float) + N, 1);
   if (!memory) return NO_MEMORY;
   float *relative = (float *)(memory + predicted);
