@@ -97,7 +97,7 @@ _SIGNATURES: dict[str, list[Any]] = {
         c_void_p,
     ],
     "resae_online_step": [
-        *(POINTER(Copy), POINTER(Layer), c_void_p, c_void_p, c_int64),
+        *(POINTER(Copy), POINTER(Layer), c_void_p, c_void_p, c_int64, c_int),
         *(c_void_p, c_void_p, c_void_p),
     ],
     "resae_exact_encode": [
@@ -433,6 +433,7 @@ def online_step(
         x.data_ptr(),
         None if base is None else base.data_ptr(),
         indices.numel() // layer.k,
+        torch.get_num_threads(),
         acts.data_ptr(),
         indices.data_ptr(),
         x_hat.data_ptr(),
