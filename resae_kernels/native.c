@@ -1097,14 +1097,12 @@ INLINE void decode_strip(const code *codes, i64 n_codes, i64 n, const void *bias
   for (const code *m = codes; m < codes + n_codes; m++) {
     const i64 *indices = m->indices + n * m->k;
     const char *acts = (const char *)m->acts + n * m->k * size_of(dtype);
-    float some[16];
     for (i64 j = 0; j < SMALLER(m->k, ROWS_AHEAD); j++)
       prefetch_strip(row_at(m->W, indices[j], m->stride, dtype), d, C, dtype);
     for (i64 j = 0; j < m->k; j++) {
       if (j + ROWS_AHEAD < m->k)
         prefetch_strip(row_at(m->W, indices[j + ROWS_AHEAD], m->stride, dtype), d, C, dtype);
-      if (j % 16 == 0) _mm512_storeu_ps(some, load(acts, j, first(m->k - j), dtype));
-      float act = some[j % 16];
+      float act = _mm512_cvtss_f32(load(acts, j, 1, dtype));
       if (act == 0.0f) continue; /* padding */
       const void *row = row_at(m->W, indices[j], m->stride, dtype);
       __m512 a = _mm512_set1_ps(act);
@@ -1135,17 +1133,6 @@ INLINE void decode_row(const code *codes, i64 n_codes, i64 n, const void *bias, 
 #undef STRIPS
 }
 
-/* Do n indices lie in [0, M)? As unsigned numbers negative ones are too large. */
-static int are_inside(const i64 *indices, i64 n, i64 M) {
-  __mmask8 outside = 0;
-  __m512i end = _mm512_set1_epi64(M);
-  for (i64 j = 0; j < n; j += 8) {
-    __mmask8 mask = n - j >= 8 ? 0xFF : (__mmask8)((1u << (n - j)) - 1);
-    outside |= _mm512_mask_cmpge_epu64_mask(mask, _mm512_maskz_loadu_epi64(mask, indices + j), end);
-  }
-  return !outside;
-}
-
 /* out [N, D] = Σ over codes, + bias [D] + base [N, D]. Everything has one dtype and is contiguous
    but for the dictionaries, whose rows are. Returns BAD_INDEX if an index lies outside its dictionary. */
 int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const void *bias,
@@ -1153,7 +1140,8 @@ int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const 
   i64 entries = 0;
   for (const code *m = codes; m < codes + n_codes; m++) {
     entries += m->k;
-    if (!are_inside(m->indices, N * m->k, m->M)) return BAD_INDEX;
+    for (i64 j = 0; j < N * m->k; j++)
+      if (m->indices[j] < 0 || m->indices[j] >= m->M) return BAD_INDEX;
   }
   threads = (int)LARGER(1, SMALLER(threads, SMALLER(N, N * entries * D / (1 << 17))));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
