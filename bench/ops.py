@@ -50,7 +50,7 @@ from resae_kernels.profiling import (
     profile,
     table,
 )
-from resae_kernels.profiling.measuring import CASE_SECONDS, LEAST_ROUNDS
+from resae_kernels.profiling.measuring import CASE_SECONDS, LEAST_ROUNDS, device_ms
 from resae_kernels.profiling.specs import DTYPES, OPS, PRODUCT
 
 GPU_CASES = [
@@ -446,8 +446,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         middles.append(y + (len(mine) - 1) / 2)
         for row in mine:
             color = _color(row["provider"])
-            bar = axis.barh(y, row["ms_p50"] / mine[0]["ms_p50"], 0.9, color=color)
-            axis.bar_label(bar, [f" {row['provider']}  {row['ms_p50']:.3g} ms"], fontsize=7)
+            bar = axis.barh(y, device_ms(row) / device_ms(mine[0]), 0.9, color=color)
+            axis.bar_label(bar, [f" {row['provider']}  {device_ms(row):.3g} ms"], fontsize=7)
             y += 1
         y += 1
     axis.set_yticks(middles, cases, fontsize=8)

@@ -21,6 +21,9 @@ WAYS = ("data", "layers")
 OPS = ("encode", "decode", "forward", "train", "train+adam", "step", "chain")
 """Ops that `resae profile` times."""
 
+GPUS = ("h200", "h100", "a100")
+"""Machines of its cost model."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Of weights and activations, by their names in torch."""
 

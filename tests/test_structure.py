@@ -156,7 +156,7 @@ KERNEL_FLOORS = [
     {"cpu.native", "cpu.screening_bounds", "triton.runtime"},
     {"cpu.private_torch", "cpu.build_native"},
     {"checks", "memory", "precision", "reference"},
-    {"types"},
+    {"types", "files"},
 ]
 KERNEL_FLOOR_OF = {name: number for number, names in enumerate(KERNEL_FLOORS) for name in names}
 

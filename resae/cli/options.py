@@ -58,6 +58,8 @@ def _add(group: Any, setting: Setting, *, required: bool) -> None:
         options["metavar"] = shown.metavar
     if shown is not None and shown.positional:
         counts = ("+", "*") if shown.several else (None, "?")
+        if setting.choices and setting.default is not MISSING:
+            options["default"] = setting.default  # argparse holds a default against the choices
         group.add_argument(setting.name, nargs=counts[not required], **options)
     else:
         group.add_argument(name, required=required, **options)

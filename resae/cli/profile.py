@@ -1,12 +1,12 @@
-"""Time one op at one shape against roofs and alternatives."""
+"""Time one op at one shape against roofs and alternatives; or print what a cost model expects."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from resae.arguments import whole, writable_file
-from resae.choices import OPS
+from resae.arguments import filled, whole, writable_file
+from resae.choices import GPUS, OPS
 from resae.cli.display import Display
 from resae.data.config import Machine
 from resae.environment import describe_device, find_device
@@ -17,9 +17,9 @@ from resae.settings import Shown
 class Shape:
     """Op and shape."""
 
-    op: Annotated[str, OPS, Shown("OP", positional=True)]
+    op: Annotated[str | None, OPS, Shown("OP", positional=True)] = None
     """encode, decode, forward (both), train (its gradients; train+adam: and the update), step
-    (online) or chain."""
+    (online) or chain; None, with `model`: all of them."""
     tokens: Annotated[int | None, whole(1)] = None
     """N; None: 1024, of step 1 (at most 16)."""
     width: Annotated[int, whole(1)] = 768
@@ -33,7 +33,17 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Shape, Machine):
+class Model:
+    """Cost model."""
+
+    model: Annotated[str | None, GPUS] = None
+    """Measure nothing: print what the cost model expects of this GPU, stage by stage."""
+    measured: Annotated[str | None, filled, Shown("FILE")] = None
+    """With `model`: ops.csv or rows.jsonl of bench/, to be compared with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Shape, Model, Machine):
     """Measurement."""
 
     rounds: Annotated[int, whole(1)] = 10
@@ -44,24 +54,42 @@ class Options(Shape, Machine):
     """Print the roofs and the rows as JSON."""
 
 
+def _case(options: Options, op: str) -> Any:
+    from resae_kernels.profiling import Case
+
+    tokens = options.tokens or (1 if op == "step" else 1024)
+    return Case(
+        op, tokens, options.width, options.latents, options.k, options.dtype, options.layers
+    )
+
+
+def _expected(options: Options, model: str, display: Display) -> int:
+    from resae_kernels.profiling.cost_model import model_table, read_rows
+
+    few = options.tokens is None or options.tokens <= 16  # of what an online step takes
+    ops = [options.op] if options.op else [op for op in OPS if op != "step" or few]
+    rows = read_rows(Path(options.measured)) if options.measured else []
+    display.result(model_table([_case(options, op) for op in ops], model, rows))
+    return 0
+
+
 def run(options: Options, display: Display) -> int:
     import torch
 
     from resae.storage import write_atomically
-    from resae_kernels.profiling import Case, Clock, measure_roofs, profile, table, trace
+    from resae_kernels.profiling import Clock, measure_roofs, profile, table, trace
 
+    if options.model:
+        return _expected(options, options.model, display)
+    if options.op is None or options.measured:
+        missing = "OP" if options.op is None else "--model, which --measured is compared with"
+        raise ValueError(f"profile needs {missing}")
     if options.json:
         display.report_to_stderr()
     name = find_device(options.device)
     display.say(f"device: {describe_device(name)}")
     device = torch.device(name)
-    tokens = options.tokens
-    if tokens is None:
-        tokens = 1 if options.op == "step" else 1024
-    case = Case(
-        options.op, tokens, options.width, options.latents, options.k, options.dtype,
-        options.layers,
-    )  # fmt: skip
+    case = _case(options, options.op)
     clock = Clock(device)
     roofs = measure_roofs(clock, case.dtype)
     display.say(

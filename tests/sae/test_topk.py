@@ -140,9 +140,43 @@ def test_aux_gradient_reaches_the_encoder_of_dead_latents_and_only_them():
     dead = torch.zeros(20, dtype=torch.bool)
     dead[[2, 7, 11]] = True
     auxk_loss(sae, x, error, dead, k_aux=2).backward()
-    for gradient in (sae.encoder.weight.grad, sae.W_dec.grad, sae.encoder.bias.grad.unsqueeze(1)):
+    of_rows = (p.grad.to_dense() for p in (sae.encoder.weight, sae.W_dec))
+    for gradient in (*of_rows, sae.encoder.bias.grad.unsqueeze(1)):
         assert gradient[dead].abs().sum(1).min() > 0
         assert not gradient[~dead].any()
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_aux_of_no_more_dead_latents_than_k_is_that_of_their_topk(with_base):
+    """All of them are in the code: dense products take the place of a selection."""
+    sae = small().double()
+    sae.b_dec.data.normal_()
+    sae.encoder.bias.data.normal_()
+    x, error, base = torch.randn(3, 9, 8, dtype=torch.float64)
+    offset = base if with_base else None
+    dead = torch.arange(20) % 4 == 0
+    parameters = list(sae.parameters())
+
+    loss = auxk_loss(sae, x, error, dead, k_aux=5, base=offset)
+    found = [loss, *torch.autograd.grad(loss, parameters)]
+    weight, bias = sae.encoder.weight[dead], sae.encoder.bias[dead]
+    code = topk_encode(x, weight, bias, 5, pre_bias=sae.b_dec, base=offset)
+    rebuilt = sparse_decode(*code, sae.W_dec[dead])
+    loss = (error - rebuilt).square().sum() / error.square().sum()
+    expected = [loss, *torch.autograd.grad(loss, parameters)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.to_dense(), theirs)
+
+
+def test_aux_adds_to_the_gradients_of_the_main_loss_in_their_layout():
+    sae, x = small(), torch.randn(9, 8)
+    dead = torch.arange(20) == 7
+    x_hat, _ = sae(x)
+    ((x - x_hat).square().sum() + auxk_loss(sae, x, x - x_hat, dead, k_aux=2)).backward()
+    for parameter in sae.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.layout == torch.strided
+        assert parameter.grad.is_contiguous()
 
 
 def test_aux_of_a_worked_example():
