@@ -510,7 +510,7 @@ class _PreparedLayer:
             (vars(sae), ("config", "_screened")),
             (sae._modules, ("encoder",)),
             (sae._parameters, ("W_dec", "b_dec")),
-            (sae.encoder._parameters, ("weight", "bias")),
+            (sae.get_submodule("encoder")._parameters, ("weight", "bias")),
         ]
         if isinstance(predict, itemgetter):  # the step has the map
             places.append((stack.predictor._buffers, (f"A_{layer}", f"c_{layer}")))
