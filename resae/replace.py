@@ -625,8 +625,9 @@ def _home(stack: ReSAE | AffineOnly, layer: int) -> Tensor | None:
 
 def _to(x: Tensor, like: Tensor | None) -> Tensor:
     # Not always by `to`, which takes as long as a prediction for one token.
-    same = like is None or (x.dtype == like.dtype and x.device == like.device)
-    return x if same else x.to(like.device, like.dtype)
+    if like is None or (x.dtype == like.dtype and x.device == like.device):
+        return x
+    return x.to(like.device, like.dtype)
 
 
 # -- generation ------------------------------------------------------------------------------------
