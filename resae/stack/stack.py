@@ -295,7 +295,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         step = encoder.prepare_step(x, k, b_dec, W_dec, affine, sorted=True)
         if step is None:
             return None
-        prepared = _PreparedLayer(self, layer, step, predict)
+        prepared = _PreparedLayer(self, layer, sae, step, predict)
         if prepared.is_whole:
             self._prepared[layer] = prepared
         return prepared(x, seen)
@@ -500,10 +500,10 @@ class _PreparedLayer:
         self,
         stack: ReSAE,
         layer: int,
+        sae: TopKSAE,
         step: PreparedStep,
         predict: Callable[[Sequence[Tensor]], Tensor] | None,
     ):
-        sae = stack.sae(layer)
         places: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             (stack._modules, ("saes", "predictor")),
             (stack.saes._modules, (str(stack.position(layer)),)),
