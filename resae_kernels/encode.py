@@ -16,7 +16,13 @@ from resae_kernels import checks, memory
 from resae_kernels.cpu import native
 from resae_kernels.cpu.encode import encode_in_chunks
 from resae_kernels.cpu.selection import select
-from resae_kernels.dispatch import LIBRARY, implementation_for, register
+from resae_kernels.dispatch import (
+    LIBRARY,
+    check_once,
+    implementation_for,
+    register,
+    triton_signature,
+)
 from resae_kernels.gradients import latent_outer, latent_sum
 from resae_kernels.precision import residual
 from resae_kernels.triton import encode as triton_encode
@@ -75,6 +81,10 @@ def topk_encode(
         code = _encode_at_once(x, weight, bias, k, pre_bias, base, sorted)
         if code is not None:
             return code
+    if workspace_bytes is None and not check_nan:
+        signature = triton_signature(implementation, x, weight, bias, pre_bias, base)
+        if signature is not None:
+            return _encode_past_dispatcher(x, weight, bias, k, pre_bias, base, sorted, signature)
     x, weight, bias, pre_bias, base = checks.under_autocast(x, weight, bias, pre_bias, base)  # type: ignore[assignment]
     check_arguments(x, weight, bias, k, pre_bias, base, workspace_bytes)
     D = weight.shape[1]
@@ -99,6 +109,34 @@ def topk_encode(
         )
     code_shape = (*x.shape[:-1], k)
     return TopK(acts.reshape(code_shape), indices.reshape(code_shape))
+
+
+_PASSED: set = set()
+
+
+def _encode_past_dispatcher(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    sorted: bool,
+    signature: tuple,
+) -> TopK:
+    """The code of an eager call by Triton, its arguments checked once per signature."""
+    arguments = x, weight, bias, k, pre_bias, base
+    check_once(_PASSED, (signature, k), lambda: check_arguments(*arguments, None))
+    implementation_for("topk_encode", x, "triton")
+    leading, D = x.shape[:-1], weight.shape[1]
+    if len(leading) != 1:
+        x = x.reshape(-1, D)
+        base = None if base is None else base.reshape(-1, D)
+    held = memory.workspace_bytes(x)
+    acts, indices = encode_rows(x, weight, bias, k, pre_bias, base, sorted, held, "triton")
+    if len(leading) != 1:
+        acts, indices = acts.view(*leading, k), indices.view(*leading, k)
+    return TopK(acts, indices)
 
 
 def fits(

@@ -5,6 +5,7 @@ the gradient of `W_dec` is summed latent by latent over sorted codes, each row o
 deterministic, no atomics.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,10 +34,19 @@ def decode_tile_name(N: int) -> str:
     return "decode_few" if N <= SPREAD_TOKENS else "decode"
 
 
+@cache
+def decode_settings(
+    tile: GatherTile, N: int, widths: tuple[int, ...], D: int, dtype: torch.dtype
+) -> tuple[int, dict[str, Any]]:
+    """Slices of D, and the constants and options of the launch. N counts as few or many."""
+    constants = decode_constants(tile, N, widths, D, dtype)
+    return runtime.cdiv(D, constants["BD"]), constants | tile.options()
+
+
 def decode_constants(
     tile: GatherTile, N: int, widths: tuple[int, ...], D: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    rows = min(tile.rows, triton.next_power_of_2(max(1, *widths)))
+    rows = min(tile.rows, runtime.next_power_of_2(max(1, *widths)))
     return {"K": widths, "BK": rows, "SPREAD": N <= SPREAD_TOKENS} | tile.constants(D, dtype)
 
 
@@ -49,8 +59,8 @@ def launch_decode(
     if out is None:
         out = acts[0].new_empty(N, D)
     tile = tiles.tile(decode_tile_name(N), out.device)
-    constants = decode_constants(tile, N, tuple(a.shape[1] for a in acts), D, out.dtype)
-    slices = triton.cdiv(D, constants["BD"])
+    few = min(N, SPREAD_TOKENS + 1)
+    slices, settings = decode_settings(tile, few, tuple(a.shape[1] for a in acts), D, out.dtype)
     squared = None
     if target is not None:
         squared = out.new_empty(N, slices, dtype=accumulation_dtype(out.dtype))
@@ -67,8 +77,7 @@ def launch_decode(
                 None if base is None else base.contiguous(),
                 None if target is None else target.contiguous(),
                 squared,
-                **constants,
-                **tile.options(),
+                **settings,
             )
     return out, None if squared is None else squared.sum(1)
 
@@ -93,7 +102,7 @@ def scatter_constants(k: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "K": k,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "BK": min(SCATTER_SLOTS, triton.next_power_of_2(k)),
+        "BK": min(SCATTER_SLOTS, runtime.next_power_of_2(k)),
     }
 
 
@@ -104,7 +113,7 @@ def launch_sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         return out
     tile = tiles.tile("sampled_product", out.device)
     with torch.cuda.device_of(out):
-        sampled_product_kernel[(N, triton.cdiv(k, tile.rows))](
+        sampled_product_kernel[(N, runtime.cdiv(k, tile.rows))](
             out,
             grad.contiguous(),
             indices.contiguous(),
@@ -139,7 +148,7 @@ def launch_latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: T
     entries = (weights, tokens, rows.contiguous(), bounds, piece_bounds)
     tile = tiles.tile("latent_outer", out.device)
     constants = {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, rows.dtype)
-    slices = triton.cdiv(D, constants["BD"])
+    slices = runtime.cdiv(D, constants["BD"])
     settings = constants | tile.options()
     with torch.cuda.device_of(out):
         if pieces > 0:

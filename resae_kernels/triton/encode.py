@@ -8,7 +8,7 @@ reads M/group maxima and k·group scores, not M.
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,11 +59,11 @@ class SelectionLayout(NamedTuple):
 @cache
 def selection_layout(M: int, k: int) -> SelectionLayout | None:
     """The group size that holds fewest keys; None where that is still too many."""
-    slots = triton.next_power_of_2(k)
+    slots = runtime.next_power_of_2(k)
     layouts = []
     for group in GROUP_SIZES:
-        groups = triton.cdiv(M, group)
-        width = max(triton.next_power_of_2(groups), slots * group)
+        groups = runtime.cdiv(M, group)
+        width = max(runtime.next_power_of_2(groups), slots * group)
         layouts.append(SelectionLayout(group, groups, slots, width))
     best = min(layouts, key=lambda layout: layout.width)
     return best if best.width <= MOST_KEYS else None
@@ -90,7 +90,7 @@ def launch_encode(
     bias, pre_bias = (None if t is None else t.contiguous() for t in (bias, pre_bias))
     layout = selection_layout(M, k) if x.dtype in KEYS else None
 
-    stride = triton.cdiv(M, 64) * 64  # every row of scores starts at a multiple of 16 bytes
+    stride = runtime.cdiv(M, 64) * 64  # every row of scores starts at a multiple of 16 bytes
     row_elements = stride + (layout.groups if layout else 0)
     rows = max(1, min(N, workspace_bytes // (row_elements * x.itemsize)))
     acts = x.new_empty(N, k)
@@ -100,15 +100,18 @@ def launch_encode(
         for start in range(0, N, rows):
             chunk = slice(start, min(start + rows, N))
             n = chunk.stop - start
-            rest = None if base is None else base[chunk]
+            whole = n == N  # slices of everything cost microseconds
+            rest = base if base is None or whole else base[chunk]
+            part, held = (x, scores) if whole else (x[chunk], scores[:n])
             if layout is None:
-                _gemm(x[chunk], weight, bias, pre_bias, rest, scores[:n])
-                acts[chunk], indices[chunk] = select(scores[:n], k, sorted)
+                _gemm(part, weight, bias, pre_bias, rest, held)
+                acts[chunk], indices[chunk] = select(held, k, sorted)
                 continue
             # By N, not by the rows of a chunk: the last chunk is computed as the others are.
             producer = product_of_few if N <= FEW_TOKENS else _product_of_many
-            best = producer(x[chunk], weight, bias, pre_bias, rest, scores[:n], layout)
-            _launch_select(scores[:n], best, acts[chunk], indices[chunk], layout)
+            best = producer(part, weight, bias, pre_bias, rest, held, layout)
+            code = (acts, indices) if whole else (acts[chunk], indices[chunk])
+            _launch_select(held, best, *code, layout)
     if sorted and layout is not None:
         # Stable, over codes in order of index: equal acts stay in that order; NaN sorts first.
         acts, order = acts.sort(dim=-1, descending=True, stable=True)
@@ -131,7 +134,7 @@ def _subtract(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor
     n, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     tile = tiles.tile("residual", x.device)
-    residual_kernel[n, triton.cdiv(D, tile.columns)](
+    residual_kernel[n, runtime.cdiv(D, tile.columns)](
         x,
         base,
         pre_bias,
@@ -152,7 +155,7 @@ def _product_of_many(x, weight, bias, pre_bias, base, scores, layout: SelectionL
     keys = KEYS[scores.dtype]
     best = torch.empty(n, layout.groups, dtype=keys.dtype, device=scores.device)
     tile = tiles.tile("group_max", scores.device)
-    group_max_kernel[n, triton.cdiv(M, tile.columns)](
+    group_max_kernel[n, runtime.cdiv(M, tile.columns)](
         scores.view(keys.dtype),
         best,
         M,
@@ -167,6 +170,22 @@ def _product_of_many(x, weight, bias, pre_bias, base, scores, layout: SelectionL
     return best
 
 
+@cache
+def few_settings(
+    tile: tiles.ProductTile, group: int, dtype: torch.dtype, upcast: bool
+) -> dict[str, Any]:
+    """Constants and options of the product of few tokens."""
+    return {
+        "GROUP": group,
+        "BL": tile.latents,
+        "BK": tile.dimensions,
+        "BN": FEW_TOKENS,
+        "INF": KEYS[dtype].inf,
+        "TOP": KEYS[dtype].top,
+        "UPCAST": upcast,
+    } | runtime.launch_options(tile.num_warps, tile.num_stages)
+
+
 def product_of_few(
     x, weight, bias, pre_bias, base, scores, layout: SelectionLayout, best=None
 ) -> Tensor:
@@ -176,7 +195,7 @@ def product_of_few(
     if best is None:
         best = torch.empty(n, layout.groups, dtype=keys.dtype, device=x.device)
     tile = tiles.tile(product_tile_name(x.dtype, D), x.device)
-    product_of_few_kernel[(triton.cdiv(M, tile.latents),)](
+    product_of_few_kernel[(runtime.cdiv(M, tile.latents),)](
         x,
         base,
         pre_bias,
@@ -191,14 +210,7 @@ def product_of_few(
         x.stride(0),
         0 if base is None else base.stride(0),
         scores.stride(0),
-        GROUP=layout.group,
-        BL=tile.latents,
-        BK=tile.dimensions,
-        BN=FEW_TOKENS,
-        INF=keys.inf,
-        TOP=keys.top,
-        UPCAST=not x.is_cuda,
-        **runtime.launch_options(tile.num_warps, tile.num_stages),
+        **few_settings(tile, layout.group, scores.dtype, not x.is_cuda),
     )
     return best
 
@@ -209,6 +221,18 @@ def product_tile_name(dtype: torch.dtype, D: int) -> str:
     # or registers would not suffice.
     aligned = D % 16 == 0
     return f"product_of_few_{8 * dtype.itemsize if aligned else 32}bit"
+
+
+@cache
+def select_settings(layout: SelectionLayout, dtype: torch.dtype) -> dict[str, Any]:
+    """Constants and options of the selection."""
+    return {
+        "GROUP": layout.group,
+        "GROUPS": runtime.next_power_of_2(layout.groups),
+        "SLOTS": layout.slots,
+        "INF": KEYS[dtype].inf,
+        "TOP": KEYS[dtype].top,
+    } | runtime.launch_options(select_warps(layout))
 
 
 def _launch_select(scores, best, acts, indices, layout: SelectionLayout) -> None:
@@ -224,12 +248,7 @@ def _launch_select(scores, best, acts, indices, layout: SelectionLayout) -> None
         layout.groups,
         scores.stride(0),
         acts.shape[1],
-        GROUP=layout.group,
-        GROUPS=triton.next_power_of_2(layout.groups),
-        SLOTS=layout.slots,
-        INF=keys.inf,
-        TOP=keys.top,
-        **runtime.launch_options(select_warps(layout)),
+        **select_settings(layout, scores.dtype),
     )
 
 

@@ -46,7 +46,8 @@ class _Lazy:
         vars(self).update(stand_ins)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self._module), name)
+        found = vars(self)[name] = getattr(import_module(self._module), name)
+        return found
 
 
 triton: Any = _Lazy("triton", jit=Kernel)
@@ -54,6 +55,16 @@ if TYPE_CHECKING:
     import triton.language as tl
 else:
     tl = _Lazy("triton.language", constexpr="constexpr")  # Triton knows an annotation by this word
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 def is_interpreted() -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from resae_kernels.triton import runtime
-from resae_kernels.triton.runtime import tl, triton
+from resae_kernels.triton.runtime import tl
 
 
 class Chosen(NamedTuple):
@@ -72,7 +72,7 @@ class GatherTile(NamedTuple):
         return {
             "D": D,
             "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-            "BD": min(self.row_bytes // dtype.itemsize, triton.next_power_of_2(D)),
+            "BD": min(self.row_bytes // dtype.itemsize, runtime.next_power_of_2(D)),
         }
 
     @property
