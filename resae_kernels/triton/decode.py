@@ -40,6 +40,12 @@ def decode_constants(
     return {"K": widths, "BK": rows, "SPREAD": N <= SPREAD_TOKENS} | tile.constants(D, dtype)
 
 
+def decode_registers(N: int, dtype: torch.dtype) -> int | None:
+    """The register budget of a decode: none for wide dtypes and few tokens, whose loop over k is
+    unrolled and, with a budget, spills."""
+    return tiles.GATHER_REGISTERS if N > SPREAD_TOKENS and dtype.itemsize == 2 else None
+
+
 def launch_decode(
     acts, indices, W_dec, bias, base, out=None, target=None
 ) -> tuple[Tensor, Tensor | None]:
@@ -68,7 +74,7 @@ def launch_decode(
                 None if target is None else target.contiguous(),
                 squared,
                 **constants,
-                **tile.options(),
+                **tile.options(decode_registers(N, out.dtype)),
             )
     return out, None if squared is None else squared.sum(1)
 
@@ -109,12 +115,17 @@ def launch_sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
             grad.contiguous(),
             indices.contiguous(),
             W.contiguous(),
-            K=k,
-            BK=tile.rows,
-            **tile.constants(W.shape[1], W.dtype),
-            **tile.options(),
+            **sampled_product_constants(tile, k, W.shape[1], W.dtype),
+            **tile.options(tiles.GATHER_REGISTERS),
         )
     return out
+
+
+def sampled_product_constants(
+    tile: GatherTile, k: int, D: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    constants = {"K": k, "BK": tile.rows} | tile.constants(D, dtype)
+    return constants | {"VECTOR": min(16 // dtype.itemsize, constants["BD"])}
 
 
 def launch_latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor) -> Tensor:
@@ -140,7 +151,7 @@ def launch_latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: T
     tile = tiles.tile("latent_outer", out.device)
     constants = {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, rows.dtype)
     slices = triton.cdiv(D, constants["BD"])
-    settings = constants | tile.options()
+    settings = constants | tile.options(tiles.GATHER_REGISTERS)
     with torch.cuda.device_of(out):
         if pieces > 0:
             latent_piece_kernel[(pieces, slices)](partial, *entries, piece_latent, M, **settings)
@@ -238,21 +249,24 @@ def sampled_product_kernel(
     ACC: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
+    VECTOR: tl.constexpr,  # columns that a thread loads at once
 ):
     i_n = tl.program_id(0).to(tl.int64)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     m_k = o_k < K
     # [BK]
     b_index = tl.load(indices + i_n * K + o_k, mask=m_k, other=0)
-    # [BK, BD], summed over columns once at the end: that sum crosses threads.
-    b_products = tl.zeros([BK, BD], ACC)
+    # [BK, BD / VECTOR]: the columns of one load are added up in the thread that holds them, those
+    # of all threads once at the end.
+    b_products = tl.zeros([BK, BD // VECTOR], ACC)
     for i_d in range(0, D, BD):
         o_d = i_d + tl.arange(0, BD)
         m_d = o_d < D
         b_grad = tl.load(grad + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
         p_row = W + b_index[:, None] * D + o_d[None, :]
         b_row = tl.load(p_row, mask=m_k[:, None] & m_d[None, :], other=0.0).to(ACC)
-        b_products += b_grad[None, :] * b_row
+        b_terms = tl.reshape(b_grad[None, :] * b_row, [BK, BD // VECTOR, VECTOR])
+        b_products += tl.sum(b_terms, 2)
     tl.store(out + i_n * K + o_k, tl.sum(b_products, 1).to(out.dtype.element_ty), mask=m_k)
 
 
