@@ -17,7 +17,7 @@ from resae_kernels.cpu import native
 from resae_kernels.cpu.encode import encode_in_chunks
 from resae_kernels.cpu.selection import select
 from resae_kernels.dispatch import LIBRARY, implementation_for, register
-from resae_kernels.gradients import latent_outer, latent_sum
+from resae_kernels.gradients import encoder_gradients, latent_outer, latent_sum
 from resae_kernels.precision import residual
 from resae_kernels.triton import encode as triton_encode
 from resae_kernels.types import TopK, accumulation_dtype
@@ -254,16 +254,22 @@ def backward(ctx, grad_acts, grad_indices):
             [grad], [indices], [weight], None, None, implementation=ctx.implementation
         )
         grad_base = -grad_x if need_base else None
+    M = weight.shape[0]
+    need_bias = need_bias and ctx.has_bias
+    total = None
     if need_weight:
         if ctx.implementation == "triton":
             rest = torch.ops.resae.residual(x, pre_bias, base)
         else:
             rest = residual(x, pre_bias, base)
-        grad_weight = latent_outer(grad, indices, rest, weight.shape[0], ctx.implementation)
-    need_bias = need_bias and ctx.has_bias
-    if need_bias or need_pre_bias:
+        if need_bias or need_pre_bias:
+            grad_weight, total = encoder_gradients(grad, indices, rest, M, ctx.implementation)
+        else:
+            grad_weight = latent_outer(grad, indices, rest, M, ctx.implementation)
+    elif need_bias or need_pre_bias:
         wide = accumulation_dtype(weight.dtype)
-        total = latent_sum(grad.to(wide), indices, weight.shape[0], ctx.implementation)
+        total = latent_sum(grad.to(wide), indices, M, ctx.implementation)
+    if total is not None:
         grad_bias = total.to(weight.dtype) if need_bias else None
         # One product with the sum over all tokens, where a decode would gather rows for each.
         grad_pre_bias = -_combined(total, weight) if need_pre_bias else None

@@ -113,19 +113,28 @@ def decode_cases() -> Iterator[AotCase]:
             (
                 decode.latent_piece_kernel,
                 {"partial": "*fp32:16", "piece_latent": i64, "M": "i32"},
+                ("piece_total",),
                 2048,
             ),
-            (decode.latent_outer_kernel, {"partial": "*fp32:16", "out": floats}, 0),
+            (
+                decode.latent_outer_kernel,
+                {"partial": "*fp32:16", "out": floats},
+                ("total", "piece_total"),
+                0,
+            ),
         )
-        for (kernel, others, shared), tile in itertools.product(
-            kernels, tiles.TILES["latent_outer"].candidates("other")
+        default, *alternatives = tiles.TILES["latent_outer"].candidates("other")
+        for (kernel, others, totals, shared), (tile, total) in itertools.product(
+            kernels, ((default, True), (default, False), *((t, True) for t in alternatives))
         ):
             kernel_name = kernel.__name__.removesuffix("_kernel")
             yield AotCase(
-                f"{kernel_name} {name} {tiles.sizes(tile)}",
+                f"{kernel_name} {name}{' total' * total} {tiles.sizes(tile)}",
                 kernel,
-                entries | others,
-                {"PIECE": decode.PIECE, "BE": tile.rows} | tile.constants(D, dtype),
+                entries | others | (dict.fromkeys(totals, "*fp32:16") if total else {}),
+                {"PIECE": decode.PIECE, "BE": tile.rows}
+                | ({} if total else dict.fromkeys(totals))
+                | tile.constants(D, dtype),
                 *(tile.num_warps, 1),
                 {
                     "matrix": False,

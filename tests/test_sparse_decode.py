@@ -28,7 +28,7 @@ from resae_kernels import (
 )
 from resae_kernels import dense as dense_form
 from resae_kernels.cpu import native, private_torch, sums
-from resae_kernels.gradients import latent_outer, latent_sum
+from resae_kernels.gradients import encoder_gradients, latent_outer, latent_sum
 from resae_kernels.triton import decode as triton_decode
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -459,6 +459,53 @@ def test_pieces_of_every_length_sum_to_the_whole(monkeypatch, device):  # noqa: 
         torch.testing.assert_close(
             latent_outer(acts, indices, rows, 18, "triton"), scatter(acts, indices, 18).T @ rows
         )
+
+
+@either
+@pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
+def test_encoder_gradients_are_both_sums_of_one_code(N, D, M, k, implementation):
+    acts, indices = random_code(N, k, M)
+    rows = torch.randn(N, D, dtype=torch.float64)
+    dense = scatter(acts, indices, M)
+    outer, total = encoder_gradients(acts, indices, rows, M, implementation)
+    torch.testing.assert_close(outer, dense.T @ rows)
+    torch.testing.assert_close(total, dense.sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("piece", [8, 10, 64], ids="pieces-of-{}".format)
+def test_sums_of_encoder_gradients_in_pieces(piece, dtype, monkeypatch, device):
+    monkeypatch.setattr(triton_decode, "PIECE", piece)
+    N, M, k = 131, 11, 3
+    acts, indices = (t.to(device) for t in often_active(N, k, M, dtype))
+    # Several slices of D: one of them stores the sum of the acts.
+    rows = torch.randn(N, 600, device=device).to(dtype)
+    outer, total = encoder_gradients(acts, indices, rows, M, "triton")
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, scatter(acts.float(), indices, M).sum(0))
+    assert torch.equal(outer, latent_outer(acts, indices, rows, M, "triton"))
+
+
+@either
+def test_gradients_of_encoder_gradients(implementation):
+    acts, indices, rows = *random_code(4, 2, 5), torch.randn(4, 3, dtype=torch.float64)
+    acts += acts == 0  # padding has no gradient
+    leaves = acts.requires_grad_(), rows.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda a, r: encoder_gradients(a, indices, r, 5, implementation), leaves
+    )
+
+
+def test_the_encoder_sorts_its_code_once(monkeypatch, device):
+    sorts = []
+    sort = sums.sort_stably
+    monkeypatch.setattr(sums, "sort_stably", lambda keys: sorts.append(keys) or sort(keys))
+    x, weight, bias, pre_bias = (
+        torch.randn(shape, device=device, requires_grad=True) for shape in ((5, 4), (8, 4), 8, 4)
+    )
+    code = topk_encode(x, weight, bias, 3, pre_bias=pre_bias, implementation="triton")
+    code.acts.sum().backward()
+    assert len(sorts) == 1
 
 
 @either
