@@ -307,6 +307,26 @@ def test_scores_of_beams_are_those_of_a_full_forward(either):
     torch.testing.assert_close(out.sequences_scores, score)
 
 
+def test_single_tokens_are_told_special_or_padding_as_in_longer_passes(neox):
+    special = neox.special_ids[0]
+    with replacement(neox, tiny.stack(neox)) as active:
+        for ids, mask in itertools.product(
+            ([[9]], [[9], [10]], [[special]], [[9], [special]], [[9]] * 20),
+            (None, [0, 1], [0, 0], [1, 0]),
+        ):
+            one = torch.tensor(ids)
+            seen = None if mask is None else torch.tensor([mask] * len(ids))
+            kept = active._kept(one, seen)
+            expected = torch.tensor([[token == special] for [token] in ids])
+            if mask is not None:
+                expected |= mask[1] == 0
+            if not expected.any():
+                assert kept is None
+            else:
+                assert kept is not None
+                assert torch.equal(kept.squeeze(-1), expected)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_left_padded_rows_are_generated_as_they_are_alone(either, cache):
     """Token by token; the padding is told by the mask alone, its id is an ordinary one."""

@@ -36,6 +36,7 @@ from resae.replacements.edits import ActiveEdits, Change, Interventions, PassTok
 from resae.stack.stack import AffineOnly, Loop, ReSAE
 from resae.threads import PerThread
 from resae_kernels import TopK, Transported
+from resae_kernels.step import FEW_TOKENS
 
 Mode = Literal["online", "teacher_forced", "error_added"]
 MODES = ("online", "teacher_forced", "error_added")
@@ -121,11 +122,13 @@ class Replacement:
         """The interventions in force, with counts of what they changed; None without any."""
         self._on_codes = on_codes
         self._carried = carried
+        self._reads_codes = not (edits is None and on_codes is None and carried is None)
         self._homes = [_home(stack, layer) for layer in range(len(self._points))]
         self._spread = len({home.device for home in self._homes if home is not None}) > 1
         self._special = None  # [S] ids of special tokens, made once: a copy to a GPU waits for it
         if not replace_special:
             self._special = torch.tensor(lm.special_ids, dtype=torch.int64, device=lm.device)
+        self._special_ids = frozenset(lm.special_ids)
         self._in_force = ExitStack()
         self._no_grad = ExitStack()
         self._removed = False
@@ -263,6 +266,8 @@ class Replacement:
                 "replacement: the model was called with inputs_embeds, so special tokens cannot be "
                 "told; call it with input_ids, or use replace_special=True"
             )
+        if self._replaces_all(input_ids, mask):
+            return None
         keep = torch.isin(input_ids, self._special)
         if isinstance(mask, dict):  # one per kind of attention
             mask = next(iter(mask.values()))
@@ -276,6 +281,18 @@ class Replacement:
         if _on_host(keep) and not keep.any():
             return None  # as for most tokens that a model writes: nothing to pick, nothing to count
         return keep.unsqueeze(-1)
+
+    def _replaces_all(self, input_ids: Tensor, mask: Any) -> bool:
+        """Are these single tokens of a few rows for certain neither special nor padding? Looked at
+        as numbers: the operations of tensors take longer than a prediction."""
+        if not (_on_host(input_ids) and input_ids.ndim == 2 and input_ids.shape[1] == 1):
+            return False
+        if len(input_ids) > FEW_TOKENS or not self._special_ids.isdisjoint(*input_ids.T.tolist()):
+            return False
+        if mask is None:
+            return True
+        is_plain = isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(input_ids)
+        return is_plain and all(mask[:, -1].tolist())
 
     def _capture(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> list[Tensor]:
         cache = cache_of(kwargs)
@@ -314,7 +331,8 @@ class Replacement:
         if self._mode == "online":
             x_hat, code = self._step(layer, stream, state)
             state.x_hats.append(x_hat)
-            delta = None if code is None else self._edit(layer, code, state)
+            if self._reads_codes and code is not None:
+                delta = self._edit(layer, code, state)
         new = state.x_hats[layer]
         if self._keep_error:
             # Without gradient: through x̂ + h − x̂ none would reach the latents.
@@ -369,18 +387,18 @@ class Replacement:
         return delta
 
     def _count(self, layer: int, stream: Tensor, thread: _ThreadState, state: _Pass) -> None:
-        B, T = stream.shape[:2]
-        counts = thread.counts[layer]
-        if counts.device != stream.device:  # of a model spread over devices, in its first pass
-            counts = thread.counts[layer] = counts.to(stream.device)
+        B, T, _ = stream.shape
         row = 0 if T > 1 else 1
-        if _on_host(counts):  # in numbers: a tensor would take longer than a prediction
+        if _on_host(stream):  # in numbers: a tensor would take longer than a prediction
             left = 0 if state.keep is None else int(state.keep.sum())
             sums = thread.host_counts[layer][row]
             sums[0] += 1
             sums[1] += B * T
             sums[2] += left
             return
+        counts = thread.counts[layer]
+        if counts.device != stream.device:  # of a model spread over devices, in its first pass
+            counts = thread.counts[layer] = counts.to(stream.device)
         if state.tally is None:
             left = counts.new_zeros(()) if state.keep is None else state.keep.sum()
             calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
@@ -572,4 +590,6 @@ def _home(stack: ReSAE | AffineOnly, layer: int) -> Tensor | None:
 
 
 def _to(x: Tensor, like: Tensor | None) -> Tensor:
-    return x if like is None else x.to(like.device, like.dtype)
+    # Not always by `to`, which takes as long as a prediction for one token.
+    same = like is None or (x.dtype == like.dtype and x.device == like.device)
+    return x if same else x.to(like.device, like.dtype)

@@ -110,15 +110,13 @@ class AffinePredictor(nn.Module):
         # specification would first make a wide copy of A at every call.
         return torch.nn.functional.linear(recent.to(A.dtype), A.T, c)
 
-    def one_map(
-        self, layer: int, previous: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """`(x, A [D, D], c)` of which the prediction of layer ≥ 1 is `x A + c`; None: it is another
-        sum."""
+    def one_map(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """`(A [D, D], c)` of which the prediction of layer ≥ 1 is `x A + c`, x being the layer
+        before; None: it is another sum."""
         if self.form != "full":
             return None
         A, c = getattr(self, f"A_{layer}"), getattr(self, f"c_{layer}")
-        return None if len(A) != len(c) else (previous[layer - 1], A, c)
+        return None if len(A) != len(c) else (A, c)
 
     def rescaled(self, factors: Sequence[float]) -> "AffinePredictor":
         """The same maps for activations multiplied by `factors`, one per layer."""

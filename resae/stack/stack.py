@@ -12,8 +12,10 @@ sae.safetensors}` in sparsify's layout. Everything acts on raw activations: scal
 are folded in before saving.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +33,7 @@ from resae.sae.registry import load_sae, new_sae
 from resae.stack.affine import AffinePredictor
 from resae.storage import load_json, save_json
 from resae_kernels import ScreenedEncoder, TopK, Transported, affine_chain, online_step, transport
+from resae_kernels.screened import PreparedStep
 from resae_kernels.step import FEW_TOKENS
 
 FORMAT_VERSION = 1
@@ -102,6 +105,11 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             sae.set_input_kind("affine_residual")
         self._hold(saes)
         self.model_identity = model
+        self._prepared: dict[int, _PreparedLayer] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the prepared steps, which are of these very tensors: copies make their own."""
+        return vars(self) | {"_prepared": {}}
 
     def extra_repr(self) -> str:
         model = None if self.model_identity is None else self.model_identity.name
@@ -242,6 +250,11 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                 `transported`, by which up to 16 tokens are predicted in place of `put_in`; on a CPU
                 where they are at most D active latents: more rows than a map has take longer.
         """
+        prepared = self._prepared.get(layer)
+        if prepared is not None and seen is put_in and carried is None and _is_inference():
+            step = prepared(x, seen)
+            if step is not None:
+                return step
         sae, N = self.sae(layer), x.shape[:-1].numel()
         few = N <= FEW_TOKENS and not torch.is_grad_enabled()
         weights = sae.step_weights if few and seen is put_in else None
@@ -274,13 +287,18 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     ) -> tuple[Tensor, TopK] | None:
         """`online_step`, prediction included, as one call of the compiled library; None: not the
         way for these tensors."""
-        affine = base = None
+        affine = predict = None
         if layer and self.chained:
-            affine = self.predictor.one_map(layer, seen)
-            if affine is None or x.numel() > FEW_ENTRIES:
-                affine, base = None, self.predictor(layer, seen)
-        step = encoder.online_step(x, sae.config.k, sae.b_dec, base, sae.W_dec, affine, sorted=True)
-        return None if step is None else (step[0], TopK(step[1], step[2]))
+            affine = self.predictor.one_map(layer) if x.numel() <= FEW_ENTRIES else None
+            predict = partial(self.predictor, layer) if affine is None else itemgetter(layer - 1)
+        k, b_dec, W_dec = sae.config.k, sae.b_dec, sae.W_dec
+        step = encoder.prepare_step(x, k, b_dec, W_dec, affine, sorted=True)
+        if step is None:
+            return None
+        prepared = _PreparedLayer(self, layer, step, predict)
+        if prepared.is_whole:
+            self._prepared[layer] = prepared
+        return prepared(x, seen)
 
     def transported(
         self, max_bytes: int, *, vectors: Sequence[Tensor] | None = None
@@ -473,6 +491,45 @@ def _share(saes: Sequence[Autoencoder], folder: Path) -> None:
             )
 
 
+class _PreparedLayer:
+    """The online step of a layer whose checks are made and whose objects are looked up: for a token
+    of a small model these take longer than the step. It serves while every object is where it was
+    found."""
+
+    def __init__(
+        self,
+        stack: ReSAE,
+        layer: int,
+        step: PreparedStep,
+        predict: Callable[[Sequence[Tensor]], Tensor] | None,
+    ):
+        sae = stack.sae(layer)
+        places: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+            (stack._modules, ("saes", "predictor")),
+            (stack.saes._modules, (str(stack.position(layer)),)),
+            (vars(sae), ("config", "_screened")),
+            (sae._modules, ("encoder",)),
+            (sae._parameters, ("W_dec", "b_dec")),
+            (sae.encoder._parameters, ("weight", "bias")),
+        ]
+        if isinstance(predict, itemgetter):  # the step has the map
+            places.append((stack.predictor._buffers, (f"A_{layer}", f"c_{layer}")))
+        self._found = [(place, n, place.get(n)) for place, names in places for n in names]
+        self.is_whole = all(found is not None for *_, found in self._found)
+        """Whether all objects are where modules keep theirs: parametrised ones are made anew at
+        each use."""
+        self._step = step
+        self._predict = predict
+
+    def __call__(self, x: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, TopK] | None:
+        """As `ReSAE.step`; None: something is not what it was."""
+        for place, name, found in self._found:
+            if place.get(name) is not found:
+                return None
+        step = self._step(x, None if self._predict is None else self._predict(seen))
+        return None if step is None else (step[0], TopK(step[1], step[2]))
+
+
 class AffineOnly:
     """The baseline without autoencoders: the first selected layer as it is, the rest from the maps.
 
@@ -506,6 +563,11 @@ class AffineOnly:
     ) -> tuple[Tensor, None]:
         prediction = self.predictor(layer, put_in)
         return x if prediction is None else prediction, None
+
+
+def _is_inference() -> bool:
+    """Is no gradient wanted, and nothing traced?"""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _maps_are_faster(N: int, D: int, codes: Sequence[TopK]) -> bool:

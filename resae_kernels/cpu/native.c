@@ -1410,28 +1410,39 @@ static int affine_rows(const void *source, const void *A, const void *c, int dty
   return status;
 }
 
+/* What the online steps of one layer have in common. Everything is contiguous and of one dtype. */
+typedef struct {
+  const void *A, *c; /* [D, D], [D]: of the prediction `source A + c`; null where it is given */
+  const void *b_dec; /* [D] or null */
+  const void *W_dec; /* [M, D] */
+  i64 k, dtype, sorted, use_amx;
+} layer;
+
 /* One layer while the model runs: the code of x − base − b_dec [N, D] by screening, and
-   x_hat = base + b_dec + its decode. Where A is given, base = source A + c. Everything
-   is contiguous. ROWS_LEFT: a row wants the exact path; otherwise as `resae_screened_encode`. */
-int resae_online_step(const copy *screen, const void *x, const void *base, const void *source,
-                      const void *A, const void *c, const void *b_dec, int dtype, i64 N, i64 k,
-                      int sorted, int use_amx, const void *W_dec, int threads, void *acts, i64 *indices,
-                      void *x_hat) {
+   x_hat = base + b_dec + its decode. Where the layer has A, `base` is the source instead, and the
+   base is `source A + c`. Everything is contiguous. ROWS_LEFT: a row wants the exact path;
+   otherwise as `resae_screened_encode`. */
+int resae_online_step(const copy *screen, const layer *l, const void *x, const void *base, i64 N,
+                      int threads, void *acts, i64 *indices, void *x_hat) {
   i64 D = screen->D, predicted = N * D * sizeof(float);
+  int dtype = (int)l->dtype;
   char *memory = calloc(predicted + D * sizeof(float) + N, 1);
   if (!memory) return NO_MEMORY;
   float *relative = (float *)(memory + predicted);
-  int status = A ? affine_rows(source, A, c, dtype, N, D, threads, memory) : OK;
-  if (A) base = memory;
+  int status = OK;
+  if (l->A) {
+    status = affine_rows(base, l->A, l->c, dtype, N, D, threads, memory);
+    base = memory;
+  }
   i64 counts[2] = {0, 0};
   if (status == OK)
-    status = resae_screened_encode(screen, x, D, base, D, b_dec, dtype, N, k, sorted, use_amx,
-                                   screen->n_columns == MOST_COLUMNS, threads, acts, indices,
-                                   (uint8_t *)(relative + D), relative, counts);
+    status = resae_screened_encode(screen, x, D, base, D, l->b_dec, dtype, N, l->k, (int)l->sorted,
+                                   (int)l->use_amx, screen->n_columns == MOST_COLUMNS, threads,
+                                   acts, indices, (uint8_t *)(relative + D), relative, counts);
   if (status == OK && counts[1]) status = ROWS_LEFT;
   if (status == OK) {
-    code its = {acts, indices, W_dec, k, screen->M, D};
-    status = resae_decode(&its, 1, N, D, dtype, b_dec, base, threads, x_hat);
+    code its = {acts, indices, l->W_dec, l->k, screen->M, D};
+    status = resae_decode(&its, 1, N, D, dtype, l->b_dec, base, threads, x_hat);
   }
   free(memory);
   return status;
