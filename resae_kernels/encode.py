@@ -23,7 +23,7 @@ from resae_kernels.dispatch import (
     register,
     triton_signature,
 )
-from resae_kernels.gradients import latent_outer, latent_sum
+from resae_kernels.gradients import encoder_gradients, latent_outer, latent_sum
 from resae_kernels.precision import residual
 from resae_kernels.triton import encode as triton_encode
 from resae_kernels.types import TopK, accumulation_dtype
@@ -292,13 +292,22 @@ def backward(ctx, grad_acts, grad_indices):
             [grad], [indices], [weight], None, None, implementation=ctx.implementation
         )
         grad_base = -grad_x if need_base else None
-    if need_weight:
-        rest = residual(x, pre_bias, base)
-        grad_weight = latent_outer(grad, indices, rest, weight.shape[0], ctx.implementation)
+    M = weight.shape[0]
     need_bias = need_bias and ctx.has_bias
-    if need_bias or need_pre_bias:
+    total = None
+    if need_weight:
+        if ctx.implementation == "triton":
+            rest = torch.ops.resae.residual(x, pre_bias, base)
+        else:
+            rest = residual(x, pre_bias, base)
+        if need_bias or need_pre_bias:
+            grad_weight, total = encoder_gradients(grad, indices, rest, M, ctx.implementation)
+        else:
+            grad_weight = latent_outer(grad, indices, rest, M, ctx.implementation)
+    elif need_bias or need_pre_bias:
         wide = accumulation_dtype(weight.dtype)
-        total = latent_sum(grad.to(wide), indices, weight.shape[0], ctx.implementation)
+        total = latent_sum(grad.to(wide), indices, M, ctx.implementation)
+    if total is not None:
         grad_bias = total.to(weight.dtype) if need_bias else None
         # One product with the sum over all tokens, where a decode would gather rows for each.
         grad_pre_bias = -_combined(total, weight) if need_pre_bias else None
@@ -315,6 +324,42 @@ def backward(ctx, grad_acts, grad_indices):
     )
 
 
+def _residual_rows(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
+    """`precision.residual` of `[N, D]` in one launch, for the dtypes that its kernel takes."""
+    if x.dtype not in triton_encode.KEYS or x.numel() == 0:
+        return residual(x, pre_bias, base)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    base = base if base is None or base.stride(1) == 1 else base.contiguous()
+    pre_bias = None if pre_bias is None else pre_bias.contiguous()
+    with torch.cuda.device_of(x):
+        return triton_encode.launch_residual(x, pre_bias, base)
+
+
+def _residual_fake(x, pre_bias, base):  # noqa: ARG001
+    return x.new_empty(x.shape)
+
+
+def _residual_setup(ctx, inputs, output) -> None:
+    del inputs, output
+    ctx.set_materialize_grads(False)
+
+
+def _residual_backward(ctx, grad):
+    """For gradients of gradients."""
+    if grad is None:
+        return None, None, None
+    _, need_pre_bias, need_base = ctx.needs_input_grad
+    return grad, -grad.sum(0) if need_pre_bias else None, -grad if need_base else None
+
+
+register(
+    "residual(Tensor x, Tensor? pre_bias, Tensor? base) -> Tensor",
+    _residual_rows,
+    _residual_fake,
+)
+torch.library.register_autograd(
+    "resae::residual", _residual_backward, setup_context=_residual_setup, lib=LIBRARY
+)
 register(
     "topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? base, "
     "bool sorted, int workspace_bytes, str implementation) -> (Tensor acts, Tensor indices)",

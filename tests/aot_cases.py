@@ -25,6 +25,8 @@ class AotCase(NamedTuple):
     expect: Mapping[str, int | bool]
     """What the machine code must show, in the words of `tests/static_gate.py`."""
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+    register_budget: int | None = None
+    """As `launch_options` takes it."""
 
 
 def all_cases() -> Iterator[AotCase]:
@@ -52,7 +54,9 @@ def decode_cases() -> Iterator[AotCase]:
             pointers = {"out": floats, "bias": floats, "base": "*fp32:16"}
             # Few tokens make few programs: their registers are not what limits them.
             few = {"shared": 1024, "barriers": 5, "registers": 128}
-            many = {"shared": 0, "barriers": 0, "registers": 80}
+            # The loop over wide rows is unrolled, and loads mix with uses.
+            in_flight = tile.loads if dtype.itemsize == 2 else tile.loads // 2
+            many = {"shared": 0, "barriers": 0, "registers": 80, "in_flight": in_flight}
             expect = few if constants["SPREAD"] else many
             if target:
                 pointers |= {"target": floats, "squared": "*fp32:16"}
@@ -71,6 +75,7 @@ def decode_cases() -> Iterator[AotCase]:
                 *(tile.num_warps, 1),
                 expect | {"matrix": False, "loads_128": T * tile.loads, "instructions": 1000},
                 architectures,
+                decode.decode_registers(N, dtype),
             )
 
         for tile in tiles.TILES["sampled_product"].candidates("other"):
@@ -78,10 +83,16 @@ def decode_cases() -> Iterator[AotCase]:
                 f"sampled_product {name} {tiles.sizes(tile)}",
                 decode.sampled_product_kernel,
                 dict.fromkeys(("out", "grad", "W"), floats) | {"indices": i64},
-                {"K": k, "BK": tile.rows} | tile.constants(D, dtype),
+                decode.sampled_product_constants(tile, k, D, dtype),
                 *(tile.num_warps, 1),
-                {"matrix": False, "loads_128": tile.loads, "registers": 80, "instructions": 500},
+                {
+                    "matrix": False,
+                    "in_flight": tile.loads,
+                    "registers": tiles.GATHER_REGISTERS,
+                    "instructions": 500,
+                },
                 architectures,
+                tiles.GATHER_REGISTERS,
             )
 
         yield AotCase(
@@ -102,28 +113,38 @@ def decode_cases() -> Iterator[AotCase]:
             (
                 decode.latent_piece_kernel,
                 {"partial": "*fp32:16", "piece_latent": i64, "M": "i32"},
+                ("piece_total",),
                 2048,
             ),
-            (decode.latent_outer_kernel, {"partial": "*fp32:16", "out": floats}, 0),
+            (
+                decode.latent_outer_kernel,
+                {"partial": "*fp32:16", "out": floats},
+                ("total", "piece_total"),
+                0,
+            ),
         )
-        for (kernel, others, shared), tile in itertools.product(
-            kernels, tiles.TILES["latent_outer"].candidates("other")
+        default, *alternatives = tiles.TILES["latent_outer"].candidates("other")
+        for (kernel, others, totals, shared), (tile, total) in itertools.product(
+            kernels, ((default, True), (default, False), *((t, True) for t in alternatives))
         ):
             kernel_name = kernel.__name__.removesuffix("_kernel")
             yield AotCase(
-                f"{kernel_name} {name} {tiles.sizes(tile)}",
+                f"{kernel_name} {name}{' total' * total} {tiles.sizes(tile)}",
                 kernel,
-                entries | others,
-                {"PIECE": decode.PIECE, "BE": tile.rows} | tile.constants(D, dtype),
+                entries | others | (dict.fromkeys(totals, "*fp32:16") if total else {}),
+                {"PIECE": decode.PIECE, "BE": tile.rows}
+                | ({} if total else dict.fromkeys(totals))
+                | tile.constants(D, dtype),
                 *(tile.num_warps, 1),
                 {
                     "matrix": False,
                     "shared": shared,
-                    "loads_128": tile.loads,
-                    "registers": 80,
+                    "in_flight": tile.loads,
+                    "registers": tiles.GATHER_REGISTERS,
                     "instructions": 1000,
                 },
                 architectures,
+                tiles.GATHER_REGISTERS,
             )
 
 

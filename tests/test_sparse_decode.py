@@ -1,4 +1,6 @@
 import importlib
+import itertools
+import random
 from functools import partial
 
 import pytest
@@ -28,8 +30,9 @@ from resae_kernels import (
 )
 from resae_kernels import dense as dense_form
 from resae_kernels.cpu import native, private_torch, sums
-from resae_kernels.gradients import latent_outer, latent_sum
+from resae_kernels.gradients import encoder_gradients, latent_outer, latent_sum
 from resae_kernels.triton import decode as triton_decode
+from resae_kernels.triton import runtime
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -459,6 +462,91 @@ def test_pieces_of_every_length_sum_to_the_whole(monkeypatch, device):  # noqa: 
         torch.testing.assert_close(
             latent_outer(acts, indices, rows, 18, "triton"), scatter(acts, indices, 18).T @ rows
         )
+
+
+@either
+@pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
+def test_encoder_gradients_are_both_sums_of_one_code(N, D, M, k, implementation):
+    acts, indices = random_code(N, k, M)
+    rows = torch.randn(N, D, dtype=torch.float64)
+    dense = scatter(acts, indices, M)
+    outer, total = encoder_gradients(acts, indices, rows, M, implementation)
+    torch.testing.assert_close(outer, dense.T @ rows)
+    torch.testing.assert_close(total, dense.sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_sums_of_encoder_gradients_in_pieces(dtype, monkeypatch, device):
+    monkeypatch.setattr(triton_decode, "PIECE", 10)
+    N, M, k = 43, 7, 3
+    acts, indices = (t.to(device) for t in often_active(N, k, M, dtype))
+    # Two slices of D: one of them stores the sum of the acts.
+    rows = torch.randn(N, 1040 // dtype.itemsize, device=device).to(dtype)
+    outer, total = encoder_gradients(acts, indices, rows, M, "triton")
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, scatter(acts.float(), indices, M).sum(0))
+    assert torch.equal(outer, latent_outer(acts, indices, rows, M, "triton"))
+
+
+@pytest.fixture
+def shuffled_programs(monkeypatch):
+    """Run the programs of every launch in a random order, another one each time."""
+    if not runtime.is_interpreted():
+        pytest.skip("the order of programs on a GPU is the GPU's")
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+    order: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def draw(*grid: int) -> None:
+        set_dim(*grid)
+        programs = list(itertools.product(*map(range, grid)))
+        order.clear()
+        order.update(zip(programs, random.sample(programs, len(programs)), strict=True))
+
+    monkeypatch.setattr(builder, "set_grid_dim", draw)
+    monkeypatch.setattr(builder, "set_grid_idx", lambda *index: set_index(*order[index]))
+    return order
+
+
+def test_the_order_of_programs_does_not_change_a_bit(shuffled_programs, monkeypatch):
+    monkeypatch.setattr(triton_decode, "PIECE", 8)
+    N, M = 31, 5
+    acts, indices = often_active(N, 3, M, torch.float32)
+    indices[::3, 2] = 2  # named twice by a token
+    rows, W_dec = torch.randn(N, 260), torch.randn(M, 260)
+
+    def all_sums() -> list[Tensor]:
+        return [
+            *encoder_gradients(acts, indices, rows, M, "triton"),
+            torch.ops.resae.sampled_product(rows, indices, W_dec, implementation="triton"),
+            sparse_decode(acts, indices, W_dec, implementation="triton"),
+        ]
+
+    first = all_sums()
+    assert list(shuffled_programs) != list(shuffled_programs.values())
+    assert all(map(torch.equal, first, all_sums()))
+
+
+@either
+def test_gradients_of_encoder_gradients(implementation):
+    indices = torch.tensor([[1, 0], [1, 1]])
+    leaves = [torch.rand(2, 2).double() + 0.1, torch.randn(2, 2).double()]
+    assert torch.autograd.gradcheck(
+        lambda acts, rows: encoder_gradients(acts, indices, rows, 3, implementation),
+        [leaf.requires_grad_() for leaf in leaves],
+    )
+
+
+def test_the_encoder_sorts_its_code_once(monkeypatch, device):
+    sorts = []
+    sort = sums.sort_stably
+    monkeypatch.setattr(sums, "sort_stably", lambda keys: sorts.append(keys) or sort(keys))
+    x, weight, bias, pre_bias = (
+        torch.randn(shape, device=device, requires_grad=True) for shape in ((5, 4), (8, 4), 8, 4)
+    )
+    code = topk_encode(x, weight, bias, 3, pre_bias=pre_bias, implementation="triton")
+    code.acts.sum().backward()
+    assert len(sorts) == 1
 
 
 @either

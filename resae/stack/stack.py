@@ -500,7 +500,7 @@ class _PreparedLayer:
         self,
         stack: ReSAE,
         layer: int,
-        sae: TopKSAE,
+        sae: Autoencoder,
         step: PreparedStep,
         predict: Callable[[Sequence[Tensor]], Tensor] | None,
     ):

@@ -122,14 +122,14 @@ def launch_encode(
 def _gemm(x, weight, bias, pre_bias, base, out) -> None:
     """`out = (x − base − pre_bias) weightᵀ + bias` by the library's GEMM."""
     if base is not None or pre_bias is not None:
-        x = _subtract(x, pre_bias, base) if x.dtype in KEYS else residual(x, pre_bias, base)
+        x = launch_residual(x, pre_bias, base) if x.dtype in KEYS else residual(x, pre_bias, base)
     if bias is None:
         torch.mm(x, weight.T, out=out)
     else:
         torch.addmm(bias, x, weight.T, out=out)
 
 
-def _subtract(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
+def launch_residual(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
     """`precision.residual` in one launch."""
     n, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

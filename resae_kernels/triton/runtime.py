@@ -4,6 +4,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 
 class Kernel:
     """A Triton kernel that imports Triton when it is first launched.
@@ -72,6 +74,15 @@ def is_interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
-    """Options of every launch. Fusion is named since Triton's default changes with its versions."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+def launch_options(
+    num_warps: int, num_stages: int = 3, registers: int | None = None
+) -> dict[str, Any]:
+    """Options of every launch. Fusion is named since Triton's default changes with its versions.
+
+    With `registers` the assembler may use as many per thread; it then orders loads for latency,
+    where of itself it would put each load next to its use to save registers.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if registers is not None and not torch.version.hip:  # no such option there
+        options["maxnreg"] = registers
+    return options

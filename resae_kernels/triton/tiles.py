@@ -80,10 +80,14 @@ class GatherTile(NamedTuple):
         """128-bit loads of a thread for one pass over the tile."""
         return self.rows * self.row_bytes // (self.num_warps * 512)
 
-    def options(self) -> dict[str, Any]:
+    def options(self, registers: int | None = None) -> dict[str, Any]:
         # One stage: pipelined loads would pass through shared memory.
-        return runtime.launch_options(self.num_warps, num_stages=1)
+        return runtime.launch_options(self.num_warps, num_stages=1, registers=registers)
 
+
+GATHER_REGISTERS = 96
+"""Registers of a thread that gathers: enough that all loads of a tile are issued before the first
+of them is used. From ahead-of-time compilation, not measured."""
 
 _WIDE = Chosen(ProductTile(64, 128, num_stages=4, num_warps=4), measured=None)
 
@@ -105,10 +109,10 @@ TILES: dict[str, TileTable] = {
         ),
     ),
     "sampled_product": TileTable(
-        default=Chosen(GatherTile(rows=16, row_bytes=512, num_warps=4), measured=None),
+        default=Chosen(GatherTile(rows=8, row_bytes=512, num_warps=1), measured=None),
         alternatives=(
-            GatherTile(rows=8, row_bytes=512, num_warps=2),
-            GatherTile(rows=16, row_bytes=256, num_warps=2),
+            GatherTile(rows=16, row_bytes=512, num_warps=2),
+            GatherTile(rows=16, row_bytes=512, num_warps=4),
         ),
     ),
     "latent_outer": TileTable(
