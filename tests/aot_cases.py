@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resae_kernels.triton import decode, encode, step, tiles
-from resae_kernels.triton.runtime import triton
+from resae_kernels.triton import decode, encode, selection, step, tiles
+from resae_kernels.triton.keys import KEYS
 
 
 class AotCase(NamedTuple):
@@ -134,7 +134,7 @@ def encode_cases() -> Iterator[AotCase]:
         return dict.fromkeys(names.split(), kind)
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        keys = encode.KEYS[dtype]
+        keys = KEYS[dtype]
         floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
         levels = {"INF": keys.inf, "TOP": keys.top}
 
@@ -152,7 +152,7 @@ def encode_cases() -> Iterator[AotCase]:
         for tile in tiles.TILES["group_max"].candidates("sm_90"):
             yield AotCase(
                 f"group_max {name} {tiles.sizes(tile)}",
-                encode.group_max_kernel,
+                selection.group_max_kernel,
                 each(integers, "scores best") | each("i32:16", "M groups s_scores"),
                 {"GROUP": 32, "BM": tile.columns} | levels,
                 *(tile.num_warps, 1),
@@ -188,23 +188,27 @@ def encode_cases() -> Iterator[AotCase]:
                     (architecture,),
                 )
 
-        for M, k in ((8192, 32), (65536, 64), (131072, 256)):
-            layout = encode.selection_layout(M, k)
+        first, *others = tiles.TILES["select"].candidates("sm_90")
+        every = ("sm_80", "sm_90", "sm_100")
+        # By value: a selection by index is a part of it.
+        for M, k, tile, maxima, architectures in (
+            (8192, 32, first, False, ("sm_90",)),
+            (65536, 64, first, False, every),
+            (131072, 256, first, False, every),
+            *((65536, 64, tile, tile.columns > 0, ("sm_90",)) for tile in others),
+        ):
+            layout = selection.selection_layout(M, k)
             assert layout is not None
             yield AotCase(
-                f"select {name}, M={M} k={k}",
-                encode.select_kernel,
+                f"select {name}, M={M} k={k} {tiles.sizes(tile)}",
+                selection.select_kernel,
                 each(integers, "scores best acts")
                 | each("*i64:16", "indices")
                 | each("i32:16", "M groups s_scores k"),
-                {
-                    "GROUP": layout.group,
-                    "GROUPS": triton.next_power_of_2(layout.groups),
-                    "SLOTS": layout.slots,
-                }
-                | levels,
-                *(encode.select_warps(layout), 3),
+                selection.select_constants(layout, tile, maxima=maxima, by_value=True) | levels,
+                *(selection.select_warps(layout, tile.keys_per_thread), 3),
                 {"instructions": 4000},
+                architectures,
             )
 
 
@@ -216,9 +220,9 @@ def step_cases() -> Iterator[AotCase]:
         ("bf16", torch.bfloat16, 131072, 3584),
         ("fp32", torch.float32, 65536, 2048),
     ):
-        layout = encode.selection_layout(M, k)
+        layout = selection.selection_layout(M, k)
         assert layout is not None
-        warps = encode.select_warps(layout)
+        warps = selection.select_warps(layout)
         floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
 
         def each(kind: str, names: str) -> dict[str, str]:

@@ -98,6 +98,7 @@ TUNABLES: Mapping[str, Tunable] = {
     # A narrow x leaves little of the op but its maxima, a single group of latents little but its
     # residual.
     "group_max": Tunable(_encode, tuple(Case("encode", 4096, 16, 24576, 32, d) for d in _BOTH)),
+    "select": Tunable(_encode, tuple(Case("encode", 4096, 16, 24576, 32, d) for d in _BOTH)),
     "residual": Tunable(_encode, tuple(Case("encode", 16384, 2304, 64, 1, d) for d in _BOTH)),
     "decode": Tunable(_decode, _cases("decode", (4096,), _BOTH)),
     "decode_few": Tunable(_decode, _cases("decode", (1, 16), _BOTH)),

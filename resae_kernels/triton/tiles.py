@@ -60,6 +60,15 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
+class SelectTile(NamedTuple):
+    """How the program that selects from a row of scores holds them."""
+
+    keys_per_thread: int
+    """Group maxima, or members of the best groups, that a thread holds."""
+    columns: int
+    """Scores at a time whose group maxima the program takes itself; 0: a pass before it does."""
+
+
 class GatherTile(NamedTuple):
     """How many gathered rows a program loads at a time, and which part of each."""
 
@@ -136,6 +145,15 @@ TILES: dict[str, TileTable] = {
     "group_max": TileTable(
         default=Chosen(RowTile(4096, num_warps=4), measured=None),
         alternatives=(RowTile(2048, num_warps=2), RowTile(4096, num_warps=8)),
+    ),
+    # Static reason for a pass of its own (not measured): it reads a row in as many programs as its
+    # strips, at full occupancy; the selection's registers leave it a quarter of the warps.
+    "select": TileTable(
+        default=Chosen(SelectTile(keys_per_thread=16, columns=0), measured=None),
+        alternatives=(
+            SelectTile(keys_per_thread=8, columns=0),
+            SelectTile(keys_per_thread=16, columns=4096),
+        ),
     ),
     "residual": TileTable(
         default=Chosen(RowTile(1024, num_warps=4), measured=None),
