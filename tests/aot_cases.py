@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resae_kernels.triton import decode, encode, selection, step, tiles
+from resae_kernels.triton import decode, encode, gemm, selection, step, tiles
 from resae_kernels.triton.keys import KEYS
 
 
@@ -31,6 +31,7 @@ def all_cases() -> Iterator[AotCase]:
     """The cases of every kernel."""
     yield from decode_cases()
     yield from encode_cases()
+    yield from gemm_cases()
     yield from step_cases()
 
 
@@ -209,6 +210,35 @@ def encode_cases() -> Iterator[AotCase]:
                 *(selection.select_warps(layout, tile.keys_per_thread), 3),
                 {"instructions": 4000},
                 architectures,
+            )
+
+
+def gemm_cases() -> Iterator[AotCase]:
+    """The GEMM with group maxima, of as many latents as fill its tiles."""
+    keys = KEYS[torch.bfloat16]
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        for tile in tiles.TILES["product_of_many_16bit"].candidates(architecture):
+            if tile == tiles.LIBRARY_GEMM:
+                continue
+            kinds = dict.fromkeys(("bias", "scores"), "*bf16:16") | {"best": "*i16:16", "n": "i32"}
+            kinds |= dict.fromkeys(("D", "M", "groups", "s_scores"), "i32:16")
+            for name, rows in (("x", tile.tokens), ("weight", tile.latents)):
+                block = f"tensordesc<bf16[{rows},{tile.dimensions}]>"
+                kinds[name] = block if tile.descriptors else "*bf16:16"
+            loads = (tile.tokens + tile.latents) * tile.dimensions // (tile.num_warps * 256)
+            yield AotCase(
+                f"gemm bf16 {tiles.sizes(tile)}",
+                gemm.gemm_kernel,
+                kinds,
+                gemm.gemm_constants(tile, 65536, 32)
+                | {"INF": keys.inf, "TOP": keys.top, "UPCAST": False},
+                *(tile.num_warps, tile.num_stages),
+                {
+                    "matrix": True,
+                    "loads_128": 0 if tile.descriptors else loads,
+                    "instructions": 4000,
+                },
+                (architecture,),
             )
 
 

@@ -73,7 +73,7 @@ KERNEL_FLOORS = [
     {"dispatch"},
     {"triton.step"},
     {"triton.encode", "triton.decode", "cpu.encode"},
-    {"triton.selection"},
+    {"triton.gemm", "triton.selection"},
     {"cpu.sums", "cpu.screening_native", "cpu.screening_torch"},
     {"cpu.selection", "cpu.onednn", "triton.tiles"},
     {"cpu.native", "cpu.screening_bounds", "triton.keys"},

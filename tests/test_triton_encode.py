@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resae_kernels import TopK, topk_encode
+from resae_kernels import TopK, reference, topk_encode
 from resae_kernels.cpu.selection import select
-from resae_kernels.triton import selection, tiles
+from resae_kernels.triton import gemm, selection, tiles
 from resae_kernels.triton.encode import rows_per_chunk
+from resae_kernels.triton.keys import KEYS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -121,3 +122,85 @@ def test_no_sort_follows_the_selection(device, tokens):
         acts, _ = topk_encode(x, weight, None, 4, implementation="triton")
     assert not called.names & {"sort", "gather", "topk"}
     assert (acts.diff(dim=-1) <= 0).all()
+
+
+# -- the GEMM with group maxima --------------------------------------------------------------------
+
+# The interpreter multiplies the zeros that fill a tile by infinite weights.
+interpreted_inf = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+GEMM_TILES = pytest.mark.parametrize(
+    "tile",
+    [
+        pytest.param(tiles.GemmTile(64, 64, 32, 2, 4, descriptors=0, persistent=0), id="pointers"),
+        pytest.param(tiles.GemmTile(64, 64, 32, 2, 4, 1, persistent=1), id="descriptors"),
+    ],
+)
+
+
+def by_gemm(tile: tiles.GemmTile, *inputs, **options) -> TopK:
+    with tiles.forced_tiles({"product_of_many_16bit": tile}):
+        return topk_encode(*inputs, **options, implementation="triton")
+
+
+def integers(device: torch.device, *shape: int, dtype=torch.bfloat16) -> Tensor:
+    """Small ones: their sums are exact, so that scores agree bit by bit."""
+    return torch.randint(-1, 2, shape).to(device=device, dtype=dtype)
+
+
+@GEMM_TILES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_gemm_gives_the_reference_code(device, dtype, tile):
+    # No size is a multiple of the tile's.
+    x, base = (integers(device, 70, 48, dtype=dtype) for _ in range(2))
+    weight, bias = integers(device, 150, 48, dtype=dtype), integers(device, 150, dtype=dtype)
+    offsets = {"pre_bias": integers(device, 48, dtype=dtype), "base": base}
+    ours = by_gemm(tile, x, weight, bias, 9, **offsets)
+    assert_same_code(ours, reference.topk_encode(x, weight, bias, 9, **offsets))
+    ours = by_gemm(tile, x, weight, None, 9, workspace_bytes=20 * 192 * 2)  # several chunks
+    assert_same_code(ours, reference.topk_encode(x, weight, None, 9))
+
+
+@interpreted_inf
+@GEMM_TILES
+def test_gemm_keeps_special_values_and_ties(device, tile):
+    for row in awkward_scores(torch.bfloat16, device)[[0, 1, 3, 4, 5, 6]]:
+        x, weight = row.new_zeros(17, 16), row.new_zeros(100, 16)
+        x[:, 0], weight[:, 0] = 1, row
+        k = 100 if row.isnan().all() else 11
+        assert_same_code(
+            by_gemm(tile, x, weight, None, k), reference.topk_encode(x, weight, None, k)
+        )
+
+
+@interpreted_inf
+@GEMM_TILES
+def test_gemm_reads_nothing_into_the_latents_that_fill_its_tile(device, tile):
+    # An infinite x makes NaN of every zero weight: of those past the last latent too.
+    x = torch.full((17, 16), inf, dtype=torch.bfloat16, device=device)
+    weight = -torch.ones(21, 16, dtype=torch.bfloat16, device=device)
+    weight[3] = 1
+    code = by_gemm(tile, x, weight, None, 1)
+    assert (code.indices == 3).all()
+    assert (code.acts == inf).all()
+
+
+@GEMM_TILES
+@pytest.mark.parametrize("group", selection.GROUP_SIZES)
+def test_gemm_leaves_the_maxima_that_a_pass_over_its_scores_finds(device, group, tile):
+    x, weight = integers(device, 5, 16), torch.randn(100, 16, device=device).bfloat16()
+    groups = -(-100 // group)
+    scores = x.new_empty(5, 128)[:, :100]
+    best = torch.empty(5, groups, dtype=KEYS[x.dtype].dtype, device=device)
+    gemm.launch_gemm(x, weight, None, scores, best, group, tile)
+    layout = selection.SelectionLayout(group, groups, slots=1, width=128)
+    # Below 0 the order of keys is another, and nothing is selected.
+    assert torch.equal(best.clamp(min=0), selection.group_maxima(scores, layout).clamp(min=0))
+
+
+def test_gemm_leaves_rows_that_begin_anywhere_to_the_library():
+    aligned = torch.zeros(4, 32, dtype=torch.bfloat16)
+    assert gemm.gemm_takes(aligned, aligned)
+    for x in (aligned.float(), aligned[:, :20].contiguous(), aligned[:, :16], aligned[:1, :16]):
+        assert not gemm.gemm_takes(x, x)
+    shifted = torch.zeros(129, dtype=torch.bfloat16)[1:].view(4, 32)
+    assert not gemm.gemm_takes(aligned, shifted)

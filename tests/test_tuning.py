@@ -21,6 +21,7 @@ NAME, CLASS = kernel_tiles.device_name(DEVICE), kernel_tiles.device_class(DEVICE
 SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
     "product_of_few_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
     "product_of_few_32bit": Case("encode", 3, 32, 192, 4),
+    "product_of_many_16bit": Case("encode", 18, 16, 192, 4, "bfloat16"),
     "group_max": Case("encode", 18, 16, 192, 4),
     "select": Case("encode", 18, 16, 192, 4),
     "residual": Case("encode", 18, 32, 64, 2, "bfloat16"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from resae_kernels.precision import residual
 from resae_kernels.triton import runtime, tiles
+from resae_kernels.triton.gemm import gemm_takes, launch_gemm
 from resae_kernels.triton.keys import KEYS, key
 from resae_kernels.triton.runtime import tl, triton
 from resae_kernels.triton.selection import SelectionLayout, launch_select, selection_layout
@@ -73,8 +74,8 @@ def launch_encode(
             if layout is not None and N <= FEW_TOKENS:
                 best = product_of_few(x[chunk], weight, bias, pre_bias, rest, scores[:n], layout)
             else:
-                best = None
-                _gemm(x[chunk], weight, bias, pre_bias, rest, scores[:n])
+                rest = _subtract(x[chunk], pre_bias, rest)
+                best = _product_of_many(rest, weight, bias, scores[:n], layout)
             if layout is None:
                 acts[chunk], indices[chunk] = select(scores[:n], k, sorted)
             else:
@@ -82,18 +83,28 @@ def launch_encode(
     return acts, indices
 
 
-def _gemm(x, weight, bias, pre_bias, base, out) -> None:
-    """`out = (x − base − pre_bias) weightᵀ + bias` by the library's GEMM."""
-    if base is not None or pre_bias is not None:
-        x = _subtract(x, pre_bias, base) if x.dtype in KEYS else residual(x, pre_bias, base)
+def _product_of_many(x, weight, bias, scores, layout: SelectionLayout | None) -> Tensor | None:
+    """Scores by a GEMM; returns the group maxima if it leaves them."""
+    # Ours is for 16-bit rows that begin at multiples of 16 bytes; all others are the library's.
+    ours = layout is not None and gemm_takes(x, weight)
+    tile = tiles.tile("product_of_many_16bit", x.device) if ours else tiles.LIBRARY_GEMM
+    if tile != tiles.LIBRARY_GEMM:
+        best = torch.empty(x.shape[0], layout.groups, dtype=KEYS[x.dtype].dtype, device=x.device)
+        launch_gemm(x, weight, bias, scores, best, layout.group, tile)
+        return best
     if bias is None:
-        torch.mm(x, weight.T, out=out)
+        torch.mm(x, weight.T, out=scores)
     else:
-        torch.addmm(bias, x, weight.T, out=out)
+        torch.addmm(bias, x, weight.T, out=scores)
+    return None
 
 
 def _subtract(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
-    """`precision.residual` in one launch."""
+    """`precision.residual`, in one launch where a kernel has the dtype."""
+    if base is None and pre_bias is None:
+        return x
+    if x.dtype not in KEYS:
+        return residual(x, pre_bias, base)
     n, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     tile = tiles.tile("residual", x.device)
