@@ -137,9 +137,9 @@ GEMM_TILES = pytest.mark.parametrize(
 )
 
 
-def by_gemm(tile: tiles.GemmTile, *inputs, **options) -> TopK:
+def by_gemm(tile: tiles.GemmTile, x, weight, bias, k, **options) -> TopK:
     with tiles.forced_tiles({"product_of_many_16bit": tile}):
-        return topk_encode(*inputs, **options, implementation="triton")
+        return topk_encode(x, weight, bias, k, **options, implementation="triton")
 
 
 def integers(device: torch.device, *shape: int, dtype=torch.bfloat16) -> Tensor:
@@ -153,9 +153,10 @@ def test_gemm_gives_the_reference_code(device, dtype, tile):
     # No size is a multiple of the tile's.
     x, base = (integers(device, 70, 48, dtype=dtype) for _ in range(2))
     weight, bias = integers(device, 150, 48, dtype=dtype), integers(device, 150, dtype=dtype)
-    offsets = {"pre_bias": integers(device, 48, dtype=dtype), "base": base}
-    ours = by_gemm(tile, x, weight, bias, 9, **offsets)
-    assert_same_code(ours, reference.topk_encode(x, weight, bias, 9, **offsets))
+    pre_bias = integers(device, 48, dtype=dtype)
+    ours = by_gemm(tile, x, weight, bias, 9, pre_bias=pre_bias, base=base)
+    expected = reference.topk_encode(x, weight, bias, 9, pre_bias=pre_bias, base=base)
+    assert_same_code(ours, expected)
     ours = by_gemm(tile, x, weight, None, 9, workspace_bytes=20 * 192 * 2)  # several chunks
     assert_same_code(ours, reference.topk_encode(x, weight, None, 9))
 

@@ -86,12 +86,12 @@ def launch_encode(
 def _product_of_many(x, weight, bias, scores, layout: SelectionLayout | None) -> Tensor | None:
     """Scores by a GEMM; returns the group maxima if it leaves them."""
     # Ours is for 16-bit rows that begin at multiples of 16 bytes; all others are the library's.
-    ours = layout is not None and gemm_takes(x, weight)
-    tile = tiles.tile("product_of_many_16bit", x.device) if ours else tiles.LIBRARY_GEMM
-    if tile != tiles.LIBRARY_GEMM:
-        best = torch.empty(x.shape[0], layout.groups, dtype=KEYS[x.dtype].dtype, device=x.device)
-        launch_gemm(x, weight, bias, scores, best, layout.group, tile)
-        return best
+    if layout is not None and gemm_takes(x, weight):
+        tile, keys = tiles.tile("product_of_many_16bit", x.device), KEYS[x.dtype]
+        if tile != tiles.LIBRARY_GEMM:
+            best = torch.empty(x.shape[0], layout.groups, dtype=keys.dtype, device=x.device)
+            launch_gemm(x, weight, bias, scores, best, layout.group, tile)
+            return best
     if bias is None:
         torch.mm(x, weight.T, out=scores)
     else:

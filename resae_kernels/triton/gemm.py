@@ -40,14 +40,9 @@ def launch_gemm(
     programs = triton.cdiv(n, tile.tokens) * triton.cdiv(M, tile.latents)
     if tile.persistent:
         programs = min(programs, _multiprocessors(x.device))
-    if tile.descriptors:
-        x, weight = (
-            _descriptor(t, [rows, tile.dimensions])
-            for t, rows in ((x, tile.tokens), (weight, tile.latents))
-        )
+    blocks = ((x, tile.tokens), (weight, tile.latents))
     gemm_kernel[(programs,)](
-        x,
-        weight,
+        *(_descriptor(t, [rows, tile.dimensions]) if tile.descriptors else t for t, rows in blocks),
         bias,
         scores,
         best,
@@ -132,9 +127,8 @@ def gemm_kernel(
     # Tokens first: the x of a chunk stays in the L2 cache, and each weight is read there once.
     blocks = tl.cdiv(n, BN)
     # Flattened into the loop over D, the next block's loads are in flight during the epilogue.
-    for i_tile in tl.range(
-        tl.program_id(0), blocks * tl.cdiv(M, BL), tl.num_programs(0), flatten=PERSISTENT
-    ):
+    first, tiles = tl.program_id(0), blocks * tl.cdiv(M, BL)
+    for i_tile in tl.range(first, tiles, tl.num_programs(0), flatten=PERSISTENT):  # type: ignore[misc]
         i_n, i_l = (i_tile % blocks) * BN, (i_tile // blocks) * BL
         # [BN, BL]
         b_score = tl.zeros([BN, BL], dtype=tl.float32)
@@ -159,7 +153,7 @@ def gemm_kernel(
             b_bits = tl.where(m_l[None, :], b_bits, 0)
         # [BN, BL / GROUP]
         b_best = tl.max(tl.reshape(b_bits, [BN, BL // GROUP, GROUP]), axis=2)
-        b_best = b_best.to(tl.float32, bitcast=True).to(scores.dtype.element_ty)
+        b_best = tl.cast(b_best, tl.float32, bitcast=True).to(scores.dtype.element_ty)
         b_best = key(b_best.to(best.dtype.element_ty, bitcast=True), INF, TOP)
         o_g = i_l // GROUP + tl.arange(0, BL // GROUP)
         p_best = best + o_n.to(tl.int64)[:, None] * groups + o_g[None, :]
