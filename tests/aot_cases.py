@@ -200,6 +200,8 @@ def encode_cases() -> Iterator[AotCase]:
         ):
             layout = selection.selection_layout(M, k)
             assert layout is not None
+            warps = selection.select_warps(layout, tile.keys_per_thread)
+            strip = tile.columns * dtype.itemsize if maxima else 0
             yield AotCase(
                 f"select {name}, M={M} k={k} {tiles.sizes(tile)}",
                 selection.select_kernel,
@@ -207,8 +209,8 @@ def encode_cases() -> Iterator[AotCase]:
                 | each("*i64:16", "indices")
                 | each("i32:16", "M groups s_scores k"),
                 selection.select_constants(layout, tile, maxima=maxima, by_value=True) | levels,
-                *(selection.select_warps(layout, tile.keys_per_thread), 3),
-                {"instructions": 4000},
+                *(warps, 3),
+                {"loads_128": strip // (512 * warps), "instructions": 4000},
                 architectures,
             )
 
@@ -235,8 +237,8 @@ def gemm_cases() -> Iterator[AotCase]:
                 *(tile.num_warps, tile.num_stages),
                 {
                     "matrix": True,
-                    "loads_128": 0 if tile.descriptors else loads,
-                    "instructions": 4000,
+                    **({"tensor_loads": 2} if tile.descriptors else {"loads_128": loads}),
+                    "instructions": 3000,
                 },
                 (architecture,),
             )

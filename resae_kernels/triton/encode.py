@@ -1,8 +1,9 @@
 """TopK encode in Triton: scores, largest scores of groups, selection.
 
-A product leaves scores (up to 16 tokens: one kernel that reads `weight` once; more: the library's
-GEMM), and the largest score of each group of consecutive latents, by which the selection finds the
-k best latents (`selection.py`).
+A product leaves scores, and the largest score of each group of consecutive latents, by which the
+selection finds the k best latents (`selection.py`). Up to 16 tokens the product is one kernel that
+reads `weight` once; more tokens take the library's GEMM, or one that leaves the maxima as well
+(`gemm.py`): the tile of "product_of_many_16bit" decides.
 """
 
 from collections.abc import Callable

@@ -68,7 +68,7 @@ def gemm_constants(tile: tiles.GemmTile, M: int, group: int) -> dict[str, int | 
         "BK": tile.dimensions,
         "DESCRIPTORS": bool(tile.descriptors),
         "PERSISTENT": bool(tile.persistent),
-        "WHOLE": M % tile.latents == 0,
+        "WHOLE_GROUPS": M % group == 0,
     }
 
 
@@ -119,7 +119,7 @@ def gemm_kernel(
     BK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
     INF: tl.constexpr,
     TOP: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -149,7 +149,7 @@ def gemm_kernel(
         # Bits of fp32 are ordered as the keys are; rounding the largest gives the largest rounded.
         b_bits = b_score.to(tl.int32, bitcast=True)
         b_bits = tl.where(b_score != b_score, 0x7FFFFFFF, b_bits)
-        if not WHOLE:  # where x is infinite, a latent past the last holds 0 · inf
+        if not WHOLE_GROUPS:  # where x is infinite, a latent past the last holds 0 · inf
             b_bits = tl.where(m_l[None, :], b_bits, 0)
         # [BN, BL / GROUP]
         b_best = tl.max(tl.reshape(b_bits, [BN, BL // GROUP, GROUP]), axis=2)
