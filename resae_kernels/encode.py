@@ -224,10 +224,17 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.has_bias = bias is not None
 
 
+BLOCK = 128
+"""Latents of one partial sum of the gradient of `pre_bias`."""
+
+
 def _combined(total: Tensor, weight: Tensor) -> Tensor:
     """`total @ weight`, `[D]`: total `[M]` in the accumulation dtype, weight not copied to it."""
     if total.dtype == weight.dtype:
-        return total @ weight
+        # Sums of BLOCK terms, then the sum of those: one running sum over M terms loses digits.
+        M = weight.shape[0] // BLOCK * BLOCK
+        blocks = total[:M].view(-1, 1, BLOCK), weight[:M].unflatten(0, (-1, BLOCK))
+        return torch.bmm(*blocks).sum((0, 1)) + total[M:] @ weight[M:]
     # What the 16-bit total leaves out is a second row of the product.
     coarse = total.to(weight.dtype)
     fine = (total - coarse).to(weight.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resae_kernels import dense
-from resae_kernels.cpu import sums
+from resae_kernels.cpu import native, sums
 from resae_kernels.dispatch import LIBRARY, implementation_for, register
 from resae_kernels.triton import decode as triton_decode
 
@@ -55,6 +55,8 @@ def _latent_outer(
     chosen = implementation_for("latent_outer", rows, implementation or None)
     if dense.is_dense(form, indices, M, rows.dtype):
         return dense.dense_outer(acts, indices, rows, M, chosen)
+    if chosen == "torch" and native.takes(acts, rows):
+        return native.latent_outer(acts, indices, rows, M)
     k = acts.shape[1]
     acts, latents = acts.reshape(-1), indices.reshape(-1)
     # Padding slots would pile up on latent 0: they sort behind the last latent and are cut off.

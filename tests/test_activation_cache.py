@@ -5,8 +5,10 @@ import pytest
 import tiny
 import torch
 
-from resae.activation_cache import ActivationCache
-from resae.data import ActivationBatches, ModelActivations, Position, TokenRows, in_order
+from resae.data.activations import ModelActivations
+from resae.data.batches import ActivationBatches, Position, in_order
+from resae.data.cache import ActivationCache
+from resae.data.rows import TokenRows
 
 TEXTS = [f"{word} and the earth was without form, and void; " * 60 for word in ("In", "On", "At")]
 WIDTH = 32
@@ -28,7 +30,7 @@ def passes(lm, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr("resae.activation_cache.SHARD_TOKENS", 2 * 16 * 24)
+    monkeypatch.setattr("resae.data.cache.SHARD_TOKENS", 2 * 16 * 24)
 
 
 def activations(lm, texts=TEXTS, context=24, layers=(0, 2)):

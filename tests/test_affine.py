@@ -2,15 +2,9 @@ import pytest
 import tiny
 import torch
 
-from resae.affine import (
-    FORMS,
-    KINDS,
-    AffinePredictor,
-    Moments,
-    fit_predictor,
-    r2_per_layer,
-    routing_shares,
-)
+from resae.evaluation.predictors import r2_per_layer, routing_shares
+from resae.stack.affine import FORMS, KINDS, AffinePredictor
+from resae.stack.fit import Moments, fit_predictor
 
 
 def planted(n=4000, D=6, noise=0.0, seed=0):

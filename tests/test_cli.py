@@ -9,7 +9,6 @@ import sys
 import time
 import weakref
 from contextlib import ExitStack
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from string import ascii_letters
@@ -18,13 +17,15 @@ import pytest
 import tiny
 import torch
 
-from resae import HookedLM, ReSAE, activation_cache
+import resae.training.loop as training
+from resae import HookedLM, ReSAE
 from resae.cli import Display, main
-from resae.data import TokenRows, fingerprint, load_texts
+from resae.data import cache as activation_cache
+from resae.data.rows import TokenRows
+from resae.data.text_record import RunText
+from resae.data.texts import fingerprint, load_texts
 from resae.storage import load_json, load_tensors
-from resae.text_record import RunText
 
-training = import_module("resae.train")  # resae.train is also the function
 TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
 SMALL = ["--train-tokens", "4096", "--batch-tokens", "128", "--buffer-tokens", "1024"]
 SMALL += ["--calibration-tokens", "2048", "--d-sae", "64"]
@@ -121,8 +122,7 @@ def evaluated(monkeypatch):
         rows.append(torch.cat(list(arguments[2])))
         raise ValueError("enough")
 
-    module = import_module("resae.evaluate")  # resae.evaluate is also the function
-    monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr("resae.evaluation.comparison.evaluate", evaluate)
     return rows
 
 
@@ -331,7 +331,8 @@ def fitted(material):
 
 
 def test_train_takes_the_maps_of_fit_and_fits_none(material, fitted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("resae.cli._moments", None)
+    monkeypatch.setattr("resae.training.maps.measure_moments", None)
+    monkeypatch.setattr("resae.training.pipeline.measure_moments", None)
     arguments = ["train", str(material / "model"), str(material / "text.txt"), "--k", "4"]
     arguments += ["--context-tokens", "24", "--held-out-rows", "8", "--d-sae", "64"]
     arguments += ["--train-tokens", "512", "--batch-tokens", "128", "--maps", str(fitted)]
@@ -486,7 +487,7 @@ def test_progress_goes_to_tensorboard_and_wandb_with_delta_ce(run, material, mon
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_logger_is_named_before_anything_runs(name, material, monkeypatch, capsys):
-    monkeypatch.setattr("resae.cli.find_spec", lambda _: None)
+    monkeypatch.setattr("resae.training.loggers.find_spec", lambda _: None)
     monkeypatch.delitem(sys.modules, name, raising=False)
     arguments = ["train", "no-model", "no-data", "--k", "4", "--out", str(material / "none")]
     assert main([*arguments, f"--{name}", *(["shelf"] if name == "wandb" else [])]) == 2
@@ -985,7 +986,7 @@ def test_the_buffer_of_calibration_is_freed_once_it_is_used_up(material, tmp_pat
             next(batches)
         alive.append([x() is not None for x in buffer])
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr("resae.training.pipeline.train", train)
     given = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN]
     sizes = ["--train-tokens", "2048", "--batch-tokens", "64", "--buffer-tokens", "256"]
     sizes += ["--calibration-tokens", "400", "--d-sae", "64"]

@@ -5,17 +5,10 @@ import pytest
 import tiny
 import torch
 
-from resae.data import (
-    ActivationBatches,
-    Position,
-    StoredActivations,
-    TokenRows,
-    _reading_again,
-    capture_tokens,
-    fingerprint,
-    load_texts,
-    train_and_held_out,
-)
+from resae.data.activations import capture_tokens
+from resae.data.batches import ActivationBatches, Position, StoredActivations, _reading_again
+from resae.data.rows import TokenRows, train_and_held_out
+from resae.data.texts import fingerprint, load_texts
 
 TEXTS = [
     "In the beginning God created the heaven and the earth.",

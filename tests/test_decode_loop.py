@@ -6,7 +6,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from resae import DecodeLoop, StrongestLatents, replacement
-from resae.decode_loop import DEFERRED
+from resae.replacements.decode_loop import DEFERRED
 
 
 @pytest.fixture(scope="module", params=["pythia", "gemma2"])
@@ -113,7 +113,7 @@ def test_rows_padded_on_the_left_are_the_single_rows(lm, compiled):
 
 
 def test_a_row_ends_at_a_stop_id_and_all_rows_end_the_text(monkeypatch):
-    monkeypatch.setattr("resae.decode_loop.LOOK_EVERY", 4)
+    monkeypatch.setattr("resae.replacements.decode_loop.LOOK_EVERY", 4)
     lm, ids = tiny.pythia(), tiny.ids(2, 6)
     whole = DecodeLoop(lm, max_length=40)(ids, max_new_tokens=30)
     stops = [int(whole[0, 2]), int(whole[1, 5])]

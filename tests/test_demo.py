@@ -8,9 +8,9 @@ import torch
 
 from resae import ReSAE
 from resae.cli import main
-from resae.demo import BOOST_DOMAIN, DemoConfig, Plan, _divided, run_demo
-from resae.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
-from resae.report import write_report
+from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, Plan, _divided, run_demo
+from resae.demo.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
+from resae.report.page import write_report
 
 ROOT = Path(__file__).parent.parent
 
@@ -234,7 +234,7 @@ def test_unknown_methods_are_refused_before_any_work(capsys):
 
 def test_plan_corrects_its_estimate_by_the_speed_it_meets(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("resae.demo.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("resae.demo.comparison.time.perf_counter", lambda: clock[0])
     lines = []
     plan = Plan({"first": 10.0, "second": 90.0}, lines.append)
     plan.stage("first")

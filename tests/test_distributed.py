@@ -14,10 +14,12 @@ from safetensors import safe_open
 from test_train import calibration_of, config_of, stop_after
 
 from resae import Moments, ReSAE, StoredActivations, train
-from resae.data import ActivationBatches, TokenRows, capture_tokens
-from resae.distributed import Ranks
+from resae.data.activations import capture_tokens
+from resae.data.batches import ActivationBatches
+from resae.data.rows import TokenRows
 from resae.storage import load_tensors, save_tensors
-from resae.train import boost_calibration
+from resae.training.calibration import boost_calibration
+from resae.training.distributed import Ranks
 
 BASE = config_of(lr=2e-3, dead_after_tokens=128)
 CASES = {

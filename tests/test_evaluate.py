@@ -3,7 +3,7 @@ import tiny
 import torch
 
 from resae import AffineOnly, Method, evaluate
-from resae.evaluate import collapse_difference, forward_passes
+from resae.evaluation.comparison import collapse_difference, forward_passes
 
 COLUMNS = {
     "replacement": "method loop mode layers k active_total ce_clean ce delta_ce ce_recovered_zero "

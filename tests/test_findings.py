@@ -1,4 +1,4 @@
-from resae.findings import extra_findings, findings
+from resae.report.findings import extra_findings, findings
 
 
 def rows_where(better):

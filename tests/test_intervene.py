@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from resae import AffineOnly, replacement
-from resae.evaluate import edit_effects
-from resae.intervene import (
+from resae.evaluation.effects import edit_effects
+from resae.replacements.edits import (
     ActiveEdits,
     Change,
     Edit,
@@ -453,7 +453,7 @@ def test_carried_dictionaries_predict_edits_as_the_maps_do(
     ]
     by_maps, by_tables, read = {}, {}, {}
     steps = tiny.carried_steps(monkeypatch)
-    monkeypatch.setattr("resae.stack._maps_are_faster", lambda *_: False)
+    monkeypatch.setattr("resae.stack.stack._maps_are_faster", lambda *_: False)
     for transport_bytes, out in ((0, by_maps), (1 << 20, by_tables)):
         codes = read[transport_bytes] = []
         with replacement(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resae.metrics import (
+from resae.evaluation.metrics import (
     HISTOGRAM_EDGES,
     VarianceUnexplained,
     cosine_histogram,

@@ -11,7 +11,7 @@ import torch
 
 from resae import HookedLM, replacement
 from resae.assets import TINY_PYTHIA
-from resae.model import SITES, HookPoint
+from resae.models.points import SITES, HookPoint
 
 
 @pytest.fixture(params=tiny.FAMILIES)

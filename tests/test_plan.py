@@ -10,11 +10,12 @@ from transformers import Gemma2Config, GPTNeoXConfig
 
 from resae import ActivationBatches, Moments, TokenRows, train_step
 from resae.cli import main
-from resae.data import Position, capture_tokens
-from resae.distributed import Ranks
-from resae.model import HookedLM
-from resae.plan import Device, ModelSizes, plan
-from resae.train import initial_state
+from resae.data.activations import capture_tokens
+from resae.data.batches import Position
+from resae.models.hooked import HookedLM
+from resae.training.distributed import Ranks
+from resae.training.estimate import Device, ModelSizes, plan
+from resae.training.start import initial_state
 
 CONFIGS = {
     "pythia-1.4b": GPTNeoXConfig(
@@ -148,7 +149,7 @@ def test_the_rank_with_the_largest_autoencoders_is_planned(lm):
 def test_plan_needs_a_config_and_nothing_else(name, weights, tmp_path, capsys, monkeypatch):
     CONFIGS[name].save_pretrained(tmp_path / name)
     monkeypatch.setattr(HookedLM, "from_pretrained", None)
-    monkeypatch.setattr("resae.data.train_and_held_out", None)
+    monkeypatch.setattr("resae.data.rows.train_and_held_out", None)
     arguments = ["train", str(tmp_path / name), "no-data", "--layers", "0,6,12,18", "--k", "64"]
     arguments += ["--d-sae", "65536", "--train-tokens", "500000000", "--batch-tokens", "8192"]
     out = ["--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--autocast", "--plan"]

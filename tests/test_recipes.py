@@ -1,5 +1,5 @@
 from resae.choices import FORMS, KINDS
-from resae.recipes import (
+from resae.demo.recipes import (
     ELSEWHERE,
     EXTRA_METHODS,
     FAIR_RECIPES,
@@ -8,7 +8,7 @@ from resae.recipes import (
     METHOD_GROUPS,
     RECIPES,
 )
-from resae.report import LABELS
+from resae.evaluation.labels import LABELS
 
 
 def test_every_recipe_is_one_method_that_can_be_trained_and_has_a_label():

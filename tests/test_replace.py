@@ -26,8 +26,8 @@ from resae import (
     generate,
     replacement,
 )
-from resae.replace import MODES
-from resae.sae import BoostedSAE
+from resae.replacements.context import MODES
+from resae.sae.boosted import BoostedSAE
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -305,6 +305,26 @@ def test_scores_of_beams_are_those_of_a_full_forward(either):
     chosen = out.sequences[:, 10:].unsqueeze(-1)
     score = logits.log_softmax(-1).gather(-1, chosen).sum((1, 2)) / chosen.shape[1]
     torch.testing.assert_close(out.sequences_scores, score)
+
+
+def test_single_tokens_are_told_special_or_padding_as_in_longer_passes(neox):
+    special = neox.special_ids[0]
+    with replacement(neox, tiny.stack(neox)) as active:
+        for ids, mask in itertools.product(
+            ([[9]], [[9], [10]], [[special]], [[9], [special]], [[9]] * 20),
+            (None, [0, 1], [0, 0], [1, 0]),
+        ):
+            one = torch.tensor(ids)
+            seen = None if mask is None else torch.tensor([mask] * len(ids))
+            kept = active._kept(one, seen)
+            expected = torch.tensor([[token == special] for [token] in ids])
+            if mask is not None:
+                expected |= mask[1] == 0
+            if not expected.any():
+                assert kept is None
+            else:
+                assert kept is not None
+                assert torch.equal(kept.squeeze(-1), expected)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from resae.report import label, whole_selection, write_report
+from resae.evaluation.labels import label, whole_selection
+from resae.report.page import write_report
 from resae.storage import save_json
 
 
@@ -161,14 +162,14 @@ def test_a_folder_that_takes_no_files_is_found_before_anything_is_drawn(tmp_path
         raise OSError(30, "Read-only file system", str(dir))
 
     monkeypatch.setattr("resae.storage.tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr("resae.report.draw", None)
+    monkeypatch.setattr("resae.report.page.draw", None)
     with pytest.raises(OSError, match="cannot write into .*Read-only file system"):
         write_report(tmp_path)
 
 
 def test_without_matplotlib_the_remedy_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
     save_json(tmp_path / "report.json", report_of())
-    monkeypatch.setattr("resae.report.find_spec", lambda _: None)
+    monkeypatch.setattr("resae.report.figures.find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=r"resae\[plots\]"):
         write_report(tmp_path)
 

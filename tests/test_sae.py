@@ -5,7 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resae.sae import BoostedSAE, SAEConfig, TopKSAE, auxk_loss
+from resae.sae.base import SAEConfig
+from resae.sae.boosted import BoostedSAE
+from resae.sae.losses import auxk_loss
+from resae.sae.prefix import PrefixSAE
+from resae.sae.registry import KINDS, load_sae, new_sae
+from resae.sae.topk import TopKSAE
 from resae_kernels import sparse_decode, topk_encode
 
 
@@ -135,9 +140,43 @@ def test_aux_gradient_reaches_the_encoder_of_dead_latents_and_only_them():
     dead = torch.zeros(20, dtype=torch.bool)
     dead[[2, 7, 11]] = True
     auxk_loss(sae, x, error, dead, k_aux=2).backward()
-    for gradient in (sae.encoder.weight.grad, sae.W_dec.grad, sae.encoder.bias.grad.unsqueeze(1)):
+    of_rows = (p.grad.to_dense() for p in (sae.encoder.weight, sae.W_dec))
+    for gradient in (*of_rows, sae.encoder.bias.grad.unsqueeze(1)):
         assert gradient[dead].abs().sum(1).min() > 0
         assert not gradient[~dead].any()
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_aux_of_no_more_dead_latents_than_k_is_that_of_their_topk(with_base):
+    """All of them are in the code: dense products take the place of a selection."""
+    sae = small().double()
+    sae.b_dec.data.normal_()
+    sae.encoder.bias.data.normal_()
+    x, error, base = torch.randn(3, 9, 8, dtype=torch.float64)
+    offset = base if with_base else None
+    dead = torch.arange(20) % 4 == 0
+    parameters = list(sae.parameters())
+
+    loss = auxk_loss(sae, x, error, dead, k_aux=5, base=offset)
+    found = [loss, *torch.autograd.grad(loss, parameters)]
+    weight, bias = sae.encoder.weight[dead], sae.encoder.bias[dead]
+    code = topk_encode(x, weight, bias, 5, pre_bias=sae.b_dec, base=offset)
+    rebuilt = sparse_decode(*code, sae.W_dec[dead])
+    loss = (error - rebuilt).square().sum() / error.square().sum()
+    expected = [loss, *torch.autograd.grad(loss, parameters)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.to_dense(), theirs)
+
+
+def test_aux_adds_to_the_gradients_of_the_main_loss_in_their_layout():
+    sae, x = small(), torch.randn(9, 8)
+    dead = torch.arange(20) == 7
+    x_hat, _ = sae(x)
+    ((x - x_hat).square().sum() + auxk_loss(sae, x, x - x_hat, dead, k_aux=2)).backward()
+    for parameter in sae.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.layout == torch.strided
+        assert parameter.grad.is_contiguous()
 
 
 def test_aux_of_a_worked_example():
@@ -246,7 +285,7 @@ def test_impossible_sizes_are_errors(sizes, message):
 
 @pytest.mark.parametrize("gain", [0.0, 0.25])
 def test_prefixes_are_the_reconstructions_of_fewer_latents(gain):
-    sae = small(k=5).double()
+    sae = PrefixSAE(small(k=5).config).double()
     sae.config = replace(sae.config, prefix_gain=gain)
     sae.b_dec.data.normal_()
     x, base = torch.randn(2, 7, 8, dtype=torch.float64)
@@ -365,3 +404,45 @@ def test_a_boosted_autoencoder_is_rescaled_and_comes_back(tmp_path):
     assert torch.equal(alone(x).x_hat, sae.base(x).x_hat)
     with pytest.raises(ValueError, match=r"at_k: k=2.*3 \+ 2"):
         sae.at_k(2)
+
+
+# -- kinds -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_comes_back_from_disk_as_it_was(kind, tmp_path):
+    sae = {
+        "topk": lambda: small(k=4),
+        "prefix": lambda: new_sae(SAEConfig(8, 20, 4, 0.125), prefixes=(1, 2, 4)),
+        "boosted": lambda: boosted(threshold=0.25).eval(),
+    }[kind]()
+    assert sae.kind == kind
+    sae.save(tmp_path, hook_point="x")
+    loaded = load_sae(tmp_path)
+    assert type(loaded) is type(sae) is KINDS[kind]
+    assert getattr(loaded, "prefixes", None) == getattr(sae, "prefixes", None)
+    x = torch.randn(6, 8)
+    assert torch.equal(loaded(x).x_hat, sae(x).x_hat)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_last_reconstruction_of_the_loss_is_the_decode(kind):
+    sae = boosted() if kind == "boosted" else KINDS[kind](SAEConfig(8, 20, 4))
+    code = sae.encode(torch.randn(6, 8))
+    torch.testing.assert_close(sae.reconstructions(code)[-1], sae.decode(*code))
+    assert sae.follows_acts == (kind == "boosted")
+    assert (sae.step_weights is None) == (sae.dictionaries > 1)
+
+
+def test_folders_of_earlier_versions_and_unknown_kinds(tmp_path):
+    boosted().save(tmp_path / "boosted")
+    small(k=4).save(tmp_path / "other")
+    for folder, kind in (("boosted", None), ("other", "jumprelu")):
+        path = tmp_path / folder / "cfg.json"
+        cfg = json.loads(path.read_text())
+        cfg["metadata"] |= {"kind": kind}
+        path.write_text(json.dumps(cfg))
+    assert load_sae(tmp_path / "boosted", "boosted").kind == "boosted"
+    assert load_sae(tmp_path / "boosted").kind == "topk"
+    with pytest.raises(ValueError, match="kind 'jumprelu', expected one of topk, prefix, boosted"):
+        load_sae(tmp_path / "other")

@@ -937,6 +937,13 @@ def test_no_tensor_of_tokens_by_latents_is_ever_made():
     assert largest_allocation(lambda: sparse().sum().backward()) < N * M
 
 
+@pytest.fixture
+def without_library(monkeypatch):
+    """Torch's own operations, as on a machine without the compiled library."""
+    monkeypatch.setattr(native, "takes", lambda *_: False)
+
+
+@pytest.mark.usefixtures("without_library")
 def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
     N, D, M, k = 64, 32, 600, 8  # fewer codes than latents: W_dec is not widened as a whole
     rows, W_dec = torch.randn(N, D).bfloat16(), torch.randn(M, D).bfloat16()
@@ -952,6 +959,7 @@ def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
     assert largest_allocation(product) <= gathered // 13
 
 
+@pytest.mark.usefixtures("without_library")
 def test_dictionary_is_widened_once_for_the_product_in_16_bit():
     # Its rows one by one, as often as codes name them, took 25 times as long.
     N, D, M, k = 64, 32, 40, 8
@@ -963,6 +971,7 @@ def test_dictionary_is_widened_once_for_the_product_in_16_bit():
     torch.testing.assert_close(product(rows, indices, W_dec), expected.bfloat16())
 
 
+@pytest.mark.usefixtures("without_library")
 def test_no_row_is_copied_for_the_product_in_fp32():
     N, D, M, k = 64, 32, 40, 8
     rows, W_dec = torch.randn(N, D), torch.randn(M, D)
@@ -1177,6 +1186,14 @@ def test_many_tokens_of_a_sparse_code_take_one_compiled_call(monkeypatch):
         x_hat = sparse_decode(acts, indices, W)
     torch.testing.assert_close(x_hat, reference.sparse_decode(acts, indices, W))
     assert dense_sums_used(monkeypatch, lambda: sparse_decode(acts, indices % 4, W[:4]))
+
+
+@pytest.mark.usefixtures("without_library")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_and_gradients_without_the_library_are_as_close_to_fp64_as_plain_torch(dtype):
+    inputs = decoder_inputs(40, 64, 90, 8, dtype)
+    ops = (sparse_decode, reference.sparse_decode)
+    assert_close_as_torch(*(lambda op=op, **given: op(**given) for op in ops), inputs)  # type: ignore
 
 
 @pytest.mark.parametrize("M", [1, 300, 70_000, 2**17])

@@ -1,5 +1,7 @@
 import copy
+import dataclasses
 import json
+import pickle
 from unittest.mock import MagicMock
 
 import pytest
@@ -8,11 +10,12 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
-from resae.affine import KINDS
-from resae.data import capture_tokens
-from resae.sae import BoostedSAE, SAEConfig
-from resae.stack import new_stack
-from resae_kernels import reference
+from resae.data.activations import capture_tokens
+from resae.sae.base import SAEConfig
+from resae.sae.boosted import BoostedSAE
+from resae.stack.affine import KINDS
+from resae.stack.stack import new_stack
+from resae_kernels import ScreenedEncoder, reference
 from resae_kernels.cpu import native
 
 
@@ -131,7 +134,7 @@ def test_a_hub_name_is_downloaded_and_opened(lm, tmp_path, monkeypatch):
         asked.append((name, options["revision"], options["allow_patterns"]))
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr("resae.stack.snapshot_download", snapshot_download)
+    monkeypatch.setattr("resae.stack.stack.snapshot_download", snapshot_download)
     loaded = ReSAE.from_pretrained("someone/some-stack", revision="v1")
     assert asked == [("someone/some-stack", "v1", ["*.json", "*.safetensors"])]
     assert torch.equal(loaded.sae(2).W_dec, stack.sae(2).W_dec)
@@ -143,7 +146,7 @@ def test_a_name_that_is_nowhere_is_called_no_folder_first(name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     if name in ("typo", "runs/typo"):
         error = RepositoryNotFoundError("404: no such repository", response=MagicMock())
-        monkeypatch.setattr("resae.stack.snapshot_download", MagicMock(side_effect=error))
+        monkeypatch.setattr("resae.stack.stack.snapshot_download", MagicMock(side_effect=error))
     with pytest.raises(FileNotFoundError) as raised:
         ReSAE.from_pretrained(name)
     said = str(raised.value)
@@ -244,6 +247,23 @@ def test_an_autoencoder_of_residuals_knows_it_and_asks_for_the_prediction(lm, xs
         sae.encode(xs[0])
     code = TopKSAE.load(tmp_path / tiny.NAMES[1]).encode(xs[1], base=stack.predictor(1, xs))
     assert torch.equal(code.indices, stack.encode(xs)[1].indices)
+
+
+def test_a_boosted_stack_is_not_shared_and_opens_where_it_was_recorded_as_such(lm, tmp_path):
+    plain = tiny.stack(lm, "none")
+    saes = [BoostedSAE(plain.sae(i), TopKSAE(SAEConfig(32, 16, 2))) for i in range(3)]
+    stack = ReSAE(tiny.NAMES, plain.predictor, saes)
+    assert not stack.shared
+    stack.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "resae.json").read_text())
+    assert record["shared"] is False
+    for name in ("resae.json", *(f"{name}/cfg.json" for name in tiny.NAMES)):  # as before kinds
+        content = json.loads((tmp_path / name).read_text())
+        content |= {"shared": True} if name == "resae.json" else {}
+        content.get("metadata", {}).pop("kind", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    loaded = ReSAE.load(tmp_path)
+    assert [sae.kind for sae in loaded.distinct()] == ["boosted"] * 3
 
 
 def test_what_capture_returns_is_encoded_by_hook_point(lm):
@@ -395,6 +415,81 @@ def test_cheap_maps_are_a_chain_of_their_dense_ones(lm, xs, tmp_path, form):
     torch.testing.assert_close(x_hat, plain, atol=1e-4, rtol=1e-4)
 
 
+def _replace_parameter(module: torch.nn.Module, name: str) -> None:
+    setattr(module, name, torch.nn.Parameter(2 * getattr(module, name), requires_grad=False))
+
+
+CHANGES = {
+    "nothing": lambda _: None,
+    "weight in place": lambda stack: stack.saes[1].encoder.weight.mul_(-1.0),
+    "weight replaced": lambda stack: _replace_parameter(stack.saes[1].encoder, "weight"),
+    "bias in place": lambda stack: stack.saes[1].encoder.bias.add_(1.0),
+    "decoder in place": lambda stack: stack.saes[1].W_dec.mul_(2.0),
+    "decoder replaced": lambda stack: _replace_parameter(stack.saes[1], "W_dec"),
+    "decoder bias in other memory": lambda stack: setattr(
+        stack.saes[1].b_dec, "data", torch.randn(stack.d_in)
+    ),
+    "map turned in its memory": lambda stack: setattr(
+        stack.predictor.A_1, "data", stack.predictor.A_1.T
+    ),
+    "map replaced": lambda stack: setattr(stack.predictor, "A_1", -stack.predictor.A_1),
+    "predictor replaced": lambda stack: setattr(
+        stack, "predictor", stack.predictor.rescaled([1.0, 3.0])
+    ),
+    "autoencoder replaced": lambda stack: stack.saes.__setitem__(1, stack.saes[1].at_k(3)),
+    "fewer active": lambda stack: setattr(
+        stack.saes[1], "config", dataclasses.replace(stack.saes[1].config, k=4)
+    ),
+    "the certain margin": lambda stack: setattr(stack.saes[1], "screening", "certain"),
+    "copy dropped": lambda stack: stack.saes[1].screened.forget(),
+    "decoder parametrised": lambda stack: torch.nn.utils.parametrize.register_parametrization(
+        stack.saes[1], "W_dec", torch.nn.Softsign()
+    ),
+    "another dtype": lambda stack: stack.bfloat16(),
+}
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("tokens", [(1, 1), (16, 1)])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_prepared_step_follows_every_change_of_the_stack(change, tokens, monkeypatch):
+    """The bits of a copy of the stack, which has prepared nothing; no checks anew in between."""
+    D, A = 128, torch.randn(128, 128) / 11
+    predictor = AffinePredictor("previous", [A], [torch.randn(D)])
+    stack = new_stack(tiny.NAMES[:2], predictor, d_in=D, d_sae=1024, k=[8, 8])
+    for sae in stack.saes:
+        sae.b_dec.normal_()
+    stack.eval().requires_grad_(False)
+    x, past = torch.randn(*tokens, D), [torch.randn(*tokens, D)]
+    prepared = []
+    prepare = ScreenedEncoder.prepare_step
+    monkeypatch.setattr(
+        ScreenedEncoder, "prepare_step", lambda *a, **b: prepared.append(a) or prepare(*a, **b)
+    )
+    for _ in range(2):  # the first makes the copy
+        stack.step(1, x, past, past)
+    prepared.clear()
+    before = stack.step(1, x, past, past)
+    assert not prepared
+    CHANGES[change](stack)
+    x, past = x.to(stack.saes[1].b_dec.dtype), [past[0].to(stack.saes[1].b_dec.dtype)]
+    fresh = pickle.loads(pickle.dumps(stack)) if "parametrised" not in change else None
+    ours = [stack.step(1, x, past, past) for _ in range(3)]
+    theirs = ours[0]
+    if fresh is not None:
+        assert not fresh._prepared
+        for _ in range(2):
+            theirs = fresh.step(1, x, past, past)
+    for x_hat, code in ours[1:]:
+        for a, b in zip((x_hat, *code), (theirs[0], *theirs[1]), strict=True):
+            assert torch.equal(a, b)
+    if change in ("nothing", "copy dropped"):
+        assert torch.equal(ours[2][0], before[0])
+    elif change != "the certain margin":
+        assert not torch.equal(ours[2][0], before[0])
+
+
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 @pytest.mark.parametrize("kind", ["none", "identity", "previous", "all_previous"])
 @pytest.mark.parametrize("tokens", [(1, 1), (3, 1), (16, 1), (2, 20)])
@@ -414,7 +509,7 @@ def test_a_layer_of_few_tokens_on_a_cpu_is_one_compiled_call(kind, tokens, monke
     xs = [torch.randn(*tokens, D) for _ in range(L)]
     steps = []
     compiled = native.online_step
-    monkeypatch.setattr(native, "online_step", lambda *a: steps.append(a[3]) or compiled(*a))
+    monkeypatch.setattr(native, "online_step", lambda *a: steps.append(a[1].A) or compiled(*a))
     exact = [x.double() for x in xs]
     wide = copy.deepcopy(stack).double()
     with torch.no_grad():
@@ -431,6 +526,6 @@ def test_a_layer_of_few_tokens_on_a_cpu_is_one_compiled_call(kind, tokens, monke
     N = tokens[0] * tokens[1]
     assert len(steps) == (L if N <= 16 else 0)
     inside = kind in ("identity", "previous") and N * D <= 2048
-    by_map = [affine is not None for affine in steps]
+    by_map = [A is not None for A in steps]
     one_source = [False, kind == "all_previous" and N * D <= 2048, False]
     assert by_map == ([False, True, True] if inside else one_source)[: len(steps)]

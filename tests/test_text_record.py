@@ -2,8 +2,8 @@ import pytest
 import tiny
 import torch
 
-from resae import text_record
-from resae.text_record import (
+from resae.data import text_record
+from resae.data.text_record import (
     RunText,
     TrainedText,
     held_out_by_all,

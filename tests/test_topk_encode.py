@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measured import (
     assert_close_as_torch,
+    assert_error_as_torch,
     assert_same,
     largest_allocation,
     values_and_gradients,
@@ -15,6 +16,7 @@ from torch import Tensor
 from resae_kernels import TopK, reference, topk_encode
 from resae_kernels import dispatch as _launch
 from resae_kernels.cpu import selection
+from resae_kernels.encode import _combined
 from resae_kernels.triton import runtime
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -659,6 +661,14 @@ def test_bad_input_is_refused(change, error, message):
     arguments = {"x": torch.zeros(3, 4), "weight": torch.zeros(8, 4), "k": 2} | change
     with pytest.raises(error, match=message):
         encode(topk_encode, **arguments)
+
+
+@pytest.mark.parametrize("M", [3, 8192, 8205])
+def test_sum_over_all_latents_is_as_close_to_fp64_as_plain_torch(M):
+    total, weight = torch.rand(M), torch.randn(M, 64)
+    exact = total.double() @ weight.double()
+    plain = (total[:, None] * weight).sum(0)
+    assert_error_as_torch("sum", _combined(total, weight), plain, exact)
 
 
 # -- Triton ----------------------------------------------------------------------------------------

@@ -3,27 +3,24 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import tiny
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from resae import ReSAE, StoredActivations, TrainConfig, train, train_step
-from resae.affine import Moments
-from resae.data import ActivationBatches, Position, TokenRows, capture_tokens
-from resae.stack import ModelIdentity
+from resae.data.activations import capture_tokens
+from resae.data.batches import ActivationBatches, Position
+from resae.data.rows import TokenRows
+from resae.models.identity import ModelIdentity
+from resae.stack.fit import Moments
 from resae.storage import load_tensors
-from resae.train import (
-    Calibration,
-    boost_calibration,
-    calibrate,
-    initial_state,
-    stack_loss,
-)
+from resae.training.calibration import Calibration, boost_calibration, calibrate
+from resae.training.loss import stack_loss
+from resae.training.start import initial_state
 
-TRAINING = import_module("resae.train")  # resae.train is also the function
 TEXT = ["The cat sat on the mat, and the dog sat by the door. " * 40]
 
 
@@ -392,7 +389,7 @@ def test_weights_that_are_not_finite_are_not_saved_though_the_loss_is(xs, tmp_pa
         state.stack.sae(1).b_dec.data[3] = math.inf if state.step == 4 else 0
         return train_step(state, *rest)
 
-    monkeypatch.setattr(TRAINING, "train_step", step)
+    monkeypatch.setattr("resae.training.loop.train_step", step)
     with pytest.raises(ValueError, match="at step 5, or the weights after it are not finite"):
         run(xs, tmp_path, checkpoint_steps=5)
     assert not (tmp_path / "checkpoints").exists()
@@ -410,7 +407,6 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_is_gone_on_from(
     xs, tmp_path, monkeypatch, error
 ):
     whole = run(xs, tmp_path / "whole").state_dict()
-    save_file = TRAINING.save_file
 
     def until_full(tensors, path, metadata):
         if metadata["step"] == "10":
@@ -418,7 +414,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_is_gone_on_from(
             raise error
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(TRAINING, "save_file", until_full)
+    monkeypatch.setattr("resae.training.checkpoints.save_file", until_full)
     said = r"cannot write .*step_00000010.*No space left.*step_00000005\.safetensors is intact"
     with pytest.raises(OSError, match=said):
         run(xs, tmp_path / "cut", checkpoint_steps=5)

@@ -5,18 +5,18 @@ import signal
 import socket
 import sys
 import time
-from importlib import import_module
 
 import pytest
 import torch
 from safetensors import safe_open
 from test_cli import SMALL, TRAIN, free_ports, material  # noqa: F401
 
-from resae import ReSAE, watch
+import resae.training.loop as training
+from resae import ReSAE
 from resae.cli import main
-from resae.watch import Watch
+from resae.training import watch
+from resae.training.watch import Watch
 
-training = import_module("resae.train")  # resae.train is also the function
 WAYS = ("data", "layers")
 
 
