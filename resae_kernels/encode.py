@@ -71,7 +71,8 @@ def topk_encode(
         and base through the acts, where they are positive; indices have none. Under autocast the
         inputs are cast as for `F.linear`.
 
-        "triton" beyond 16 tokens leaves the product to the GEMM of torch, in x's dtype: fp32
+        "triton" beyond 16 tokens leaves the product to the GEMM of torch, unless `resae tune` found
+        the package's own faster. That of torch works in x's dtype: fp32
         accumulation with the bias added before the one rounding, unless the library splits the sum
         over D and adds the parts in 16 bit, or takes TF32 for fp32; both are settings of
         `torch.backends.cuda.matmul`. Its selection takes fp32, bf16 and fp16 with k ≤ 1024,

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resae_kernels.triton import decode, encode, step, tiles
-from resae_kernels.triton.runtime import triton
+from resae_kernels.triton import decode, encode, gemm, selection, step, tiles
+from resae_kernels.triton.keys import KEYS
 
 
 class AotCase(NamedTuple):
@@ -33,6 +33,7 @@ def all_cases() -> Iterator[AotCase]:
     """The cases of every kernel."""
     yield from decode_cases()
     yield from encode_cases()
+    yield from gemm_cases()
     yield from step_cases()
 
 
@@ -155,7 +156,7 @@ def encode_cases() -> Iterator[AotCase]:
         return dict.fromkeys(names.split(), kind)
 
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        keys = encode.KEYS[dtype]
+        keys = KEYS[dtype]
         floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
         levels = {"INF": keys.inf, "TOP": keys.top}
 
@@ -173,7 +174,7 @@ def encode_cases() -> Iterator[AotCase]:
         for tile in tiles.TILES["group_max"].candidates("sm_90"):
             yield AotCase(
                 f"group_max {name} {tiles.sizes(tile)}",
-                encode.group_max_kernel,
+                selection.group_max_kernel,
                 each(integers, "scores best") | each("i32:16", "M groups s_scores"),
                 {"GROUP": 32, "BM": tile.columns} | levels,
                 *(tile.num_warps, 1),
@@ -209,23 +210,58 @@ def encode_cases() -> Iterator[AotCase]:
                     (architecture,),
                 )
 
-        for M, k in ((8192, 32), (65536, 64), (131072, 256)):
-            layout = encode.selection_layout(M, k)
+        first, *others = tiles.TILES["select"].candidates("sm_90")
+        every = ("sm_80", "sm_90", "sm_100")
+        # By value: a selection by index is a part of it.
+        for M, k, tile, maxima, architectures in (
+            (8192, 32, first, False, ("sm_90",)),
+            (65536, 64, first, False, every),
+            (131072, 256, first, False, every),
+            *((65536, 64, tile, tile.columns > 0, ("sm_90",)) for tile in others),
+        ):
+            layout = selection.selection_layout(M, k)
             assert layout is not None
+            warps = selection.select_warps(layout, tile.keys_per_thread)
+            strip = tile.columns * dtype.itemsize if maxima else 0
             yield AotCase(
-                f"select {name}, M={M} k={k}",
-                encode.select_kernel,
+                f"select {name}, M={M} k={k} {tiles.sizes(tile)}",
+                selection.select_kernel,
                 each(integers, "scores best acts")
                 | each("*i64:16", "indices")
                 | each("i32:16", "M groups s_scores k"),
+                selection.select_constants(layout, tile, maxima=maxima, by_value=True) | levels,
+                *(warps, 3),
+                {"loads_128": strip // (512 * warps), "instructions": 4000},
+                architectures,
+            )
+
+
+def gemm_cases() -> Iterator[AotCase]:
+    """The GEMM with group maxima, of as many latents as fill its tiles."""
+    keys = KEYS[torch.bfloat16]
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        for tile in tiles.TILES["product_of_many_16bit"].candidates(architecture):
+            if tile == tiles.LIBRARY_GEMM:
+                continue
+            kinds = dict.fromkeys(("bias", "scores"), "*bf16:16") | {"best": "*i16:16", "n": "i32"}
+            kinds |= dict.fromkeys(("D", "M", "groups", "s_scores"), "i32:16")
+            for name, rows in (("x", tile.tokens), ("weight", tile.latents)):
+                block = f"tensordesc<bf16[{rows},{tile.dimensions}]>"
+                kinds[name] = block if tile.descriptors else "*bf16:16"
+            loads = (tile.tokens + tile.latents) * tile.dimensions // (tile.num_warps * 256)
+            yield AotCase(
+                f"gemm bf16 {tiles.sizes(tile)}",
+                gemm.gemm_kernel,
+                kinds,
+                gemm.gemm_constants(tile, 65536, 32)
+                | {"INF": keys.inf, "TOP": keys.top, "UPCAST": False},
+                *(tile.num_warps, tile.num_stages),
                 {
-                    "GROUP": layout.group,
-                    "GROUPS": triton.next_power_of_2(layout.groups),
-                    "SLOTS": layout.slots,
-                }
-                | levels,
-                *(encode.select_warps(layout), 3),
-                {"instructions": 4000},
+                    "matrix": True,
+                    **({"tensor_loads": 2} if tile.descriptors else {"loads_128": loads}),
+                    "instructions": 3000,
+                },
+                (architecture,),
             )
 
 
@@ -237,9 +273,9 @@ def step_cases() -> Iterator[AotCase]:
         ("bf16", torch.bfloat16, 131072, 3584),
         ("fp32", torch.float32, 65536, 2048),
     ):
-        layout = encode.selection_layout(M, k)
+        layout = selection.selection_layout(M, k)
         assert layout is not None
-        warps = encode.select_warps(layout)
+        warps = selection.select_warps(layout)
         floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
 
         def each(kind: str, names: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ spills (stack, local memory), shared memory within the device's, and what its `e
     loads_128      at least so many 128-bit loads from global memory, to registers or shared memory
     in_flight      at least so many 128-bit loads to registers one after another before any of their
                    results is used: what hides the latency of memory where no other warp does
+    tensor_loads   at least so many loads by the tensor memory accelerator
     matrix         matrix instructions of this architecture's generation, or none where False
     registers      at most so many per thread
     shared         at most so many bytes of shared memory
@@ -168,6 +169,7 @@ def failures(case, architecture: str, shared: int, found: dict[str, int | str]) 
         "barriers": count(r"BAR\.", code),
         "loads_128": count(r"LDG(STS)?\.E\.(\w+\.)*128", code),
         "in_flight": found["in_flight"],
+        "tensor_loads": count(r"UTMALDG", code),
     }
     wrong = [f"{name} {found[name]}, expected 0" for name in ("stack", "local") if found[name] != 0]
     spills = count(r"(LDL|STL)\b", code)
@@ -181,7 +183,7 @@ def failures(case, architecture: str, shared: int, found: dict[str, int | str]) 
             if bool(matrix) != bound:
                 wanted = f"some {MATRIX[architecture]}" if bound else "none"
                 wrong.append(f"{matrix} matrix instructions, expected {wanted}")
-        elif name in ("loads_128", "in_flight"):
+        elif name in ("loads_128", "in_flight", "tensor_loads"):
             if measured[name] < bound:
                 wrong.append(f"{name} {measured[name]}, expected at least {bound}")
         elif measured[name] > bound:

@@ -15,13 +15,16 @@ from resae_kernels.profiling import tuning as module
 from resae_kernels.profiling.clock import Timer
 from resae_kernels.profiling.tuning import Timing, fastest, measure, store
 from resae_kernels.triton import tiles as kernel_tiles
-from resae_kernels.triton.encode import FEW_TOKENS, selection_layout
+from resae_kernels.triton.encode import FEW_TOKENS
+from resae_kernels.triton.selection import selection_layout
 
 NAME, CLASS = kernel_tiles.device_name(DEVICE), kernel_tiles.device_class(DEVICE)
 SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
     "product_of_few_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
     "product_of_few_32bit": Case("encode", 3, 32, 192, 4),
+    "product_of_many_16bit": Case("encode", 18, 16, 192, 4, "bfloat16"),
     "group_max": Case("encode", 18, 16, 192, 4),
+    "select": Case("encode", 18, 16, 192, 4),
     "residual": Case("encode", 18, 32, 64, 2, "bfloat16"),
     "decode": Case("decode", 18, 40, 64, 5),
     "decode_few": Case("decode", 2, 40, 64, 5, "bfloat16"),

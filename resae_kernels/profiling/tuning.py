@@ -109,15 +109,15 @@ def _each_dtype(*cases: Case) -> tuple[Case, ...]:
     return tuple(replace(case, dtype=dtype) for case in cases for dtype in _BOTH)
 
 
+# A narrow x leaves little of the op but its maxima and selection, a single group of latents little
+# but its residual.
+_NARROW = _each_dtype(Case("encode", 4096, 16, 24576, 32), Case("encode", 8192, 16, 65536, 64))
 TUNABLES: Mapping[str, Tunable] = {
     "product_of_few_16bit": Tunable(_encode, _cases("encode", (1, 16), dtypes=("bfloat16",))),
     "product_of_few_32bit": Tunable(_encode, _cases("encode", (1, 16), dtypes=("float32",))),
-    # A narrow x leaves little of the op but its maxima, a single group of latents little but its
-    # residual.
-    "group_max": Tunable(
-        _encode,
-        _each_dtype(Case("encode", 4096, 16, 24576, 32), Case("encode", 8192, 16, 65536, 64)),
-    ),
+    "product_of_many_16bit": Tunable(_encode, _cases("encode", many=True, dtypes=("bfloat16",))),
+    "group_max": Tunable(_encode, _NARROW),
+    "select": Tunable(_encode, _NARROW),
     "residual": Tunable(
         _encode,
         _each_dtype(Case("encode", 16384, 2304, 64, 1), Case("encode", 8192, 2048, 64, 1)),

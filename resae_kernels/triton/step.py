@@ -13,16 +13,16 @@ from torch import Tensor
 
 from resae_kernels.triton import runtime
 from resae_kernels.triton.decode import launch_decode, sum_entries
-from resae_kernels.triton.encode import (
+from resae_kernels.triton.encode import product_of_few
+from resae_kernels.triton.keys import KEYS
+from resae_kernels.triton.runtime import tl, triton
+from resae_kernels.triton.selection import (
     GROUP_SIZES,
-    KEYS,
     SelectionLayout,
-    product_of_few,
     select_row,
     select_warps,
     selection_layout,
 )
-from resae_kernels.triton.runtime import tl, triton
 
 # As narrow as the decode of few tokens: chosen from ahead-of-time compilation, NOT yet measured.
 SLICE_BYTES = 128
