@@ -5,6 +5,7 @@ spills (stack, local memory), shared memory within the device's, and what its `e
 
     instructions   at most so many in the kernel: an unrolled loop that blew up is seen
     loads_128      at least so many 128-bit loads from global memory, to registers or shared memory
+    additions      at least so many additions of fp32 that are no part of a product
     matrix         matrix instructions of this architecture's generation, or none where False
     registers      at most so many per thread
     shared         at most so many bytes of shared memory
@@ -123,6 +124,7 @@ def failures(case, architecture: str, shared: int, found: dict[str, int | str]) 
         "shared": shared,
         "barriers": count(r"BAR\.", code),
         "loads_128": count(r"LDG(STS)?\.E\.(\w+\.)*128", code),
+        "additions": count(r"FADD\b", code),
     }
     wrong = [f"{name} {found[name]}, expected 0" for name in ("stack", "local") if found[name] != 0]
     spills = count(r"(LDL|STL)\b", code)
@@ -136,7 +138,7 @@ def failures(case, architecture: str, shared: int, found: dict[str, int | str]) 
             if bool(matrix) != bound:
                 wanted = f"some {MATRIX[architecture]}" if bound else "none"
                 wrong.append(f"{matrix} matrix instructions, expected {wanted}")
-        elif name == "loads_128":
+        elif name in ("loads_128", "additions"):
             if measured[name] < bound:
                 wrong.append(f"{name} {measured[name]}, expected at least {bound}")
         elif measured[name] > bound:

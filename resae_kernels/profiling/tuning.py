@@ -93,8 +93,10 @@ def _cases(op: str, tokens: Sequence[int], dtypes: Sequence[str]) -> tuple[Case,
 
 _BOTH = ("bfloat16", "float32")
 TUNABLES: Mapping[str, Tunable] = {
-    "product_of_few_16bit": Tunable(_encode, _cases("encode", (1, 16), ("bfloat16",))),
-    "product_of_few_32bit": Tunable(_encode, _cases("encode", (1, 16), ("float32",))),
+    "product_of_two_16bit": Tunable(_encode, _cases("encode", (1, 2), ("bfloat16",))),
+    "product_of_two_32bit": Tunable(_encode, _cases("encode", (1, 2), ("float32",))),
+    "product_of_few_16bit": Tunable(_encode, _cases("encode", (4, 16), ("bfloat16",))),
+    "product_of_few_32bit": Tunable(_encode, _cases("encode", (4, 16), ("float32",))),
     # A narrow x leaves little of the op but its maxima, a single group of latents little but its
     # residual.
     "group_max": Tunable(_encode, tuple(Case("encode", 4096, 16, 24576, 32, d) for d in _BOTH)),

@@ -7,36 +7,17 @@ reads M/group maxima and k·group scores, not M.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from resae_kernels.precision import residual
-from resae_kernels.triton import runtime, tiles
+from resae_kernels.triton import encode_few, runtime, tiles
+from resae_kernels.triton.keys import KEYS, key
+from resae_kernels.triton.residual import launch_residual
 from resae_kernels.triton.runtime import tl, triton
-
-FEW_TOKENS = 16
-"""Up to here the product is bound by reading `weight`: one Triton kernel instead of a GEMM."""
-
-
-class Keys(NamedTuple):
-    """Scores as integers, in whose order selection is done."""
-
-    dtype: torch.dtype
-    """Signed, as wide as the scores."""
-    inf: int
-    """Bits of +inf: a larger magnitude is a NaN."""
-    top: int
-    """The largest integer, itself a NaN: the key of every NaN."""
-
-
-KEYS = {
-    torch.bfloat16: Keys(torch.int16, 0x7F80, 0x7FFF),
-    torch.float16: Keys(torch.int16, 0x7C00, 0x7FFF),
-    torch.float32: Keys(torch.int32, 0x7F800000, 0x7FFFFFFF),
-}
 
 GROUP_SIZES = (8, 16, 32, 64)  # at most the latents of a product tile
 
@@ -86,9 +67,11 @@ def launch_encode(
     # Kernels step along a row by 1; rows of x and base may lie anywhere.
     x = x if x.stride(1) == 1 else x.contiguous()
     base = base if base is None or base.stride(1) == 1 else base.contiguous()
-    weight = weight.contiguous()
+    weight = encode_few.readable(weight)
     bias, pre_bias = (None if t is None else t.contiguous() for t in (bias, pre_bias))
     layout = selection_layout(M, k) if x.dtype in KEYS else None
+    few = layout is not None and N <= encode_few.FEW_TOKENS
+    tile = encode_few.product_tile(N, weight) if few else None
 
     stride = triton.cdiv(M, 64) * 64  # every row of scores starts at a multiple of 16 bytes
     row_elements = stride + (layout.groups if layout else 0)
@@ -106,7 +89,7 @@ def launch_encode(
                 acts[chunk], indices[chunk] = select(scores[:n], k, sorted)
                 continue
             # By N, not by the rows of a chunk: the last chunk is computed as the others are.
-            producer = product_of_few if N <= FEW_TOKENS else _product_of_many
+            producer = _product_of_many if tile is None else partial(_product_of_few, tile)
             best = producer(x[chunk], weight, bias, pre_bias, rest, scores[:n], layout)
             _launch_select(scores[:n], best, acts[chunk], indices[chunk], layout)
     if sorted and layout is not None:
@@ -119,30 +102,21 @@ def launch_encode(
 def _gemm(x, weight, bias, pre_bias, base, out) -> None:
     """`out = (x − base − pre_bias) weightᵀ + bias` by the library's GEMM."""
     if base is not None or pre_bias is not None:
-        x = _subtract(x, pre_bias, base) if x.dtype in KEYS else residual(x, pre_bias, base)
+        x = launch_residual(x, pre_bias, base) if x.dtype in KEYS else residual(x, pre_bias, base)
     if bias is None:
         torch.mm(x, weight.T, out=out)
     else:
         torch.addmm(bias, x, weight.T, out=out)
 
 
-def _subtract(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
-    """`precision.residual` in one launch."""
-    n, D = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tile = tiles.tile("residual", x.device)
-    residual_kernel[n, triton.cdiv(D, tile.columns)](
-        x,
-        base,
-        pre_bias,
-        out,
-        D,
-        x.stride(0),
-        0 if base is None else base.stride(0),
-        BD=tile.columns,
-        **runtime.launch_options(tile.num_warps),
+def _product_of_few(tile, x, weight, bias, pre_bias, base, scores, layout) -> Tensor:
+    """Scores and group maxima in one kernel; returns the maxima."""
+    n, keys = x.shape[0], KEYS[x.dtype]
+    best = torch.empty(n, layout.groups, dtype=keys.dtype, device=x.device)
+    encode_few.product_of_few(
+        x, weight, bias, pre_bias, base, scores, best, layout.group, tile, rest=None
     )
-    return out
+    return best
 
 
 def _product_of_many(x, weight, bias, pre_bias, base, scores, layout: SelectionLayout) -> Tensor:
@@ -165,50 +139,6 @@ def _product_of_many(x, weight, bias, pre_bias, base, scores, layout: SelectionL
         **runtime.launch_options(tile.num_warps),
     )
     return best
-
-
-def product_of_few(
-    x, weight, bias, pre_bias, base, scores, layout: SelectionLayout, best=None
-) -> Tensor:
-    """Scores and group maxima of at most 16 tokens in one kernel; returns the maxima."""
-    (n, D), M = x.shape, weight.shape[0]
-    keys = KEYS[scores.dtype]
-    if best is None:
-        best = torch.empty(n, layout.groups, dtype=keys.dtype, device=x.device)
-    tile = tiles.tile(product_tile_name(x.dtype, D), x.device)
-    product_of_few_kernel[(triton.cdiv(M, tile.latents),)](
-        x,
-        base,
-        pre_bias,
-        weight,
-        bias,
-        scores.view(keys.dtype),
-        best,
-        n,
-        D,
-        M,
-        layout.groups,
-        x.stride(0),
-        0 if base is None else base.stride(0),
-        scores.stride(0),
-        GROUP=layout.group,
-        BL=tile.latents,
-        BK=tile.dimensions,
-        BN=FEW_TOKENS,
-        INF=keys.inf,
-        TOP=keys.top,
-        UPCAST=not x.is_cuda,
-        **runtime.launch_options(tile.num_warps, tile.num_stages),
-    )
-    return best
-
-
-def product_tile_name(dtype: torch.dtype, D: int) -> str:
-    """The name in `tiles.TILES` of what `product_of_few` is launched with."""
-    # Rows that start anywhere are loaded element by element: in tiles for elements twice as wide,
-    # or registers would not suffice.
-    aligned = D % 16 == 0
-    return f"product_of_few_{8 * dtype.itemsize if aligned else 32}bit"
 
 
 def _launch_select(scores, best, acts, indices, layout: SelectionLayout) -> None:
@@ -242,35 +172,6 @@ def select_warps(layout: SelectionLayout) -> int:
 
 
 @triton.jit
-def _residual_tile(x, base, pre_bias, o_x, o_base, o_d, m_x, m_d):
-    """`x − base − pre_bias` in fp32, rounded once to x's dtype."""
-    b_x = tl.load(x + o_x, mask=m_x, other=0.0)
-    if base is not None:
-        b_x = b_x.to(tl.float32) - tl.load(base + o_base, mask=m_x, other=0.0).to(tl.float32)
-    if pre_bias is not None:
-        b_x = b_x.to(tl.float32) - tl.load(pre_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
-    return b_x.to(x.dtype.element_ty)
-
-
-@triton.jit
-def residual_kernel(x, base, pre_bias, out, D, s_x, s_base, BD: tl.constexpr):
-    i_n = tl.program_id(0).to(tl.int64)
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    # [BD]
-    b_x = _residual_tile(x, base, pre_bias, i_n * s_x + o_d, i_n * s_base + o_d, o_d, m_d, m_d)
-    tl.store(out + i_n * D + o_d, b_x, mask=m_d)
-
-
-@triton.jit
-def _key(bits, INF: tl.constexpr, TOP: tl.constexpr):
-    """Scores' bits to int32: positive in the scores' order, NaN of either sign on top. Negative
-    scores are negative in some order: the selection takes positive keys alone, which is relu."""
-    bits = bits.to(tl.int32)
-    return tl.where((bits & TOP) > INF, TOP, bits)
-
-
-@triton.jit
 def group_max_kernel(
     scores,  # [n, M], rows s_scores apart
     best,  # [n, groups]
@@ -286,68 +187,10 @@ def group_max_kernel(
     o_m = i_m * BM + tl.arange(0, BM)
     o_g = i_m * (BM // GROUP) + tl.arange(0, BM // GROUP)
     # [BM], consecutive latents in a thread: a group's maximum takes few shuffles
-    b_key = _key(tl.load(scores + i_n * s_scores + o_m, mask=o_m < M, other=0), INF, TOP)
+    b_key = key(tl.load(scores + i_n * s_scores + o_m, mask=o_m < M, other=0), INF, TOP)
     # [BM / GROUP]
     b_best = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP]), axis=1)
     tl.store(best + i_n * groups + o_g, b_best, mask=o_g < groups)
-
-
-@triton.jit
-def product_of_few_kernel(
-    x,  # [n, D], n ≤ BN, rows s_x apart
-    base,  # [n, D] or None, rows s_base apart
-    pre_bias,  # [D] or None
-    weight,  # [M, D]
-    bias,  # [M] or None
-    scores,  # [n, M], rows s_scores apart
-    best,  # [n, groups]
-    n,
-    D,
-    M,
-    groups,
-    s_x,
-    s_base,
-    s_scores,
-    GROUP: tl.constexpr,
-    BL: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    INF: tl.constexpr,
-    TOP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    i_l = tl.program_id(0)
-    o_l, o_n = i_l * BL + tl.arange(0, BL), tl.arange(0, BN)
-    m_l, m_n = o_l < M, o_n < n
-    p_w = weight + o_l.to(tl.int64)[:, None] * D
-    o_x = o_n.to(tl.int64)[None, :] * s_x
-    o_base = o_n.to(tl.int64)[None, :] * s_base
-    # [BL, BN]: latents fill the rows of the matrix instruction, tokens the short side
-    b_score = tl.zeros([BL, BN], dtype=tl.float32)
-    for i_d in range(0, D, BK):
-        o_d = i_d + tl.arange(0, BK)
-        m_d = o_d < D
-        # [BL, BK]
-        b_w = tl.load(p_w + o_d[None, :], mask=m_l[:, None] & m_d[None, :], other=0.0)
-        o_k, m_k = o_d[:, None], m_d[:, None]
-        # [BK, BN]
-        b_x = _residual_tile(x, base, pre_bias, o_x + o_k, o_base + o_k, o_k, m_k & m_n, m_k)
-        if UPCAST:  # the interpreter multiplies bf16 by its bit patterns
-            b_w, b_x = b_w.to(tl.float32), b_x.to(tl.float32)
-        b_score = tl.dot(b_w, b_x, b_score, input_precision="ieee")
-    if bias is not None:
-        b_score += tl.load(bias + o_l, mask=m_l, other=0.0).to(tl.float32)[:, None]
-    # The one rounding: what is compared is what is returned.
-    b_bits = b_score.to(x.dtype.element_ty).to(scores.dtype.element_ty, bitcast=True)
-    p_scores = scores + o_n.to(tl.int64)[None, :] * s_scores + o_l[:, None]
-    tl.store(p_scores, b_bits, mask=m_l[:, None] & m_n[None, :])
-    # Where x is infinite, a row past the last latent holds 0 · inf.
-    b_key = tl.where(m_l[:, None], _key(b_bits, INF, TOP), 0)
-    # [BL / GROUP, BN]
-    b_best = tl.max(tl.reshape(b_key, [BL // GROUP, GROUP, BN]), axis=1)
-    o_g = i_l * (BL // GROUP) + tl.arange(0, BL // GROUP)
-    p_best = best + o_n.to(tl.int64)[None, :] * groups + o_g[:, None]
-    tl.store(p_best, b_best, mask=(o_g < groups)[:, None] & m_n[None, :])
 
 
 @triton.jit
@@ -409,7 +252,7 @@ def select_row(
     m_m = (o_s < count)[:, None] & (o_m < M)
     b_bits = tl.load(p_scores + o_m, mask=m_m, other=0)
     # [SLOTS * GROUP]
-    b_key = tl.reshape(_key(b_bits, INF, TOP), [SLOTS * GROUP])
+    b_key = tl.reshape(key(b_bits, INF, TOP), [SLOTS * GROUP])
     o_m = tl.reshape(o_m, [SLOTS * GROUP])
     m_taken, b_slot, count, low = _take(b_key, low, k)
     tl.store(p_acts + b_slot, b_key, mask=m_taken)
