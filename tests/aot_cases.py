@@ -271,7 +271,8 @@ def few_token_cases() -> Iterator[AotCase]:
 
 
 def few_token_case(tile, dtype: torch.dtype, N: int, layout: str, architecture: str) -> AotCase:
-    kernel, constants = encode_few.product_constants(tile, N, 32, dtype)
+    kernel = encode_few.product_kernel(tile)
+    constants = encode_few.product_constants(tile, N, 32, dtype)
     name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
     width = "i32" if layout == "odd rows" else "i32:16"

@@ -230,10 +230,14 @@ def test_tiles_are_compared_by_their_graphs_where_all_are_captured():
 
 
 def test_tuning_covers_the_widest_dictionary_of_the_readme():
-    few = ("product_of_few_16bit", "product_of_few_32bit", "decode_few")
-    for kernel, tokens in [(name, {1, 16}) for name in few] + [
-        (name, {8192}) for name in ("decode", "sampled_product", "latent_outer")
-    ]:
+    tokens_of = {
+        f"product_of_{n}_{bits}bit": tokens
+        for n, tokens in (("two", {1, 2}), ("few", {4, 16}))
+        for bits in (16, 32)
+    }
+    tokens_of |= {"decode_few": {1, 16}}
+    tokens_of |= dict.fromkeys(("decode", "sampled_product", "latent_outer"), {8192})
+    for kernel, tokens in tokens_of.items():
         wide = [c for c in module.TUNABLES[kernel].cases if (c.D, c.M) == (2048, 65536)]
         assert {case.N for case in wide} == tokens, kernel
 

@@ -60,12 +60,12 @@ def product_of_few(
         x, base, pre_bias = launch_residual(x, pre_bias, base, rest), None, None
     (n, D), M = x.shape, weight.shape[0]
     keys = KEYS[scores.dtype]
-    kernel, settings = product_settings(tile, n, group, scores.dtype, not x.is_cuda)
+    settings = product_settings(tile, n, group, scores.dtype, not x.is_cuda)
     programs = blocks = runtime.cdiv(M, settings["BL"])
     if isinstance(tile, ProductTile) and tile.programs_per_multiprocessor:
         resident = tile.programs_per_multiprocessor * _multiprocessors(x.device)
         programs = min(blocks, resident)
-    kernel[(programs,)](
+    product_kernel(tile)[(programs,)](
         x,
         base,
         pre_bias,
@@ -88,23 +88,30 @@ def product_of_few(
 @cache
 def product_settings(
     tile: ProductTile | GemvTile, n: int, group: int, dtype: torch.dtype, upcast: bool
-) -> tuple[Any, dict[str, Any]]:
-    """The kernel of a tile, and the constants and options of its launch, made once."""
-    kernel, constants = product_constants(tile, n, group, dtype)
+) -> dict[str, Any]:
+    """Constants and options of a launch, made once."""
+    constants = product_constants(tile, n, group, dtype)
     if isinstance(tile, ProductTile):
         constants["UPCAST"] = upcast
-    return kernel, constants | runtime.launch_options(tile.num_warps, tile.num_stages)
+    return constants | runtime.launch_options(tile.num_warps, tile.num_stages)
 
 
-def product_constants(tile: ProductTile | GemvTile, n: int, group: int, dtype: torch.dtype):
-    """The kernel of a tile, and what it is compiled for."""
+def product_kernel(tile: ProductTile | GemvTile) -> Any:
+    """The kernel that a tile is for."""
+    return gemv_kernel if isinstance(tile, GemvTile) else product_of_few_kernel
+
+
+def product_constants(
+    tile: ProductTile | GemvTile, n: int, group: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the kernel of a tile is compiled for."""
     keys = KEYS[dtype]
     constants = {"GROUP": group, "INF": keys.inf, "TOP": keys.top}
     if isinstance(tile, GemvTile):
         latents = max(tile.latents, group)  # a program sees whole groups
         dimensions = tile.latents * tile.dimensions // latents
-        return gemv_kernel, constants | {"BL": latents, "BK": dimensions, "BN": n}
-    return product_of_few_kernel, constants | {
+        return constants | {"BL": latents, "BK": dimensions, "BN": n}
+    return constants | {
         "BL": tile.latents,
         "BK": tile.dimensions,
         "BN": FEW_TOKENS,
