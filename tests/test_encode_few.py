@@ -98,7 +98,7 @@ def test_a_gemv_holds_whole_groups_whatever_its_tile(device):
     assert selection_layout(2100, 1).group == 64
     inputs = inputs_of(device, 2, 16, 2100, torch.float32, whole)
     tile = GemvTile(32, 128, num_warps=4)
-    constants = encode_few.product_constants(tile, 2, 64, torch.float32)[1]
+    constants = encode_few.product_constants(tile, 2, 64, torch.float32)
     assert (constants["BL"], constants["BK"]) == (64, 64)
     code = encode(1, **inputs, tile=tile, name="product_of_two_32bit")
     assert_same_code(code, reference.topk_encode(k=1, **inputs))
