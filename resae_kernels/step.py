@@ -22,7 +22,7 @@ from resae_kernels.decode import sparse_decode
 from resae_kernels.dispatch import check_once, implementation_for, register, triton_signature
 from resae_kernels.screened import ScreenedEncoder, layout_of
 from resae_kernels.triton import step as triton_step
-from resae_kernels.triton.encode import FEW_TOKENS
+from resae_kernels.triton.encode_few import FEW_TOKENS
 from resae_kernels.triton.step import StepWorkspace, workspace_layout
 from resae_kernels.types import OnlineStep, TopK, Transported
 

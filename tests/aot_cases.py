@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resae_kernels.triton import decode, encode, gemm, selection, step, tiles
+from resae_kernels.triton import (
+    decode,
+    encode_few,
+    gemm,
+    residual,
+    selection,
+    step,
+    tiles,
+)
 from resae_kernels.triton.keys import KEYS
 
 
@@ -34,6 +42,7 @@ def all_cases() -> Iterator[AotCase]:
     yield from decode_cases()
     yield from encode_cases()
     yield from gemm_cases()
+    yield from few_token_cases()
     yield from step_cases()
 
 
@@ -163,7 +172,7 @@ def encode_cases() -> Iterator[AotCase]:
         for tile in tiles.TILES["residual"].candidates("sm_90"):
             yield AotCase(
                 f"residual {name} {tiles.sizes(tile)}",
-                encode.residual_kernel,
+                residual.residual_kernel,
                 each(floats, "x base pre_bias out") | each("i32:16", "D s_x s_base"),
                 {"BD": tile.columns},
                 *(tile.num_warps, 1),
@@ -184,31 +193,6 @@ def encode_cases() -> Iterator[AotCase]:
                 },
                 ("sm_90",),
             )
-
-        for architecture, D in itertools.product(("sm_80", "sm_90", "sm_100"), (2048, 999)):
-            for tile in tiles.TILES[encode.product_tile_name(dtype, D)].candidates(architecture):
-                loads = tile.latents * tile.dimensions * dtype.itemsize // (tile.num_warps * 512)
-                yield AotCase(
-                    f"product_of_few {name}, D={D} {tiles.sizes(tile)}",
-                    encode.product_of_few_kernel,
-                    each(floats, "x base pre_bias weight bias")
-                    | each(integers, "scores best")
-                    | each("i32:16", "M groups s_scores")
-                    | each("i32:16" if D % 16 == 0 else "i32", "D s_x s_base")
-                    | each("i32", "n"),
-                    {"GROUP": 32, "BL": tile.latents, "BK": tile.dimensions}
-                    | {"BN": encode.FEW_TOKENS, "UPCAST": False}
-                    | levels,
-                    *(tile.num_warps, tile.num_stages),
-                    {
-                        # Weight's loads ahead of the loop and in it.
-                        "loads_128": loads * tile.num_stages if D % 16 == 0 else 0,
-                        # No matrix instruction has the precision of fp32.
-                        "matrix": dtype != torch.float32,
-                        "instructions": 1500,
-                    },
-                    (architecture,),
-                )
 
         first, *others = tiles.TILES["select"].candidates("sm_90")
         every = ("sm_80", "sm_90", "sm_100")
@@ -263,6 +247,68 @@ def gemm_cases() -> Iterator[AotCase]:
                 },
                 (architecture,),
             )
+
+
+def few_token_cases() -> Iterator[AotCase]:
+    """The encoder's scores of few tokens: defaults on each architecture, in both layouts of the
+    weight; alternatives, and rows of a length that allows no wide loads, on one."""
+    M, aligned, odd = 65536, 2048, 999
+    shapes = {"rows": ((M, aligned), (aligned, 1)), "columns": ((M, aligned), (1, M))}
+    shapes |= {"odd rows": ((M, odd), (odd, 1))}
+    for dtype, N, layout in itertools.product(
+        (torch.bfloat16, torch.float32), (1, 2, encode_few.FEW_TOKENS), shapes
+    ):
+        table = tiles.TILES[encode_few.product_tile_name(dtype, N, *shapes[layout])]
+        for architecture in ("sm_80", "sm_90", "sm_100"):
+            default, *others = table.candidates(architecture)
+            if layout == "odd rows" and architecture != "sm_90":
+                continue
+            if N == encode_few.FEW_TOKENS or (N == 1) == (layout == "rows"):
+                yield few_token_case(default, dtype, N, layout, architecture)
+            if layout == "rows" and architecture == "sm_90" and N != 1:
+                for tile in others:
+                    yield few_token_case(tile, dtype, N, layout, architecture)
+
+
+def few_token_case(tile, dtype: torch.dtype, N: int, layout: str, architecture: str) -> AotCase:
+    kernel = encode_few.product_kernel(tile)
+    constants = encode_few.product_constants(tile, N, 32, dtype)
+    name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
+    width = "i32" if layout == "odd rows" else "i32:16"
+    signature = dict.fromkeys(("x", "weight", "bias"), floats)
+    signature |= dict.fromkeys(("scores", "best"), integers) | {"n": "i32", "D": width}
+    signature |= dict.fromkeys(("M", "groups", "s_scores"), "i32:16") | {"s_x": width}
+    if tile.residual_launch:
+        constants |= {"base": None, "pre_bias": None, "s_base": 0}
+    else:
+        signature |= {"base": floats, "pre_bias": floats, "s_base": width}
+    strides = ["s_latent", "s_dimension"]
+    constants[strides.pop(0 if layout == "columns" else 1)] = 1
+    signature[strides[0]] = "i32:16" if layout == "columns" else width
+    # Elements loaded one by one need an address each.
+    bounds = (2500, 208) if layout == "odd rows" else (1300, 168)
+    expect: dict[str, int | bool] = dict(zip(("instructions", "registers"), bounds, strict=True))
+    loads = constants["BL"] * constants["BK"] * dtype.itemsize // (tile.num_warps * 512)
+    expect |= {"loads_128": 0 if layout == "odd rows" else loads, "matrix": False}
+    if isinstance(tile, tiles.ProductTile):
+        # The loads stand ahead of the loop and in it. ieee: no matrix instruction is that precise.
+        expect["loads_128"] *= tile.num_stages
+        expect["matrix"] = dtype != torch.float32 or tile.precision != "ieee"
+        if dtype == torch.float32 and tile.precision == "tf32x3" and architecture == "sm_90":
+            # Factors are split, and each step's product is added to the sum: not by the tensor
+            # cores, which do not round. The last term is the bias.
+            BL, BK, BN = tile.latents, tile.dimensions, encode_few.FEW_TOKENS
+            expect["additions"] = (BL * BK + BK * BN + 2 * BL * BN) // (32 * tile.num_warps)
+    return AotCase(
+        f"{kernel.__name__.removesuffix('_kernel')} {name} N={N} {layout} {tiles.sizes(tile)}",
+        kernel,
+        signature,
+        constants,
+        *(tile.num_warps, tile.num_stages),
+        expect,
+        (architecture,),
+    )
 
 
 def step_cases() -> Iterator[AotCase]:

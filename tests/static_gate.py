@@ -8,6 +8,7 @@ spills (stack, local memory), shared memory within the device's, and what its `e
     in_flight      at least so many 128-bit loads to registers one after another before any of their
                    results is used: what hides the latency of memory where no other warp does
     tensor_loads   at least so many loads by the tensor memory accelerator
+    additions      at least so many additions of fp32 that are no part of a product
     matrix         matrix instructions of this architecture's generation, or none where False
     registers      at most so many per thread
     shared         at most so many bytes of shared memory
@@ -170,6 +171,7 @@ def failures(case, architecture: str, shared: int, found: dict[str, int | str]) 
         "loads_128": count(r"LDG(STS)?\.E\.(\w+\.)*128", code),
         "in_flight": found["in_flight"],
         "tensor_loads": count(r"UTMALDG", code),
+        "additions": count(r"FADD\b", code),
     }
     wrong = [f"{name} {found[name]}, expected 0" for name in ("stack", "local") if found[name] != 0]
     spills = count(r"(LDL|STL)\b", code)
@@ -183,7 +185,7 @@ def failures(case, architecture: str, shared: int, found: dict[str, int | str]) 
             if bool(matrix) != bound:
                 wanted = f"some {MATRIX[architecture]}" if bound else "none"
                 wrong.append(f"{matrix} matrix instructions, expected {wanted}")
-        elif name in ("loads_128", "in_flight", "tensor_loads"):
+        elif name in ("loads_128", "in_flight", "tensor_loads", "additions"):
             if measured[name] < bound:
                 wrong.append(f"{name} {measured[name]}, expected at least {bound}")
         elif measured[name] > bound:

@@ -19,7 +19,7 @@ from resae_kernels import (
 )
 from resae_kernels.cpu import native
 from resae_kernels.triton import decode as triton_decode
-from resae_kernels.triton import encode as triton_encode
+from resae_kernels.triton import encode_few
 from resae_kernels.triton import step as triton_step
 
 online_step_module = import_module("resae_kernels.step")
@@ -245,13 +245,13 @@ def test_step_is_two_launches_and_a_third_for_earlier_codes(monkeypatch, device)
     layers, ks, A, c = three_layers((2,), 5, whole, device=device)
     run_chain(online_step, layers, ks, A, c, implementation="triton")  # loads the kernels
     for module, name in (
-        (triton_encode, "product_of_few_kernel"),
+        (encode_few, "gemv_kernel"),
         (triton_step, "select_decode_kernel"),
         (triton_decode, "decode_kernel"),
     ):
         monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     run_chain(online_step, layers, ks, A, c, implementation="triton")
-    two = ["product_of_few_kernel", "select_decode_kernel"]
+    two = ["gemv_kernel", "select_decode_kernel"]
     assert launched == [*two, "decode_kernel", *two, "decode_kernel", *two]
 
 

@@ -15,11 +15,13 @@ from resae_kernels.profiling import tuning as module
 from resae_kernels.profiling.clock import Timer
 from resae_kernels.profiling.tuning import Timing, fastest, measure, store
 from resae_kernels.triton import tiles as kernel_tiles
-from resae_kernels.triton.encode import FEW_TOKENS
+from resae_kernels.triton.encode_few import FEW_TOKENS, GEMV_TOKENS
 from resae_kernels.triton.selection import selection_layout
 
 NAME, CLASS = kernel_tiles.device_name(DEVICE), kernel_tiles.device_class(DEVICE)
 SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
+    "product_of_two_16bit": Case("encode", 2, 32, 192, 4, "bfloat16"),
+    "product_of_two_32bit": Case("encode", 1, 32, 192, 4),
     "product_of_few_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
     "product_of_few_32bit": Case("encode", 3, 32, 192, 4),
     "product_of_many_16bit": Case("encode", 18, 16, 192, 4, "bfloat16"),
@@ -73,7 +75,7 @@ def test_every_kernel_with_tiles_can_be_tuned_and_has_alternatives():
     assert set(module.TUNABLES) == set(kernel_tiles.TILES) == set(SMALL)
     for table in kernel_tiles.TILES.values():
         for tile in table.candidates("other"):
-            assert all(isinstance(value, int) for value in tile._asdict().values())
+            assert all(isinstance(value, int | str) for value in tile._asdict().values())
         assert len(table.candidates("other")) > 1
         assert table.candidates("other")[0] == table.default.tile
 
@@ -106,7 +108,8 @@ def test_tiles_are_looked_up_at_every_launch(kernel):
 def test_representative_shapes_are_of_the_kernel_they_tune(kernel):
     for case in module.TUNABLES[kernel].cases:
         assert case.op != "encode" or selection_layout(case.M, case.k) is not None
-        assert (case.N <= FEW_TOKENS) == ("few" in kernel)
+        assert (case.N <= FEW_TOKENS) == ("few" in kernel or "two" in kernel)
+        assert (case.N <= GEMV_TOKENS) == ("two" in kernel) or kernel == "decode_few"
         if "bit" in kernel:
             assert kernel.endswith({"float32": "32bit", "bfloat16": "16bit"}[case.dtype])
 
@@ -227,10 +230,14 @@ def test_tiles_are_compared_by_their_graphs_where_all_are_captured():
 
 
 def test_tuning_covers_the_widest_dictionary_of_the_readme():
-    few = ("product_of_few_16bit", "product_of_few_32bit", "decode_few")
-    for kernel, tokens in [(name, {1, 16}) for name in few] + [
-        (name, {8192}) for name in ("decode", "sampled_product", "latent_outer")
-    ]:
+    tokens_of = {
+        f"product_of_{n}_{bits}bit": tokens
+        for n, tokens in (("two", {1, 2}), ("few", {4, 16}))
+        for bits in (16, 32)
+    }
+    tokens_of |= {"decode_few": {1, 16}}
+    tokens_of |= dict.fromkeys(("decode", "sampled_product", "latent_outer"), {8192})
+    for kernel, tokens in tokens_of.items():
         wide = [c for c in module.TUNABLES[kernel].cases if (c.D, c.M) == (2048, 65536)]
         assert {case.N for case in wide} == tokens, kernel
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from resae_kernels.profiling.clock import Roofs
 from resae_kernels.profiling.measuring import device_ms
 from resae_kernels.profiling.specs import Case
-from resae_kernels.triton.encode import FEW_TOKENS
+from resae_kernels.triton.encode_few import FEW_TOKENS
 
 
 class Machine(NamedTuple):

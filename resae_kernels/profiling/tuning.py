@@ -113,8 +113,10 @@ def _each_dtype(*cases: Case) -> tuple[Case, ...]:
 # but its residual.
 _NARROW = _each_dtype(Case("encode", 4096, 16, 24576, 32), Case("encode", 8192, 16, 65536, 64))
 TUNABLES: Mapping[str, Tunable] = {
-    "product_of_few_16bit": Tunable(_encode, _cases("encode", (1, 16), dtypes=("bfloat16",))),
-    "product_of_few_32bit": Tunable(_encode, _cases("encode", (1, 16), dtypes=("float32",))),
+    "product_of_two_16bit": Tunable(_encode, _cases("encode", (1, 2), dtypes=("bfloat16",))),
+    "product_of_two_32bit": Tunable(_encode, _cases("encode", (1, 2), dtypes=("float32",))),
+    "product_of_few_16bit": Tunable(_encode, _cases("encode", (4, 16), dtypes=("bfloat16",))),
+    "product_of_few_32bit": Tunable(_encode, _cases("encode", (4, 16), dtypes=("float32",))),
     "product_of_many_16bit": Tunable(_encode, _cases("encode", many=True, dtypes=("bfloat16",))),
     "group_max": Tunable(_encode, _NARROW),
     "select": Tunable(_encode, _NARROW),

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels.triton import runtime
+from resae_kernels.triton import encode_few, runtime
 from resae_kernels.triton.decode import launch_decode, sum_entries
-from resae_kernels.triton.encode import product_of_few
 from resae_kernels.triton.keys import KEYS
 from resae_kernels.triton.runtime import tl, triton
 from resae_kernels.triton.selection import (
@@ -112,13 +111,17 @@ def launch_step(
     if N == 0:
         return
     keys = KEYS[x.dtype]
-    x, weight, W_dec = x.contiguous(), weight.contiguous(), W_dec.contiguous()
+    x, weight, W_dec = x.contiguous(), encode_few.readable(weight), W_dec.contiguous()
     bias, b_dec, base = (None if t is None else t.contiguous() for t in (bias, b_dec, base))
     with torch.cuda.device_of(x):
         if dictionaries:
             base, _ = launch_decode(acts, indices, dictionaries, constant, None, to.prediction)
         scores, best = to.scores[:, :M], to.best.view(keys.dtype)
-        product_of_few(x, weight, bias, b_dec, base, scores, layout, best)
+        tile = encode_few.product_tile(N, weight)
+        # x̂ is written last: until then its memory holds the residual.
+        encode_few.product_of_few(
+            x, weight, bias, b_dec, base, scores, best, layout.group, tile, rest=to.x_hat
+        )
         select_decode_kernel[(N, to.program_acts.shape[1])](
             to.x_hat,
             to.acts.view(keys.dtype),

@@ -1,6 +1,7 @@
 """Tiles of the kernels: the tables that come with the package, and those that a user tuned.
 
-A tile is a named tuple of integers: what one program of a kernel works on at a time.
+A tile is a named tuple of integers and names: what one program of a kernel works on at a time, and
+which form of the kernel. The type of a tile says which kernel it belongs to.
 """
 
 import json
@@ -21,7 +22,7 @@ class Chosen(NamedTuple):
     """A tile, and what speaks for it."""
 
     tile: Any
-    """A named tuple of integers."""
+    """A named tuple of integers and names."""
     measured: str | None
     """Device and date; None: chosen from ahead-of-time compilation, not yet measured."""
 
@@ -48,12 +49,29 @@ class TileTable(NamedTuple):
 
 
 class ProductTile(NamedTuple):
-    """Latents and dimensions of `weight` that a program of the product multiplies at a time."""
+    """Latents and dimensions of `weight` that matrix instructions multiply at a time."""
 
     latents: int
     dimensions: int
     num_stages: int
     num_warps: int
+    precision: str = "ieee"
+    """Of fp32: `ieee` multiplies on CUDA cores, `tf32x3` three times on tensor cores."""
+    residual_launch: int = 0
+    """1: a launch before the product forms the residual once; 0: every program forms it."""
+    programs_per_multiprocessor: int = 0
+    """Programs that stay resident and take block after block of latents; 0: one program a block."""
+
+
+class GemvTile(NamedTuple):
+    """Latents and dimensions of `weight` that a program holds in registers at a time."""
+
+    latents: int
+    dimensions: int
+    num_warps: int
+    num_stages: int = 1  # pipelined loads would pass through shared memory
+    residual_launch: int = 0
+    """1: a launch before the product forms the residual once; 0: every program forms it."""
 
 
 class GemmTile(NamedTuple):
@@ -119,7 +137,23 @@ GATHER_REGISTERS = 96
 """Registers of a thread that gathers: enough that all loads of a tile are issued before the first
 of them is used. From ahead-of-time compilation, not measured."""
 
-_WIDE = Chosen(ProductTile(64, 128, num_stages=4, num_warps=4), measured=None)
+_NARROW = ProductTile(64, 64, num_stages=4, num_warps=4)
+_WIDE = ProductTile(64, 128, num_stages=4, num_warps=4)
+_IEEE = ProductTile(64, 32, num_stages=4, num_warps=8)
+# Its three products per step are added to the sum outside the tensor cores, which cut off: with
+# the longer step there are fewer such additions, and the error stays below plain torch's.
+_TF32X3 = ProductTile(64, 64, num_stages=3, num_warps=4, precision="tf32x3")
+
+# The residual of 16 tokens, formed in every program, is read in as many bytes as half the weight;
+# formed once it takes 48 registers on sm_90 where it took 72. One or two tokens are not worth the
+# launch.
+_ONCE = {"residual_launch": 1}
+
+
+def _on_tensor_cores(tile: ProductTile) -> Mapping[str, Chosen]:
+    """The same choice for every class whose shared memory holds wide tiles."""
+    return dict.fromkeys(("sm_80", "sm_90", "sm_100"), Chosen(tile, measured=None))
+
 
 # A warp loads 512 bytes at once. Where a row's part is 512 bytes a warp, each thread holds its
 # columns of all rows: as many loads in flight as rows, and a sum that crosses no thread.
@@ -152,19 +186,35 @@ TILES: dict[str, TileTable] = {
             GatherTile(rows=4, row_bytes=1024, num_warps=2),
         ),
     ),
-    "product_of_few_16bit": TileTable(
-        default=Chosen(ProductTile(64, 64, num_stages=4, num_warps=4), measured=None),
-        classes={"sm_80": _WIDE, "sm_90": _WIDE, "sm_100": _WIDE},
+    "product_of_two_16bit": TileTable(
+        default=Chosen(_NARROW, measured=None),
+        classes=_on_tensor_cores(_WIDE),
         alternatives=(
+            GemvTile(32, 128, num_warps=4),
             ProductTile(64, 128, num_stages=3, num_warps=4),
-            ProductTile(128, 64, num_stages=4, num_warps=4),
+            _WIDE._replace(programs_per_multiprocessor=2),
+        ),
+    ),
+    "product_of_two_32bit": TileTable(
+        # One LDS.128 and no matrix instruction per 32 FFMA, where ieee tiles take one per 4.
+        default=Chosen(GemvTile(32, 128, num_warps=4), measured=None),
+        alternatives=(_TF32X3, _IEEE),
+    ),
+    "product_of_few_16bit": TileTable(
+        default=Chosen(_NARROW._replace(**_ONCE), measured=None),
+        classes=_on_tensor_cores(_WIDE._replace(**_ONCE)),
+        alternatives=(
+            _WIDE,
+            ProductTile(128, 64, num_stages=4, num_warps=4, **_ONCE),
+            _WIDE._replace(programs_per_multiprocessor=2, **_ONCE),
         ),
     ),
     "product_of_few_32bit": TileTable(
-        default=Chosen(ProductTile(64, 32, num_stages=4, num_warps=8), measured=None),
+        default=Chosen(_TF32X3._replace(**_ONCE), measured=None),
         alternatives=(
-            ProductTile(64, 32, num_stages=3, num_warps=8),
-            ProductTile(64, 16, num_stages=4, num_warps=4),
+            _TF32X3._replace(dimensions=32, num_stages=4, **_ONCE),
+            _TF32X3._replace(programs_per_multiprocessor=4, **_ONCE),
+            _IEEE,
         ),
     ),
     # Static reason for the library (not measured): its GEMM overlaps loads, products and stores by
