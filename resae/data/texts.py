@@ -73,18 +73,26 @@ def _embedded_texts(split: str, text_column: str, seed: int) -> Iterable[str]:
     """The corpus of the package, in the order that `datasets` gives it: importing that takes a
     tenth of a short training's time, and 50 MiB."""
     import numpy as np
-    from pyarrow import parquet
+    import pyarrow
 
     path = CORPUS / f"{split}.parquet"
     if not path.exists():
         raise FileNotFoundError(f"dataset {EMBEDDED!r}: cannot read split {split!r}")
+    texts = _read_column(path, text_column)
+    pyarrow.default_memory_pool().release_unused()  # Arrow keeps 20 MiB for itself otherwise
+    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts)).tolist()]
+
+
+def _read_column(path: Path, column: str) -> list[str]:
+    from pyarrow import parquet
+
     texts: list[str] = []
     with parquet.ParquetFile(path) as file:
-        _require_column(EMBEDDED, text_column, file.schema_arrow.names)
-        # Piece by piece: Arrow keeps what it has once taken from the system.
-        for piece in file.iter_batches(512, columns=[text_column], use_threads=False):
+        _require_column(EMBEDDED, column, file.schema_arrow.names)
+        # Piece by piece, so that Arrow takes less memory at a time.
+        for piece in file.iter_batches(512, columns=[column], use_threads=False):
             texts += piece.column(0).to_pylist()
-    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts)).tolist()]
+    return texts
 
 
 def _require_column(data: str, column: str, names: Sequence[str] | None) -> None:
