@@ -43,10 +43,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 
 from resae import DecodeLoop, HookedLM, ReSAE, replacement
-from resae.affine import AffinePredictor
 from resae.environment import environment
-from resae.model import EMBEDDED
-from resae.stack import new_stack
+from resae.models.hooked import EMBEDDED
+from resae.stack.affine import AffinePredictor
+from resae.stack.stack import new_stack
 from resae.storage import save_json, write_atomically
 
 

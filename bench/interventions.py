@@ -25,10 +25,10 @@ from ops import commit
 from torch import Tensor
 
 from resae import HookedLM, ReSAE, StrongestLatents, replacement
-from resae.data import train_and_held_out
+from resae.data.rows import train_and_held_out
 from resae.environment import environment
-from resae.evaluate import edit_effects
-from resae.model import EMBEDDED
+from resae.evaluation.effects import edit_effects
+from resae.models.hooked import EMBEDDED
 from resae.storage import write_atomically
 
 METHODS = ("resae", "identity")

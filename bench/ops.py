@@ -28,13 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resae.affine import AffinePredictor
-from resae.data import ActivationBatches, Position, capture_tokens, train_and_held_out
+from resae.data.activations import capture_tokens
+from resae.data.batches import ActivationBatches, Position
+from resae.data.rows import train_and_held_out
 from resae.environment import environment
-from resae.model import EMBEDDED, HookedLM
-from resae.sae import TopKSAE
+from resae.models.hooked import EMBEDDED, HookedLM
+from resae.sae.topk import TopKSAE
+from resae.stack.affine import AffinePredictor
 from resae.storage import load_tensors, save_json, write_atomically
-from resae.train import Calibration, TrainConfig, sum_moments, train
+from resae.training.calibration import Calibration, sum_moments
+from resae.training.config import TrainConfig
+from resae.training.loop import train
 from resae_kernels.profiling import (
     Case,
     Clock,
@@ -46,7 +50,7 @@ from resae_kernels.profiling import (
     profile,
     table,
 )
-from resae_kernels.profiling.measuring import CASE_SECONDS, LEAST_ROUNDS
+from resae_kernels.profiling.measuring import CASE_SECONDS, LEAST_ROUNDS, device_ms
 from resae_kernels.profiling.specs import DTYPES, OPS, PRODUCT
 
 GPU_CASES = [
@@ -442,8 +446,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         middles.append(y + (len(mine) - 1) / 2)
         for row in mine:
             color = _color(row["provider"])
-            bar = axis.barh(y, row["ms_p50"] / mine[0]["ms_p50"], 0.9, color=color)
-            axis.bar_label(bar, [f" {row['provider']}  {row['ms_p50']:.3g} ms"], fontsize=7)
+            bar = axis.barh(y, device_ms(row) / device_ms(mine[0]), 0.9, color=color)
+            axis.bar_label(bar, [f" {row['provider']}  {device_ms(row):.3g} ms"], fontsize=7)
             y += 1
         y += 1
     axis.set_yticks(middles, cases, fontsize=8)

@@ -23,12 +23,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from resae.affine import AffinePredictor
-from resae.data import Position, capture_tokens, train_and_held_out
-from resae.model import EMBEDDED, HookedLM
-from resae.sae import TopKSAE
+from resae.data.activations import capture_tokens
+from resae.data.batches import Position
+from resae.data.rows import train_and_held_out
+from resae.models.hooked import EMBEDDED, HookedLM
+from resae.sae.topk import TopKSAE
+from resae.stack.affine import AffinePredictor
 from resae.storage import save_tensors
-from resae.train import Calibration, TrainConfig, train
+from resae.training.calibration import Calibration
+from resae.training.config import TrainConfig
+from resae.training.loop import train
 
 HELD_OUT_ROWS = 40
 CONTEXT_TOKENS = 128

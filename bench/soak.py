@@ -24,11 +24,13 @@ from ops import commit
 from torch import nn
 
 from resae import AffineOnly, HookedLM, replacement
-from resae.affine import Moments, fit_predictor
-from resae.data import capture_tokens, train_and_held_out
+from resae.data.activations import capture_tokens
+from resae.data.rows import train_and_held_out
 from resae.environment import environment
-from resae.model import EMBEDDED
-from resae.stack import ModelIdentity, ReSAE, new_stack
+from resae.models.hooked import EMBEDDED
+from resae.models.identity import ModelIdentity
+from resae.stack.fit import Moments, fit_predictor
+from resae.stack.stack import ReSAE, new_stack
 from resae.storage import write_atomically
 
 LAYERS = (1, 3, 5)

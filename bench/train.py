@@ -50,14 +50,18 @@ from ops import commit, peer_versions
 from torch import Tensor, nn
 from whole import Usage, run
 
-from resae.affine import AffinePredictor
 from resae.assets import CORPUS, TINY_PYTHIA
-from resae.data import TokenRows, capture_tokens, train_and_held_out
+from resae.data.activations import capture_tokens
+from resae.data.rows import TokenRows, train_and_held_out
 from resae.environment import environment
-from resae.model import EMBEDDED, HookedLM
-from resae.stack import ReSAE
+from resae.models.hooked import EMBEDDED, HookedLM
+from resae.stack.affine import AffinePredictor
+from resae.stack.stack import ReSAE
 from resae.storage import load_tensors, save_tensors, write_atomically
-from resae.train import Calibration, TrainConfig, initial_state, train_step
+from resae.training.calibration import Calibration
+from resae.training.config import TrainConfig
+from resae.training.start import initial_state
+from resae.training.step import train_step
 
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 CONTEXT_TOKENS = 128

@@ -8,35 +8,42 @@ with replacement(lm, stack) as replaced:
 replaced.counts
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from resae.lazy import on_demand
+
 if TYPE_CHECKING:
-    from resae.activation_cache import ActivationCache
-    from resae.affine import AffinePredictor, Moments, fit_predictor
-    from resae.data import (
-        ActivationBatches,
-        ModelActivations,
-        StoredActivations,
-        TokenRows,
-        load_texts,
-    )
-    from resae.decode_loop import DecodeLoop
-    from resae.evaluate import Method, evaluate
-    from resae.intervene import (
+    from resae.data.activations import ModelActivations
+    from resae.data.batches import ActivationBatches, StoredActivations
+    from resae.data.cache import ActivationCache
+    from resae.data.rows import TokenRows
+    from resae.data.texts import load_texts
+    from resae.evaluation.comparison import evaluate
+    from resae.evaluation.methods import Method
+    from resae.models.families import FAMILIES, Family
+    from resae.models.hooked import HookedLM
+    from resae.models.points import HookPoint
+    from resae.replacements.context import replacement
+    from resae.replacements.decode_loop import DecodeLoop
+    from resae.replacements.edits import (
         Change,
         Edit,
         Interventions,
         StrongestLatents,
         predicted_effects,
     )
-    from resae.model import FAMILIES, Family, HookedLM, HookPoint
-    from resae.replace import generate, replacement
-    from resae.sae import BoostedSAE, SAEConfig, TopKSAE
-    from resae.stack import AffineOnly, ReSAE
-    from resae.train import Calibration, TrainConfig, train, train_step
+    from resae.replacements.generation import generate
+    from resae.sae.base import SAEConfig
+    from resae.sae.boosted import BoostedSAE
+    from resae.sae.topk import TopKSAE
+    from resae.stack.affine import AffinePredictor
+    from resae.stack.fit import Moments, fit_predictor
+    from resae.stack.stack import AffineOnly, ReSAE
+    from resae.training.calibration import Calibration
+    from resae.training.config import TrainConfig
+    from resae.training.loop import train
+    from resae.training.step import train_step
 
 __all__ = [
     "FAMILIES",
@@ -76,46 +83,53 @@ __all__ = [
 # Each name is imported when it is first used (PEP 562): most of them need torch, and `resae --help`
 # is to answer without it. Type checkers read the imports above; a test compares the two lists.
 _MODULES = {
-    "activation_cache": ("ActivationCache",),
-    "affine": ("AffinePredictor", "Moments", "fit_predictor"),
-    "data": (
+    "data.activations": ("ModelActivations",),
+    "data.batches": (
         "ActivationBatches",
-        "ModelActivations",
         "StoredActivations",
-        "TokenRows",
-        "load_texts",
     ),
-    "decode_loop": ("DecodeLoop",),
-    "evaluate": ("Method", "evaluate"),
-    "intervene": ("Change", "Edit", "Interventions", "StrongestLatents", "predicted_effects"),
-    "model": ("FAMILIES", "Family", "HookPoint", "HookedLM"),
-    "replace": ("generate", "replacement"),
-    "sae": ("BoostedSAE", "SAEConfig", "TopKSAE"),
-    "stack": ("AffineOnly", "ReSAE"),
-    "train": ("Calibration", "TrainConfig", "train", "train_step"),
+    "data.cache": ("ActivationCache",),
+    "data.rows": ("TokenRows",),
+    "data.texts": ("load_texts",),
+    "evaluation.comparison": ("evaluate",),
+    "evaluation.methods": ("Method",),
+    "models.families": (
+        "FAMILIES",
+        "Family",
+    ),
+    "models.hooked": ("HookedLM",),
+    "models.points": ("HookPoint",),
+    "replacements.context": ("replacement",),
+    "replacements.decode_loop": ("DecodeLoop",),
+    "replacements.edits": (
+        "Change",
+        "Edit",
+        "Interventions",
+        "StrongestLatents",
+        "predicted_effects",
+    ),
+    "replacements.generation": ("generate",),
+    "sae.base": ("SAEConfig",),
+    "sae.boosted": ("BoostedSAE",),
+    "sae.topk": ("TopKSAE",),
+    "stack.affine": ("AffinePredictor",),
+    "stack.fit": (
+        "Moments",
+        "fit_predictor",
+    ),
+    "stack.stack": (
+        "AffineOnly",
+        "ReSAE",
+    ),
+    "training.calibration": ("Calibration",),
+    "training.config": ("TrainConfig",),
+    "training.loop": ("train",),
+    "training.step": ("train_step",),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_get, __dir__ = on_demand(__name__, _MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Python sets each imported submodule as an attribute of its package: `resae.train` and
-    `resae.evaluate` stay the functions of these names all the same."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    if name == "__version__":
+        return import_module("importlib.metadata").version("resae")
+    return _get(name)

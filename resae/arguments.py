@@ -1,34 +1,16 @@
-"""Values of the command line: what each must look like, checked before a command begins.
+"""Values of settings as text: what each must look like, checked before a command begins.
 
-Every function here is a `type` of `argparse`: it returns the value, or raises ArgumentTypeError
-with what was given and what is expected.
+Every function here reads one value from text: it returns the value, or raises ArgumentTypeError
+with what was given and what is expected. `resae.settings` says which setting takes which.
 """
 
-import argparse
 import math
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 LARGEST_SEED = 2**32 - 1
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for options that are off or open unless they are given."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
 
 
 def filled(text: str) -> str:

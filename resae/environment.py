@@ -20,14 +20,14 @@ def environment() -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "resae": _version("resae"),
+        "resae": installed_version("resae"),
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "datasets": _version("datasets"),
-        "safetensors": _version("safetensors"),
-        "triton": _version("triton"),
+        "transformers": installed_version("transformers"),
+        "datasets": installed_version("datasets"),
+        "safetensors": installed_version("safetensors"),
+        "triton": installed_version("triton"),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "gpu": gpu,
@@ -108,7 +108,7 @@ def keep_freed_memory() -> None:
         library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     """None for what is run from its source tree, or absent."""
     try:
         return version(package)

@@ -6,6 +6,9 @@ decode for one layer of a running model (inference only); `ScreenedEncoder` hold
 encode fast on a CPU. `reference` says in plain PyTorch what they compute.
 """
 
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
 from resae_kernels import reference
 from resae_kernels.chain import affine_chain, transport
 from resae_kernels.decode import reconstruction_error, sparse_decode
@@ -30,3 +33,13 @@ __all__ = [
     "topk_encode",
     "transport",
 ]
+
+if TYPE_CHECKING:  # a `__getattr__` would have every mistyped name accepted
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """`__version__`, read when it is asked for: a checkout that is not installed has none."""
+        if name == "__version__":
+            return version("resae")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

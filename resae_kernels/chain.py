@@ -13,8 +13,14 @@ import torch
 from torch import Tensor
 
 from resae_kernels import checks
-from resae_kernels.decode import sparse_decode
-from resae_kernels.dispatch import LIBRARY, implementation_for, register
+from resae_kernels.decode import decode_rows, sparse_decode
+from resae_kernels.dispatch import (
+    LIBRARY,
+    check_once,
+    implementation_for,
+    register,
+    triton_signature,
+)
 from resae_kernels.gradients import code_gradients
 from resae_kernels.precision import gemm
 from resae_kernels.types import TopK, Transported, accumulation_dtype
@@ -63,7 +69,13 @@ def affine_chain(
         to W_dec's dtype and products stay in it. Decodes take the form of `sparse_decode`'s rule.
     """
     codes = [TopK(*code) for code in codes]
-    _check(codes, W_dec, A, c, b_dec)
+    flat = [t for code in codes for t in code]
+    signature = W_dec and triton_signature(implementation, *W_dec, *flat, *A, *c, *b_dec)
+    if signature:
+        lengths = tuple(map(len, (W_dec, codes, A, c, b_dec)))
+        check_once(_PASSED, (lengths, signature), lambda: _check(codes, W_dec, A, c, b_dec))
+    else:
+        _check(codes, W_dec, A, c, b_dec)
     if form not in (None, "sequential", "transported"):
         raise ValueError(
             f"affine_chain: form={form!r}, expected 'sequential', 'transported' or None (by the "
@@ -95,7 +107,8 @@ def affine_chain(
             )
             for m in range(len(codes))
         ]
-    x_hats = torch.ops.resae.affine_chain(
+    op = _chain if signature else torch.ops.resae.affine_chain  # eager calls pass the dispatcher by
+    x_hats = op(
         [code.acts.to(W_dec[0].dtype).reshape(N, code.acts.shape[-1]) for code in codes],
         [code.indices.reshape(N, code.indices.shape[-1]) for code in codes],
         list(W_dec),
@@ -105,6 +118,9 @@ def affine_chain(
         implementation=implementation or "",
     )
     return [x_hat.reshape(*leading, x_hat.shape[-1]) for x_hat in x_hats]
+
+
+_PASSED: set = set()
 
 
 def transport(
@@ -215,14 +231,8 @@ def _chain(
             # Prediction and constants stay in the accumulation dtype: one rounding per layer, here.
             base = _map_sources(x_hats, A[layer - 1])
             bias = bias + c[layer - 1]
-        x_hat = torch.ops.resae.sparse_decode(
-            [acts[layer]],
-            [indices[layer]],
-            [W_dec[layer]],
-            bias,
-            base,
-            implementation=implementation,
-        )
+        code = [acts[layer]], [indices[layer]], [W_dec[layer]]
+        x_hat = decode_rows(*code, bias, base, implementation=implementation)
         x_hats.append(x_hat)
     return x_hats
 

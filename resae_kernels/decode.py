@@ -22,7 +22,14 @@ from torch import Tensor
 
 from resae_kernels import checks, dense
 from resae_kernels.cpu import native, sums
-from resae_kernels.dispatch import LIBRARY, implementation_for, register
+from resae_kernels.dispatch import (
+    LIBRARY,
+    PLAIN,
+    check_once,
+    implementation_for,
+    register,
+    triton_signature,
+)
 from resae_kernels.gradients import code_gradients
 from resae_kernels.triton import decode as triton_decode
 from resae_kernels.types import ReconstructionError, accumulation_dtype
@@ -72,6 +79,10 @@ def sparse_decode(
         (no code of `topk_encode` has such) are rounded once more, as their sum.
     """
     op = "sparse_decode"
+    if form in (None, "gather", "dense"):
+        out = _decode_past_dispatcher(acts, indices, W_dec, bias, base, form, implementation)
+        if out is not None:
+            return out
     if form is None and implementation is None:
         out = _decode_at_once(acts, indices, W_dec, bias, base)
         if out is not None:
@@ -87,6 +98,40 @@ def sparse_decode(
         *codes, **offsets, implementation=implementation or "", form=form or ""
     )
     return out.reshape(*leading, out.shape[-1])
+
+
+_PASSED: set = set()
+
+
+def _decode_past_dispatcher(
+    acts: Any,
+    indices: Any,
+    W_dec: Any,
+    bias: Tensor | None,
+    base: Tensor | None,
+    form: str | None,
+    implementation: str | None,
+) -> Tensor | None:
+    """The decode of an eager call by Triton, its arguments checked once per signature; None: not
+    the way for this call."""
+    if type(acts) in PLAIN:
+        acts, indices, W_dec = (acts,), (indices,), (W_dec,)
+    elif not (acts and all(type(t) in (list, tuple) for t in (acts, indices, W_dec))):
+        return None
+    signature = triton_signature(implementation, *acts, *indices, *W_dec, bias, base)
+    if signature is None:
+        return None
+    op, offsets = "sparse_decode", {"bias": bias, "base": base}
+    lengths = len(acts), len(indices), len(W_dec)
+    check_once(_PASSED, (lengths, signature), lambda: _check(op, acts, indices, W_dec, offsets))
+    implementation_for(op, W_dec[0], "triton")
+    leading, D = acts[0].shape[:-1], W_dec[0].shape[1]
+    if len(leading) != 1:
+        N = leading.numel()
+        acts, indices = ([t.reshape(N, t.shape[-1]) for t in ts] for ts in (acts, indices))
+        base = None if base is None else base.reshape(N, D)
+    out = decode_rows(acts, indices, W_dec, bias, base, implementation="triton", form=form or "")
+    return out if len(leading) == 1 else out.view(*leading, D)
 
 
 def _decode_at_once(
@@ -220,9 +265,9 @@ def _check(
 
 
 def decode_rows(
-    acts: list[Tensor],
-    indices: list[Tensor],
-    W_dec: list[Tensor],
+    acts: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    W_dec: Sequence[Tensor],
     bias: Tensor | None,
     base: Tensor | None,
     *,
@@ -249,9 +294,9 @@ def _error(
 
 
 def _reconstruct(
-    acts: list[Tensor],
-    indices: list[Tensor],
-    W_dec: list[Tensor],
+    acts: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    W_dec: Sequence[Tensor],
     bias: Tensor | None,
     base: Tensor | None,
     target: Tensor | None,
@@ -261,6 +306,10 @@ def _reconstruct(
     """The sum; or what it is off a target, and the squares of that summed over D."""
     chosen = implementation_for("sparse_decode", W_dec[0], implementation or None)
     dtype = W_dec[0].dtype
+    if chosen == "triton" and not any(
+        dense.is_dense(form, i, W.shape[0], dtype) for i, W in zip(indices, W_dec, strict=True)
+    ):
+        return triton_decode.launch_decode(acts, indices, W_dec, bias, base, None, target)
     wide = accumulation_dtype(dtype)
     codes = list(zip(acts, indices, W_dec, strict=True))
     is_dense = [dense.is_dense(form, i, W.shape[0], dtype) for _, i, W in codes]

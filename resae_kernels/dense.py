@@ -22,7 +22,8 @@ take 144·k/M of the time of a bf16 product at 790 TFLOP/s, 24·k/M of an fp32 o
 CPU: measured 2026-11-21 on one core of an AMD EPYC, fp32, N = 256 and 2048, D = 512 and 768,
 M = 2048, gather and dense in turns, fastest of several: sum and both gradients together take 1.7 to
 1.9 times as long gathered at M/k = 2, 1.06 to 1.24 times at 3, 0.79 to 0.92 times at 4. Each alone
-is even at about 2 (the sum), 2.5 to 3.5 (the gradient of W_dec) and 5 to 6 (of the acts)."""
+is even at about 2 (the sum), 2.5 to 3.5 (the gradient of W_dec) and 5 to 6 (of the acts). That was
+before the compiled library took all three, and is what float64 and machines without it have."""
 
 DENSE_TOKENS = 256
 """Tokens from which on it is: with fewer, a product is bound by reading all M rows of W_dec (the

@@ -1,11 +1,14 @@
 """Registration of the ops `resae::…`, and the choice of what runs them."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from resae_kernels.cpu.private_torch import is_eager, is_profiled
 from resae_kernels.triton import runtime
 
 LIBRARY = torch.library.Library("resae", "DEF")
@@ -19,6 +22,50 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"resae::{name}", fake, lib=LIBRARY)
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+_has_triton = cache(lambda: find_spec("triton") is not None)  # it has wheels for Linux only
+
+
+def triton_signature(
+    implementation: str | None, first: Tensor, *others: Tensor | None
+) -> tuple | None:
+    """Shapes, dtypes and devices of the arguments of an eager call that Triton answers; None where
+    the call has to go through the dispatcher, or is not for Triton.
+
+    Past the dispatcher go plain tensors of which no gradient is wanted, where nothing traces,
+    transforms, casts or profiles the call: the dispatcher takes longer than the preparation of a
+    launch. An op that has let arguments of one signature pass need not check them again.
+    """
+    if not (implementation == "triton" or (implementation is None and first.is_cuda)):
+        return None
+    if not is_eager() or is_profiled() or torch.is_autocast_enabled("cuda"):
+        return None
+    wants_gradient = torch.is_grad_enabled()
+    found: list[Any] = []
+    for t in (first, *others):
+        if t is None:
+            found.append(None)
+        elif type(t) not in PLAIN or t.is_neg() or (wants_gradient and t.requires_grad):
+            return None
+        else:
+            found.append((t.shape, t.dtype, t.device))
+    return tuple(found)
+
+
+def check_once(passed: set, key: tuple, check: Callable[[], object]) -> None:
+    """Run the checks of an op unless arguments of this key have passed them."""
+    if key in passed:
+        return
+    check()
+    if len(passed) >= MOST_SIGNATURES:
+        passed.clear()
+    passed.add(key)
+
+
+MOST_SIGNATURES = 4096
+"""Signatures kept for each op, of a few hundred bytes each."""
+
+
 def implementation_for(op: str, tensor: Tensor, implementation: str | None) -> str:
     """`torch` or `triton`: as asked, or by the device of the input (CUDA: triton)."""
     if implementation is None:
@@ -28,7 +75,7 @@ def implementation_for(op: str, tensor: Tensor, implementation: str | None) -> s
             f"{op}: implementation={implementation!r}, expected 'torch', 'triton' or None "
             f"(by device)"
         )
-    if implementation == "triton" and not find_spec("triton"):  # it has wheels for Linux only
+    if implementation == "triton" and not _has_triton():
         raise ValueError(
             f"{op}: implementation='triton', but Triton is not installed; pip install it"
         )

@@ -16,8 +16,14 @@ from resae_kernels import checks, memory
 from resae_kernels.cpu import native
 from resae_kernels.cpu.encode import encode_in_chunks
 from resae_kernels.cpu.selection import select
-from resae_kernels.dispatch import LIBRARY, implementation_for, register
-from resae_kernels.gradients import latent_outer, latent_sum
+from resae_kernels.dispatch import (
+    LIBRARY,
+    check_once,
+    implementation_for,
+    register,
+    triton_signature,
+)
+from resae_kernels.gradients import encoder_gradients, latent_outer, latent_sum
 from resae_kernels.precision import residual
 from resae_kernels.triton import encode as triton_encode
 from resae_kernels.types import TopK, accumulation_dtype
@@ -65,7 +71,8 @@ def topk_encode(
         and base through the acts, where they are positive; indices have none. Under autocast the
         inputs are cast as for `F.linear`.
 
-        "triton" beyond 16 tokens leaves the product to the GEMM of torch, in x's dtype: fp32
+        "triton" beyond 16 tokens leaves the product to the GEMM of torch, unless `resae tune` found
+        the package's own faster. That of torch works in x's dtype: fp32
         accumulation with the bias added before the one rounding, unless the library splits the sum
         over D and adds the parts in 16 bit, or takes TF32 for fp32; both are settings of
         `torch.backends.cuda.matmul`. Its selection takes fp32, bf16 and fp16 with k ≤ 1024,
@@ -75,6 +82,10 @@ def topk_encode(
         code = _encode_at_once(x, weight, bias, k, pre_bias, base, sorted)
         if code is not None:
             return code
+    if workspace_bytes is None and not check_nan:
+        signature = triton_signature(implementation, x, weight, bias, pre_bias, base)
+        if signature is not None:
+            return _encode_past_dispatcher(x, weight, bias, k, pre_bias, base, sorted, signature)
     x, weight, bias, pre_bias, base = checks.under_autocast(x, weight, bias, pre_bias, base)  # type: ignore[assignment]
     check_arguments(x, weight, bias, k, pre_bias, base, workspace_bytes)
     D = weight.shape[1]
@@ -99,6 +110,34 @@ def topk_encode(
         )
     code_shape = (*x.shape[:-1], k)
     return TopK(acts.reshape(code_shape), indices.reshape(code_shape))
+
+
+_PASSED: set = set()
+
+
+def _encode_past_dispatcher(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    pre_bias: Tensor | None,
+    base: Tensor | None,
+    sorted: bool,
+    signature: tuple,
+) -> TopK:
+    """The code of an eager call by Triton, its arguments checked once per signature."""
+    arguments = x, weight, bias, k, pre_bias, base
+    check_once(_PASSED, (signature, k), lambda: check_arguments(*arguments, None))
+    implementation_for("topk_encode", x, "triton")
+    leading, D = x.shape[:-1], weight.shape[1]
+    if len(leading) != 1:
+        x = x.reshape(-1, D)
+        base = None if base is None else base.reshape(-1, D)
+    held = memory.workspace_bytes(x)
+    acts, indices = encode_rows(x, weight, bias, k, pre_bias, base, sorted, held, "triton")
+    if len(leading) != 1:
+        acts, indices = acts.view(*leading, k), indices.view(*leading, k)
+    return TopK(acts, indices)
 
 
 def fits(
@@ -223,10 +262,17 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.has_bias = bias is not None
 
 
+BLOCK = 128
+"""Latents of one partial sum of the gradient of `pre_bias`."""
+
+
 def _combined(total: Tensor, weight: Tensor) -> Tensor:
     """`total @ weight`, `[D]`: total `[M]` in the accumulation dtype, weight not copied to it."""
     if total.dtype == weight.dtype:
-        return total @ weight
+        # Sums of BLOCK terms, then the sum of those: one running sum over M terms loses digits.
+        M = weight.shape[0] // BLOCK * BLOCK
+        blocks = total[:M].view(-1, 1, BLOCK), weight[:M].unflatten(0, (-1, BLOCK))
+        return torch.bmm(*blocks).sum((0, 1)) + total[M:] @ weight[M:]
     # What the 16-bit total leaves out is a second row of the product.
     coarse = total.to(weight.dtype)
     fine = (total - coarse).to(weight.dtype)
@@ -247,13 +293,22 @@ def backward(ctx, grad_acts, grad_indices):
             [grad], [indices], [weight], None, None, implementation=ctx.implementation
         )
         grad_base = -grad_x if need_base else None
-    if need_weight:
-        rest = residual(x, pre_bias, base)
-        grad_weight = latent_outer(grad, indices, rest, weight.shape[0], ctx.implementation)
+    M = weight.shape[0]
     need_bias = need_bias and ctx.has_bias
-    if need_bias or need_pre_bias:
+    total = None
+    if need_weight:
+        if ctx.implementation == "triton":
+            rest = torch.ops.resae.residual(x, pre_bias, base)
+        else:
+            rest = residual(x, pre_bias, base)
+        if need_bias or need_pre_bias:
+            grad_weight, total = encoder_gradients(grad, indices, rest, M, ctx.implementation)
+        else:
+            grad_weight = latent_outer(grad, indices, rest, M, ctx.implementation)
+    elif need_bias or need_pre_bias:
         wide = accumulation_dtype(weight.dtype)
-        total = latent_sum(grad.to(wide), indices, weight.shape[0], ctx.implementation)
+        total = latent_sum(grad.to(wide), indices, M, ctx.implementation)
+    if total is not None:
         grad_bias = total.to(weight.dtype) if need_bias else None
         # One product with the sum over all tokens, where a decode would gather rows for each.
         grad_pre_bias = -_combined(total, weight) if need_pre_bias else None
@@ -270,6 +325,42 @@ def backward(ctx, grad_acts, grad_indices):
     )
 
 
+def _residual_rows(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
+    """`precision.residual` of `[N, D]` in one launch, for the dtypes that its kernel takes."""
+    if x.dtype not in triton_encode.KEYS or x.numel() == 0:
+        return residual(x, pre_bias, base)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    base = base if base is None or base.stride(1) == 1 else base.contiguous()
+    pre_bias = None if pre_bias is None else pre_bias.contiguous()
+    with torch.cuda.device_of(x):
+        return triton_encode.launch_residual(x, pre_bias, base)
+
+
+def _residual_fake(x, pre_bias, base):  # noqa: ARG001
+    return x.new_empty(x.shape)
+
+
+def _residual_setup(ctx, inputs, output) -> None:
+    del inputs, output
+    ctx.set_materialize_grads(False)
+
+
+def _residual_backward(ctx, grad):
+    """For gradients of gradients."""
+    if grad is None:
+        return None, None, None
+    _, need_pre_bias, need_base = ctx.needs_input_grad
+    return grad, -grad.sum(0) if need_pre_bias else None, -grad if need_base else None
+
+
+register(
+    "residual(Tensor x, Tensor? pre_bias, Tensor? base) -> Tensor",
+    _residual_rows,
+    _residual_fake,
+)
+torch.library.register_autograd(
+    "resae::residual", _residual_backward, setup_context=_residual_setup, lib=LIBRARY
+)
 register(
     "topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? base, "
     "bool sorted, int workspace_bytes, str implementation) -> (Tensor acts, Tensor indices)",

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from resae_kernels import dense
-from resae_kernels.cpu import sums
+from resae_kernels.cpu import native, sums
 from resae_kernels.dispatch import LIBRARY, implementation_for, register
 from resae_kernels.triton import decode as triton_decode
+from resae_kernels.types import accumulation_dtype
 
 
 def code_gradients(acts, indices, W_dec, grads, needed, *, implementation="", form=""):
@@ -55,6 +56,15 @@ def _latent_outer(
     chosen = implementation_for("latent_outer", rows, implementation or None)
     if dense.is_dense(form, indices, M, rows.dtype):
         return dense.dense_outer(acts, indices, rows, M, chosen)
+    if chosen == "torch" and native.takes(acts, rows):
+        return native.latent_outer(acts, indices, rows, M)
+    summed = triton_decode.launch_latent_outer if chosen == "triton" else sums.latent_outer
+    return summed(*_sorted_by_latent(acts, indices, M), rows)
+
+
+def _sorted_by_latent(acts: Tensor, indices: Tensor, M: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of a code in the order of latent, then token: acts, tokens, and the bounds of
+    each latent's entries, `[M + 1]`."""
     k = acts.shape[1]
     acts, latents = acts.reshape(-1), indices.reshape(-1)
     # Padding slots would pile up on latent 0: they sort behind the last latent and are cut off.
@@ -62,9 +72,7 @@ def _latent_outer(
     bounds = torch.searchsorted(
         latents, torch.arange(M + 1, dtype=torch.int32, device=latents.device)
     )
-    tokens, weights = order.div(max(k, 1), rounding_mode="floor"), acts[order]
-    summed = triton_decode.launch_latent_outer if chosen == "triton" else sums.latent_outer
-    return summed(weights, tokens, bounds, rows)
+    return acts[order], order.div(max(k, 1), rounding_mode="floor"), bounds
 
 
 def _latent_outer_fake(acts, indices, rows, M, *, implementation="", form=""):  # noqa: ARG001
@@ -100,6 +108,48 @@ def latent_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") 
     ones = acts.new_ones(acts.shape[0], 1)
     # One column: never worth a scattered code.
     return latent_outer(acts, indices, ones, M, implementation, form="gather").squeeze(1)
+
+
+def encoder_gradients(
+    acts: Tensor, indices: Tensor, rows: Tensor, M: int, implementation: str = ""
+) -> tuple[Tensor, Tensor]:
+    """`latent_outer` and `latent_sum` of one code, the latter in the accumulation dtype: the
+    gradients of an encoder and of its bias. In Triton one sort and the same launches for both."""
+    return torch.ops.resae.encoder_gradients(acts, indices, rows, M, implementation=implementation)
+
+
+def _encoder_gradients(
+    acts: Tensor, indices: Tensor, rows: Tensor, M: int, *, implementation: str = ""
+) -> tuple[Tensor, Tensor]:
+    chosen = implementation_for("encoder_gradients", rows, implementation or None)
+    wide = accumulation_dtype(acts.dtype)
+    if chosen == "torch" or rows.shape[1] == 0 or dense.is_dense("", indices, M, rows.dtype):
+        outer = _latent_outer(acts, indices, rows, M, implementation=chosen)
+        return outer, latent_sum(acts.to(wide), indices, M, chosen)
+    total = acts.new_empty(M, dtype=wide)
+    entries = _sorted_by_latent(acts, indices, M)
+    return triton_decode.launch_latent_outer(*entries, rows, total), total
+
+
+def _encoder_gradients_fake(acts, indices, rows, M, *, implementation=""):  # noqa: ARG001
+    return rows.new_empty(M, rows.shape[1]), acts.new_empty(M, dtype=accumulation_dtype(acts.dtype))
+
+
+def _encoder_gradients_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    _latent_outer_setup(ctx, inputs, keyword_only_inputs, output)
+    ctx.set_materialize_grads(False)
+
+
+def _encoder_gradients_backward(ctx, grad_outer, grad_total):
+    """For gradients of gradients."""
+    acts, indices, _ = ctx.saved_tensors
+    grad_acts = grad_rows = None
+    if grad_outer is not None:
+        grad_acts, _, grad_rows, _ = _latent_outer_backward(ctx, grad_outer)
+    if grad_total is not None and ctx.needs_input_grad[0]:
+        named = grad_total[indices].to(acts.dtype)
+        grad_acts = named if grad_acts is None else grad_acts + named
+    return grad_acts, None, grad_rows, None
 
 
 def _sampled_product(
@@ -142,6 +192,12 @@ register(
     _latent_outer_fake,
 )
 register(
+    "encoder_gradients(Tensor acts, Tensor indices, Tensor rows, SymInt M, *, "
+    "str implementation='') -> (Tensor outer, Tensor total)",
+    _encoder_gradients,
+    _encoder_gradients_fake,
+)
+register(
     "sampled_product(Tensor grad, Tensor indices, Tensor W, *, str implementation='', "
     "str form='') -> Tensor",
     _sampled_product,
@@ -149,6 +205,7 @@ register(
 )
 for _op, _its_backward, _its_setup in (
     ("latent_outer", _latent_outer_backward, _latent_outer_setup),
+    ("encoder_gradients", _encoder_gradients_backward, _encoder_gradients_setup),
     ("sampled_product", _sampled_product_backward, _sampled_product_setup),
 ):
     torch.library.register_autograd(

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from resae_kernels import checks
-from resae_kernels.cpu import native, screening_torch
+from resae_kernels.cpu import native, private_torch, screening_torch
 from resae_kernels.cpu.private_torch import int8_linear_unavailable
 from resae_kernels.cpu.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
 from resae_kernels.cpu.screening_native import NativeCopy
@@ -232,19 +232,32 @@ class ScreenedEncoder:
                 c`: for few tokens, as A is read anew for each.
             sorted: as of `encode`.
         """
+        step = self.prepare_step(x, k, b_dec, W_dec, affine and affine[1:], sorted=sorted)
+        return None if step is None else step(x, affine[0] if affine else base)
+
+    def prepare_step(
+        self,
+        x: Tensor,
+        k: int,
+        b_dec: Tensor | None,
+        W_dec: Tensor,
+        affine: tuple[Tensor, Tensor] | None = None,
+        *,
+        sorted: bool = False,
+    ) -> "PreparedStep | None":
+        """`online_step` of activations like x, checked once for many calls; None: where that would
+        be None."""
         state = self._state
-        if not self._is_ready(state, x, k, b_dec, base, W_dec) or not x.numel():
+        tensors = b_dec, W_dec, *(affine or ())
+        if not self._is_ready(state, x, k, b_dec, None, W_dec) or not x.numel():
             return None
         if affine is not None:
-            source, A, c = affine
-            D = x.shape[-1:]
-            if source.shape != x.shape or A.shape != D + D or c.shape != D:
+            (A, c), D = affine, x.shape[-1:]
+            if A.shape != D + D or c.shape != D or not native.direct(x, A, c):
                 return None
-            if not native.direct(x, source, A, c):
-                return None
-        held = state.copy.held  # type: ignore[union-attr]
-        step = native.online_step(held[0], x, base, affine, b_dec, k, W_dec, sorted)
-        return None if self._versions() != state.versions else step  # type: ignore[union-attr]
+        if not all(t is None or t.is_contiguous() for t in tensors):
+            return None
+        return PreparedStep(self, x, k, b_dec, W_dec, affine, sorted)
 
     def _encode_at_once(
         self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
@@ -456,6 +469,77 @@ class ScreenedEncoder:
         elif self._current_state() is None:
             cannot = "the weight or bias is not finite"
         return cannot
+
+
+class PreparedStep:
+    """The online step of one encoder with everything given but the activations: a call only looks
+    whether the tensors are still what they were. Made by `ScreenedEncoder.prepare_step`."""
+
+    def __init__(
+        self,
+        encoder: ScreenedEncoder,
+        x: Tensor,
+        k: int,
+        b_dec: Tensor | None,
+        W_dec: Tensor,
+        affine: tuple[Tensor, Tensor] | None,
+        sorted: bool,
+    ):
+        self._encoder, self._weight, self._bias = encoder, encoder.weight, encoder.bias
+        self._dtype, self._shape = x.dtype, x.shape
+        self._code = native.new_code(x, (*x.shape[:-1], k))
+        given = (encoder.weight, encoder.bias, b_dec, W_dec, *(affine or ()))
+        self._fixed = [(t, t.dtype, *layout_of(t)) for t in given if t is not None]
+        self._layer = native.layer(W_dec, b_dec, affine, k, sorted)
+
+    def __call__(self, x: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x̂ like x, acts and indices; None: something is not what it was.
+
+        Args:
+            base: the prediction of x, or, where the step has a map, what it is applied to.
+        """
+        if not private_torch.is_eager() or private_torch.is_profiled():
+            return None
+        if not self._is_like(x) or not (base is None or self._is_like(base)):
+            return None
+        for t, dtype, address, shape, stride in self._fixed:
+            if (
+                t.data_ptr() != address
+                or t.dtype is not dtype
+                or t.shape != shape
+                or t.stride() != stride
+            ):
+                return None
+        if torch.is_grad_enabled() and self._requires_gradient(x, base):
+            return None
+        state = self._encoder._state
+        if state is None or not self._is_current(state):
+            return None
+        struct, *kept = state.copy.held  # type: ignore[union-attr]
+        step = native.online_step(struct, self._layer, x, base, self._code)
+        del kept
+        return step if self._is_current(state) else None
+
+    def _requires_gradient(self, x: Tensor, base: Tensor | None) -> bool:
+        return _require_gradient(x, base, *(t for t, *_ in self._fixed))
+
+    def _is_current(self, state: _State) -> bool:
+        """Is the copy of the weight and bias as they are? Their shapes and strides are known."""
+        layout, version, *of_bias = state.versions
+        weight, bias = self._weight, self._bias
+        if weight._version != version or weight.data_ptr() != layout[0]:
+            return False
+        return bias is None or (bias._version == of_bias[1] and bias.data_ptr() == of_bias[0][0])
+
+    def _is_like(self, x: Tensor) -> bool:
+        return (
+            type(x) is Tensor
+            and x.shape == self._shape
+            and x.dtype is self._dtype
+            and x.is_cpu
+            and x.is_contiguous()
+            and not x.is_neg()
+        )
 
 
 def layout_of(tensor: Tensor) -> tuple:

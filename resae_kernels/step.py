@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from resae_kernels import checks, memory
 from resae_kernels.cpu.private_torch import is_eager
 from resae_kernels.decode import sparse_decode
-from resae_kernels.dispatch import implementation_for, register
+from resae_kernels.dispatch import check_once, implementation_for, register, triton_signature
 from resae_kernels.screened import ScreenedEncoder, layout_of
 from resae_kernels.triton import step as triton_step
 from resae_kernels.triton.encode_few import FEW_TOKENS
@@ -89,6 +89,11 @@ def online_step(
         )
         if step is not None:
             return step
+    if transported is None and not codes:
+        given = weight, bias, W_dec, b_dec, base
+        signature = triton_signature(implementation, x, *given)
+        if signature is not None:
+            return _step_past_dispatcher(x, *given, k, out, signature)
     codes = [TopK(*code) for code in codes]
     _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported)
     N, (M, D) = x.shape[:-1].numel(), weight.shape
@@ -120,6 +125,43 @@ def online_step(
     code_shape = (*x.shape[:-1], k)
     code = TopK(out.acts.view(code_shape), out.indices.view(code_shape))
     return OnlineStep(out.x_hat.view(x.shape), code)
+
+
+_PASSED: set = set()
+
+
+def _step_past_dispatcher(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    base: Tensor | None,
+    k: int,
+    out: StepWorkspace | None,
+    signature: tuple,
+) -> OnlineStep:
+    """The step of an eager call by Triton, its arguments checked once per signature."""
+    N, (M, D), shape = x.shape[:-1].numel(), weight.shape, x.shape
+
+    def check() -> None:
+        _check(x, weight, bias, k, W_dec, b_dec, base, [], None)
+        if out is not None:
+            _check_workspace(out, N, M, k, D, x)
+
+    space = out and tuple([(t.shape, t.dtype, t.device, t.is_contiguous()) for t in out])
+    check_once(_PASSED, (signature, k, space), check)
+    implementation_for("online_step", x, "triton")
+    if out is None:
+        out = StepWorkspace.allocate(N, M, k, D, dtype=x.dtype, device=x.device)
+    flat = len(shape) == 2
+    rows = x if flat else x.reshape(N, D)
+    base = base if base is None or flat else base.reshape(N, D)
+    triton_step.launch_step(rows, weight, bias, W_dec, b_dec, base, (), (), (), None, out)
+    if flat:
+        return OnlineStep(out.x_hat, TopK(out.acts, out.indices))
+    code = TopK(*(t.view(*shape[:-1], k) for t in (out.acts, out.indices)))
+    return OnlineStep(out.x_hat.view(shape), code)
 
 
 _ENCODERS = WeakIdKeyDictionary()

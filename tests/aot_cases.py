@@ -7,9 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resae_kernels.triton import decode, encode, encode_few, residual, step, tiles
+from resae_kernels.triton import (
+    decode,
+    encode_few,
+    gemm,
+    residual,
+    selection,
+    step,
+    tiles,
+)
 from resae_kernels.triton.keys import KEYS
-from resae_kernels.triton.runtime import triton
 
 
 class AotCase(NamedTuple):
@@ -26,12 +33,15 @@ class AotCase(NamedTuple):
     expect: Mapping[str, int | bool]
     """What the machine code must show, in the words of `tests/static_gate.py`."""
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+    register_budget: int | None = None
+    """As `launch_options` takes it."""
 
 
 def all_cases() -> Iterator[AotCase]:
     """The cases of every kernel."""
     yield from decode_cases()
     yield from encode_cases()
+    yield from gemm_cases()
     yield from few_token_cases()
     yield from step_cases()
 
@@ -54,7 +64,9 @@ def decode_cases() -> Iterator[AotCase]:
             pointers = {"out": floats, "bias": floats, "base": "*fp32:16"}
             # Few tokens make few programs: their registers are not what limits them.
             few = {"shared": 1024, "barriers": 5, "registers": 128}
-            many = {"shared": 0, "barriers": 0, "registers": 80}
+            # The loop over wide rows is unrolled, and loads mix with uses.
+            in_flight = tile.loads if dtype.itemsize == 2 else tile.loads // 2
+            many = {"shared": 0, "barriers": 0, "registers": 80, "in_flight": in_flight}
             expect = few if constants["SPREAD"] else many
             if target:
                 pointers |= {"target": floats, "squared": "*fp32:16"}
@@ -73,6 +85,7 @@ def decode_cases() -> Iterator[AotCase]:
                 *(tile.num_warps, 1),
                 expect | {"matrix": False, "loads_128": T * tile.loads, "instructions": 1000},
                 architectures,
+                decode.decode_registers(N, dtype),
             )
 
         for tile in tiles.TILES["sampled_product"].candidates("other"):
@@ -80,10 +93,16 @@ def decode_cases() -> Iterator[AotCase]:
                 f"sampled_product {name} {tiles.sizes(tile)}",
                 decode.sampled_product_kernel,
                 dict.fromkeys(("out", "grad", "W"), floats) | {"indices": i64},
-                {"K": k, "BK": tile.rows} | tile.constants(D, dtype),
+                decode.sampled_product_constants(tile, k, D, dtype),
                 *(tile.num_warps, 1),
-                {"matrix": False, "loads_128": tile.loads, "registers": 80, "instructions": 500},
+                {
+                    "matrix": False,
+                    "in_flight": tile.loads,
+                    "registers": tiles.GATHER_REGISTERS,
+                    "instructions": 500,
+                },
                 architectures,
+                tiles.GATHER_REGISTERS,
             )
 
         yield AotCase(
@@ -104,28 +123,38 @@ def decode_cases() -> Iterator[AotCase]:
             (
                 decode.latent_piece_kernel,
                 {"partial": "*fp32:16", "piece_latent": i64, "M": "i32"},
+                ("piece_total",),
                 2048,
             ),
-            (decode.latent_outer_kernel, {"partial": "*fp32:16", "out": floats}, 0),
+            (
+                decode.latent_outer_kernel,
+                {"partial": "*fp32:16", "out": floats},
+                ("total", "piece_total"),
+                0,
+            ),
         )
-        for (kernel, others, shared), tile in itertools.product(
-            kernels, tiles.TILES["latent_outer"].candidates("other")
+        default, *alternatives = tiles.TILES["latent_outer"].candidates("other")
+        for (kernel, others, totals, shared), (tile, total) in itertools.product(
+            kernels, ((default, True), (default, False), *((t, True) for t in alternatives))
         ):
             kernel_name = kernel.__name__.removesuffix("_kernel")
             yield AotCase(
-                f"{kernel_name} {name} {tiles.sizes(tile)}",
+                f"{kernel_name} {name}{' total' * total} {tiles.sizes(tile)}",
                 kernel,
-                entries | others,
-                {"PIECE": decode.PIECE, "BE": tile.rows} | tile.constants(D, dtype),
+                entries | others | (dict.fromkeys(totals, "*fp32:16") if total else {}),
+                {"PIECE": decode.PIECE, "BE": tile.rows}
+                | ({} if total else dict.fromkeys(totals))
+                | tile.constants(D, dtype),
                 *(tile.num_warps, 1),
                 {
                     "matrix": False,
                     "shared": shared,
-                    "loads_128": tile.loads,
-                    "registers": 80,
+                    "in_flight": tile.loads,
+                    "registers": tiles.GATHER_REGISTERS,
                     "instructions": 1000,
                 },
                 architectures,
+                tiles.GATHER_REGISTERS,
             )
 
 
@@ -154,7 +183,7 @@ def encode_cases() -> Iterator[AotCase]:
         for tile in tiles.TILES["group_max"].candidates("sm_90"):
             yield AotCase(
                 f"group_max {name} {tiles.sizes(tile)}",
-                encode.group_max_kernel,
+                selection.group_max_kernel,
                 each(integers, "scores best") | each("i32:16", "M groups s_scores"),
                 {"GROUP": 32, "BM": tile.columns} | levels,
                 *(tile.num_warps, 1),
@@ -165,23 +194,58 @@ def encode_cases() -> Iterator[AotCase]:
                 ("sm_90",),
             )
 
-        for M, k in ((8192, 32), (65536, 64), (131072, 256)):
-            layout = encode.selection_layout(M, k)
+        first, *others = tiles.TILES["select"].candidates("sm_90")
+        every = ("sm_80", "sm_90", "sm_100")
+        # By value: a selection by index is a part of it.
+        for M, k, tile, maxima, architectures in (
+            (8192, 32, first, False, ("sm_90",)),
+            (65536, 64, first, False, every),
+            (131072, 256, first, False, every),
+            *((65536, 64, tile, tile.columns > 0, ("sm_90",)) for tile in others),
+        ):
+            layout = selection.selection_layout(M, k)
             assert layout is not None
+            warps = selection.select_warps(layout, tile.keys_per_thread)
+            strip = tile.columns * dtype.itemsize if maxima else 0
             yield AotCase(
-                f"select {name}, M={M} k={k}",
-                encode.select_kernel,
+                f"select {name}, M={M} k={k} {tiles.sizes(tile)}",
+                selection.select_kernel,
                 each(integers, "scores best acts")
                 | each("*i64:16", "indices")
                 | each("i32:16", "M groups s_scores k"),
+                selection.select_constants(layout, tile, maxima=maxima, by_value=True) | levels,
+                *(warps, 3),
+                {"loads_128": strip // (512 * warps), "instructions": 4000},
+                architectures,
+            )
+
+
+def gemm_cases() -> Iterator[AotCase]:
+    """The GEMM with group maxima, of as many latents as fill its tiles."""
+    keys = KEYS[torch.bfloat16]
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        for tile in tiles.TILES["product_of_many_16bit"].candidates(architecture):
+            if tile == tiles.LIBRARY_GEMM:
+                continue
+            kinds = dict.fromkeys(("bias", "scores"), "*bf16:16") | {"best": "*i16:16", "n": "i32"}
+            kinds |= dict.fromkeys(("D", "M", "groups", "s_scores"), "i32:16")
+            for name, rows in (("x", tile.tokens), ("weight", tile.latents)):
+                block = f"tensordesc<bf16[{rows},{tile.dimensions}]>"
+                kinds[name] = block if tile.descriptors else "*bf16:16"
+            loads = (tile.tokens + tile.latents) * tile.dimensions // (tile.num_warps * 256)
+            yield AotCase(
+                f"gemm bf16 {tiles.sizes(tile)}",
+                gemm.gemm_kernel,
+                kinds,
+                gemm.gemm_constants(tile, 65536, 32)
+                | {"INF": keys.inf, "TOP": keys.top, "UPCAST": False},
+                *(tile.num_warps, tile.num_stages),
                 {
-                    "GROUP": layout.group,
-                    "GROUPS": triton.next_power_of_2(layout.groups),
-                    "SLOTS": layout.slots,
-                }
-                | levels,
-                *(encode.select_warps(layout), 3),
-                {"instructions": 4000},
+                    "matrix": True,
+                    **({"tensor_loads": 2} if tile.descriptors else {"loads_128": loads}),
+                    "instructions": 3000,
+                },
+                (architecture,),
             )
 
 
@@ -254,9 +318,9 @@ def step_cases() -> Iterator[AotCase]:
         ("bf16", torch.bfloat16, 131072, 3584),
         ("fp32", torch.float32, 65536, 2048),
     ):
-        layout = encode.selection_layout(M, k)
+        layout = selection.selection_layout(M, k)
         assert layout is not None
-        warps = encode.select_warps(layout)
+        warps = selection.select_warps(layout)
         floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
 
         def each(kind: str, names: str) -> dict[str, str]:

@@ -100,3 +100,30 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resae.cli"])
     return context
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A model folder and a text file, as a user has them."""
+    import tiny  # loads transformers, which most tests do without
+
+    folder = tmp_path_factory.mktemp("material")
+    lm = tiny.pythia()
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    other = tiny.pythia()
+    other.model.resize_token_embeddings(1024, mean_resizing=False)
+    other.model.save_pretrained(folder / "other")
+    lm.tokenizer.save_pretrained(folder / "other")
+    words = " ".join(f"The {w} sat by number {i}." for i, w in enumerate(["cat", "dog"] * 900))
+    (folder / "text.txt").write_text(words)
+    (folder / "empty.txt").write_text("")
+    (folder / "latin1.txt").write_bytes("Wörter ".encode("latin1") * 900)
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b')
+    (folder / "integers.jsonl").write_text('{"text": 1}\n')
+    (folder / "nulls.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "a.txt").write_text(words)
+    (folder / "mixed" / "b.jsonl").write_text('{"text": "a"}\n')
+    lm.model.save_pretrained(folder / "no-tokenizer")
+    return folder

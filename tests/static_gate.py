@@ -5,6 +5,9 @@ spills (stack, local memory), shared memory within the device's, and what its `e
 
     instructions   at most so many in the kernel: an unrolled loop that blew up is seen
     loads_128      at least so many 128-bit loads from global memory, to registers or shared memory
+    in_flight      at least so many 128-bit loads to registers one after another before any of their
+                   results is used: what hides the latency of memory where no other warp does
+    tensor_loads   at least so many loads by the tensor memory accelerator
     additions      at least so many additions of fp32 that are no part of a product
     matrix         matrix instructions of this architecture's generation, or none where False
     registers      at most so many per thread
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import aot_cases
@@ -84,7 +88,7 @@ def compiled(case, architecture: str):
     return triton.compile(
         source,
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
-        options=runtime.launch_options(case.num_warps, case.num_stages),
+        options=runtime.launch_options(case.num_warps, case.num_stages, case.register_budget),
     )
 
 
@@ -104,12 +108,53 @@ def usage(cuobjdump: Path, nvdisasm: Path, cubin: bytes) -> dict[str, int | str]
         for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)
     }
     # "/*0040*/  @!P0 LDG.E.128 R4, …": an address, perhaps a predicate, the operation.
-    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code)
+    lines = re.findall(
+        r"^(\.L_\w+:)|/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z].*?);", code, re.MULTILINE
+    )
+    operations = [operation for _, operation in lines if operation]
     assert operations, "no instruction found in nvdisasm's output"
     found["code"] = "\n".join(operations)
     # What follows the kernel's end is padding.
     found["instructions"] = sum(operation != "NOP" for operation in operations)
+    found["in_flight"] = loads_in_flight([label or operation for label, operation in lines])
     return found
+
+
+def loads_in_flight(lines: Sequence[str]) -> int:
+    """The fewest, over the loops that multiply what they load, of the most 128-bit loads to
+    registers that follow each other before one of their results is used; over all of the kernel
+    where such loops are unrolled.
+
+    `lines` are the labels (`.L_x_1:`) and instructions of machine code in their order.
+    """
+    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    found: list[int] = []
+    for end, line in enumerate(lines):
+        target = re.match(r"BRA\b.*?(\.L_\w+)", line)
+        if target and labels[target[1]] < end:
+            body = lines[labels[target[1]] : end]
+            most = _most_pending(body)
+            if most and any(line.startswith(("FFMA", "FMUL")) for line in body):
+                found.append(most)
+    return min(found) if found else _most_pending(lines)
+
+
+def _most_pending(lines: Iterable[str]) -> int:
+    """The most results of 128-bit loads that are not used yet, at any place of `lines`."""
+    most = 0
+    pending: list[set[int]] = []
+    for line in lines:
+        operation, _, operands = line.partition(" ")
+        named = [int(register) for register in re.findall(r"\bR(\d+)\b", operands)]
+        wide = re.fullmatch(r"LDG\.E\.(?:\w+\.)*(128|256)(?:\.\w+)*", operation)
+        used = set(named[1:] if wide else named)
+        if any(result & used for result in pending):
+            pending = []
+        if wide:
+            first, words = named[0], int(wide[1]) // 32
+            pending += [set(range(first + i, first + i + 4)) for i in range(0, words, 4)]
+            most = max(most, len(pending))
+    return most
 
 
 def count(pattern: str, code) -> int:
@@ -124,6 +169,8 @@ def failures(case, architecture: str, shared: int, found: dict[str, int | str]) 
         "shared": shared,
         "barriers": count(r"BAR\.", code),
         "loads_128": count(r"LDG(STS)?\.E\.(\w+\.)*128", code),
+        "in_flight": found["in_flight"],
+        "tensor_loads": count(r"UTMALDG", code),
         "additions": count(r"FADD\b", code),
     }
     wrong = [f"{name} {found[name]}, expected 0" for name in ("stack", "local") if found[name] != 0]
@@ -138,7 +185,7 @@ def failures(case, architecture: str, shared: int, found: dict[str, int | str]) 
             if bool(matrix) != bound:
                 wanted = f"some {MATRIX[architecture]}" if bound else "none"
                 wrong.append(f"{matrix} matrix instructions, expected {wanted}")
-        elif name in ("loads_128", "additions"):
+        elif name in ("loads_128", "in_flight", "tensor_loads", "additions"):
             if measured[name] < bound:
                 wrong.append(f"{name} {measured[name]}, expected at least {bound}")
         elif measured[name] > bound:
@@ -157,7 +204,8 @@ def occupancy(architecture: str, registers: int, shared: int, num_warps: int) ->
 def main(names: list[str]) -> int:
     cuobjdump, nvdisasm = tools()
     print(
-        f"{'kernel':<50} | {'arch':<6} | registers | shared | occupancy | instructions | compile s"
+        f"{'kernel':<50} | {'arch':<6} | registers | shared | occupancy | instructions | "
+        "in flight | compile s"
     )
     failed = 0
     for case in aot_cases.all_cases():
@@ -172,7 +220,8 @@ def main(names: list[str]) -> int:
             share = occupancy(architecture, int(found["reg"]), shared, case.num_warps)
             print(
                 f"{case.name:<50} | {architecture:<6} | {found['reg']:>9} | {shared:>6} | "
-                f"{share:>9.0%} | {found['instructions']:>12} | {seconds:>9.1f}",
+                f"{share:>9.0%} | {found['instructions']:>12} | {found['in_flight']:>9} | "
+                f"{seconds:>9.1f}",
                 flush=True,
             )
             for wrong in failures(case, architecture, shared, found):

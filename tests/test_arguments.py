@@ -7,6 +7,7 @@ from argparse import ArgumentTypeError
 import pytest
 
 from resae import arguments
+from resae.cli.options import Parser
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_a_folder_that_takes_no_files_is_named():
 
 
 def test_errors_of_the_parser_are_one_line(capsys):
-    parser = arguments.Parser(prog="resae train")
+    parser = Parser(prog="resae train")
     parser.add_argument("--lr", type=arguments.real(above=0))
     assert math.isclose(parser.parse_args(["--lr", "0.1"]).lr, 0.1)
     with pytest.raises(SystemExit) as stop:

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resae import HookedLM
 from resae.assets import CORPUS, TINY_PYTHIA
-from resae.data import TokenRows
-from resae.metrics import cross_entropy
+from resae.data.rows import TokenRows
+from resae.evaluation.metrics import cross_entropy
 
 DOMAINS = {"bible", "wordnet", "jargon", "pysrc", "pydocs", "sqldoc", "csrc"}
 

@@ -17,7 +17,8 @@ from train import (
     verdicts,
 )
 
-from resae.sae import SAEConfig, TopKSAE
+from resae.sae.base import SAEConfig
+from resae.sae.topk import TopKSAE
 
 
 def row(package, speed, *, part="loop", layers=3, ours=1_000.0):

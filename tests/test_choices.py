@@ -1,7 +1,8 @@
 import torch
 
 from resae import choices
-from resae.affine import check_form
+from resae.choices import check_form
+from resae_kernels.profiling.cost_model import MACHINES
 from resae_kernels.profiling.specs import OPS
 
 
@@ -10,3 +11,4 @@ def test_choices_are_those_of_the_modules_that_use_them():
     for form in choices.FORMS:
         check_form("previous", form, 4 if form == "low_rank" else None)
     assert choices.OPS == OPS
+    assert tuple(MACHINES) == choices.GPUS

@@ -8,13 +8,13 @@ from torch import Tensor
 from resae_kernels import TopK, reference, topk_encode
 from resae_kernels.triton import encode_few
 from resae_kernels.triton import tiles as kernel_tiles
-from resae_kernels.triton.encode import selection_layout
+from resae_kernels.triton.selection import selection_layout
 from resae_kernels.triton.tiles import GemvTile, ProductTile
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
-TABLES = [name for name in kernel_tiles.TILES if name.startswith("product_of_")]
+TABLES = [n for n in kernel_tiles.TILES if n.startswith(("product_of_two_", "product_of_few_"))]
 EVERY_TILE = [
     pytest.param(name, tile, id=f"{name}-{kernel_tiles.sizes(tile)}")
     for name in TABLES

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resae_kernels import (
     ScreenedEncoder,
+    gradients,
     online_step,
     reconstruction_error,
     reference,
@@ -413,3 +414,97 @@ def test_a_bias_with_a_stride(make):
     code, expected = (topk_encode(x, weight, b, 8) for b in (bias, bias.clone()))
     assert torch.equal(code.indices, expected.indices)
     assert torch.equal(code.acts, expected.acts)
+
+
+# -- gradients of codes ----------------------------------------------------------------------------
+
+
+def fuzzed_gradients(seed: int) -> None:
+    """The three sums of the backward against float64: any dtype and layout, latents that a token
+    names twice, acts of 0, latents that no token names."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = draw.choice([*SMALL_FLOATS, torch.float64])
+    N, D = draw.choice([0, 1, 2, 17, 40, 300]), draw.choice([1, 7, 16, 33, 64, 130, 400])
+    M, k = draw.choice([1, 5, 31, 64, 520]), draw.choice([1, 3, 8, 9, 16, 17, 40])
+    acts = torch.randn(N, k) * (torch.rand(N, k) < 0.8)
+    acts = laid_out((acts * draw.choice([1.0, -1.0])).to(dtype), draw)  # zeros of either sign
+    x, W = (laid_out(torch.randn(n, D).to(dtype), draw) for n in (N, M))
+    indices = torch.randint(0, draw.choice([M, -(-M // 3)]), (N, k))
+    indices = transposed(indices) if draw.random() < 0.5 else indices[:, :k]
+    code = torch.zeros(N, M, dtype=torch.float64)
+    size = code.scatter_add(1, indices, acts.double().abs())
+    code = code.scatter_add(1, indices, acts.double())
+    found = gradients.latent_outer(acts, indices, x, M)
+    assert_summed(found, code.T @ x.double(), size.T @ x.double().abs())
+    assert not found[~size.any(0)].any(), "the row of a latent that no token names"
+    found = gradients.latent_sum(acts, indices, M)
+    assert_summed(found, code.sum(0), size.sum(0))
+    found = torch.ops.resae.sampled_product(x, indices, W)
+    truth, size = x.double() @ W.double().T, x.double().abs() @ W.double().abs().T
+    assert_summed(found, truth.gather(1, indices), size.gather(1, indices))
+
+
+def assert_summed(found: Tensor, truth: Tensor, size: Tensor) -> None:
+    """A sum in float32 (float64), rounded once; `size` is that of the terms without their sign."""
+    assert found.shape == truth.shape
+    room = 1e-14 if found.dtype == torch.float64 else 2e-6
+    bound = torch.finfo(found.dtype).eps * truth.abs() + room * size
+    smallest = torch.finfo(found.dtype).smallest_normal * 2.0**-10
+    assert bool(((found.double() - truth).abs() <= bound + smallest).all())
+
+
+@pytest.mark.parametrize("library", [pytest.param(True, marks=needs_native), False])
+@pytest.mark.parametrize("start", range(0, CASES, 100))
+def test_gradients_of_any_code(start, library, monkeypatch):
+    if not library:
+        monkeypatch.setattr(native, "takes", lambda *_: False)
+    for seed in range(start, start + 100):
+        fuzzed_gradients(seed)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", SMALL_FLOATS)
+def test_gradients_by_two_threads_have_the_same_bits(dtype):
+    acts, x, W = (torch.randn(shape).to(dtype) for shape in ((700, 20), (700, 300), (900, 300)))
+    indices = torch.randint(0, 900, (700, 20))
+    indices[::2, 0] = 5  # one latent on half of all tokens
+
+    def both() -> tuple[Tensor, Tensor]:
+        return (
+            native.latent_outer(acts, indices, x, 900),
+            native.sampled_product(x, indices, W),
+        )
+
+    alone, before = both(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if before > 1 else 2)
+        together = both()
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, alone, together))
+
+
+@needs_native
+@pytest.mark.parametrize("index", [-1, 9])
+@pytest.mark.parametrize("op", ["latent_outer", "latent_sum", "sampled_product"])
+def test_an_index_outside_is_refused_by_the_gradients(op, index):
+    acts, indices, x = torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.int64), torch.randn(4, 3)
+    indices[3, 1] = index
+    arguments = {
+        "latent_outer": (acts, indices, x, 9),
+        "latent_sum": (acts, indices, 9),
+        "sampled_product": (x, indices, torch.randn(9, 3)),
+    }
+    low, high = min(index, 0), max(index, 0)
+    with pytest.raises(RuntimeError, match=f"{op}: indices from {low} to {high}, expected 0 to 8"):
+        getattr(native, op)(*arguments[op])
+
+
+@needs_native
+def test_padding_that_names_a_latent_adds_nothing_to_its_gradient():
+    """Not even where the row of its token is not finite."""
+    acts, indices = torch.tensor([[1.0, 0.0], [-0.0, 2.0]]), torch.tensor([[0, 1], [1, 0]])
+    x = torch.tensor([[1.0], [math.inf]])
+    found = native.latent_outer(acts, indices, x, 3)
+    assert found.tolist() == [[math.inf], [0.0], [0.0]]

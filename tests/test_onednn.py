@@ -6,7 +6,7 @@ import torch
 from measured import assert_error_as_torch
 from torch import nn
 
-from resae.data import capture_tokens
+from resae.data.activations import capture_tokens
 from resae_kernels import topk_encode
 from resae_kernels.cpu import onednn
 from resae_kernels.cpu.onednn import MOST_DEPTH, OneDNNLinear

@@ -18,7 +18,9 @@ from resae_kernels import (
     transport,
 )
 from resae_kernels.cpu import native
-from resae_kernels.triton import runtime as _launch
+from resae_kernels.triton import decode as triton_decode
+from resae_kernels.triton import encode as triton_encode
+from resae_kernels.triton import step as triton_step
 
 online_step_module = import_module("resae_kernels.step")
 
@@ -230,18 +232,27 @@ def test_layers_step_by_step_equal_the_reference_where_nothing_is_rounded(
 
 
 def test_step_is_two_launches_and_a_third_for_earlier_codes(monkeypatch, device):
-    launches = 0
-    options = _launch.launch_options
+    launched = []
 
-    def counted(*arguments, **named):  # asked for once per launch
-        nonlocal launches
-        launches += 1
-        return options(*arguments, **named)
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
 
-    monkeypatch.setattr(_launch, "launch_options", counted)
+        def __getitem__(self, grid):
+            launched.append(self.kernel.__name__)
+            return self.kernel[grid]
+
     layers, ks, A, c = three_layers((2,), 5, whole, device=device)
+    run_chain(online_step, layers, ks, A, c, implementation="triton")  # loads the kernels
+    for module, name in (
+        (triton_encode, "product_of_few_kernel"),
+        (triton_step, "select_decode_kernel"),
+        (triton_decode, "decode_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     run_chain(online_step, layers, ks, A, c, implementation="triton")
-    assert launches == 2 + 3 + 3
+    two = ["product_of_few_kernel", "select_decode_kernel"]
+    assert launched == [*two, "decode_kernel", *two, "decode_kernel", *two]
 
 
 def test_step_with_a_workspace_allocates_nothing(device):

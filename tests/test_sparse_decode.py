@@ -1,4 +1,6 @@
 import importlib
+import itertools
+import random
 from functools import partial
 
 import pytest
@@ -28,8 +30,9 @@ from resae_kernels import (
 )
 from resae_kernels import dense as dense_form
 from resae_kernels.cpu import native, private_torch, sums
-from resae_kernels.gradients import latent_outer, latent_sum
+from resae_kernels.gradients import encoder_gradients, latent_outer, latent_sum
 from resae_kernels.triton import decode as triton_decode
+from resae_kernels.triton import runtime
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -459,6 +462,91 @@ def test_pieces_of_every_length_sum_to_the_whole(monkeypatch, device):  # noqa: 
         torch.testing.assert_close(
             latent_outer(acts, indices, rows, 18, "triton"), scatter(acts, indices, 18).T @ rows
         )
+
+
+@either
+@pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
+def test_encoder_gradients_are_both_sums_of_one_code(N, D, M, k, implementation):
+    acts, indices = random_code(N, k, M)
+    rows = torch.randn(N, D, dtype=torch.float64)
+    dense = scatter(acts, indices, M)
+    outer, total = encoder_gradients(acts, indices, rows, M, implementation)
+    torch.testing.assert_close(outer, dense.T @ rows)
+    torch.testing.assert_close(total, dense.sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_sums_of_encoder_gradients_in_pieces(dtype, monkeypatch, device):
+    monkeypatch.setattr(triton_decode, "PIECE", 10)
+    N, M, k = 43, 7, 3
+    acts, indices = (t.to(device) for t in often_active(N, k, M, dtype))
+    # Two slices of D: one of them stores the sum of the acts.
+    rows = torch.randn(N, 1040 // dtype.itemsize, device=device).to(dtype)
+    outer, total = encoder_gradients(acts, indices, rows, M, "triton")
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, scatter(acts.float(), indices, M).sum(0))
+    assert torch.equal(outer, latent_outer(acts, indices, rows, M, "triton"))
+
+
+@pytest.fixture
+def shuffled_programs(monkeypatch):
+    """Run the programs of every launch in a random order, another one each time."""
+    if not runtime.is_interpreted():
+        pytest.skip("the order of programs on a GPU is the GPU's")
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+    order: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def draw(*grid: int) -> None:
+        set_dim(*grid)
+        programs = list(itertools.product(*map(range, grid)))
+        order.clear()
+        order.update(zip(programs, random.sample(programs, len(programs)), strict=True))
+
+    monkeypatch.setattr(builder, "set_grid_dim", draw)
+    monkeypatch.setattr(builder, "set_grid_idx", lambda *index: set_index(*order[index]))
+    return order
+
+
+def test_the_order_of_programs_does_not_change_a_bit(shuffled_programs, monkeypatch):
+    monkeypatch.setattr(triton_decode, "PIECE", 8)
+    N, M = 31, 5
+    acts, indices = often_active(N, 3, M, torch.float32)
+    indices[::3, 2] = 2  # named twice by a token
+    rows, W_dec = torch.randn(N, 260), torch.randn(M, 260)
+
+    def all_sums() -> list[Tensor]:
+        return [
+            *encoder_gradients(acts, indices, rows, M, "triton"),
+            torch.ops.resae.sampled_product(rows, indices, W_dec, implementation="triton"),
+            sparse_decode(acts, indices, W_dec, implementation="triton"),
+        ]
+
+    first = all_sums()
+    assert list(shuffled_programs) != list(shuffled_programs.values())
+    assert all(map(torch.equal, first, all_sums()))
+
+
+@either
+def test_gradients_of_encoder_gradients(implementation):
+    indices = torch.tensor([[1, 0], [1, 1]])
+    leaves = [torch.rand(2, 2).double() + 0.1, torch.randn(2, 2).double()]
+    assert torch.autograd.gradcheck(
+        lambda acts, rows: encoder_gradients(acts, indices, rows, 3, implementation),
+        [leaf.requires_grad_() for leaf in leaves],
+    )
+
+
+def test_the_encoder_sorts_its_code_once(monkeypatch, device):
+    sorts = []
+    sort = sums.sort_stably
+    monkeypatch.setattr(sums, "sort_stably", lambda keys: sorts.append(keys) or sort(keys))
+    x, weight, bias, pre_bias = (
+        torch.randn(shape, device=device, requires_grad=True) for shape in ((5, 4), (8, 4), 8, 4)
+    )
+    code = topk_encode(x, weight, bias, 3, pre_bias=pre_bias, implementation="triton")
+    code.acts.sum().backward()
+    assert len(sorts) == 1
 
 
 @either
@@ -937,6 +1025,13 @@ def test_no_tensor_of_tokens_by_latents_is_ever_made():
     assert largest_allocation(lambda: sparse().sum().backward()) < N * M
 
 
+@pytest.fixture
+def without_library(monkeypatch):
+    """Torch's own operations, as on a machine without the compiled library."""
+    monkeypatch.setattr(native, "takes", lambda *_: False)
+
+
+@pytest.mark.usefixtures("without_library")
 def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
     N, D, M, k = 64, 32, 600, 8  # fewer codes than latents: W_dec is not widened as a whole
     rows, W_dec = torch.randn(N, D).bfloat16(), torch.randn(M, D).bfloat16()
@@ -952,6 +1047,7 @@ def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
     assert largest_allocation(product) <= gathered // 13
 
 
+@pytest.mark.usefixtures("without_library")
 def test_dictionary_is_widened_once_for_the_product_in_16_bit():
     # Its rows one by one, as often as codes name them, took 25 times as long.
     N, D, M, k = 64, 32, 40, 8
@@ -963,6 +1059,7 @@ def test_dictionary_is_widened_once_for_the_product_in_16_bit():
     torch.testing.assert_close(product(rows, indices, W_dec), expected.bfloat16())
 
 
+@pytest.mark.usefixtures("without_library")
 def test_no_row_is_copied_for_the_product_in_fp32():
     N, D, M, k = 64, 32, 40, 8
     rows, W_dec = torch.randn(N, D), torch.randn(M, D)
@@ -1177,6 +1274,14 @@ def test_many_tokens_of_a_sparse_code_take_one_compiled_call(monkeypatch):
         x_hat = sparse_decode(acts, indices, W)
     torch.testing.assert_close(x_hat, reference.sparse_decode(acts, indices, W))
     assert dense_sums_used(monkeypatch, lambda: sparse_decode(acts, indices % 4, W[:4]))
+
+
+@pytest.mark.usefixtures("without_library")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_and_gradients_without_the_library_are_as_close_to_fp64_as_plain_torch(dtype):
+    inputs = decoder_inputs(40, 64, 90, 8, dtype)
+    ops = (sparse_decode, reference.sparse_decode)
+    assert_close_as_torch(*(lambda op=op, **given: op(**given) for op in ops), inputs)  # type: ignore
 
 
 @pytest.mark.parametrize("M", [1, 300, 70_000, 2**17])

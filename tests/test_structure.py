@@ -1,31 +1,45 @@
 """The floors of the house: a file imports only from floors below its own."""
 
 import ast
+import importlib
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import resae
 import resae_kernels
+from resae.sae.registry import KINDS
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"demo", "report"},
-    {"evaluate", "plan", "findings"},
-    {"train", "replace"},
-    {"intervene", "activation_cache", "decode_loop", "distributed"},
+    {"demo"},
+    {"report"},
+    {"training"},
+    {"evaluation"},
+    {"replacements"},
     {"stack"},
-    {"data", "affine", "sae"},
-    {"model"},
-    {"metrics", "arguments", "text_record", "watch"},
-    {"storage", "environment", "assets", "threads", "choices", "recipes"},
+    {"data", "sae"},
+    {"models"},
+    {*("arguments", "assets", "choices", "console", "environment", "lazy", "settings", "storage")}
+    | {"threads"},
 ]
+"""Packages and single files of `resae`, from the top of the house down."""
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
-SOURCES = sorted(p for p in (ROOT / "resae").glob("*.py") if p.stem != "__init__")
+SOURCES = sorted(p for p in (ROOT / "resae").rglob("*.py") if p != ROOT / "resae" / "__init__.py")
+ALLOWED = {"arguments": {"storage"}}
+"""Imports within the lowest floor."""
+
+
+def module_of(path: Path) -> str:
+    """Dotted name of a source file, below its package: `training.loop`."""
+    parts = path.relative_to(ROOT / "resae").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def imported(path: Path) -> set[str]:
@@ -40,18 +54,70 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+TESTED_BY = {
+    "cli/test_cli.py": "__main__ cli.demo cli.eval cli.fit cli.generate cli.libraries cli.profile "
+    "cli.report cli.train cli.tune training.loggers training.runs",
+    "cli/test_display.py": "console",
+    "data/test_batches.py": "data.activations data.config data.rows data.texts",
+    "demo/test_demo.py": "demo.comparison",
+    "evaluation/test_comparison.py": "evaluation.methods",
+    "models/test_hooked.py": "models.families models.points models.splice",
+    "replacements/test_context.py": "replacements.counts replacements.generation",
+    "replacements/test_edits.py": "evaluation.effects",
+    "report/test_page.py": "evaluation.labels report.figures",
+    "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.registry",
+    "stack/test_affine.py": "evaluation.predictors stack.fit",
+    "stack/test_stack.py": "models.identity",
+    "test_arguments.py": "cli.options",
+    "test_assets.py": "assets.build",
+    "test_structure.py": "lazy",
+    "training/test_loop.py": "training.calibration training.checkpoints training.loss "
+    "training.start training.step",
+    "training/test_pipeline.py": "training.maps",
+    "test_settings.py": "training.config",
+}
+TESTED_IN = {module: file for file, modules in TESTED_BY.items() for module in modules.split()}
+"""Modules without a test file of their own name, and the file that tests them."""
+
+
 def test_every_source_file_has_a_floor_and_a_test():
-    assert {p.stem for p in SOURCES} == set(FLOOR_OF) - {"assets"}
-    tests = {p.stem.removeprefix("test_") for p in (ROOT / "tests").glob("test_*.py")}
-    assert set(FLOOR_OF) - tests <= {"__main__"}  # one line, seen by test_cli
+    assert {module_of(p).split(".")[0] for p in SOURCES} == set(FLOOR_OF)
+    for module in (module_of(p) for p in SOURCES if p.name != "__init__.py"):
+        *package, name = module.split(".")
+        own = Path(*package, f"test_{name}.py")
+        assert (ROOT / "tests" / TESTED_IN.get(module, own)).exists(), module
+        assert module not in TESTED_IN or not (ROOT / "tests" / own).exists(), module
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_imports_go_down(path):
+    own = module_of(path).split(".")[0]
     for module in imported(path):
         if module.startswith("resae."):
             name = module.split(".")[1]
-            assert FLOOR_OF[name] > FLOOR_OF[path.stem], f"{path.stem} imports {name}"
+            below = FLOOR_OF[name] > FLOOR_OF[own] or name in ALLOWED.get(own, ())
+            assert below or name == own, f"{module_of(path)} imports {module}"
+
+
+def test_files_of_a_package_import_each_other_in_no_circle():
+    graph = {}
+    for path in SOURCES:
+        modules = {m.removeprefix("resae.") for m in imported(path) if m.startswith("resae.")}
+        graph[module_of(path)] = modules - {module_of(path)}
+    TopologicalSorter(graph).prepare()
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    # A file of the command line bears the name of its command.
+    modules = {
+        m for path in SOURCES for m in module_of(path).split(".") if path.parent.name != "cli"
+    }
+    assert not modules & set(resae.__all__)
+    for path in (p for p in SOURCES if p.name == "__init__.py"):
+        package = importlib.import_module(f"resae.{module_of(path)}")
+        for name in dir(package):
+            if path.with_name(f"{name}.py").exists() or (path.parent / name).is_dir():
+                assert isinstance(getattr(package, name), ModuleType), f"{package}.{name}"
 
 
 def test_kernels_know_no_model_and_autoencoders_no_transformers():
@@ -59,9 +125,21 @@ def test_kernels_know_no_model_and_autoencoders_no_transformers():
         outside = {m.split(".")[0] for m in imported(path)} - sys.stdlib_module_names
         builds = {"hatchling"} if path.stem == "build_native" else set()
         assert outside <= {"torch", "triton", "numpy", "resae_kernels"} | builds, path
-    assert not any(m.startswith("transformers") for m in imported(ROOT / "resae" / "sae.py"))
-    model = imported(ROOT / "resae" / "model.py")
-    assert {m for m in model if m.startswith("resae")} == {"resae.assets"}
+    for path in (ROOT / "resae" / "sae").glob("*.py"):
+        modules = imported(path)
+        assert not any(m.startswith(("transformers", "resae.models")) for m in modules), path
+    for path in (ROOT / "resae" / "models").glob("*.py"):
+        inside = {m for m in imported(path) if m.startswith("resae")}
+        assert all(m == "resae.assets" or m.startswith("resae.models") for m in inside), path
+
+
+def test_only_the_registry_asks_which_kind_an_autoencoder_is():
+    kinds = {cls.__name__ for cls in KINDS.values()}
+    for path in (p for p in SOURCES if p.stem != "registry"):
+        for call in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "issubclass"):
+                asked = {n.id for n in ast.walk(call.args[1]) if isinstance(n, ast.Name)}
+                assert not asked & kinds, f"{module_of(path)}, line {call.lineno}"
 
 
 KERNEL_FLOORS = [
@@ -73,14 +151,15 @@ KERNEL_FLOORS = [
     {"dispatch"},
     {"triton.step"},
     {"triton.encode", "triton.decode", "cpu.encode"},
-    {"triton.encode_few"},
+    {"triton.gemm", "triton.selection", "triton.encode_few"},
     {"triton.residual"},
     {"cpu.sums", "cpu.screening_native", "cpu.screening_torch"},
     {"cpu.selection", "cpu.onednn", "triton.tiles"},
     {"cpu.native", "cpu.screening_bounds", "triton.keys"},
-    {"cpu.private_torch", "cpu.build_native", "triton.runtime"},
+    {"triton.runtime"},
+    {"cpu.private_torch", "cpu.build_native"},
     {"checks", "memory", "precision", "reference"},
-    {"types"},
+    {"types", "files"},
 ]
 KERNEL_FLOOR_OF = {name: number for number, names in enumerate(KERNEL_FLOORS) for name in names}
 
@@ -241,12 +320,13 @@ def test_names_imported_on_demand_are_those_that_type_checkers_see():
     assert set(resae.__all__) <= set(dir(resae))
 
 
-def test_functions_stay_functions_where_modules_of_their_names_are_imported():
+def test_modules_and_functions_of_training_have_names_of_their_own():
     done = run_python(
         """
-import resae.evaluate, resae.train
-from resae.train import TrainConfig
-assert resae.train.__name__ == "train" and callable(resae.train) and callable(resae.evaluate)
+import resae.training.loop as t, resae.evaluation.comparison as e
+assert callable(t.train) and callable(e.evaluate)
+import resae
+assert resae.train is t.train and resae.evaluate is e.evaluate
 """
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

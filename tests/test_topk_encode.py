@@ -6,15 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measured import (
     assert_close_as_torch,
+    assert_error_as_torch,
     assert_same,
     largest_allocation,
     values_and_gradients,
 )
 from torch import Tensor
 
-from resae_kernels import TopK, reference, topk_encode
+from resae_kernels import TopK, precision, reference, topk_encode
 from resae_kernels import dispatch as _launch
 from resae_kernels.cpu import selection
+from resae_kernels.encode import _combined
+from resae_kernels.triton import encode as encode_kernels
 from resae_kernels.triton import runtime
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -284,6 +287,36 @@ def test_bf16_scores_that_round_to_one_value_go_to_the_lower_index():
     assert code.acts.tolist() == [[256, 256]]
     wide = topk_encode(x.float(), weight.float(), bias.float(), 2)
     assert wide.indices.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("absent", [(), ("pre_bias",), ("base",)], ids=str)
+def test_backward_forms_the_residual_in_one_launch(dtype, absent, monkeypatch, device):
+    inputs = {n: t for n, t in encoder_inputs((5,), 7, 9, dtype).items() if n not in absent}
+    inputs = {n: t.to(device).requires_grad_() for n, t in inputs.items()}
+    launched = []
+    launch = encode_kernels.launch_residual
+    monkeypatch.setattr(
+        encode_kernels, "launch_residual", lambda *a: launched.append(a) or launch(*a)
+    )
+    found = torch.ops.resae.residual(inputs["x"], inputs.get("pre_bias"), inputs.get("base"))
+    expected = precision.residual(inputs["x"], inputs.get("pre_bias"), inputs.get("base"))
+    # The interpreter does not round fp32 to bf16 to nearest.
+    torch.testing.assert_close(found, expected)
+    assert len(launched) == 1
+    code = encode(topk_encode, 3, implementation="triton", **inputs)
+    launched.clear()
+    code.acts.sum().backward()
+    assert len(launched) == 1
+
+
+def test_gradients_of_the_residual(device):
+    x, pre_bias, base = (
+        torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+        for shape in ((4, 3), (3,), (4, 3))
+    )
+    assert torch.autograd.gradcheck(torch.ops.resae.residual, (x, pre_bias, base))
+    torch.library.opcheck(torch.ops.resae.residual.default, (x, pre_bias, base))
 
 
 def test_residual_is_rounded_once():
@@ -659,6 +692,14 @@ def test_bad_input_is_refused(change, error, message):
     arguments = {"x": torch.zeros(3, 4), "weight": torch.zeros(8, 4), "k": 2} | change
     with pytest.raises(error, match=message):
         encode(topk_encode, **arguments)
+
+
+@pytest.mark.parametrize("M", [3, 8192, 8205])
+def test_sum_over_all_latents_is_as_close_to_fp64_as_plain_torch(M):
+    total, weight = torch.rand(M), torch.randn(M, 64)
+    exact = total.double() @ weight.double()
+    plain = (total[:, None] * weight).sum(0)
+    assert_error_as_torch("sum", _combined(total, weight), plain, exact)
 
 
 # -- Triton ----------------------------------------------------------------------------------------

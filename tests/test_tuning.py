@@ -12,10 +12,11 @@ from resae.cli import main
 from resae_kernels import sparse_decode
 from resae_kernels.profiling import Case
 from resae_kernels.profiling import tuning as module
+from resae_kernels.profiling.clock import Timer
 from resae_kernels.profiling.tuning import Timing, fastest, measure, store
 from resae_kernels.triton import tiles as kernel_tiles
-from resae_kernels.triton.encode import selection_layout
 from resae_kernels.triton.encode_few import FEW_TOKENS, GEMV_TOKENS
+from resae_kernels.triton.selection import selection_layout
 
 NAME, CLASS = kernel_tiles.device_name(DEVICE), kernel_tiles.device_class(DEVICE)
 SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
@@ -23,7 +24,9 @@ SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
     "product_of_two_32bit": Case("encode", 1, 32, 192, 4),
     "product_of_few_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
     "product_of_few_32bit": Case("encode", 3, 32, 192, 4),
+    "product_of_many_16bit": Case("encode", 18, 16, 192, 4, "bfloat16"),
     "group_max": Case("encode", 18, 16, 192, 4),
+    "select": Case("encode", 18, 16, 192, 4),
     "residual": Case("encode", 18, 32, 64, 2, "bfloat16"),
     "decode": Case("decode", 18, 40, 64, 5),
     "decode_few": Case("decode", 2, 40, 64, 5, "bfloat16"),
@@ -58,6 +61,11 @@ def tuned(tiles: object) -> dict[str, object]:
 def decode() -> torch.Tensor:
     acts, W_dec = torch.ones(20, 3, device=DEVICE), torch.ones(4, 8, device=DEVICE)
     return sparse_decode(acts, torch.zeros_like(acts).long(), W_dec, implementation="triton")
+
+
+def eagerly(seconds):
+    """A timer by a function that times one call."""
+    return lambda call: Timer(lambda: seconds(call))
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -196,13 +204,38 @@ def test_candidates_are_right_and_timed_in_turns(kernel):
         call()
         return float(next(times))
 
-    timings = measure(kernel, SMALL[kernel], device=DEVICE, rounds=2, seconds=seconds)
+    timings = measure(kernel, SMALL[kernel], device=DEVICE, rounds=2, timer=eagerly(seconds))
     tiles = kernel_tiles.TILES[kernel].candidates(CLASS)
     n = len(tiles)
     assert calls == [*tiles, *tiles]
     assert [t.tile for t in timings] == list(tiles)
     assert [t.ms for t in timings] == [1e3 * (i + 1 + n / 2) for i in range(n)]
     assert [t.relative for t in timings] == [t.ms / timings[0].ms for t in timings]
+
+
+def test_tiles_are_compared_by_their_graphs_where_all_are_captured():
+    tiles = kernel_tiles.TILES["decode"].candidates(CLASS)
+
+    def measured(captured):
+        def timer(_call):
+            tile = kernel_tiles.tile("decode", DEVICE)  # of the capture
+            slow = float(tiles.index(tile) + 1)
+            return Timer(lambda: 5.0, (lambda: slow) if captured(tile) else None, "no")
+
+        return measure("decode", SMALL["decode"], device=DEVICE, rounds=2, timer=timer)
+
+    relatives = [t.relative for t in measured(lambda _tile: True)]
+    assert relatives == [float(i + 1) for i in range(len(tiles))]
+    assert [t.relative for t in measured(lambda tile: tile == tiles[0])] == [1.0] * len(tiles)
+
+
+def test_tuning_covers_the_widest_dictionary_of_the_readme():
+    few = ("product_of_few_16bit", "product_of_few_32bit", "decode_few")
+    for kernel, tokens in [(name, {1, 16}) for name in few] + [
+        (name, {8192}) for name in ("decode", "sampled_product", "latent_outer")
+    ]:
+        wide = [c for c in module.TUNABLES[kernel].cases if (c.D, c.M) == (2048, 65536)]
+        assert {case.N for case in wide} == tokens, kernel
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch):
@@ -212,12 +245,20 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
 
     monkeypatch.setitem(module.TUNABLES, "decode", module.Tunable(wrong, ()))
     with pytest.raises(ValueError, match="decode with GatherTile.* is wrong on decode N=18"):
-        measure("decode", SMALL["decode"], device=DEVICE, rounds=1, seconds=lambda _call: 1.0)
+        measure(
+            "decode",
+            SMALL["decode"],
+            device=DEVICE,
+            rounds=1,
+            timer=lambda _call: Timer(lambda: 1.0),
+        )
 
 
 def test_the_user_s_file_does_not_move_the_yardstick():
     write(tuned({"fly": {}}))  # nor does a stale one stand in the way of its replacement
-    timings = measure("decode", SMALL["decode"], device=DEVICE, rounds=1, seconds=lambda _call: 1.0)
+    timings = measure(
+        "decode", SMALL["decode"], device=DEVICE, rounds=1, timer=lambda _call: Timer(lambda: 1.0)
+    )
     assert timings[0].tile == kernel_tiles.TILES["decode"].default.tile
 
 
@@ -232,7 +273,7 @@ def test_the_user_s_file_does_not_move_the_yardstick():
 )
 def test_the_fastest_over_all_shapes_wins(relatives, winner):
     timings = [
-        Timing("decode", SMALL["decode"], tile, 1.0, relative)
+        Timing("decode", SMALL["decode"], tile, 1.0, relative, 1.0)
         for tile, values in ({"a": [1.0, 1.0]} | relatives).items()
         for relative in values
     ]
@@ -274,7 +315,7 @@ def test_every_kernel_is_measured_and_the_faster_tile_stored(monkeypatch):
         call()
         return 0.5 if kernel_tiles._forced["latent_outer"] == faster else 1.0
 
-    chosen = module.tune(DEVICE, rounds=1, seconds=seconds, say=lines.append)
+    chosen = module.tune(DEVICE, rounds=1, timer=eagerly(seconds), say=lines.append)
     # Only where that tile is under measurement does the clock show a difference.
     assert chosen["latent_outer"] == faster
     assert all(
@@ -293,7 +334,7 @@ def test_a_damaged_file_stops_tuning_before_it_starts(monkeypatch):
     monkeypatch.setattr(module, "_require_gpu", lambda _device: None)
     path = write("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
-        module.tune(DEVICE, rounds=1, seconds=lambda _call: pytest.fail("measured"))
+        module.tune(DEVICE, rounds=1, timer=lambda _call: pytest.fail("measured"))
     assert path.read_text() == "{"
 
 

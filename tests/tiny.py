@@ -22,11 +22,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import resae.stack as stack_module
+import resae.stack.stack as stack_module
 from resae import AffinePredictor, HookedLM, Moments, ReSAE, fit_predictor
 from resae.assets import TINY_PYTHIA
-from resae.data import capture_tokens
-from resae.stack import ModelIdentity, new_stack
+from resae.data.activations import capture_tokens
+from resae.models.identity import ModelIdentity
+from resae.stack.stack import new_stack
 
 LAYERS = (0, 1, 3)
 NAMES = [f"blocks.{layer}.hook_resid_post" for layer in LAYERS]

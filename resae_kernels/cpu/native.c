@@ -1,4 +1,4 @@
-/* Compiled CPU path: screened TopK encode, TopK of given scores, sparse decode.
+/* Compiled CPU path: screened TopK encode, TopK of given scores, sparse decode and its gradients.
 
    Plain C with AVX-512 (VNNI) and, where the processor has it, AMX; called through ctypes with
    addresses of tensors, so that it depends on no version of Python or torch. `native.py` declares
@@ -15,6 +15,7 @@
 #include <string.h>
 
 #if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -1133,6 +1134,12 @@ INLINE void decode_row(const code *codes, i64 n_codes, i64 n, const void *bias, 
 #undef STRIPS
 }
 
+static int all_within(const i64 *indices, i64 n, i64 M) {
+  for (i64 i = 0; i < n; i++)
+    if (indices[i] < 0 || indices[i] >= M) return 0;
+  return 1;
+}
+
 /* out [N, D] = Σ over codes, + bias [D] + base [N, D]. Everything has one dtype and is contiguous
    but for the dictionaries, whose rows are. Returns BAD_INDEX if an index lies outside its dictionary. */
 int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const void *bias,
@@ -1140,8 +1147,7 @@ int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const 
   i64 entries = 0;
   for (const code *m = codes; m < codes + n_codes; m++) {
     entries += m->k;
-    for (i64 j = 0; j < N * m->k; j++)
-      if (m->indices[j] < 0 || m->indices[j] >= m->M) return BAD_INDEX;
+    if (!all_within(m->indices, N * m->k, m->M)) return BAD_INDEX;
   }
   threads = (int)LARGER(1, SMALLER(threads, SMALLER(N, N * entries * D / (1 << 17))));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -1155,7 +1161,7 @@ int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const 
   return OK;
 }
 
-/* -- exact encode of few rows ------------------------------------------------------------------ */
+/* -- gradients of a decode --------------------------------------------------------------------- */
 
 /* Sums over the lanes of each of 16 registers. */
 INLINE __m512 lane_sums(const __m512 *v) {
@@ -1174,6 +1180,136 @@ INLINE __m512 lane_sums(const __m512 *v) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
                        _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD));
 }
+
+/* ⟨x, row⟩ of L ≤ 16 rows, each in 16 partial sums; lanes L … 15 are 0. */
+INLINE __m512 dots(const void *x, const void *const *rows, int L, i64 D, int dtype) {
+  __m512 sums[16];
+  for (int l = 0; l < 16; l++) sums[l] = _mm512_setzero_ps();
+#define STEP(mask)                                                                                 \
+  do {                                                                                             \
+    __m512 some = load(x, d, mask, dtype);                                                         \
+    for (int l = 0; l < L; l++)                                                                    \
+      sums[l] = _mm512_fmadd_ps(some, load(rows[l], d, mask, dtype), sums[l]);                     \
+  } while (0)
+  i64 d = 0;
+  for (; d + 16 <= D; d += 16) STEP(0xFFFF);
+  if (d < D) STEP(first(D - d));
+#undef STEP
+  return lane_sums(sums);
+}
+
+/* out[j] = ⟨x, W[indices[j]]⟩ of k latents: by 16, by 8, and what is left as 8, the last repeated. */
+INLINE void sample_row(const void *x, const i64 *indices, const void *W, i64 stride, i64 k, i64 D,
+                       int dtype, void *out) {
+  const void *rows[16];
+  i64 j = 0;
+#define SOME(L)                                                                                    \
+  do {                                                                                             \
+    for (int l = 0; l < (L); l++)                                                                  \
+      rows[l] = row_at(W, indices[SMALLER(j + l, k - 1)], stride, dtype);                          \
+    store(out, j, first(SMALLER(k - j, L)), dots(x, rows, L, D, dtype), dtype);                    \
+    j += (L);                                                                                      \
+  } while (0)
+  while (j + 8 < k) SOME(16);
+  while (j < k) SOME(8);
+#undef SOME
+}
+
+/* out [N, k] = ⟨x [N, D], W [M, D] at the index⟩. Everything has one dtype and is contiguous but for
+   W, whose rows are. */
+int resae_sampled_product(const void *x, const i64 *indices, const void *W, i64 stride, int dtype,
+                          i64 N, i64 k, i64 M, i64 D, int threads, void *out) {
+  if (!all_within(indices, N * k, M)) return BAD_INDEX;
+  threads = (int)LARGER(1, SMALLER(threads, SMALLER(N, N * k * D / (1 << 17))));
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (i64 n = 0; n < N; n++) {
+    const void *from = row_at(x, n, D, dtype);
+    void *to = (char *)out + n * k * size_of(dtype);
+    BY_DTYPE(dtype, sample_row(from, indices + n * k, W, stride, k, D, F32, to),
+             sample_row(from, indices + n * k, W, stride, k, D, BF16, to),
+             sample_row(from, indices + n * k, W, stride, k, D, F16, to));
+  }
+  return OK;
+}
+
+/* The bits of an act; 0 for both zeros, which are padding. */
+INLINE uint32_t act_bits(const void *acts, i64 e, int dtype) {
+  uint32_t bits = dtype == F32 ? ((const uint32_t *)acts)[e] : ((const uint16_t *)acts)[e];
+  return bits == (dtype == F32 ? 0x80000000u : 0x8000u) ? 0 : bits;
+}
+
+/* The entries of a code [N, k] but for padding, sorted by latent and then by token: acts and tokens,
+   and where those of each latent end. A counting sort. */
+INLINE void sort_by_latent(const void *acts, const i64 *indices, i64 N, i64 k, i64 M, int dtype,
+                           void *sorted, i64 *tokens, i64 *ends) {
+  memset(ends, 0, M * sizeof *ends);
+  for (i64 e = 0; e < N * k; e++) ends[indices[e]] += act_bits(acts, e, dtype) != 0;
+  for (i64 m = 0, start = 0; m < M; m++) {
+    i64 count = ends[m];
+    ends[m] = start;
+    start += count;
+  }
+  for (i64 n = 0; n < N; n++)
+    for (i64 e = n * k; e < n * k + k; e++) {
+      uint32_t bits = act_bits(acts, e, dtype);
+      if (!bits) continue;
+      i64 at = ends[indices[e]]++;
+      tokens[at] = n;
+      if (dtype == F32) ((uint32_t *)sorted)[at] = bits;
+      else ((uint16_t *)sorted)[at] = (uint16_t)bits;
+    }
+}
+
+/* Ask for pages of 2 MiB in new memory that is written throughout: taking it from the system page by
+   page of 4 KiB is most of the time of writing it. */
+static void take_in_large_pages(void *memory, i64 bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 2 << 20;
+  uintptr_t begin = ((uintptr_t)memory + page - 1) / page * page;
+  uintptr_t end = ((uintptr_t)memory + bytes) / page * page;
+  if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* refused: as before */
+#endif
+}
+
+/* out [M, D] = Σ acts · rows [N, D] over the entries of a code that name the latent, in order of
+   token: each row is the decode of one long code, whose dictionary is `rows`. Everything
+   has one dtype and is contiguous but for `rows`, whose rows are. */
+int resae_latent_outer(const void *acts, const i64 *indices, const void *rows, i64 stride, int dtype,
+                       i64 N, i64 k, i64 M, i64 D, int threads, void *out) {
+  enum { LATENTS = 32 };
+  i64 entries = N * k;
+  if (!all_within(indices, entries, M)) return BAD_INDEX;
+  i64 *ends = malloc((M + 2 * entries) * sizeof *ends);
+  if (!ends) return NO_MEMORY;
+  i64 *tokens = ends + M;
+  void *weights = tokens + entries;
+  BY_DTYPE(dtype, sort_by_latent(acts, indices, N, k, M, F32, weights, tokens, ends),
+           sort_by_latent(acts, indices, N, k, M, BF16, weights, tokens, ends),
+           sort_by_latent(acts, indices, N, k, M, F16, weights, tokens, ends));
+  take_in_large_pages(out, M * D * size_of(dtype));
+  threads = (int)LARGER(1, SMALLER(threads, (entries + M) * D / (1 << 17)));
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, LATENTS)
+  for (i64 m = 0; m < M; m++) {
+    i64 start = m ? ends[m - 1] : 0;
+    code its = {(char *)weights + start * size_of(dtype), tokens + start, rows,
+                ends[m] - start, N, stride};
+    void *to = (char *)out + m * D * size_of(dtype);
+    BY_DTYPE(dtype, decode_row(&its, 1, 0, 0, 0, to, D, F32),
+             decode_row(&its, 1, 0, 0, 0, to, D, BF16), decode_row(&its, 1, 0, 0, 0, to, D, F16));
+  }
+  free(ends);
+  return OK;
+}
+
+/* out [M] = Σ acts over the entries [n] that name the latent, one after another, in float32. */
+int resae_latent_sum(const float *acts, const i64 *indices, i64 n, i64 M, float *out) {
+  if (!all_within(indices, n, M)) return BAD_INDEX;
+  memset(out, 0, M * sizeof *out);
+  for (i64 e = 0; e < n; e++) out[indices[e]] += acts[e];
+  return OK;
+}
+
+/* -- exact encode of few rows ------------------------------------------------------------------ */
 
 /* out[r · L + l] = ⟨residuals[r], weight[latent + l]⟩ of L latents and R rows, L · R = 16. Latents
    past the last one repeat it. */
@@ -1274,28 +1410,39 @@ static int affine_rows(const void *source, const void *A, const void *c, int dty
   return status;
 }
 
+/* What the online steps of one layer have in common. Everything is contiguous and of one dtype. */
+typedef struct {
+  const void *A, *c; /* [D, D], [D]: of the prediction `source A + c`; null where it is given */
+  const void *b_dec; /* [D] or null */
+  const void *W_dec; /* [M, D] */
+  i64 k, dtype, sorted, use_amx;
+} layer;
+
 /* One layer while the model runs: the code of x − base − b_dec [N, D] by screening, and
-   x_hat = base + b_dec + its decode. Where A is given, base = source A + c. Everything
-   is contiguous. ROWS_LEFT: a row wants the exact path; otherwise as `resae_screened_encode`. */
-int resae_online_step(const copy *screen, const void *x, const void *base, const void *source,
-                      const void *A, const void *c, const void *b_dec, int dtype, i64 N, i64 k,
-                      int sorted, int use_amx, const void *W_dec, int threads, void *acts, i64 *indices,
-                      void *x_hat) {
+   x_hat = base + b_dec + its decode. Where the layer has A, `base` is the source instead, and the
+   base is `source A + c`. Everything is contiguous. ROWS_LEFT: a row wants the exact path;
+   otherwise as `resae_screened_encode`. */
+int resae_online_step(const copy *screen, const layer *l, const void *x, const void *base, i64 N,
+                      int threads, void *acts, i64 *indices, void *x_hat) {
   i64 D = screen->D, predicted = N * D * sizeof(float);
+  int dtype = (int)l->dtype;
   char *memory = calloc(predicted + D * sizeof(float) + N, 1);
   if (!memory) return NO_MEMORY;
   float *relative = (float *)(memory + predicted);
-  int status = A ? affine_rows(source, A, c, dtype, N, D, threads, memory) : OK;
-  if (A) base = memory;
+  int status = OK;
+  if (l->A) {
+    status = affine_rows(base, l->A, l->c, dtype, N, D, threads, memory);
+    base = memory;
+  }
   i64 counts[2] = {0, 0};
   if (status == OK)
-    status = resae_screened_encode(screen, x, D, base, D, b_dec, dtype, N, k, sorted, use_amx,
-                                   screen->n_columns == MOST_COLUMNS, threads, acts, indices,
-                                   (uint8_t *)(relative + D), relative, counts);
+    status = resae_screened_encode(screen, x, D, base, D, l->b_dec, dtype, N, l->k, (int)l->sorted,
+                                   (int)l->use_amx, screen->n_columns == MOST_COLUMNS, threads,
+                                   acts, indices, (uint8_t *)(relative + D), relative, counts);
   if (status == OK && counts[1]) status = ROWS_LEFT;
   if (status == OK) {
-    code its = {acts, indices, W_dec, k, screen->M, D};
-    status = resae_decode(&its, 1, N, D, dtype, b_dec, base, threads, x_hat);
+    code its = {acts, indices, l->W_dec, l->k, screen->M, D};
+    status = resae_decode(&its, 1, N, D, dtype, l->b_dec, base, threads, x_hat);
   }
   free(memory);
   return status;

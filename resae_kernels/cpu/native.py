@@ -56,6 +56,15 @@ class Copy(ctypes.Structure):
     ]
 
 
+class Layer(ctypes.Structure):
+    """What the online steps of one layer have in common, as `native.c` reads it."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("A", "c", "b_dec", "W_dec")),
+        *((name, c_int64) for name in ("k", "dtype", "sorted", "use_amx")),
+    ]
+
+
 _Counts = c_int64 * 2
 
 
@@ -83,9 +92,18 @@ _SIGNATURES: dict[str, list[Any]] = {
         *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
         c_void_p,
     ],
+    "resae_sampled_product": [
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64),
+        *(c_int, c_void_p),
+    ],
+    "resae_latent_outer": [
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64),
+        *(c_int, c_void_p),
+    ],
+    "resae_latent_sum": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
     "resae_online_step": [
-        *(POINTER(Copy), c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
-        *(c_int64, c_int64, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p),
+        *(POINTER(Copy), POINTER(Layer), c_void_p, c_void_p, c_int64, c_int),
+        *(c_void_p, c_void_p, c_void_p),
     ],
     "resae_exact_encode": [
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int),
@@ -181,9 +199,9 @@ def packed(tensor: Tensor) -> Tensor:
     )
 
 
-def new_code(x: Tensor, N: int, k: int) -> tuple[Tensor, Tensor]:
-    """Acts in x's dtype and indices, `[N, k]`, not yet written."""
-    return x.new_empty(N, k), _INTEGERS.new_empty(N, k)
+def new_code(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Acts in x's dtype and indices of this shape, `[..., k]`, not yet written."""
+    return x.new_empty(shape), _INTEGERS.new_empty(shape)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -200,7 +218,7 @@ def select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     last."""
     scores = rows(scores)
     (N, M), (library, _) = scores.shape, _load()
-    acts, indices = new_code(scores, N, k)
+    acts, indices = new_code(scores, (N, k))
     status = library.resae_select(
         scores.data_ptr(),
         scores.stride(0),
@@ -254,11 +272,87 @@ def decode(
     )
     if status == _BAD_INDEX:
         for i, W in zip(indices, W_dec, strict=True):
-            if i.numel() and not 0 <= int(i.min()) <= int(i.max()) < W.shape[0]:
-                raise RuntimeError(
-                    f"sparse_decode: indices from {int(i.min())} to {int(i.max())}, expected 0 to "
-                    f"{W.shape[0] - 1} (W_dec is {list(W.shape)})"
-                )
+            _require_within("sparse_decode", i, W.shape[0])
+    return out
+
+
+def _require_within(op: str, indices: Tensor, M: int) -> None:
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < M:
+        raise RuntimeError(
+            f"{op}: indices from {int(indices.min())} to {int(indices.max())}, expected 0 to "
+            f"{M - 1}, one for each of the {M} latents"
+        )
+
+
+def sampled_product(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """`out[n,j] = ⟨x[n], W[indices[n,j]]⟩`: `x [N, D]`, `indices [N, k]`, `W [M, D]` to `[N, k]`,
+    summed in float32 and rounded once.
+
+    Raises:
+        RuntimeError: an index outside W.
+    """
+    x, indices, W = packed(x), packed(indices), rows(W)
+    out = x.new_empty(indices.shape)
+    status = _load()[0].resae_sampled_product(
+        x.data_ptr(),
+        indices.data_ptr(),
+        W.data_ptr(),
+        W.stride(0),
+        DTYPES[x.dtype],
+        *indices.shape,
+        *W.shape,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    if status == _BAD_INDEX:
+        _require_within("sampled_product", indices, W.shape[0])
+    return out
+
+
+def latent_outer(acts: Tensor, indices: Tensor, tokens: Tensor, M: int) -> Tensor:
+    """`out[m] = Σ acts[n,j] · tokens[n]` over the entries with `indices[n,j] = m`: codes `[N, k]`
+    and `tokens [N, D]` to `[M, D]`, summed in float32 in order of n and rounded once; acts of 0 are
+    left out.
+
+    Raises:
+        RuntimeError: an index outside 0 to M − 1.
+        MemoryError: no memory for the sorted code.
+    """
+    acts, indices, tokens = packed(acts), packed(indices), rows(tokens)
+    D = tokens.shape[1]
+    out = tokens.new_empty(M, D)
+    status = _load()[0].resae_latent_outer(
+        acts.data_ptr(),
+        indices.data_ptr(),
+        tokens.data_ptr(),
+        tokens.stride(0),
+        DTYPES[tokens.dtype],
+        *indices.shape,
+        M,
+        D,
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    _require_memory(status)
+    if status == _BAD_INDEX:
+        _require_within("latent_outer", indices, M)
+    return out
+
+
+def latent_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
+    """`out[m] = Σ acts[n,j]` over the entries with `indices[n,j] = m`: float32 codes `[N, k]` to
+    `[M]`.
+
+    Raises:
+        RuntimeError: an index outside 0 to M − 1.
+    """
+    acts, indices = packed(acts), packed(indices)
+    out = acts.new_empty(M)
+    status = _load()[0].resae_latent_sum(
+        acts.data_ptr(), indices.data_ptr(), indices.numel(), M, out.data_ptr()
+    )
+    if status == _BAD_INDEX:
+        _require_within("latent_sum", indices, M)
     return out
 
 
@@ -280,7 +374,7 @@ def exact_encode(
     pre_bias = None if pre_bias is None else packed(pre_bias)
     base = None if base is None else packed(base)
     (N, D), M = x.shape, weight.shape[0]
-    acts, indices = new_code(x, N, k)
+    acts, indices = new_code(x, (N, k))
     status = library.resae_exact_encode(
         x.data_ptr(),
         _address(base),
@@ -383,44 +477,33 @@ def screened_encode(
     return status, counts[0], counts[1]
 
 
-def online_step(
-    copy: Copy,
-    x: Tensor,
-    base: Tensor | None,
-    affine: tuple[Tensor, Tensor, Tensor] | None,
-    b_dec: Tensor | None,
-    k: int,
+def layer(
     W_dec: Tensor,
+    b_dec: Tensor | None,
+    affine: tuple[Tensor, Tensor] | None,
+    k: int,
     sorted: bool,
+) -> Layer:
+    """For `online_step`: addresses of contiguous tensors of one dtype, which the caller keeps."""
+    A, c = affine or (None, None)
+    addresses = map(_address, (A, c, b_dec, W_dec))
+    return Layer(*addresses, k, DTYPES[W_dec.dtype], sorted, has_amx())
+
+
+def online_step(
+    copy: Copy, layer: Layer, x: Tensor, base: Tensor | None, code: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """x̂ `[..., D]`, acts and indices `[..., k]` of `x [..., D]`; with
-    `affine = (source, A, c)` base is `source A + c`. None where one call does not do: a layout that
-    is not contiguous, rows left to the exact path, new outlier dimensions, or a weight that has
-    changed."""
-    if not x.is_contiguous() or not W_dec.is_contiguous():
-        return None
-    for t in (base, b_dec, *(affine or ())):
-        if t is not None and not t.is_contiguous():
-            return None
-    shape = x.shape
-    *leading, D = shape
-    x_hat, acts = x.new_empty(shape), x.new_empty(*leading, k)
-    indices = _INTEGERS.new_empty(*leading, k)
-    source, A, c = (None, None, None) if affine is None else (t.data_ptr() for t in affine)
+    """x̂ like x `[..., D]`, acts and indices like those of `code`, of contiguous tensors: `base` is
+    the prediction, or the source of one where the layer has a map. None where one call does not do:
+    rows left to the exact path, new outlier dimensions, or a weight that has changed."""
+    x_hat = torch.empty_like(x)
+    acts, indices = torch.empty_like(code[0]), torch.empty_like(code[1])
     status = _load()[0].resae_online_step(
         copy,
+        layer,
         x.data_ptr(),
         None if base is None else base.data_ptr(),
-        source,
-        A,
-        c,
-        None if b_dec is None else b_dec.data_ptr(),
-        DTYPES[x.dtype],
-        x.numel() // D,
-        k,
-        sorted,
-        has_amx(),
-        W_dec.data_ptr(),
+        indices.numel() // layer.k,
         torch.get_num_threads(),
         acts.data_ptr(),
         indices.data_ptr(),

@@ -144,7 +144,7 @@ class NativeCopy:
         """As `ScreeningCopy.encode`; x, pre_bias and base in the weight's dtype. `amx` False keeps
         to the VNNI instructions where AMX could multiply."""
         N, D = x.shape
-        acts, indices = native.new_code(x, N, k)
+        acts, indices = native.new_code(x, (N, k))
         left, relative = (c_uint8 * N)(), (c_float * D)()
         accept_outliers = False
         while True:

@@ -1,10 +1,12 @@
-"""The sums of a decode and of its backward in torch: rows gathered, or entries sorted by latent."""
+"""The sums of a decode and of its backward: by the compiled library, or in torch by rows gathered
+and entries sorted by latent."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resae_kernels import memory
+from resae_kernels.cpu import native
 from resae_kernels.cpu.private_torch import gathered_dot
 from resae_kernels.types import accumulation_dtype
 
@@ -61,12 +63,16 @@ def latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor) 
 def latent_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
     """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`, in the order of the codes."""
     wide = acts.to(accumulation_dtype(acts.dtype))
+    if native.takes(wide):
+        return native.latent_sum(wide, indices, M).to(acts.dtype)
     total = wide.new_zeros(M).index_add(0, indices.reshape(-1), wide.reshape(-1))
     return total.to(acts.dtype)
 
 
 def sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """`out[n, j] = ⟨grad[n], W[indices[n, j]]⟩`, `[N, k]`."""
+    if native.takes(grad, W):
+        return native.sampled_product(grad, indices, W)
     (N, k), (M, D) = indices.shape, W.shape
     wide = accumulation_dtype(W.dtype)
     if W.device.type == "cpu" and indices.numel() >= (1 if W.dtype == wide else M):

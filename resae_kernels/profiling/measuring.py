@@ -1,6 +1,6 @@
 """Measure the ops against alternatives and against the roofs of the machine.
 
-    case | provider | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | TFLOP/s | % of roof
+    case | provider | eager ms | graph ms | rounds | × product | × peer | GB/s | TFLOP/s | % of roof
 
 A *case* is an op at one shape and dtype. Every provider gets the same inputs and must give the
 reference's answer before it is timed. Providers are timed in turns, one call each per round, so
@@ -69,41 +69,71 @@ def profile(
         if name != PRODUCT:
             check(case, inputs, name, call())
     peaks = {name: clock.peak_bytes(call) for name, call in calls.items()}
-    times: dict[tuple[str, bool], list[float]] = {
-        (name, cold): [] for name in calls for cold in ((False,) if hot_only else (False, True))
+    states = (False,) if hot_only else (False, True)
+    timers = {
+        (n, cold): clock.timer(call, cold=cold) for n, call in calls.items() for cold in states
     }
+    eager = {key: [] for key in timers}
+    graph = {key: [] for key, timer in timers.items() if timer.graph}
     began = time.perf_counter()
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() - began > CASE_SECONDS:
             break
-        for (name, cold), taken in times.items():
-            taken.append(clock.seconds(calls[name], cold=cold))
-    moved, computed = case.work()
-    bound = roofs.seconds(case)
+        for key, timer in timers.items():
+            eager[key].append(timer.eager())
+            if timer.graph:
+                graph[key].append(timer.graph())
     rows = []
-    for (name, cold), taken in times.items():
-        p20, p50, p80 = _quantiles(taken)
+    for (name, cold), timer in timers.items():
+        key, rivals = (name, cold), [(n, cold) for n in peers or () if n in calls]
+        times = graph.get(key, eager[key])
+        seconds = statistics.median(times)
+        moved, computed = case.work()
         peak = peaks[name]
-        product = times.get((PRODUCT, cold))
-        rivals = [statistics.median(times[n, cold]) for n in peers or () if n in calls]
         rows.append(
             {
                 **asdict(case),
                 "provider": name,
                 "cache": "cold" if cold else "hot",
-                "ms_p50": p50 * 1e3,
-                "ms_p20": p20 * 1e3,
-                "ms_p80": p80 * 1e3,
-                "rounds": len(taken),
-                "x_product": p50 / statistics.median(product) if product else None,
-                "x_peer": p50 / min(rivals) if rivals else None,
-                "gb_per_s": moved / p50 / 1e9,
-                "tflop_per_s": computed / p50 / 1e12,
-                "percent_of_roof": 100 * bound / p50,
+                **_milliseconds("ms", eager[key]),
+                **_milliseconds("graph_ms", graph.get(key)),
+                "not_captured": timer.not_captured,
+                "rounds": len(times),
+                "x_product": ratio(key, [(PRODUCT, cold)], graph, eager),
+                "x_peer": ratio(key, rivals, graph, eager),
+                "gb_per_s": moved / seconds / 1e9,
+                "tflop_per_s": computed / seconds / 1e12,
+                "percent_of_roof": 100 * roofs.seconds(case) / seconds,
                 "peak_mib": None if peak is None else peak / 2**20,
             }
         )
     return rows
+
+
+Times = Mapping[tuple[str, bool], Sequence[float]]
+"""Seconds by provider and whether the cache is cold."""
+
+
+def ratio(
+    key: tuple[str, bool], others: Sequence[tuple[str, bool]], graph: Times, eager: Times
+) -> float | None:
+    """Time of a provider over that of the fastest of others: replayed where all were captured,
+    otherwise eager; None where there is no other."""
+    others = [other for other in others if other in eager]
+    if not others:
+        return None
+    times = graph if all(one in graph for one in (key, *others)) else eager
+    return statistics.median(times[key]) / min(statistics.median(times[one]) for one in others)
+
+
+def device_ms(row: Mapping[str, Any]) -> float:
+    """Median of a row: of the graph's replay where the call was captured, otherwise eager."""
+    return row["ms_p50"] if row["graph_ms_p50"] is None else row["graph_ms_p50"]
+
+
+def _milliseconds(name: str, values: Sequence[float] | None) -> dict[str, float | None]:
+    p20, p50, p80 = (None, None, None) if values is None else (1e3 * v for v in _quantiles(values))
+    return {f"{name}_p50": p50, f"{name}_p20": p20, f"{name}_p80": p80}
 
 
 def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -156,9 +186,9 @@ def trace(case: Case, *, device: torch.device, path: Path) -> list[dict[str, Any
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, one line per row."""
     lines = [
-        "| case | provider | cache | ms p50 (p20–p80) | rounds | × product | × peer | GB/s | "
-        "TFLOP/s | % of roof | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | provider | cache | eager ms p50 (p20–p80) | graph ms p50 (p20–p80) | rounds | "
+        "× product | × peer | GB/s | TFLOP/s | % of roof | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         case = Case(**{name: row[name] for name in ("op", "N", "D", "M", "k", "dtype", "L")})
@@ -167,9 +197,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             "–" if row[ratio] is None else f"{row[ratio]:.2f}" for ratio in ("x_product", "x_peer")
         )
         lines.append(
-            f"| {case.name} | {row['provider']} | {row['cache']} | {row['ms_p50']:.3f} "
-            f"({row['ms_p20']:.3f}–{row['ms_p80']:.3f}) | {row['rounds']} | {product} | {peer} | "
-            f"{row['gb_per_s']:.1f} | {row['tflop_per_s']:.3f} | "
+            f"| {case.name} | {row['provider']} | {row['cache']} | {_span(row, 'ms')} | "
+            f"{_span(row, 'graph_ms') or row['not_captured'] or '–'} | {row['rounds']} | "
+            f"{product} | {peer} | {row['gb_per_s']:.1f} | {row['tflop_per_s']:.3f} | "
             f"{row['percent_of_roof']:.0f} | {peak} |"
         )
     return "\n".join(lines)
+
+
+def _span(row: Mapping[str, Any], name: str) -> str | None:
+    p50, p20, p80 = (row[f"{name}_{part}"] for part in ("p50", "p20", "p80"))
+    return None if p50 is None else f"{p50:.4g} ({p20:.4g}–{p80:.4g})"

@@ -28,7 +28,9 @@ PRODUCT = "bare product"
 """Provider of the encode's scores alone, `x @ weight.T + bias`: timed, but no answer to check."""
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
-"""Largest relative error of a tensor, in the norm, by dtype."""
+"""Largest relative error of a tensor of a forward op, in the norm, by dtype."""
+NEAR_TIE = 1e-5
+"""Relative difference of scores below which float32 may confuse them."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,8 @@ def _code_bytes(case: Case) -> int:
 
 
 def _gather_bytes(case: Case) -> int:
-    return case.N * case.k * case.D * case.itemsize
+    """The rows of W_dec that the codes can name, each once: a cache may hold them meanwhile."""
+    return min(case.N * case.k, case.M) * case.D * case.itemsize
 
 
 def _encode(case: Case, inputs: Inputs, function: Callable[..., TopK]) -> Sequence[Tensor]:
@@ -304,7 +307,7 @@ def _check_code(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]
 
 
 def _decode_work(case: Case) -> tuple[float, float]:
-    """N·k gathered rows and the code read, the output written."""
+    """The rows of the code's latents and the code read, the output written."""
     written = case.N * case.D * case.itemsize
     return _gather_bytes(case) + _code_bytes(case) + written, 2.0 * case.N * case.k * case.D
 
@@ -379,8 +382,8 @@ def _check_decode(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tenso
 
 
 def _train_work(case: Case, per_weight: int = 4) -> tuple[float, float]:
-    """Encode, decode and their gradients: the GEMM, four gathers of N·k rows, both weights read and
-    two weight gradients written once.
+    """Encode, decode and their gradients: the GEMM, W_dec gathered twice, x and the gradient of x̂
+    twice, both weights read and two weight gradients written once.
 
     Args:
         case: the shape.
@@ -388,7 +391,7 @@ def _train_work(case: Case, per_weight: int = 4) -> tuple[float, float]:
             and reads the gradients: 14 more.
     """
     N, D, M, k, s = case.N, case.D, case.M, case.k, case.itemsize
-    moved = 4 * _gather_bytes(case) + (per_weight * M * D + 4 * N * D) * s + _code_bytes(case)
+    moved = 2 * _gather_bytes(case) + (per_weight * M * D + 4 * N * D) * s + _code_bytes(case)
     return moved, 2.0 * N * D * M + 8.0 * N * k * D
 
 
@@ -436,22 +439,48 @@ def _train_providers(case: Case, inputs: Inputs) -> dict[str, Provider]:
     }
 
 
+def _train_inputs(case: Case, inputs: Inputs) -> Inputs:
+    """Tokens whose k-th and next score are so close that float32 may take either are replaced by
+    others: one such token would move a gradient by more than all rounding."""
+    if case.k == case.M:
+        return {}
+    weight, bias, b_dec = (
+        t.double() for t in (inputs["weight"], inputs["bias"], inputs["b_dec"][0])
+    )
+    x = inputs["x"].clone()
+    chunks = x.split(1024)
+    top = [((c.double() - b_dec) @ weight.T + bias).topk(case.k + 1).values for c in chunks]
+    kth, following = torch.cat(top)[:, -2:].unbind(1)
+    clear = kth - following > NEAR_TIE * kth.abs()
+    if clear.any():
+        x[~clear] = x[clear][0]
+    return {"x": x}
+
+
 def _check_gradients(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]) -> None:
-    wide = {k: v.float() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    wide |= {key: [t.float() for t in inputs[key]] for key in ("W_dec", "b_dec")}
-    expected = train_step(wide, case, _dense_topk, _dense_decode)
-    # Near-ties at the threshold may be selected differently: compare as a whole, not by entry.
-    pairs = list(zip(outputs, expected, strict=True))
-    _require_close(case, name, pairs, 10 * TOLERANCE[case.dtype])
+    """At most twice as far from the float64 gradients as plain PyTorch is in the same dtype, in the
+    norm; half a unit in the last place is always allowed."""
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    wide |= {key: [t.double() for t in inputs[key]] for key in ("W_dec", "b_dec")}
+    exact = train_step(wide, case, _dense_topk, _dense_decode)
+    plain = train_step(inputs, case, _dense_topk, _dense_decode)
+    rounding = torch.finfo(getattr(torch, case.dtype)).eps / 2
+    for got, rival, want in zip(outputs, plain, exact, strict=True):
+        allowed = 2 * relative_error(rival, want) + rounding
+        _require_close(case, name, [(got, want)], allowed)
 
 
 SPECS: Mapping[str, Spec] = {
     "encode": Spec(_encode_work, _encode_providers, _check_code, scores=True),
     "decode": Spec(_decode_work, _decode_providers, _check_decode),
     "forward": Spec(_forward_work, _forward_providers, _check_code, scores=True),
-    "train": Spec(_train_work, _train_providers, _check_gradients, gradients=True),
+    "train": Spec(_train_work, _train_providers, _check_gradients, _train_inputs, gradients=True),
     "train+adam": Spec(
-        partial(_train_work, per_weight=4 + 14), _train_providers, _check_gradients, gradients=True
+        partial(_train_work, per_weight=4 + 14),
+        _train_providers,
+        _check_gradients,
+        _train_inputs,
+        gradients=True,
     ),
     "step": Spec(_forward_work, _step_providers, _check_code, scores=True),
     "chain": Spec(_chain_work, _chain_providers, _check_decode, _chain_inputs),

@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from resae_kernels import TopK, sparse_decode, topk_encode
 from resae_kernels.files import write_atomically
-from resae_kernels.profiling.clock import Clock
+from resae_kernels.profiling.clock import Clock, Timer
 from resae_kernels.profiling.specs import Case, Inputs, make_inputs, relative_error
 from resae_kernels.triton import tiles as kernel_tiles
 
@@ -83,28 +84,50 @@ def _latent_outer(case: Case, inputs: Inputs, implementation: str) -> Sequence[T
     ]
 
 
-def _cases(op: str, tokens: Sequence[int], dtypes: Sequence[str]) -> tuple[Case, ...]:
-    """At the width and usual dictionary of Pythia-160m and Gemma-2-2B."""
-    shapes = ((768, 24576, 32), (2304, 16384, 64))
-    return tuple(
-        Case(op, N, D, M, k, dtype) for N in tokens for D, M, k in shapes for dtype in dtypes
-    )
-
-
 _BOTH = ("bfloat16", "float32")
+
+
+def _cases(
+    op: str, few: Sequence[int] = (), many: bool = False, dtypes: Sequence[str] = _BOTH
+) -> tuple[Case, ...]:
+    """At the widths and usual dictionaries of Pythia-160m, Gemma-2-2B and Pythia-1.4B.
+
+    Args:
+        op: of the cases.
+        few: numbers of tokens for each of the three.
+        many: also (or only) thousands of tokens.
+        dtypes: of the cases.
+    """
+    shapes = ((768, 24576, 32), (2304, 16384, 64), (2048, 65536, 64))
+    sizes = [(N, *shape) for N in few for shape in shapes]
+    if many:
+        sizes += [(N, *shape) for N, shape in zip((4096, 4096, 8192), shapes, strict=True)]
+    return tuple(Case(op, *size, dtype) for size in sizes for dtype in dtypes)
+
+
+def _each_dtype(*cases: Case) -> tuple[Case, ...]:
+    return tuple(replace(case, dtype=dtype) for case in cases for dtype in _BOTH)
+
+
+# A narrow x leaves little of the op but its maxima and selection, a single group of latents little
+# but its residual.
+_NARROW = _each_dtype(Case("encode", 4096, 16, 24576, 32), Case("encode", 8192, 16, 65536, 64))
 TUNABLES: Mapping[str, Tunable] = {
-    "product_of_two_16bit": Tunable(_encode, _cases("encode", (1, 2), ("bfloat16",))),
-    "product_of_two_32bit": Tunable(_encode, _cases("encode", (1, 2), ("float32",))),
-    "product_of_few_16bit": Tunable(_encode, _cases("encode", (4, 16), ("bfloat16",))),
-    "product_of_few_32bit": Tunable(_encode, _cases("encode", (4, 16), ("float32",))),
-    # A narrow x leaves little of the op but its maxima, a single group of latents little but its
-    # residual.
-    "group_max": Tunable(_encode, tuple(Case("encode", 4096, 16, 24576, 32, d) for d in _BOTH)),
-    "residual": Tunable(_encode, tuple(Case("encode", 16384, 2304, 64, 1, d) for d in _BOTH)),
-    "decode": Tunable(_decode, _cases("decode", (4096,), _BOTH)),
-    "decode_few": Tunable(_decode, _cases("decode", (1, 16), _BOTH)),
-    "sampled_product": Tunable(_sampled_product, _cases("train", (4096,), _BOTH)),
-    "latent_outer": Tunable(_latent_outer, _cases("train", (4096,), _BOTH)),
+    "product_of_two_16bit": Tunable(_encode, _cases("encode", (1, 2), dtypes=("bfloat16",))),
+    "product_of_two_32bit": Tunable(_encode, _cases("encode", (1, 2), dtypes=("float32",))),
+    "product_of_few_16bit": Tunable(_encode, _cases("encode", (4, 16), dtypes=("bfloat16",))),
+    "product_of_few_32bit": Tunable(_encode, _cases("encode", (4, 16), dtypes=("float32",))),
+    "product_of_many_16bit": Tunable(_encode, _cases("encode", many=True, dtypes=("bfloat16",))),
+    "group_max": Tunable(_encode, _NARROW),
+    "select": Tunable(_encode, _NARROW),
+    "residual": Tunable(
+        _encode,
+        _each_dtype(Case("encode", 16384, 2304, 64, 1), Case("encode", 8192, 2048, 64, 1)),
+    ),
+    "decode": Tunable(_decode, _cases("decode", many=True)),
+    "decode_few": Tunable(_decode, _cases("decode", (1, 16))),
+    "sampled_product": Tunable(_sampled_product, _cases("train", many=True)),
+    "latent_outer": Tunable(_latent_outer, _cases("train", many=True)),
 }
 
 
@@ -118,9 +141,13 @@ class Timing(NamedTuple):
     case: Case
     tile: Any
     ms: float
-    """Median over the rounds."""
+    """Median over the rounds, of a CUDA graph's replay where all tiles were captured."""
     relative: float
     """To the shipped tile: below 1 is faster."""
+    eager_ms: float
+    """Median of eager calls."""
+    not_captured: str | None = None
+    """Why there is no graph."""
 
 
 def measure(
@@ -129,7 +156,7 @@ def measure(
     *,
     device: torch.device,
     rounds: int,
-    seconds: Callable[[Callable[[], Any]], float],
+    timer: Callable[[Callable[[], Any]], Timer],
 ) -> list[Timing]:
     """Check and time every candidate tile of a kernel at one shape, the shipped one first.
 
@@ -138,7 +165,7 @@ def measure(
         case: the shape.
         device: where to run; a CPU serves for tests, in Triton's interpreter.
         rounds: calls of each tile, in turns.
-        seconds: times one call.
+        timer: prepares to time a call; what it captures has the tile of that moment.
 
     Raises:
         ValueError: a tile's answer is wrong.
@@ -148,19 +175,34 @@ def measure(
     run = TUNABLES[kernel].run
     expected = run(case, _widened(inputs), "torch")
     call = partial(run, case, inputs, "triton")
-    taken: dict[Any, list[float]] = {tile: [] for tile in tiles}
+    timers: dict[Any, Timer] = {}
     with kernel_tiles.forced_tiles(_shipped(device)):
         for tile in tiles:
             with kernel_tiles.forced_tiles({kernel: tile}):
                 _check(kernel, case, tile, call(), expected)
+                timers[tile] = timer(call)
+        eager = {tile: [] for tile in tiles}
+        graph = {tile: [] for tile in tiles}
         for _ in range(rounds):
             for tile in tiles:
                 with kernel_tiles.forced_tiles({kernel: tile}):
-                    taken[tile].append(seconds(call))
-    medians = {tile: statistics.median(times) for tile, times in taken.items()}
-    base = medians[tiles[0]]
+                    eager[tile].append(timers[tile].eager())
+                    replay = timers[tile].graph
+                    if replay:
+                        graph[tile].append(replay())
+    times = graph if all(graph.values()) else eager
+    shipped = statistics.median(times[tiles[0]])
     return [
-        Timing(kernel, case, tile, 1e3 * median, median / base) for tile, median in medians.items()
+        Timing(
+            kernel,
+            case,
+            tile,
+            1e3 * (median := statistics.median(times[tile])),
+            median / shipped,
+            1e3 * statistics.median(eager[tile]),
+            timers[tile].not_captured,
+        )
+        for tile in tiles
     ]
 
 
@@ -208,7 +250,7 @@ def tune(
     device: torch.device,
     *,
     rounds: int = 20,
-    seconds: Callable[[Callable[[], Any]], float] | None = None,
+    timer: Callable[[Callable[[], Any]], Timer] | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
     """Measure every tunable kernel on a GPU and store the fastest tiles for it; returns them.
@@ -220,14 +262,13 @@ def tune(
     if rounds < 1:
         raise ValueError(f"rounds={rounds}, expected at least 1")
     kernel_tiles.stored_tiles()  # a damaged file is better known before the work than after it
-    if seconds is None:
-        # With an empty cache, as inside a model; and while it is emptied the op can be launched.
-        seconds = partial(Clock(device).seconds, cold=True)
+    if timer is None:  # with an empty cache, as inside a model
+        timer = partial(Clock(device).timer, cold=True)
     winners = {}
     for kernel, tunable in TUNABLES.items():
         timings = []
         for case in tunable.cases:
-            timings += measure(kernel, case, device=device, rounds=rounds, seconds=seconds)
+            timings += measure(kernel, case, device=device, rounds=rounds, timer=timer)
         winners[kernel] = fastest(timings)
         say(table(timings, winners[kernel]))
     store(device, winners)
@@ -257,12 +298,15 @@ def store(device: torch.device, tiles: Mapping[str, Any]) -> None:
 
 
 def table(timings: Sequence[Timing], winner: Any) -> str:
-    """One line per shape and tile of one kernel; the winner has a star."""
+    """One line per shape and tile of one kernel: milliseconds (of the graph, and eager), time
+    relative to the shipped tile. The winner has a star."""
     lines = [timings[0].kernel]
     for t in timings:
         shape = t.case.name.partition(" ")[2]
         star = "*" if t.tile == winner else " "
-        lines.append(f"{star} {shape:<36}{_fields(t.tile):<58}{t.ms:>9.4f} ms{t.relative:>8.3f}")
+        ms = f"{t.ms:>9.4f} ms{t.eager_ms:>9.4f} eager"
+        reason = f"  {t.not_captured}" if t.not_captured else ""
+        lines.append(f"{star} {shape:<36}{_fields(t.tile):<58}{ms}{t.relative:>8.3f}{reason}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ the gradient of `W_dec` is summed latent by latent over sorted codes, each row o
 deterministic, no atomics.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,11 +34,27 @@ def decode_tile_name(N: int) -> str:
     return "decode_few" if N <= SPREAD_TOKENS else "decode"
 
 
+@cache
+def decode_settings(
+    tile: GatherTile, N: int, widths: tuple[int, ...], D: int, dtype: torch.dtype
+) -> tuple[int, dict[str, Any]]:
+    """Slices of D, and the constants and options of the launch. N counts as few or many."""
+    constants = decode_constants(tile, N, widths, D, dtype)
+    settings = constants | tile.options(decode_registers(N, dtype))
+    return runtime.cdiv(D, constants["BD"]), settings
+
+
 def decode_constants(
     tile: GatherTile, N: int, widths: tuple[int, ...], D: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    rows = min(tile.rows, triton.next_power_of_2(max(1, *widths)))
+    rows = min(tile.rows, runtime.next_power_of_2(max(1, *widths)))
     return {"K": widths, "BK": rows, "SPREAD": N <= SPREAD_TOKENS} | tile.constants(D, dtype)
+
+
+def decode_registers(N: int, dtype: torch.dtype) -> int | None:
+    """The register budget of a decode: none for wide dtypes and few tokens, whose loop over k is
+    unrolled and, with a budget, spills."""
+    return tiles.GATHER_REGISTERS if N > SPREAD_TOKENS and dtype.itemsize == 2 else None
 
 
 def launch_decode(
@@ -49,8 +66,8 @@ def launch_decode(
     if out is None:
         out = acts[0].new_empty(N, D)
     tile = tiles.tile(decode_tile_name(N), out.device)
-    constants = decode_constants(tile, N, tuple(a.shape[1] for a in acts), D, out.dtype)
-    slices = triton.cdiv(D, constants["BD"])
+    few = min(N, SPREAD_TOKENS + 1)
+    slices, settings = decode_settings(tile, few, tuple(a.shape[1] for a in acts), D, out.dtype)
     squared = None
     if target is not None:
         squared = out.new_empty(N, slices, dtype=accumulation_dtype(out.dtype))
@@ -67,8 +84,7 @@ def launch_decode(
                 None if base is None else base.contiguous(),
                 None if target is None else target.contiguous(),
                 squared,
-                **constants,
-                **tile.options(),
+                **settings,
             )
     return out, None if squared is None else squared.sum(1)
 
@@ -93,7 +109,7 @@ def scatter_constants(k: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "K": k,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "BK": min(SCATTER_SLOTS, triton.next_power_of_2(k)),
+        "BK": min(SCATTER_SLOTS, runtime.next_power_of_2(k)),
     }
 
 
@@ -104,21 +120,29 @@ def launch_sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         return out
     tile = tiles.tile("sampled_product", out.device)
     with torch.cuda.device_of(out):
-        sampled_product_kernel[(N, triton.cdiv(k, tile.rows))](
+        sampled_product_kernel[(N, runtime.cdiv(k, tile.rows))](
             out,
             grad.contiguous(),
             indices.contiguous(),
             W.contiguous(),
-            K=k,
-            BK=tile.rows,
-            **tile.constants(W.shape[1], W.dtype),
-            **tile.options(),
+            **sampled_product_constants(tile, k, W.shape[1], W.dtype),
+            **tile.options(tiles.GATHER_REGISTERS),
         )
     return out
 
 
-def launch_latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor) -> Tensor:
-    """`out[m] = Σ weights[e] · rows[tokens[e]]` over the entries `bounds[m] ≤ e < bounds[m + 1]`.
+def sampled_product_constants(
+    tile: GatherTile, k: int, D: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    constants = {"K": k, "BK": tile.rows} | tile.constants(D, dtype)
+    return constants | {"VECTOR": min(16 // dtype.itemsize, constants["BD"])}
+
+
+def launch_latent_outer(
+    weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor, total: Tensor | None = None
+) -> Tensor:
+    """`out[m] = Σ weights[e] · rows[tokens[e]]` over the entries `bounds[m] ≤ e < bounds[m + 1]`;
+    into `total`, `[M]` in the accumulation dtype, `Σ weights[e]`.
 
     The first PIECE entries of a latent are summed by the program that writes its row; what lies
     beyond, before that, in pieces by programs of their own. How many of these there can be follows
@@ -128,6 +152,7 @@ def launch_latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: T
     out = rows.new_empty(M, D)
     if out.numel() == 0:
         return out
+    wide = accumulation_dtype(rows.dtype)
     pieces = weights.shape[0] // PIECE
     # Where PIECE divides the entries of a latent the last of its pieces is empty: zeros.
     beyond = bounds.diff().div(PIECE, rounding_mode="floor")
@@ -135,16 +160,19 @@ def launch_latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: T
     piece_latent = torch.searchsorted(
         piece_bounds[1:], torch.arange(pieces, device=rows.device), right=True
     )
-    partial = rows.new_empty(pieces, D, dtype=accumulation_dtype(rows.dtype))
+    partial = rows.new_empty(pieces, D, dtype=wide)
+    piece_total = None if total is None else rows.new_empty(pieces, dtype=wide)
     entries = (weights, tokens, rows.contiguous(), bounds, piece_bounds)
     tile = tiles.tile("latent_outer", out.device)
     constants = {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, rows.dtype)
-    slices = triton.cdiv(D, constants["BD"])
-    settings = constants | tile.options()
+    slices = runtime.cdiv(D, constants["BD"])
+    settings = constants | tile.options(tiles.GATHER_REGISTERS)
     with torch.cuda.device_of(out):
         if pieces > 0:
-            latent_piece_kernel[(pieces, slices)](partial, *entries, piece_latent, M, **settings)
-        latent_outer_kernel[(M, slices)](out, *entries, partial, **settings)
+            latent_piece_kernel[(pieces, slices)](
+                partial, piece_total, *entries, piece_latent, M, **settings
+            )
+        latent_outer_kernel[(M, slices)](out, total, *entries, partial, piece_total, **settings)
     return out
 
 
@@ -238,21 +266,24 @@ def sampled_product_kernel(
     ACC: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
+    VECTOR: tl.constexpr,  # columns that a thread loads at once
 ):
     i_n = tl.program_id(0).to(tl.int64)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     m_k = o_k < K
     # [BK]
     b_index = tl.load(indices + i_n * K + o_k, mask=m_k, other=0)
-    # [BK, BD], summed over columns once at the end: that sum crosses threads.
-    b_products = tl.zeros([BK, BD], ACC)
+    # [BK, BD / VECTOR]: the columns of one load are added up in the thread that holds them, those
+    # of all threads once at the end.
+    b_products = tl.zeros([BK, BD // VECTOR], ACC)
     for i_d in range(0, D, BD):
         o_d = i_d + tl.arange(0, BD)
         m_d = o_d < D
         b_grad = tl.load(grad + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
         p_row = W + b_index[:, None] * D + o_d[None, :]
         b_row = tl.load(p_row, mask=m_k[:, None] & m_d[None, :], other=0.0).to(ACC)
-        b_products += b_grad[None, :] * b_row
+        b_terms = tl.reshape(b_grad[None, :] * b_row, [BK, BD // VECTOR, VECTOR])
+        b_products += tl.sum(b_terms, 2)
     tl.store(out + i_n * K + o_k, tl.sum(b_products, 1).to(out.dtype.element_ty), mask=m_k)
 
 
@@ -287,8 +318,20 @@ def sum_entries(
 
 
 @triton.jit
+def sum_weights(weights, i_first, i_last, ACC: tl.constexpr, STEP: tl.constexpr):
+    """`Σ weights[e]` over the entries `i_first ≤ e < i_last`."""
+    # [STEP], added up at the end: that sum crosses threads
+    b_sum = tl.zeros([STEP], ACC)
+    for i_e in range(i_first, i_last, STEP):
+        o_e = i_e + tl.arange(0, STEP)
+        b_sum += tl.load(weights + o_e, mask=o_e < i_last, other=0.0).to(ACC)
+    return tl.sum(b_sum, 0)
+
+
+@triton.jit
 def latent_piece_kernel(
     partial,  # [pieces, D]
+    piece_total,  # [pieces] or None
     weights,  # [N·k], sorted by latent
     tokens,  # [N·k]
     rows,  # [N, D]
@@ -310,17 +353,22 @@ def latent_piece_kernel(
         i_last = tl.minimum(i_first + PIECE, tl.load(bounds + i_m + 1))
         b_sum = sum_entries(weights, tokens, rows, i_first, i_last, o_d, D, ACC, BE, BD)
         tl.store(partial + i_p * D + o_d, b_sum, mask=o_d < D)
+        if piece_total is not None:  # noqa: SIM102 - nested: the outer one at compile time
+            if tl.program_id(1) == 0:
+                tl.store(piece_total + i_p, sum_weights(weights, i_first, i_last, ACC, 32))
 
 
 @triton.jit
 def latent_outer_kernel(
     out,  # [M, D]
+    total,  # [M] or None: the sum of each latent's weights
     weights,  # [N·k], sorted by latent
     tokens,  # [N·k]
     rows,  # [N, D]
     bounds,  # [M + 1], of the latents in weights and tokens
     piece_bounds,  # [M + 1], of the latents in partial
     partial,  # [pieces, D]
+    piece_total,  # [pieces] or None
     D: tl.constexpr,
     ACC: tl.constexpr,
     PIECE: tl.constexpr,
@@ -333,6 +381,13 @@ def latent_outer_kernel(
     i_first = tl.load(bounds + i_m)
     i_last = tl.minimum(i_first + PIECE, tl.load(bounds + i_m + 1))
     b_sum = sum_entries(weights, tokens, rows, i_first, i_last, o_d, D, ACC, BE, BD)
-    for i_p in range(tl.load(piece_bounds + i_m), tl.load(piece_bounds + i_m + 1)):
+    i_piece, i_end = tl.load(piece_bounds + i_m), tl.load(piece_bounds + i_m + 1)
+    for i_p in range(i_piece, i_end):
         b_sum += tl.load(partial + i_p * D + o_d, mask=m_d, other=0.0)
     tl.store(out + i_m * D + o_d, b_sum.to(out.dtype.element_ty), mask=m_d)
+    if total is not None:  # noqa: SIM102 - nested: the outer one at compile time
+        if tl.program_id(1) == 0:
+            b_total = sum_weights(weights, i_first, i_last, ACC, 32)
+            for i_p in range(i_piece, i_end):
+                b_total += tl.load(piece_total + i_p)
+            tl.store(total + i_m, b_total)

@@ -11,6 +11,7 @@ copied for the strides it has.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,13 +60,11 @@ def product_of_few(
         x, base, pre_bias = launch_residual(x, pre_bias, base, rest), None, None
     (n, D), M = x.shape, weight.shape[0]
     keys = KEYS[scores.dtype]
-    kernel, constants = product_constants(tile, n, group, scores.dtype)
-    programs = blocks = triton.cdiv(M, constants["BL"])
-    if isinstance(tile, ProductTile):
-        constants["UPCAST"] = not x.is_cuda
-        if tile.programs_per_multiprocessor:
-            resident = tile.programs_per_multiprocessor * _multiprocessors(x.device)
-            programs = min(blocks, resident)
+    kernel, settings = product_settings(tile, n, group, scores.dtype, not x.is_cuda)
+    programs = blocks = runtime.cdiv(M, settings["BL"])
+    if isinstance(tile, ProductTile) and tile.programs_per_multiprocessor:
+        resident = tile.programs_per_multiprocessor * _multiprocessors(x.device)
+        programs = min(blocks, resident)
     kernel[(programs,)](
         x,
         base,
@@ -77,14 +76,24 @@ def product_of_few(
         n,
         D,
         M,
-        triton.cdiv(M, group),
+        runtime.cdiv(M, group),
         x.stride(0),
         0 if base is None else base.stride(0),
         *weight.stride(),
         scores.stride(0),
-        **constants,
-        **runtime.launch_options(tile.num_warps, tile.num_stages),
+        **settings,
     )
+
+
+@cache
+def product_settings(
+    tile: ProductTile | GemvTile, n: int, group: int, dtype: torch.dtype, upcast: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of a tile, and the constants and options of its launch, made once."""
+    kernel, constants = product_constants(tile, n, group, dtype)
+    if isinstance(tile, ProductTile):
+        constants["UPCAST"] = upcast
+    return kernel, constants | runtime.launch_options(tile.num_warps, tile.num_stages)
 
 
 def product_constants(tile: ProductTile | GemvTile, n: int, group: int, dtype: torch.dtype):

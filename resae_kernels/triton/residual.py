@@ -15,7 +15,7 @@ def launch_residual(
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     tile = tiles.tile("residual", x.device)
-    residual_kernel[n, triton.cdiv(D, tile.columns)](
+    residual_kernel[n, runtime.cdiv(D, tile.columns)](
         x,
         base,
         pre_bias,

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 
 class Kernel:
     """A Triton kernel that imports Triton when it is first launched.
@@ -46,7 +48,8 @@ class _Lazy:
         vars(self).update(stand_ins)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self._module), name)
+        found = vars(self)[name] = getattr(import_module(self._module), name)
+        return found
 
 
 triton: Any = _Lazy("triton", jit=Kernel)
@@ -56,11 +59,30 @@ else:
     tl = _Lazy("triton.language", constexpr="constexpr")  # Triton knows an annotation by this word
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def is_interpreted() -> bool:
     """Do kernels run in Triton's interpreter, on CPU tensors? (Tests do.)"""
     return triton.knobs.runtime.interpret
 
 
-def launch_options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
-    """Options of every launch. Fusion is named since Triton's default changes with its versions."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+def launch_options(
+    num_warps: int, num_stages: int = 3, registers: int | None = None
+) -> dict[str, Any]:
+    """Options of every launch. Fusion is named since Triton's default changes with its versions.
+
+    With `registers` the assembler may use as many per thread; it then orders loads for latency,
+    where of itself it would put each load next to its use to save registers.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if registers is not None and not torch.version.hip:  # no such option there
+        options["maxnreg"] = registers
+    return options

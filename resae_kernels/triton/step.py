@@ -5,22 +5,23 @@ slice of D, select and decode at once. There every program makes the whole selec
 costs less than a launch between the two.
 """
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from resae_kernels.triton import encode_few, runtime
 from resae_kernels.triton.decode import launch_decode, sum_entries
-from resae_kernels.triton.encode import (
+from resae_kernels.triton.keys import KEYS
+from resae_kernels.triton.runtime import tl, triton
+from resae_kernels.triton.selection import (
     GROUP_SIZES,
     SelectionLayout,
     select_row,
     select_warps,
     selection_layout,
 )
-from resae_kernels.triton.keys import KEYS
-from resae_kernels.triton.runtime import tl, triton
 
 # As narrow as the decode of few tokens: chosen from ahead-of-time compilation, NOT yet measured.
 SLICE_BYTES = 128
@@ -137,21 +138,27 @@ def launch_step(
             layout.groups,
             scores.stride(0),
             k,
-            **select_decode_constants(layout, D, x.dtype),
-            **runtime.launch_options(select_warps(layout), num_stages=1),
+            **select_decode_settings(layout, D, x.dtype),
         )
+
+
+@cache
+def select_decode_settings(layout: SelectionLayout, D: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Constants and options of the selection and decode in one launch."""
+    constants = select_decode_constants(layout, D, dtype)
+    return constants | runtime.launch_options(select_warps(layout), num_stages=1)
 
 
 def select_decode_constants(layout: SelectionLayout, D: int, dtype: torch.dtype) -> dict[str, int]:
     return {
         "GROUP": layout.group,
-        "GROUPS": triton.next_power_of_2(layout.groups),
+        "GROUPS": runtime.next_power_of_2(layout.groups),
         "SLOTS": layout.slots,
         "INF": KEYS[dtype].inf,
         "TOP": KEYS[dtype].top,
         "D": D,
         "BE": min(ROWS, layout.slots),
-        "BD": min(SLICE_BYTES // dtype.itemsize, triton.next_power_of_2(D)),
+        "BD": min(SLICE_BYTES // dtype.itemsize, runtime.next_power_of_2(D)),
     }
 
 

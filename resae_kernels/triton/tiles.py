@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from resae_kernels.triton import runtime
-from resae_kernels.triton.runtime import tl, triton
+from resae_kernels.triton.runtime import tl
 
 
 class Chosen(NamedTuple):
@@ -35,6 +35,8 @@ class TileTable(NamedTuple):
     """What else `resae tune` tries; `tests/static_gate.py` compiles each of them."""
     classes: Mapping[str, Chosen] = MappingProxyType({})
     """By device class (`sm_90`), where the default is not the choice."""
+    class_alternatives: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
+    """What else `resae tune` tries on a device class: tiles that others have no memory for."""
 
     def of(self, device_class: str) -> Chosen:
         return self.classes.get(device_class, self.default)
@@ -42,7 +44,8 @@ class TileTable(NamedTuple):
     def candidates(self, device_class: str) -> tuple[Any, ...]:
         """Without repetition, the choice for this class first."""
         chosen = self.of(device_class).tile
-        return tuple(dict.fromkeys((chosen, self.default.tile, *self.alternatives)))
+        of_class = self.class_alternatives.get(device_class, ())
+        return tuple(dict.fromkeys((chosen, self.default.tile, *self.alternatives, *of_class)))
 
 
 class ProductTile(NamedTuple):
@@ -71,11 +74,38 @@ class GemvTile(NamedTuple):
     """1: a launch before the product forms the residual once; 0: every program forms it."""
 
 
+class GemmTile(NamedTuple):
+    """How many tokens are multiplied: tokens, latents and dimensions that a program takes at a
+    time. All zero: by the library's GEMM, and the group maxima by a pass over its scores."""
+
+    tokens: int
+    latents: int
+    dimensions: int
+    num_stages: int
+    num_warps: int
+    descriptors: int
+    """1: blocks are loaded by the tensor memory accelerator; 0: by pointers."""
+    persistent: int
+    """1: one program per multiprocessor takes block after block; 0: one program a block."""
+
+
+LIBRARY_GEMM = GemmTile(0, 0, 0, 0, 0, 0, 0)
+
+
 class RowTile(NamedTuple):
     """Consecutive entries of a row that one program reads."""
 
     columns: int
     num_warps: int
+
+
+class SelectTile(NamedTuple):
+    """How the program that selects from a row of scores holds them."""
+
+    keys_per_thread: int
+    """Group maxima, or members of the best groups, that a thread holds."""
+    columns: int
+    """Scores at a time whose group maxima the program takes itself; 0: a pass before it does."""
 
 
 class GatherTile(NamedTuple):
@@ -90,7 +120,7 @@ class GatherTile(NamedTuple):
         return {
             "D": D,
             "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-            "BD": min(self.row_bytes // dtype.itemsize, triton.next_power_of_2(D)),
+            "BD": min(self.row_bytes // dtype.itemsize, runtime.next_power_of_2(D)),
         }
 
     @property
@@ -98,10 +128,14 @@ class GatherTile(NamedTuple):
         """128-bit loads of a thread for one pass over the tile."""
         return self.rows * self.row_bytes // (self.num_warps * 512)
 
-    def options(self) -> dict[str, Any]:
+    def options(self, registers: int | None = None) -> dict[str, Any]:
         # One stage: pipelined loads would pass through shared memory.
-        return runtime.launch_options(self.num_warps, num_stages=1)
+        return runtime.launch_options(self.num_warps, num_stages=1, registers=registers)
 
+
+GATHER_REGISTERS = 96
+"""Registers of a thread that gathers: enough that all loads of a tile are issued before the first
+of them is used. From ahead-of-time compilation, not measured."""
 
 _NARROW = ProductTile(64, 64, num_stages=4, num_warps=4)
 _WIDE = ProductTile(64, 128, num_stages=4, num_warps=4)
@@ -139,10 +173,10 @@ TILES: dict[str, TileTable] = {
         ),
     ),
     "sampled_product": TileTable(
-        default=Chosen(GatherTile(rows=16, row_bytes=512, num_warps=4), measured=None),
+        default=Chosen(GatherTile(rows=8, row_bytes=512, num_warps=1), measured=None),
         alternatives=(
-            GatherTile(rows=8, row_bytes=512, num_warps=2),
-            GatherTile(rows=16, row_bytes=256, num_warps=2),
+            GatherTile(rows=16, row_bytes=512, num_warps=2),
+            GatherTile(rows=16, row_bytes=512, num_warps=4),
         ),
     ),
     "latent_outer": TileTable(
@@ -183,9 +217,37 @@ TILES: dict[str, TileTable] = {
             _IEEE,
         ),
     ),
+    # Static reason for the library (not measured): its GEMM overlaps loads, products and stores by
+    # warp specialisation, which Triton's compiler does not do for this epilogue.
+    "product_of_many_16bit": TileTable(
+        default=Chosen(LIBRARY_GEMM, measured=None),
+        alternatives=(GemmTile(128, 128, 32, 4, 4, descriptors=0, persistent=0),),
+        class_alternatives={
+            "sm_80": (GemmTile(128, 256, 32, 4, 8, descriptors=0, persistent=0),),
+            "sm_90": (
+                GemmTile(128, 256, 64, 3, 8, descriptors=0, persistent=0),
+                GemmTile(128, 256, 64, 3, 8, descriptors=1, persistent=0),
+                GemmTile(128, 256, 64, 3, 8, descriptors=1, persistent=1),
+            ),
+            # Accumulators of 256 latents pass through registers at the end, and would spill.
+            "sm_100": (
+                GemmTile(128, 128, 64, 4, 8, descriptors=1, persistent=0),
+                GemmTile(128, 128, 64, 4, 8, descriptors=1, persistent=1),
+            ),
+        },
+    ),
     "group_max": TileTable(
         default=Chosen(RowTile(4096, num_warps=4), measured=None),
         alternatives=(RowTile(2048, num_warps=2), RowTile(4096, num_warps=8)),
+    ),
+    # Static reason for a pass of its own (not measured): it reads a row in as many programs as its
+    # strips, at full occupancy; the selection's registers leave it a quarter of the warps.
+    "select": TileTable(
+        default=Chosen(SelectTile(keys_per_thread=16, columns=0), measured=None),
+        alternatives=(
+            SelectTile(keys_per_thread=8, columns=0),
+            SelectTile(keys_per_thread=16, columns=4096),
+        ),
     ),
     "residual": TileTable(
         default=Chosen(RowTile(1024, num_warps=4), measured=None),
@@ -283,8 +345,8 @@ def _tuned(name: str) -> dict[str, Chosen]:
                 f"{where}: unknown kernel {kernel!r}, expected {', '.join(TILES)}; {remedy}"
             )
         table = TILES[kernel]
-        others = (choice.tile for choice in table.classes.values())
-        known = {t: t._asdict() for t in (table.default.tile, *table.alternatives, *others)}
+        names = (*table.classes, *table.class_alternatives, "other")
+        known = {t: t._asdict() for name in names for t in table.candidates(name)}
         tile = next((t for t, its_fields in known.items() if its_fields == fields), None)
         if tile is None:
             raise ValueError(

@@ -1,0 +1,113 @@
+"""The command line: `resae demo | fit | train | eval | generate | report | profile | tune`.
+
+One file per command: its settings are the class `Options`, from which its options are made, and
+`run` does the work. Only this package prints. Bad input ends in one line, what was wrong and what
+to do, and exit code 2. Arguments are read without torch: each command imports what it needs when it
+runs, so that `--help` and a mistyped option answer at once.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from resae.cli.display import Display
+from resae.cli.options import Parser, add_settings, given
+from resae.environment import commit, installed_version, keep_freed_memory
+from resae.settings import make, read_file
+
+COMMANDS = {
+    "demo": "everything on the embedded model and corpus, with a report to look at",
+    "fit": "fit the affine maps between layers and measure how well they predict",
+    "train": "fit the affine maps and train one autoencoder per layer",
+    "eval": "replace layers on held-out text and measure the cost",
+    "generate": "continue a prompt with and without the layers replaced",
+    "report": "draw report.json as a page with figures",
+    "profile": "time one op at one shape against roofs and alternatives",
+    "tune": "measure which tile sizes of the GPU kernels are fastest on your GPU, and use them "
+    "from then on",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    from_file = any(a == "--config" or a.startswith("--config=") for a in arguments)
+    parsed = _parser(from_file).parse_args(arguments)
+    display = Display(
+        parsed.command,
+        shlex.join(["resae", *arguments]),
+        quiet=parsed.quiet,
+        traceback=parsed.traceback,
+    )
+    level = logging.INFO if parsed.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
+    keep_freed_memory()
+    command = import_module(f"resae.cli.{parsed.command}")
+    try:
+        values = {} if parsed.config is None else read_file(Path(parsed.config), command.Options)
+        values |= given(parsed, command.Options)
+        return command.run(make(command.Options, values), display)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if parsed.traceback:
+            raise
+        display.complain(" ".join(str(error).split()))
+        return 2
+    except KeyboardInterrupt:
+        display.complain("interrupted")
+        return 130
+
+
+def _parser(from_file: bool) -> Parser:
+    parser = Parser(
+        prog="resae",
+        description="Sparse autoencoders for several layers of a language model at once: fit "
+        "affine maps between the layers, train an autoencoder on what each map leaves, replace "
+        "all layers while the model runs.",
+        epilog="Start with `resae demo`; then `resae train embedded embedded --layers 1,3,5 --k 8 "
+        "--out runs/first`, `resae eval runs/first`, `resae report runs/first`.",
+    )
+    parser.add_argument("--version", action=_Version, help="print version and commit, and end")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
+    for name, text in COMMANDS.items():
+        commands.add_parser(
+            name, help=text, description=text, fill=partial(_fill, name=name, from_file=from_file)
+        )
+    return parser
+
+
+def _fill(parser: Parser, *, name: str, from_file: bool) -> None:
+    """Add the options of one command, and those that all commands have."""
+    module = import_module(f"resae.cli.{name}")
+    parser.epilog = getattr(module, "EPILOG", None)
+    add_settings(parser, module.Options, from_file=from_file)
+    every = parser.add_argument_group("Every command")
+    every.add_argument(
+        "--config",
+        metavar="FILE",
+        help="read settings from a TOML or JSON file, or from the record of a run (run.json, "
+        "fit.json); options on the command line come before it",
+    )
+    every.add_argument(
+        "--traceback", action="store_true", help="on an error, show where it happened"
+    )
+    every.add_argument("-v", "--verbose", action="store_true", help="show the libraries' messages")
+    every.add_argument("-q", "--quiet", action="store_true", help="print errors and results only")
+
+
+class _Version(argparse.Action):
+    """Asks git only where the version is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        of = commit()
+        print(f"resae {installed_version('resae')}" + (f", commit {of}" if of else ""))
+        parser.exit()

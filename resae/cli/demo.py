@@ -1,0 +1,81 @@
+"""Everything on the embedded model and corpus, with a report to look at."""
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Annotated
+
+from resae.arguments import compared, names, whole, writable
+from resae.arguments import seed as seed_number
+from resae.cli.display import Display
+from resae.demo.recipes import EXTRA_METHODS, METHOD_GROUPS
+
+EPILOG = f"Names that --methods takes: {', '.join(EXTRA_METHODS)}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Demo."""
+
+    out: Annotated[str, writable] = "resae-demo"
+    """Folder to write into."""
+    seed: Annotated[int, seed_number] = 0
+    """Fixes initial directions and the order of the data."""
+    k: Annotated[tuple[int, ...], compared] = (4, 8, 32)
+    """Active latents per layer, compared."""
+    layers: Annotated[tuple[str, ...], names] = ("1", "3", "5")
+    """Blocks to replace."""
+    methods: Annotated[tuple[str, ...], names] = ()
+    """Further methods, beside raw SAEs, identity residuals and ReSAE: all (11 to 15 minutes), fair
+    (rows without an advantage for ReSAE, longer training among them), elsewhere (other hook
+    points), learning_rates (a grid), or the names below."""
+    train_tokens: Annotated[int, whole(1)] = 200_000
+    """Tokens that each stack is trained on; fewer for a quick look."""
+    held_out_rows: Annotated[int, whole(1)] = 64
+    """Rows to evaluate on."""
+    threads: Annotated[int, whole(1)] = 1
+    """Torch CPU threads (more hardly helps at this size)."""
+
+
+def run(options: Options, display: Display) -> int:
+    from resae.report.figures import require_matplotlib
+    from resae.storage import is_unused, locked
+
+    require_matplotlib()
+    out = Path(options.out)
+    with locked(out):
+        if not is_unused(out) and not (out / "report.json").exists():
+            raise ValueError(f"{out} exists and is not an earlier demo; choose another --out")
+        return _run_into(out, options, display)
+
+
+def _run_into(out: Path, options: Options, display: Display) -> int:
+    import torch
+
+    from resae.cli.libraries import quiet_libraries
+    from resae.demo.comparison import DemoConfig, run_demo
+    from resae.environment import describe_device
+    from resae.report.page import write_report
+
+    quiet_libraries()
+    # The model is so small that a second thread gains a third, and loses far more than that where
+    # another process is using its core.
+    torch.set_num_threads(options.threads)
+    display.say(f"device: {describe_device('cpu')}, where the demo always runs")
+    named = (METHOD_GROUPS.get(name, (name,)) for name in options.methods)
+    config = DemoConfig(
+        layers=options.layers,
+        k=options.k,
+        seed=options.seed,
+        methods=tuple(dict.fromkeys(chain.from_iterable(named))),
+        train_tokens=options.train_tokens,
+        held_out_rows=options.held_out_rows,
+    )
+    report = run_demo(out, config, say=display.say, show=display.show)
+    page = write_report(out)
+    display.say()
+    for sentence in report["findings"]:
+        display.say(f"• {sentence}")
+    display.say()
+    display.say(f"report: {page}   rows: {out / 'report.json'}   stacks: {out / 'stacks'}")
+    return 0

@@ -1,0 +1,64 @@
+"""The console of the command line. Only this package prints."""
+
+import sys
+import time
+
+from resae.console import Console
+
+
+class Display(Console):
+    """Lines that stay, and one progress line: overwritten on a terminal, otherwise every 10 s.
+
+    Args:
+        name: of the command, before its errors.
+        command_line: the whole command as it was given, for records.
+        quiet: print errors and results only.
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        command_line: str = "",
+        *,
+        quiet: bool = False,
+        traceback: bool = False,
+    ) -> None:
+        self.name = name
+        self.command_line = command_line
+        self.traceback = traceback
+        self._quiet = quiet
+        self._pending = False
+        self._last = 0.0
+        self._file = None
+
+    def report_to_stderr(self) -> None:
+        """Leave standard output to what `result` prints."""
+        self._file = sys.stderr
+
+    def say(self, line: str = "") -> None:
+        if self._quiet:
+            return
+        if self._pending:
+            print(file=self._file)
+        self._pending = False
+        print(line, file=self._file, flush=True)
+
+    def show(self, line: str) -> None:
+        if self._quiet:
+            return
+        if (self._file or sys.stdout).isatty():
+            print(f"\r\033[K{line}", end="", file=self._file, flush=True)
+            self._pending = True
+        elif time.monotonic() - self._last >= 10:
+            print(line, file=self._file, flush=True)
+            self._last = time.monotonic()
+
+    def result(self, text: str) -> None:
+        """Print what was asked for, quiet or not."""
+        if self._pending:
+            print(file=self._file)
+        self._pending = False
+        print(text, flush=True)
+
+    def complain(self, line: str) -> None:
+        print(f"resae {self.name}: {line}", file=sys.stderr, flush=True)

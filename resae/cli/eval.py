@@ -1,0 +1,286 @@
+"""Replace layers on held-out text and measure the cost."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from resae.arguments import compared, filled, whole, writable
+from resae.cli.display import Display
+from resae.data.config import Machine, Source
+from resae.environment import describe_device, environment, find_device
+from resae.settings import Shown
+
+if TYPE_CHECKING:
+    import torch
+
+    from resae.data.text_record import Overlap, RunText
+    from resae.evaluation.methods import Method
+    from resae.models.hooked import HookedLM
+    from resae.stack.stack import ReSAE
+
+HELD_OUT_DEFAULTS: dict[str, Any] = {
+    "data": None,
+    "text_column": "text",
+    "streaming": False,
+    "context_tokens": 128,
+    "held_out_rows": 64,
+}
+"""Taken where neither the command nor the run says otherwise."""
+ROW_SHAPE = ("context_tokens", "held_out_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Machine):
+    """Evaluation."""
+
+    run_directories: Annotated[tuple[str, ...], filled, Shown("RUN", True, several=True)]
+    """Run directories of the same layers."""
+    k: Annotated[tuple[int, ...] | None, compared] = None
+    """Compare the runs with these numbers of active latents; None: all that they were trained
+    with."""
+    out: Annotated[str | None, writable] = None
+    """Folder that report.json goes into; None: the first run."""
+    model: Annotated[str | None, filled] = None
+    """Another path of the same model."""
+    data: Annotated[str | None, filled] = None
+    """Other text; None: the held-out part of the training's."""
+    text_column: Annotated[str | None, filled] = None
+    """Column of the data that holds the text; None: as in the run."""
+    streaming: bool | None = None
+    """Read the data while it downloads."""
+    context_tokens: Annotated[int | None, whole(2)] = None
+    """Tokens per row; None: as in the run."""
+    held_out_rows: Annotated[int | None, whole(1)] = None
+    """Rows to evaluate on; None: as in the run."""
+    allow_trained_text: bool = False
+    """Evaluate even where a run was trained on the text, or where that is not known; otherwise an
+    error."""
+    json: bool = False
+    """Print the rows of the table as JSON; progress goes to standard error."""
+
+
+def run(options: Options, display: Display) -> int:
+    from resae.cli.libraries import quiet_libraries
+    from resae.data.activations import MODEL_ROWS
+    from resae.evaluation.comparison import evaluate, forward_passes
+    from resae.evaluation.labels import whole_selection
+    from resae.models.hooked import HookedLM
+    from resae.storage import require_writable, save_json
+    from resae.training.pipeline import load_model
+    from resae.training.runs import model_of, open_run
+
+    if options.json:
+        display.report_to_stderr()
+    device = find_device(options.device)
+    display.say(f"device: {describe_device(device)}")
+    folders = [Path(folder) for folder in options.run_directories]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("a run is named twice; name each once")
+    runs = [(folder, *open_run(folder, device)) for folder in folders]
+    out = Path(options.out or folders[0])
+    require_writable(out)
+    methods = _methods(runs, options.k)
+    record = runs[0][1]
+    quiet_libraries()
+    shapes = HookedLM.described(options.model or model_of(record, runs[0][2]), tokenizer=True)
+    for folder, _, stack in runs:
+        stack.require_model(shapes)
+        if stack.hook_points != runs[0][2].hook_points:
+            raise ValueError(
+                f"{folder} has layers {', '.join(stack.hook_points)}, {folders[0]} has "
+                f"{', '.join(runs[0][2].hook_points)}; evaluate them apart"
+            )
+    ids, data, overlaps = _unseen(
+        options, [(folder, record) for folder, record, _ in runs], shapes, display
+    )
+    lm = load_model(shapes.name, options.dtype, device)
+    batches = list(ids.split(MODEL_ROWS))
+    display.say(f"{forward_passes(methods)} passes over {ids.numel():,} held-out tokens of {data}")
+    began = time.perf_counter()
+
+    def progress(done: int) -> None:
+        left = (time.perf_counter() - began) * (len(batches) - done) / done
+        display.show(f"{done}/{len(batches)} batches, about {left:.0f} s left")
+
+    report = evaluate(lm, methods, batches, on_batch=progress)
+    config = {
+        "model": lm.name,
+        "data": data,
+        "layers": runs[0][2].hook_points,
+        "d_sae": runs[0][2].d_sae,
+        "train_tokens": record.get("train", {}).get("train_tokens", 0),
+        "runs": [str(folder) for folder, _, _ in runs],
+        "held_out_rows": len(ids),
+        "context_tokens": ids.shape[1],
+        "trained_on": overlaps,
+    }
+    training = [
+        {"method": m.name, "k": m.k, "log": _log(folder)}
+        for m, (folder, _, _) in zip(methods[:: len(options.k or (0,))], runs, strict=False)
+        if (folder / "log.jsonl").exists()
+    ]
+    save_json(
+        out / "report.json",
+        {
+            "schema_version": 1,
+            "title": f"Evaluation of {', '.join(folder.name for folder, _, _ in runs)}",
+            "config": config,
+            "environment": environment(),
+            **report,
+            "affine": _affine([record for _, record, _ in runs]),
+            "training": training,
+        },
+    )
+    rows = whole_selection(report["replacement"])
+    display.result(json.dumps(rows, indent=1) if options.json else _table(rows))
+    display.say(f"written to {out / 'report.json'}; next: resae report {out}")
+    return 0
+
+
+def _unseen(
+    options: Options,
+    runs: Sequence[tuple[Path, dict[str, Any]]],
+    lm: HookedLM,
+    display: Display,
+) -> tuple[torch.Tensor, str, list[dict[str, Any]]]:
+    """Rows `[R, T]` to evaluate on, the name of their text, and per run how much of them it was
+    trained on.
+
+    Raises:
+        ValueError: text that a run was trained on, or may have been, unless that is allowed.
+    """
+    from resae.data.text_record import RunText
+
+    texts = [RunText.load(folder) for folder, _ in runs]
+    unknown = [str(folder) for (folder, _), text in zip(runs, texts, strict=True) if text is None]
+    if unknown and not options.allow_trained_text:
+        raise ValueError(
+            f"{unknown[0]} has no record of the text that it was trained on (a run of an earlier "
+            f"version, or a stack without its run), so that no text is known to be new to it; "
+            f"evaluate all the same with --allow-trained-text"
+        )
+    ids, data = _rows_to_evaluate(options, runs, [text for text in texts if text is not None], lm)
+    overlaps = []
+    for (folder, _), text in zip(runs, texts, strict=True):
+        known = None if text is None else text.overlap(ids)
+        row = {"run": str(folder), "held_out": text is not None and known is None}
+        overlaps.append(row if known is None else row | known._asdict())
+        if text is None:
+            display.say(f"{folder}: not known whether it was trained on this text")
+        elif known is not None:
+            _require_new(options, folder, known, display)
+    return ids, data, overlaps
+
+
+def _require_new(options: Options, folder: Path, known: Overlap, display: Display) -> None:
+    """Say how much of the text a run was trained on; refuse more than chance unless allowed."""
+    share = f"{known.known:,} of {known.compared:,} compared pieces of 16 tokens"
+    if known.new or options.allow_trained_text:
+        display.say(f"{folder} was trained on {share} of this text")
+        return
+    if known.new is None:
+        raise ValueError(
+            f"too little of this text can be compared with what {folder} was trained on "
+            f"({known.compared} pieces of 16 tokens) to tell whether it is new; give more rows, "
+            f"longer ones, or --allow-trained-text"
+        )
+    raise ValueError(
+        f"{folder} was trained on this text ({share} are in its training text); evaluate runs "
+        f"apart, or on other text with --data, or take this with --allow-trained-text"
+    )
+
+
+def _rows_to_evaluate(
+    options: Options,
+    runs: Sequence[tuple[Path, dict[str, Any]]],
+    texts: Sequence[RunText],
+    lm: HookedLM,
+) -> tuple[torch.Tensor, str]:
+    """Rows `[R, T]`, and the name of their text: those that the runs held out, as recorded; or any
+    rows of the text that is given, or of a validation split, which is never trained on."""
+    import torch
+
+    from resae.cli.libraries import quiet_libraries
+    from resae.data.rows import read_rows
+    from resae.data.text_record import held_out_by_all, in_rows_of
+
+    folder, record = runs[0]
+    given = options.data is not None
+    chosen = {name: getattr(options, name) for name in HELD_OUT_DEFAULTS}
+    for name, default in HELD_OUT_DEFAULTS.items():
+        if chosen[name] is None and (given or name not in ROW_SHAPE):
+            chosen[name] = record.get(name, default)
+    if chosen["data"] is None:
+        raise ValueError(f"{folder} does not say which text to evaluate on; name it with --data")
+    kept = None if given or len(texts) < len(runs) else held_out_by_all(texts)
+    if kept is not None:
+        headed = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id) != (None, None)
+        context = chosen["context_tokens"] or kept.shape[1]
+        lm.require_context(context)
+        kept = in_rows_of(kept, context, headed)
+        kept = kept[: chosen["held_out_rows"]]
+        if len(kept) and len(kept) >= (chosen["held_out_rows"] or 0):
+            return kept, chosen["data"]
+        if record.get("held_out_split") != "validation":
+            raise ValueError(
+                f"{folder} held out {len(kept)} rows of {kept.shape[1]} tokens and trained on the "
+                f"rest of {chosen['data']}; ask for at most so many, or give other text with --data"
+            )
+    for name in ROW_SHAPE:
+        if chosen[name] is None:
+            chosen[name] = record.get(name, HELD_OUT_DEFAULTS[name])
+    seed = record.get("train", {}).get("seed", 0)
+    quiet_libraries(chosen["data"])
+    source = Source(model=lm.name, seed=seed, **chosen)
+    return torch.stack(list(read_rows(source, lm)[1])), chosen["data"]
+
+
+def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """R² per method and hop, of the first run that has it."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in chain.from_iterable(record.get("affine", []) for record in records):
+        rows.setdefault((row["method"], row["hop"]), row)
+    return list(rows.values())
+
+
+def _methods(
+    runs: Sequence[tuple[Path, dict[str, Any], ReSAE]], ks: Sequence[int] | None
+) -> list[Method]:
+    """Every run, at every k asked for; and the maps alone."""
+    from resae.evaluation.methods import Method, method_name
+    from resae.stack.stack import AffineOnly
+
+    methods: list[Method] = []
+    for folder, _, stack in runs:
+        for k in ks or (stack.sae(0).config.k,):
+            name = method_name(stack)
+            if any((m.name, m.k) == (name, k) for m in methods):
+                name = f"{name} ({folder.name})"
+            methods.append(Method(name, stack.at_k(k) if ks else stack, k))
+    chained = next((stack for _, _, stack in runs if stack.chained), None)
+    if chained is not None:
+        methods.append(Method("affine_only", AffineOnly(chained), None))
+    return methods
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"{'method':<28}{'loop':<8}{'mode':<16}{'k':>5}{'Δ CE':>10}{'recovered':>11}{'KL':>10}"
+    ]
+    lines += [
+        f"{row['method']:<28}{row['loop'] or '–':<8}{row['mode']:<16}{row['k'] or '–':>5}"
+        f"{row['delta_ce']:>10.4f}{row['ce_recovered_mean']:>11.4f}{row['kl']:>10.4f}"
+        for row in rows
+    ]
+    lines.append(f"CE of the unchanged model: {rows[0]['ce_clean']:.4f} nats per token")
+    return "\n".join(lines)

@@ -1,0 +1,140 @@
+"""Continue a prompt with and without the layers replaced."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from resae.arguments import filled, real, whole
+from resae.arguments import seed as seed_number
+from resae.cli.display import Display
+from resae.data.config import Machine
+from resae.settings import Shown
+
+if TYPE_CHECKING:
+    from resae.models.hooked import HookedLM
+    from resae.replacements.edits import Interventions, StrongestLatents
+    from resae.replacements.generation import Generated
+    from resae.stack.stack import Loop, ReSAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Machine):
+    """Text."""
+
+    run_directory: Annotated[str, filled, Shown("RUN", positional=True)]
+    """A run directory."""
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: Annotated[int, whole(1)] = 64
+    """Number of tokens to write."""
+    temperature: Annotated[float, real(least=0)] = 0.8
+    """Sampling temperature; 0: the most likely token."""
+    seed: Annotated[int, seed_number] = 0
+    """Seed of the sampling."""
+    loop: Annotated[Literal["closed", "open"], ("closed", "open")] = "closed"
+    """Residuals are taken against predictions from reconstructions (closed) or from the activations
+    that they replaced (open)."""
+    intervene: Annotated[str | None, filled, Shown("FILE|JSON")] = None
+    """Edit latents meanwhile: [{"layer": 3, "action": "ablate", "latents": [17, 40]}, …], actions
+    ablate, clamp, scale, add; see resae.Interventions."""
+    show_latents: Annotated[int | None, whole(1), Shown("N")] = None
+    """Print the N strongest latents of each new token."""
+    fast: bool = False
+    """Write the same text with a static cache and, on a GPU, a compiled step."""
+    model: Annotated[str | None, filled] = None
+    """Another path of the same model."""
+
+
+def run(options: Options, display: Display) -> int:
+    from resae.cli.libraries import quiet_libraries
+    from resae.environment import describe_device, find_device
+    from resae.models.hooked import HookedLM
+    from resae.replacements.edits import ActiveEdits, Interventions, StrongestLatents
+    from resae.replacements.generation import generate, prompt_ids
+    from resae.training.pipeline import load_model
+    from resae.training.runs import model_of, open_run
+
+    device = find_device(options.device)
+    display.say(f"device: {describe_device(device)}")
+    record, stack = open_run(Path(options.run_directory), device)
+    asked = None if options.intervene is None else Interventions.parse(options.intervene)
+    if asked is not None:
+        ActiveEdits(asked, stack, stack.hook_points)  # raises for latents that there are not
+    quiet_libraries()
+    shapes = HookedLM.described(options.model or model_of(record, stack), tokenizer=True)
+    stack.require_model(shapes)
+    prompt_ids(shapes, options.prompt, options.max_new_tokens)  # raises where they do not fit
+    lm = load_model(shapes.name, options.dtype, device)
+    settings = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+        "fast": options.fast,
+    }
+    plain = generate(lm, options.prompt, **settings)
+    display.say("— nothing replaced —")
+    display.result(options.prompt + plain.text)
+    settings["loop"] = options.loop
+    keep = StrongestLatents(options.show_latents) if options.show_latents else None
+    replaced = generate(
+        lm, options.prompt, stack, on_codes=keep if asked is None else None, **settings
+    )
+    display.say(f"— {stack.n_layers} layers replaced online, {options.loop} loop —")
+    display.result(options.prompt + replaced.text)
+    if asked is not None:
+        replaced = generate(
+            lm, options.prompt, stack, interventions=asked, on_codes=keep, **settings
+        )
+        error = "error kept" if asked.keep_error else "error left out"
+        display.say(f"— and latents edited, {error}, effects {asked.effects} —")
+        display.result(options.prompt + replaced.text)
+    for count in replaced.counts:
+        display.say(
+            f"{count.hook_point}: {count.calls} forward passes, {count.replaced} tokens replaced, "
+            f"{count.left} special tokens left alone"
+        )
+    for edit, name, changed in replaced.edits:
+        display.say(f"{name}: {edit}: {sum(changed.values())} changes")
+    if asked is not None:
+        _print_effects(display, lm, stack, replaced, asked, options.loop)
+    if keep is not None:
+        _print_latents(display, lm, replaced, keep)
+    return 0
+
+
+def _print_effects(
+    display: Display,
+    lm: "HookedLM",
+    stack: "ReSAE",
+    written: "Generated",
+    asked: "Interventions",
+    loop: "Loop",
+) -> None:
+    """What the edits did to later layers in the text just written, beside what was predicted."""
+    import torch
+
+    from resae.evaluation.effects import edit_effects
+
+    ids = torch.tensor([written.ids])
+    prompt = len(written.ids) - written.tokens
+    for row in edit_effects(lm, stack, ids, asked, prompt_tokens=prompt, loop=loop):
+        display.say(
+            f"{row['hook_point']}: what arrives there moved as the maps predict with cosine "
+            f"{row['cosine']:.3f}; predicted / real size {row['norm_ratio']:.3f} "
+            f"({row['tokens']} tokens)"
+        )
+
+
+def _print_latents(
+    display: Display, lm: "HookedLM", written: "Generated", keep: "StrongestLatents"
+) -> None:
+    """A line per new token: its strongest latents, layer by layer."""
+    first, codes = len(written.ids) - written.tokens, keep.codes
+    display.say("latent:act of each new token (the last was written but not read)")
+    for position, token in enumerate(written.ids[first:-1], start=first):
+        layers = []
+        for name, (acts, indices) in codes.items():
+            pairs = zip(indices[0, position].tolist(), acts[0, position].tolist(), strict=True)
+            block = name.removeprefix("blocks.").partition(".")[0]
+            layers.append(f"{block}| " + " ".join(f"{j}:{act:.2f}" for j, act in pairs if act))
+        display.say(f"{lm.tokenizer.decode([token])!r:<16}{'  '.join(layers)}")

@@ -1,0 +1,71 @@
+"""Rows of token ids → activations of several hook points, by running the model."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from resae.data.rows import TokenRows
+from resae.models.hooked import HookedLM
+from resae.models.points import HookPoint
+from resae_kernels.cpu.onednn import OneDNNLinear
+
+MODEL_ROWS = 8
+"""Rows per forward pass. With more, on a CPU, an op's output is so large that it goes back to the
+system each time and comes anew page by page: 16 rows of 128 tokens took about a tenth longer."""
+
+
+def capture_tokens(lm: HookedLM, input_ids: Tensor, points: Sequence[HookPoint]) -> list[Tensor]:
+    """Activations `[N, D]` in fp32 at each point, of the tokens that are not special."""
+    return [x.float() for x in _captured(lm, input_ids, points)[1]]
+
+
+def _captured(
+    lm: HookedLM, input_ids: Tensor, points: Sequence[HookPoint]
+) -> tuple[list[int], list[Tensor]]:
+    """How many tokens of each row are not special, and their activations in the model's dtype."""
+    input_ids = input_ids.to(lm.device)
+    keep = ~lm.is_special(input_ids)
+    with OneDNNLinear():
+        captured = lm.capture(input_ids, points)
+    kept = keep.view(-1).nonzero().squeeze(1)
+    # A model may be spread over devices: blocks are where their activations are.
+    xs = [captured[point].flatten(0, 1) for point in points]
+    return keep.sum(1).tolist(), [x.index_select(0, kept.to(x.device)) for x in xs]
+
+
+Read = Callable[[int], tuple[list[int], list[Tensor]]]
+"""Called with n: the number of tokens of each of the next n rows (fewer at the end of the data) and
+L activations `[tokens, D]` of them, the tokens of a row one after another."""
+
+
+class RowActivations(Protocol):
+    """Activations of rows in their order: from a model, or from disk."""
+
+    def reader(self, row: int) -> Read:
+        """What reads from this row on, for one epoch."""
+        ...
+
+
+class ModelActivations:
+    """Activations of rows by running the model, special tokens left out.
+
+    Args:
+        lm, rows, points: what to run on what, and where to look.
+    """
+
+    def __init__(self, lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]):
+        self.lm = lm
+        self.rows = rows
+        self.points = list(points)
+
+    def reader(self, row: int) -> Read:
+        rows = self.rows.from_row(row)
+
+        def read(n: int) -> tuple[list[int], list[Tensor]]:
+            ids = list(islice(rows, n))
+            return _captured(self.lm, torch.stack(ids), self.points) if ids else ([], [])
+
+        return read

@@ -1,0 +1,259 @@
+"""Batches of activations `[N, D]` of several hook points, shuffled in a bounded buffer.
+
+Everything is an iteration that can be started again at a recorded position and then goes on with
+the same bits: a position names the epoch, the first row of the buffer in use, and the batch within
+it.
+
+W processes share the work by `rank`: process r reads rows r, r+W, r+2W, … (`TokenRows.shard`) and
+makes batches of N/W tokens. Batch s of the whole is the batches s of all ranks one after another,
+which one process gets from W sources of the same ranks. Every rank is at the same fill and batch at
+the same step; how many rows a fill took differs by a few, so that each rank keeps its own position.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from resae.data.activations import MODEL_ROWS, ModelActivations, Read, RowActivations
+from resae.data.rows import TokenRows
+from resae.models.hooked import HookedLM
+from resae.models.points import HookPoint
+
+
+class WithRows:
+    """Activations from elsewhere, such as a cache, whose rows are read along with them: for what
+    `TokenRows.noted` does."""
+
+    def __init__(self, activations: RowActivations, rows: TokenRows):
+        self.activations = activations
+        self.rows = rows
+
+    def reader(self, row: int) -> Read:
+        activations, rows = self.activations.reader(row), self.rows.from_row(row)
+
+        def read(n: int) -> tuple[list[int], list[Tensor]]:
+            taken = activations(n)
+            deque(islice(rows, len(taken[0])), maxlen=0)
+            return taken
+
+        return read
+
+
+class Position(NamedTuple):
+    """Where an iteration of activation batches stands: enough to go on with the same bits."""
+
+    epoch: int = 0
+    row: int = 0
+    """First row of the buffer in use."""
+    fill: int = 0
+    """How many buffers came before: seeds the shuffle."""
+    batch: int = 0
+    """Batches of this buffer already used."""
+
+
+class ActivationSource(Protocol):
+    """What training reads: endless batches, from any recorded position."""
+
+    def batches(self, start: Position) -> Iterator[tuple[list[Tensor], Position]]:
+        """L activations `[N, D]`, and the position after them."""
+        ...
+
+
+def in_order(activations: RowActivations, row: int = 0) -> Iterator[list[Tensor]]:
+    """L activations `[n, D]` in fp32 of the rows from this one on, pass by pass, for one epoch."""
+    read = activations.reader(row)
+    while (taken := read(MODEL_ROWS))[0]:
+        yield [x.float() for x in taken[1]]
+
+
+class ActivationBatches:
+    """Shuffled activations of several hook points from one pass over the rows; special tokens left
+    out; the rows start over when they end.
+
+    Args:
+        lm, rows, points: what to run on what, and where to look. With `world` > 1 the rows of all
+            ranks: each takes its share.
+        batch_tokens: N, tokens per batch, of all ranks together.
+        buffer_tokens: tokens whose activations are held and shuffled together, of all ranks
+            together.
+        buffer_dtype: in which they are held; None: as the model computes them. bfloat16 has the
+            range of float32, and a relative error of at most 1/512 per entry.
+        total_tokens: how many will be taken in all; the last buffer is then no larger than needed.
+        model_rows: rows per forward pass.
+        device: where the buffer is, and batches come from; None: on the model's.
+        rank, world: of several processes that share the work.
+        stored: reads the activations of the rows in place of running the model, such as an
+            `ActivationCache`.
+    """
+
+    def __init__(
+        self,
+        lm: HookedLM,
+        rows: TokenRows,
+        points: Sequence[HookPoint],
+        *,
+        batch_tokens: int,
+        buffer_tokens: int,
+        total_tokens: int | None = None,
+        buffer_dtype: torch.dtype | None = None,
+        model_rows: int = MODEL_ROWS,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        rank: int = 0,
+        world: int = 1,
+        stored: RowActivations | None = None,
+    ):
+        if buffer_tokens < batch_tokens:
+            raise ValueError(
+                f"buffer_tokens={buffer_tokens} is below batch_tokens={batch_tokens}; raise it"
+            )
+        if batch_tokens % world:
+            raise ValueError(
+                f"batch_tokens={batch_tokens} cannot be dealt out to {world} ranks evenly; make it "
+                f"a multiple"
+            )
+        rows = rows.shard(rank, world)
+        self.activations = stored or ModelActivations(lm, rows, points)
+        self.batch_tokens = batch_tokens // world
+        self.batches_per_fill = buffer_tokens // batch_tokens
+        self.batches_in_all = None if total_tokens is None else -(-total_tokens // batch_tokens)
+        self.context_tokens = rows.context_tokens
+        self.buffer_dtype = buffer_dtype
+        self.model_rows = model_rows
+        self.seed = seed
+        self.device = device
+        self._first: _Fill | None = None
+
+    def batches(self, start: Position = Position()) -> Iterator[tuple[list[Tensor], Position]]:  # noqa: B008
+        position, read = start, None
+        while True:
+            if position.fill == 0 and self._first is not None:
+                fill, self._first = self._first, None
+            else:
+                read = read or self.activations.reader(position.row)
+                fill = self._fill(read, position)
+            _, xs, epoch, row, read = fill
+            del fill  # the batches are all that holds on to the buffer
+            for batch, picked in _shuffled(xs, self.batch_tokens, self.seed, position.fill):
+                if batch >= position.batch:
+                    yield [x.float() for x in picked], position._replace(batch=batch + 1)
+            del xs  # before the next buffer is filled
+            position = Position(epoch, row, position.fill + 1)
+
+    def in_order(self) -> Iterator[list[Tensor]]:
+        """L activations `[n, D]` of the first epoch in the order of the rows, for calibration.
+
+        The first buffer comes first. What is read here, up to a buffer beyond the first, is kept
+        for `batches`: the model runs on it only once.
+        """
+        first = self._first or self._fill(self.activations.reader(0), Position())
+        tokens, xs, epoch, row, read = first
+        ahead: deque[tuple[list[int], list[Tensor]]] = deque()
+        self._first = first._replace(read=_reading_again(ahead, read))
+        step = self.model_rows * self.context_tokens
+        for start in range(0, tokens, step):
+            yield [x[start : min(start + step, tokens)].float() for x in xs]
+        held = 0
+        while epoch == 0 and (taken := read(self.model_rows))[0]:
+            held += sum(taken[0])
+            if held <= tokens:
+                ahead.append((taken[0], [x.to(self.buffer_dtype or x.dtype) for x in taken[1]]))
+            elif ahead:  # too much to hold: from there on it is read anew
+                ahead.clear()
+                self._first = first._replace(read=self.activations.reader(row))
+            yield [x.float() for x in taken[1]]
+
+    def _fill(self, read: Read, at: Position) -> "_Fill":
+        """The next buffer: as many tokens as its batches have, and a part of a row at most."""
+        batches = self.batches_per_fill
+        if self.batches_in_all is not None:
+            left = self.batches_in_all - at.fill * batches
+            batches = max(1, min(batches, left))
+        wanted = batches * self.batch_tokens
+        epoch, row = at.epoch, at.row
+        xs: list[Tensor] = []
+        held, first_epoch = 0, wanted
+        while held < wanted:
+            missing = -(-(wanted - held) // self.context_tokens)
+            counts, pieces = read(min(self.model_rows, missing))
+            if not counts:
+                if row == 0:
+                    raise ValueError("activations: the dataset holds no row of tokens; give more")
+                first_epoch = min(first_epoch, held)
+                epoch, row, read = epoch + 1, 0, self.activations.reader(0)
+                continue
+            row += len(counts)
+            if not xs:
+                whole = (wanted, pieces[0].shape[1])
+                xs = [
+                    piece.new_empty(whole, device=self.device, dtype=self.buffer_dtype)
+                    for piece in pieces
+                ]
+            taken = slice(held, min(wanted, held + sum(counts)))
+            for x, piece in zip(xs, pieces, strict=True):
+                x[taken] = piece[: taken.stop - taken.start]
+            held = taken.stop
+        return _Fill(first_epoch, xs, epoch, row, read)
+
+
+def _reading_again(ahead: deque[tuple[list[int], list[Tensor]]], read: Read) -> Read:
+    """What was read ahead, and then what `read` goes on with."""
+
+    def again(n: int) -> tuple[list[int], list[Tensor]]:
+        if not ahead:
+            return read(n)
+        counts, xs = ahead.popleft()
+        tokens = sum(counts[:n])
+        if n < len(counts):
+            ahead.appendleft((counts[n:], [x[tokens:] for x in xs]))
+        return counts[:n], [x[:tokens] for x in xs]
+
+    return again
+
+
+class _Fill(NamedTuple):
+    """A buffer, and where the rows stand after it."""
+
+    tokens: int
+    """Of the epoch in which it began."""
+    xs: list[Tensor]
+    epoch: int
+    row: int
+    read: Read
+
+
+class StoredActivations:
+    """Activations already in memory, `L × [N_all, D]`, shuffled anew each epoch: for training
+    several stacks on the same tokens without running the model again."""
+
+    def __init__(self, xs: Sequence[Tensor], *, batch_tokens: int, seed: int = 0):
+        if len(xs[0]) < batch_tokens:
+            raise ValueError(
+                f"{len(xs[0])} activations stored, expected at least batch_tokens={batch_tokens}"
+            )
+        self.xs = list(xs)
+        self.batch_tokens = batch_tokens
+        self.seed = seed
+
+    def batches(self, start: Position = Position()) -> Iterator[tuple[list[Tensor], Position]]:  # noqa: B008
+        position = start
+        while True:
+            for batch, picked in _shuffled(self.xs, self.batch_tokens, self.seed, position.fill):
+                if batch >= position.batch:
+                    yield picked, position._replace(batch=batch + 1)
+            position = Position(position.epoch + 1, 0, position.fill + 1)
+
+
+def _shuffled(
+    xs: Sequence[Tensor], batch_tokens: int, seed: int, fill: int
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Full batches of one buffer in an order fixed by `(seed, fill)`."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + fill)
+    order = torch.randperm(len(xs[0]), generator=generator).to(xs[0].device)
+    for batch in range(len(order) // batch_tokens):
+        picked = order[batch * batch_tokens : (batch + 1) * batch_tokens]
+        yield batch, [x.index_select(0, picked) for x in xs]

@@ -1,0 +1,1 @@
+"""Metrics, and the cost of replacing layers on held-out text."""

@@ -1,0 +1,57 @@
+"""Result rows: the labels of methods, and selections of rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+LABELS = {
+    "raw": "raw SAEs",
+    "raw_equal_total": "raw SAEs, equal total latents",
+    "identity": "identity residual",
+    "resae": "ReSAE",
+    "all_previous": "all previous layers",
+    **{
+        f"{kind}_{form}": f"{label}, {form.replace('_', ' ')}"
+        for kind, label in (("resae", "ReSAE"), ("all_previous", "all previous layers"))
+        for form in ("scalar", "diagonal", "low_rank")
+    },
+    "mlsae": "MLSAE, one dictionary",
+    "hierarchical": "HierarchicalTopK",
+    "raw_truncated": "raw SAEs, truncated",
+    "boost_base": "raw SAEs, one domain unseen",
+    "boost": "SAE Boost",
+    "resae_closed": "ReSAE trained in closed loop",
+    "affine_only": "affine maps alone",
+    "raw_matched": "raw SAEs, equal total and dictionary",
+    "raw_wide": "raw SAEs, equal total, all latents in every layer",
+    "resae_k_first": "ReSAE, k mostly in the first layer",
+    "resae_k_falling": "ReSAE, k falling",
+    "resae_k_rising": "ReSAE, k rising",
+}
+
+
+COMPARED = ("raw", "raw_equal_total", "raw_matched", "raw_wide", "identity", "resae")
+LABELS |= {
+    f"{name}_{suffix}": f"{LABELS[name]}, {text}"
+    for name in COMPARED
+    for suffix, text in (("best_lr", "best learning rate"), ("long", "more tokens"))
+}
+
+
+MODES = {
+    "online": "online",
+    "teacher_forced": "teacher-forced",
+    "error_added": "error added (teacher-forced codes)",
+}
+
+
+def label(row: Row) -> str:
+    name: str = LABELS.get(row["method"]) or row["method"]
+    return f"{name}, {row['loop']} loop" if row.get("loop") else name
+
+
+def whole_selection(rows: Sequence[Row]) -> list[Row]:
+    """The rows in which every selected layer is replaced."""
+    most = max((len(row["layers"]) for row in rows), default=0)
+    return [row for row in rows if len(row["layers"]) == most]

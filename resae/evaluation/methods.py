@@ -1,0 +1,46 @@
+"""Stacks to compare, and the names that result rows call them."""
+
+from dataclasses import dataclass
+
+from resae.stack.stack import AffineOnly, Loop, ReSAE
+
+METHOD_OF_PREDICTOR = {
+    "none": "raw",
+    "identity": "identity",
+    "previous": "resae",
+    "all_previous": "all_previous",
+}
+
+
+def method_name(stack: ReSAE) -> str:
+    """What rows call a stack that says nothing else of itself."""
+    if stack.boosted:
+        return "boost"
+    if stack.shared:
+        return "mlsae"
+    return predictor_name(stack.predictor.kind, stack.predictor.form)
+
+
+def predictor_name(kind: str, form: str) -> str:
+    """What rows call a stack, or the maps alone, with this prediction."""
+    name = METHOD_OF_PREDICTOR[kind]
+    return name if form == "full" else f"{name}_{form}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison."""
+
+    name: str
+    stack: ReSAE | AffineOnly
+    k: int | None
+    """Nominal active latents per layer; None without autoencoders."""
+    subsets: tuple[tuple[str, ...], ...] = ()
+    """Further sets of layers to replace teacher-forced, beside all of them."""
+
+    @property
+    def loops(self) -> tuple[Loop | None, ...]:
+        """The loops that differ for this method; None where there is but one."""
+        return (
+            ("open", "closed") if isinstance(self.stack, ReSAE) and self.stack.chained else (None,)
+        )

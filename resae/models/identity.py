@@ -1,0 +1,22 @@
+"""What a stack remembers of the model that it was trained on."""
+
+from dataclasses import dataclass
+
+from resae.models.hooked import HookedLM
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a stack remembers of the model that it was trained on."""
+
+    name: str
+    model_type: str
+    d_model: int
+    n_layers: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, lm: HookedLM) -> "ModelIdentity":
+        return cls(
+            lm.name, lm.config.model_type, lm.d_model, lm.n_layers, int(lm.config.vocab_size)
+        )

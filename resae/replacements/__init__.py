@@ -1,0 +1,1 @@
+"""Replacing layers of a running model, editing latents, generating text."""

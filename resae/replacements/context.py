@@ -1,0 +1,596 @@
+"""Replace the residual stream at several layers of a running model by what a stack reconstructs.
+
+    online          one pass; codes come from the running stream, which upstream replacements have
+                    already changed; x̂_l goes in at once
+    teacher_forced  codes of all layers come from the clean pass; all x̂_l go in during a second pass
+    error_added     as teacher_forced, but x̂_l − x_l is added to the running stream instead
+
+Teacher-forced, what goes in at the last layer overwrites everything before it: all layers at once
+equal the last one alone, exactly. Online and error-added are the forms that see every layer.
+(Online, adding the error of the running stream to that stream is replacing it.)
+
+Online, the residual is taken against the reconstructions that were put into the stream (closed
+loop); loop "open" takes it against the stream as it was before each replacement. The chain runs
+through all selected layers, one token at a time, within one forward pass; nothing is kept between
+decode steps but the model's own cache, and beams may be reordered between them. `layers` chooses
+where its result enters the stream. Codes can be read and edited on the way
+(`resae.replacements.edits`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from threading import RLock
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from resae.models.hooked import HookedLM, cache_of, type_name
+from resae.models.points import HookPoint
+from resae.replacements.counts import LayerCounts, PassCounts
+from resae.replacements.decode_loop import DEFERRED
+from resae.replacements.edits import ActiveEdits, Change, Interventions, PassTokens
+from resae.stack.stack import AffineOnly, Loop, ReSAE
+from resae.threads import PerThread
+from resae_kernels import TopK, Transported
+from resae_kernels.step import FEW_TOKENS
+
+Mode = Literal["online", "teacher_forced", "error_added"]
+MODES = ("online", "teacher_forced", "error_added")
+OnCodes = Callable[[str, TopK], object]
+
+
+@dataclass
+class _Pass:
+    """State of one forward pass of the whole model."""
+
+    keep: Tensor | None
+    """`[B, T, 1]` bool, where the stream is left alone; None: nowhere."""
+    tokens: PassTokens | None
+    """Where edits look for their places; None without edits."""
+    seen: list[Tensor]
+    """Running stream at the selected layers passed so far; of two passes the clean one at all."""
+    x_hats: list[Tensor]
+    """Reconstructions of the selected layers passed so far; of two passes of all."""
+    changes: list[Change | None]
+    """What edits added at each selected layer."""
+    codes: list[TopK] = field(default_factory=list)
+    """Codes of the layers passed so far, where dictionaries are carried."""
+    tally: Tensor | None = None
+    """`[3]` calls, tokens, tokens left alone; the same at every layer."""
+
+
+class _ThreadState:
+    """Pass and counts of one thread."""
+
+    def __init__(self, n_layers: int, device: torch.device):
+        self.current: _Pass | None = None
+        """The pass that this thread runs; None outside a pass."""
+        self.capturing = False
+        """Whether this thread runs the clean pass of a mode of two passes."""
+        # [2, 3] per layer, (prefill, decode) by (calls, tokens, left): tensors, so that counting
+        # waits for no GPU, recompiles nothing and goes on in a replayed graph. Each thread has its
+        # own: an addition to a tensor is not atomic. (`inference_mode` would make tensors that
+        # later passes outside it could not change.)
+        with torch.inference_mode(False):
+            self.counts = [
+                torch.zeros(2, 3, dtype=torch.int64, device=device) for _ in range(n_layers)
+            ]
+        # The same of passes on a CPU that are not compiled.
+        self.host_counts = [[[0, 0, 0], [0, 0, 0]] for _ in range(n_layers)]
+
+    def totals(self, layer: int) -> Tensor:
+        """`[2, 3]` on the CPU: (prefill, decode) by (calls, tokens, left)."""
+        return self.counts[layer].cpu() + torch.tensor(self.host_counts[layer])
+
+
+class Replacement:
+    """A replacement in force; made by `replacement`. As a context manager it is removed on exit,
+    and what the calling thread runs inside runs without gradient.
+
+    The state of a pass belongs to the pass: any number of threads may run the model at a time. A
+    pass during which the replacement is removed, or that began before it, ends in a RuntimeError.
+    """
+
+    def __init__(
+        self,
+        lm: HookedLM,
+        stack: ReSAE | AffineOnly,
+        mode: Mode,
+        loop: Loop,
+        put_at: Sequence[HookPoint],
+        replace_special: bool,
+        clean: Sequence[Tensor] | None,
+        keep_error: bool,
+        edits: ActiveEdits | None,
+        on_codes: OnCodes | None,
+        carried: Transported | None,
+    ):
+        self._lm = lm
+        self._stack = stack
+        self._mode: Mode = mode
+        self._loop: Loop = loop
+        self._points = [lm.hook_point(name) for name in stack.hook_points]
+        self._puts = [point in put_at for point in self._points]
+        self._last = self._points.index(max(put_at))
+        self._clean = clean
+        self._keep_error = keep_error
+        self.edits = edits
+        """The interventions in force, with counts of what they changed; None without any."""
+        self._on_codes = on_codes
+        self._carried = carried
+        self._reads_codes = not (edits is None and on_codes is None and carried is None)
+        self._homes = [_home(stack, layer) for layer in range(len(self._points))]
+        self._spread = len({home.device for home in self._homes if home is not None}) > 1
+        self._special = None  # [S] ids of special tokens, made once: a copy to a GPU waits for it
+        if not replace_special:
+            self._special = torch.tensor(lm.special_ids, dtype=torch.int64, device=lm.device)
+        self._special_ids = frozenset(lm.special_ids)
+        self._in_force = ExitStack()
+        self._no_grad = ExitStack()
+        self._removed = False
+        self._threads = PerThread(partial(_ThreadState, len(self._points), lm.device))
+        # A CUDA graph knows addresses, not tensors: `torch.compile` copies each input to an address
+        # of the graph's own at every replay, and makes no graph at all where a pass writes to an
+        # input, but for inputs that it takes to stay where they are. It takes to stay whatever it
+        # reaches through a module: these counts, dictionaries and edits too, by the forward of the
+        # stand-ins that hold them (`model._Splice`). So they are written in place and never made
+        # anew while the model runs; a test looks at the compiled step's inputs.
+
+    def __repr__(self) -> str:
+        layers = ", ".join(
+            point.name for point, puts in zip(self._points, self._puts, strict=True) if puts
+        )
+        state = "removed" if self._removed else "in force"
+        return (
+            f"Replacement({state} at {layers} of {self._lm.name!r}, mode={self._mode!r}, "
+            f"loop={self._loop!r}, keep_error={self._keep_error}, "
+            f"edits={0 if self.edits is None else len(self.edits.edits)})"
+        )
+
+    @property
+    def counts(self) -> list[LayerCounts]:
+        """Per layer at which something is put in: calls, tokens replaced, tokens left alone."""
+        counts = []
+        for layer, point in enumerate(self._points):
+            if self._puts[layer]:
+                sums = sum(thread.totals(layer) for thread in self._threads)
+                assert isinstance(sums, Tensor)
+                kinds = [
+                    PassCounts(calls, tokens - left, left) for calls, tokens, left in sums.tolist()
+                ]
+                counts.append(LayerCounts(point.name, *kinds))
+        return counts
+
+    def assert_replaced(
+        self, *, decode_steps: int | None = None, layers: Sequence[str | int] | None = None
+    ) -> None:
+        """For tests of what is built on a replacement: it has not silently done nothing.
+
+        Args:
+            decode_steps: how many single-token passes each layer must have seen, with tokens
+                replaced in them; default: any number.
+            layers: which layers to look at; default all at which something is put in.
+
+        Raises:
+            AssertionError: naming the first layer that was never reached, whose tokens were all
+                left alone, or whose decode steps were not all seen and replaced.
+        """
+        counts = {count.hook_point: count for count in self.counts}
+        names = list(counts) if layers is None else [p.name for p in self._lm.hook_points(layers)]
+        for name in names:
+            count = counts.get(name)
+            if count is None:
+                raise AssertionError(f"{name}: nothing is put in there, only at {list(counts)}")
+            if not count.calls:
+                raise AssertionError(f"{name} was never reached by a forward pass")
+            if not count.replaced:
+                raise AssertionError(
+                    f"{name} was reached by {count.calls} passes, but all {count.left} tokens were "
+                    f"left alone as special or padding"
+                )
+            if decode_steps is None:
+                continue
+            if count.decode.calls != decode_steps:
+                raise AssertionError(
+                    f"{name} saw {count.decode.calls} decode steps, expected {decode_steps}"
+                )
+            if decode_steps and not count.decode.replaced:
+                raise AssertionError(
+                    f"{name}: no token of its {decode_steps} decode steps was replaced; all "
+                    f"{count.decode.left} were left alone as special or padding"
+                )
+
+    def remove(self) -> None:
+        """End it: the model is as it was. Once more does nothing."""
+        self._removed = True
+        self._in_force.close()
+
+    def __enter__(self) -> "Replacement":
+        if self._removed:
+            raise RuntimeError("this replacement was removed; make a new one")
+        self._no_grad.enter_context(torch.no_grad())
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._no_grad.close()
+        self.remove()
+
+    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One forward pass of the whole model, with a state of its own."""
+        thread = self._threads.here
+        if thread.capturing:
+            return forward(*args, **kwargs)
+        outer = thread.current
+        state = thread.current = self._begin(args, kwargs)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            thread.current = outer
+        if self._removed:
+            raise RuntimeError(
+                "this replacement was removed while a pass was running, which is replaced in part; "
+                "remove it after the pass"
+            )
+        if self.edits is not None:
+            self.edits.changes = state.changes
+        return output
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pass:
+        """The state at the beginning: which tokens are special, and what a clean pass says."""
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        keep = self._kept(input_ids, kwargs.get("attention_mask"))
+        tokens = None
+        changes: list[Change | None] = [None] * len(self._points)
+        if self.edits is not None:
+            given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            left_alone = None if keep is None else keep.squeeze(-1)
+            tokens = PassTokens.of_pass(given, kwargs, left_alone)
+        if self._mode == "online":
+            return _Pass(keep, tokens, [], [], changes)
+        xs = self._clean
+        if xs is None:
+            xs = self._capture(input_ids, kwargs)
+        x_hats = self._stack([_to(x, self._homes[0]) for x in xs], loop=self._loop).x_hats
+        return _Pass(keep, tokens, list(xs), x_hats, changes)
+
+    def _kept(self, input_ids: Tensor | None, mask: Any) -> Tensor | None:
+        """`[B, T, 1]` bool, which tokens are special or padding."""
+        if self._special is None:
+            return None
+        if input_ids is None:
+            raise ValueError(
+                "replacement: the model was called with inputs_embeds, so special tokens cannot be "
+                "told; call it with input_ids, or use replace_special=True"
+            )
+        if self._replaces_all(input_ids, mask):
+            return None
+        keep = torch.isin(input_ids, self._special)
+        if isinstance(mask, dict):  # one per kind of attention
+            mask = next(iter(mask.values()))
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            keep = keep | (mask[:, -input_ids.shape[1] :] == 0)
+        elif isinstance(mask, Tensor) and mask.ndim == 4:
+            # [B, 1, T, past + T], made by `generate` for a static cache: True or 0 where a token
+            # may look. One that may look nowhere, not even at itself, is padding.
+            visible = mask if mask.dtype == torch.bool else mask == 0
+            keep = keep | ~visible[:, 0].any(-1)
+        if _on_host(keep) and not keep.any():
+            return None  # as for most tokens that a model writes: nothing to pick, nothing to count
+        return keep.unsqueeze(-1)
+
+    def _replaces_all(self, input_ids: Tensor, mask: Any) -> bool:
+        """Are these single tokens of a few rows for certain neither special nor padding? Looked at
+        as numbers: the operations of tensors take longer than a prediction."""
+        if not (_on_host(input_ids) and input_ids.ndim == 2 and input_ids.shape[1] == 1):
+            return False
+        if len(input_ids) > FEW_TOKENS or not self._special_ids.isdisjoint(*input_ids.T.tolist()):
+            return False
+        if mask is None:
+            return True
+        is_plain = isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(input_ids)
+        return is_plain and all(mask[:, -1].tolist())
+
+    def _capture(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> list[Tensor]:
+        cache = cache_of(kwargs)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"replacement: mode {self._mode!r} needs the whole sequence in one forward pass; "
+                f"use mode='online' for cached generation"
+            )
+        thread = self._threads.here
+        thread.capturing = True
+        try:
+            captured = self._lm.capture(
+                input_ids,  # type: ignore[arg-type]
+                self._points,
+                attention_mask=kwargs.get("attention_mask"),
+                position_ids=kwargs.get("position_ids"),
+            )
+        finally:
+            thread.capturing = False
+        return [captured[point] for point in self._points]
+
+    def _at(self, layer: int, stream: Tensor) -> Tensor | None:
+        """The pass reaches selected layer `layer` with `stream [B, T, D]`; what goes on from
+        there."""
+        thread = self._threads.here
+        if thread.capturing:
+            return None
+        state = thread.current
+        if state is None or (self._mode == "online" and len(state.x_hats) != layer):
+            raise RuntimeError(
+                f"replacement: {self._points[layer].name} was reached outside a forward pass of "
+                f"the whole model, or by a pass that began before the replacement; call the "
+                f"model, not its blocks, and begin passes after `replacement`"
+            )
+        delta = None
+        if self._mode == "online":
+            x_hat, code = self._step(layer, stream, state)
+            state.x_hats.append(x_hat)
+            if self._reads_codes and code is not None:
+                delta = self._edit(layer, code, state)
+        new = state.x_hats[layer]
+        if self._keep_error:
+            # Without gradient: through x̂ + h − x̂ none would reach the latents.
+            new = new + (_to(stream, new) - new).detach()
+        if delta is not None:
+            new = new + delta
+            if self.edits is not None and self.edits.effects == "carried":
+                state.x_hats[layer] = state.x_hats[layer] + delta
+        new = _to(new, stream)
+        if self._mode == "error_added":
+            new = stream + (new - _to(state.seen[layer], stream))
+        if not self._puts[layer]:
+            return None
+        self._count(layer, stream, thread, state)
+        return new if state.keep is None else torch.where(state.keep.to(stream.device), stream, new)
+
+    def _step(self, layer: int, stream: Tensor, state: _Pass) -> tuple[Tensor, TopK | None]:
+        """x̂ `[B, T, D]` and code of selected layer `layer`, where its parameters are."""
+        home = self._homes[layer]
+        x = _to(stream, home)
+        put_in, seen = state.x_hats, state.seen
+        if self._spread:
+            put_in, seen = ([_to(y, home) for y in ys] for ys in (put_in, seen))
+        if self._loop == "closed":
+            seen = put_in
+        if self._carried is None or not isinstance(self._stack, ReSAE):
+            step = self._stack.step(layer, x, seen, put_in)
+        else:
+            step = self._stack.step(
+                layer, x, seen, put_in, codes=state.codes, carried=self._carried
+            )
+        state.seen.append(x)
+        return step
+
+    def _edit(self, layer: int, code: TopK, state: _Pass) -> Tensor | None:
+        """Edit the code of selected layer `layer`, and show it to who reads; what the edits add to
+        the stream, `[B, T, D]`."""
+        delta, carried = None, code
+        if self.edits is not None and state.tokens is not None:
+            code, change = self.edits.at(layer, code, state.tokens)
+            carried = self.edits.carried(layer, carried, code, change)
+            state.changes[layer] = change
+            delta = None if change is None else change.delta
+        if self._carried is not None:
+            state.codes.append(carried)
+        if self._on_codes is not None:
+            name = self._points[layer].name
+            if DEFERRED.calls is None:
+                self._on_codes(name, code)
+            else:
+                DEFERRED.calls.append((self._on_codes, name, code))
+        return delta
+
+    def _count(self, layer: int, stream: Tensor, thread: _ThreadState, state: _Pass) -> None:
+        B, T, _ = stream.shape
+        row = 0 if T > 1 else 1
+        if _on_host(stream):  # in numbers: a tensor would take longer than a prediction
+            left = 0 if state.keep is None else int(state.keep.sum())
+            sums = thread.host_counts[layer][row]
+            sums[0] += 1
+            sums[1] += B * T
+            sums[2] += left
+            return
+        counts = thread.counts[layer]
+        if counts.device != stream.device:  # of a model spread over devices, in its first pass
+            counts = thread.counts[layer] = counts.to(stream.device)
+        if state.tally is None:
+            left = counts.new_zeros(()) if state.keep is None else state.keep.sum()
+            calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
+            state.tally = torch.stack([calls, tokens, left])
+        counts[row].add_(state.tally.to(stream.device))
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Can the tensor be looked into without waiting for a GPU or breaking a graph?"""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+_REPLACED: WeakKeyDictionary[nn.Module, set[HookPoint]] = WeakKeyDictionary()
+"""Per list of blocks, where replacements in force put something in."""
+_CLAIMING = RLock()
+
+
+@contextmanager
+def _claimed(lm: HookedLM, put_at: Sequence[HookPoint]) -> Iterator[None]:
+    """Hold hook points against other replacements. Raises ValueError if one is held already."""
+    with _CLAIMING:
+        replaced = _REPLACED.setdefault(lm.blocks, set())
+        for point in put_at:
+            if point in replaced:
+                raise ValueError(
+                    f"replacement: {point.name} of {lm.name} is being replaced already; remove() "
+                    f"that replacement first, or choose other layers"
+                )
+        replaced.update(put_at)
+    try:
+        yield
+    finally:
+        with _CLAIMING:
+            replaced.difference_update(put_at)
+
+
+def replacement(
+    lm: HookedLM | nn.Module,
+    stack: ReSAE | AffineOnly,
+    *,
+    mode: Mode = "online",
+    loop: Loop = "closed",
+    layers: Sequence[str | int] | None = None,
+    replace_special: bool = False,
+    clean: Sequence[Tensor] | None = None,
+    keep_error: bool = False,
+    interventions: Any = None,
+    on_codes: OnCodes | None = None,
+    transport_bytes: int = 0,
+) -> Replacement:
+    """From here on every forward pass of the model, `generate` included, runs replaced.
+
+        with replacement(lm, stack): …                until the block ends, and without gradient
+        active = replacement(lm, stack); …            until active.remove()
+
+    The model stays an ordinary Hugging Face model: all of `generate` works (sampling, beams, any
+    cache, assisted generation, streamers, left-padded batches), and `torch.compile`, in mode
+    `online` in one graph. Threads may run it at the same time, each its own passes.
+
+    A model spread over devices (`device_map`) may have its stack on any of them, in mode `online`
+    each layer's autoencoder and maps on another: they compute where they are, and activations are
+    moved there and back.
+
+    Args:
+        lm: the model that the stack was trained on, or the Hugging Face model inside.
+        stack: what reconstructs.
+        mode: `online`, `teacher_forced` or `error_added` (above); only `online` with a KV cache.
+        loop: `closed`: residuals against reconstructions; `open`: against true activations (online:
+            against the running stream before replacement).
+        layers: where reconstructions enter the stream, a subset of the stack's hook points; default
+            all. The chain itself always runs through every selected layer before the last of these.
+        replace_special: also replace at BOS, EOS and padding.
+        clean: the clean activations `[B, T, D]` of the one batch that will be run, if at hand;
+            saves the clean pass of the teacher-forced modes.
+        keep_error: online only: x̂ + (h − x̂) goes in, the running stream h itself up to rounding.
+            The codes are made all the same, so that this is the clean model with its codes beside.
+            The error h − x̂ carries no gradient: all of it goes through x̂, to the latents.
+            Interventions that keep the error need not say so here again.
+        interventions: online only: edits of the codes, as `resae.Interventions.parse` reads them.
+        on_codes: online only: called at every selected layer of every pass with the name of its
+            hook point and its code `[B, T, k]`, edited, on the device, in the thread of the pass;
+            in a `DecodeLoop` after each step. `resae.StrongestLatents` is one such function.
+        transport_bytes: online, closed loop: where the L(L−1)/2 dictionaries carried to later
+            layers take no more than this, they are made now, and passes of up to 16 tokens predict
+            by gathering their rows instead of multiplying by the maps; on a CPU as long as these
+            are at most D rows, as more take longer than a map. They do not follow later changes of
+            the stack. Not in an open loop: its codes are taken against streams, and no code says
+            what those hold.
+
+    Returns:
+        A `Replacement`, whose `counts` tell what was replaced, and `edits` what was edited.
+
+    Raises:
+        TypeError: something else than a model and a stack.
+        ValueError: another model's stack, or one on another device; unknown mode or loop; layers
+            that the stack has not, or that are replaced already; interventions that are no such
+            description, or ask for what the stack has not.
+    """
+    if not isinstance(stack, ReSAE | AffineOnly):
+        raise TypeError(
+            f"replacement: got {type_name(stack)} as the stack, "
+            f"expected a ReSAE or AffineOnly; ReSAE.from_pretrained(folder) opens one, "
+            f"ReSAE([hook_point], AffinePredictor('none'), [sae]) makes one of an autoencoder"
+        )
+    lm = lm if isinstance(lm, HookedLM) else HookedLM(lm)
+    stack.require_model(lm)
+    if mode not in MODES:
+        raise ValueError(f"replacement: mode={mode!r}, expected one of {', '.join(MODES)}")
+    if loop not in ("open", "closed"):
+        raise ValueError(f"replacement: loop={loop!r}, expected 'open' or 'closed'")
+    asked = Interventions() if interventions is None else Interventions.parse(interventions)
+    keep_error = keep_error or asked.keep_error
+    wants_codes = asked.edits or on_codes is not None
+    if wants_codes and (mode != "online" or not isinstance(stack, ReSAE)):
+        raise ValueError(
+            "replacement: interventions and on_codes need the codes of the running stream; use "
+            "mode='online' and a stack with autoencoders"
+        )
+    if keep_error and mode != "online":
+        raise ValueError(f"replacement: keep_error=True with mode={mode!r}; use mode='online'")
+    points = lm.hook_points(stack.hook_points)
+    put_at = points if layers is None else lm.hook_points(layers)
+    for point in put_at:
+        if point not in points:
+            raise ValueError(
+                f"replacement: the stack has no {point.name} but {', '.join(stack.hook_points)}"
+            )
+    _require_devices(lm, stack)
+    with ExitStack() as in_force:  # which undoes what was done, if any of it fails
+        in_force.enter_context(_claimed(lm, put_at))
+        edits = None
+        if asked.edits:
+            assert isinstance(stack, ReSAE)
+            edits = ActiveEdits(asked, stack, [point.name for point in put_at])
+        carried = None
+        if transport_bytes and isinstance(stack, ReSAE):
+            if mode != "online" or loop != "closed":
+                raise ValueError(
+                    f"replacement: transport_bytes with mode={mode!r} and loop={loop!r}; carried "
+                    f"dictionaries predict from codes what was put in: use mode='online' and "
+                    f"loop='closed', or leave it out"
+                )
+            carried = stack.transported(transport_bytes, vectors=edits.vectors if edits else None)
+        active = Replacement(
+            lm,
+            stack,
+            mode,
+            loop,
+            put_at,
+            replace_special,
+            clean,
+            keep_error,
+            edits,
+            on_codes,
+            carried,
+        )
+        hooks = {
+            point: partial(active._at, layer)
+            for layer, point in enumerate(points)
+            if point <= max(put_at)
+        }
+        in_force.enter_context(lm.hooked(hooks, around=active._run))
+        active._in_force = in_force.pop_all()
+    return active
+
+
+def _require_devices(lm: HookedLM, stack: ReSAE | AffineOnly) -> None:
+    devices = {parameter.device for parameter in lm.model.parameters()}
+    if lm.device.type == "meta":
+        raise ValueError(
+            f"replacement: the first weights of {lm.name} are on no device but offloaded, so that "
+            f"it cannot be told where it runs; give a device_map that keeps its embeddings there"
+        )
+    for layer in range(stack.n_layers):
+        home = _home(stack, layer)
+        if home is not None and home.device not in devices:
+            raise ValueError(
+                f"replacement: the stack is on {home.device}, the model on {lm.device}; use "
+                f"stack.to({str(lm.device)!r})"
+            )
+
+
+def _home(stack: ReSAE | AffineOnly, layer: int) -> Tensor | None:
+    """A tensor of the device and dtype that selected layer `layer` of the stack computes in; None
+    where the stack has no parameters."""
+    if isinstance(stack, ReSAE):
+        return stack.sae(layer).b_dec
+    return next(stack.predictor.buffers(), None)
+
+
+def _to(x: Tensor, like: Tensor | None) -> Tensor:
+    # Not always by `to`, which takes as long as a prediction for one token.
+    if like is None or (x.dtype == like.dtype and x.device == like.device):
+        return x
+    return x.to(like.device, like.dtype)

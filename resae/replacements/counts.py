@@ -1,0 +1,41 @@
+"""Counts of replaced tokens, per pass and per layer."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class PassCounts(NamedTuple):
+    """What happened at one hook point in the passes of one kind."""
+
+    calls: int = 0
+    """Forward passes."""
+    replaced: int = 0
+    """Tokens whose activation was replaced."""
+    left: int = 0
+    """Tokens left alone: special tokens and padding."""
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """What happened at one hook point since the replacement began."""
+
+    hook_point: str
+    prefill: PassCounts
+    """Passes over more than one token per row: prompts, whole texts, guesses being checked."""
+    decode: PassCounts
+    """Passes over one token per row: the steps of cached generation."""
+
+    @property
+    def calls(self) -> int:
+        """Forward passes: one for the prompt, then one per generated token."""
+        return self.prefill.calls + self.decode.calls
+
+    @property
+    def replaced(self) -> int:
+        """Tokens whose activation was replaced."""
+        return self.prefill.replaced + self.decode.replaced
+
+    @property
+    def left(self) -> int:
+        """Tokens left alone: special tokens and padding."""
+        return self.prefill.left + self.decode.left

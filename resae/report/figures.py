@@ -1,0 +1,224 @@
+"""Figures of a report, drawn with matplotlib."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from resae.evaluation.labels import LABELS, MODES, Row, label, whole_selection
+
+COLORS = {  # Okabe and Ito: told apart by colour-blind readers too
+    "raw": "#d55e00",
+    "raw_equal_total": "#e69f00",
+    "identity": "#009e73",
+    "resae": "#0072b2",
+    "all_previous": "#cc79a7",
+    "affine_only": "#666666",
+    "mlsae": "#56b4e9",
+    "hierarchical": "#000000",
+    "resae_closed": "#7b3294",
+    "raw_matched": "#f0e442",
+    "raw_wide": "#8b4513",
+}
+
+
+TABLES_ONLY = {
+    *("raw_truncated", "boost_base", "boost"),
+    *(f"all_previous_{form}" for form in ("scalar", "diagonal", "low_rank")),
+}
+"""Methods of one k, or of a comparison of their own: left out where lines run over k."""
+
+
+FAIR_TABLE_ONLY = re.compile(r"_best_lr$|_long$|_lr_[\d.]+$|^resae_k_")
+"""Names of fair rows of one k: left out of the figures, too."""
+
+
+def require_matplotlib() -> None:
+    """Raise ModuleNotFoundError, with the remedy, unless figures can be drawn."""
+    if not find_spec("matplotlib"):
+        raise ModuleNotFoundError('figures need matplotlib; pip install "resae[plots]"')
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _against_k(axis: Any, rows: Sequence[Row], column: str) -> None:
+    """One line per method and loop over k; methods without k as a level."""
+    series: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        series.setdefault((row["method"], row["loop"] or ""), []).append(row)
+    ks = sorted({row["k"] for row in rows if row["k"] is not None})
+    for (method, loop), points in series.items():
+        color = COLORS.get(method, "#000000")
+        if points[0]["k"] is None:
+            axis.axhline(points[0][column], color=color, linestyle=":", label=label(points[0]))
+            continue
+        points = sorted(points, key=lambda row: row["k"])
+        axis.plot(
+            [row["k"] for row in points],
+            [row[column] for row in points],
+            color=color,
+            linestyle="--" if loop == "open" else "-",
+            marker="o" if loop != "open" else "s",
+            markersize=4,
+            label=label(points[0]),
+        )
+    if ks:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ks, [str(k) for k in ks])
+        axis.minorticks_off()
+    axis.set_xlabel("k, active latents per layer")
+
+
+def _drawn(rows: Sequence[Row]) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row["method"] not in TABLES_ONLY and not FAIR_TABLE_ONLY.search(row["method"])
+    ]
+
+
+def _per_mode(rows: Sequence[Row], column: str, title: str) -> Any:
+    figure, axes = _figure(11, 4.1, columns=3)
+    for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
+        _against_k(axis, [row for row in rows if row["mode"] == mode], column)
+        axis.set_title(name, fontsize=10)
+    axes[0].set_ylabel(title)
+    if column == "delta_ce":
+        for axis in axes:
+            axis.set_ylim(bottom=0)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _delta_ce(report: Row) -> Any:
+    rows = _drawn(whole_selection(report["replacement"]))
+    return _per_mode(rows, "delta_ce", "Δ CE, nats per token")
+
+
+def _ce_recovered(report: Row) -> Any:
+    rows = _drawn(whole_selection(report["replacement"]))
+    return _per_mode(rows, "ce_recovered_mean", "CE recovered against mean ablation")
+
+
+def _redundancy(report: Row) -> Any:
+    rows = _drawn(report["redundancy_histogram"])
+    ks = sorted({row["k"] for row in rows})
+    figure, axes = _figure(11, 3.2, columns=len(ks))
+    floor = report["redundancy"][0]["random_floor"]
+    for axis, k in zip(axes, ks, strict=True):
+        for row in rows:
+            if row["k"] != k:
+                continue
+            total = sum(row["counts"])
+            axis.stairs(
+                [count / total for count in row["counts"]],
+                row["edges"],
+                color=COLORS.get(row["method"], "#000000"),
+                linewidth=1.4,
+                label=LABELS.get(row["method"], row["method"]),
+            )
+        axis.axvline(floor, color="#999999", linestyle=":", label="mean of random directions")
+        axis.set_title(f"k = {k}", fontsize=10)
+        axis.set_xlim(0, 1)
+        axis.set_xlabel("largest cosine with another layer's latent")
+    axes[0].set_ylabel("share of latents")
+    axes[-1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _r2(report: Row) -> Any:
+    rows = report["affine"]
+    hops = list(dict.fromkeys(row["hop"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, (axis,) = _figure(2.5 + 1.5 * len(methods), 3.2)
+    width = 0.8 / len(methods)
+    for i, method in enumerate(methods):
+        values = [
+            next(r["r2"] for r in rows if (r["hop"], r["method"]) == (hop, method)) for hop in hops
+        ]
+        bars = axis.bar(
+            [x + i * width for x in range(len(hops))],
+            values,
+            width,
+            color=COLORS.get(method, "#aaaaaa"),
+            hatch={0: "", 1: "//", 2: "..", 3: "xx"}[(i - 2) % 4] if method in TABLES_ONLY else "",
+            label=LABELS.get(method, method),
+        )
+        axis.bar_label(bars, fmt="%.3f", fontsize=8)
+    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(hops))], [_short(hop) for hop in hops])
+    axis.set_ylabel("R², held-out tokens")
+    axis.set_ylim(0, 1.12)
+    figure.legend(loc="outside lower center", ncols=min(3, len(methods)), fontsize=8, frameon=False)
+    return figure
+
+
+def _short(text: str) -> str:
+    """Hook point names as people say them."""
+    return text.replace("blocks.", "block ").replace(".hook_resid_post", "").replace(".hook_", " ")
+
+
+def _training(report: Row) -> Any:
+    runs = _drawn(report["training"])
+    layers = len(runs[0]["log"][0]["layers"])
+    figure, axes = _figure(11, 3.4, columns=layers)
+    for run in runs:
+        for layer, axis in enumerate(axes):
+            axis.plot(
+                [entry["tokens"] / 1e3 for entry in run["log"]],
+                [entry["layers"][layer]["fvu"] for entry in run["log"]],
+                color=COLORS.get(run["method"], "#000000"),
+                alpha=0.85,
+                linewidth=1.2,
+                linestyle={0: "-", 1: "--", 2: ":"}[run.get("rank", 0) % 3],
+            )
+            axis.set_title(_short(report["config"]["layers"][layer]), fontsize=9)
+            axis.set_yscale("log")
+            axis.set_xlabel("thousand tokens")
+    axes[0].set_ylabel("FVU of the training target")
+    return figure
+
+
+FIGURES: list[tuple[str, str, str, Callable[[Row], Any]]] = [
+    # report key · file name · caption · drawing
+    ("replacement", "delta_ce", "Cross-entropy lost when all selected layers are replaced at once. "
+     "Lower is better. Dashed: open loop; solid: closed loop, or where there is only one.",
+     _delta_ce),
+    ("replacement", "ce_recovered", "The same as the share of the cross-entropy that mean ablation "
+     "of these layers loses. Higher is better; a strong ablation pushes everything towards 1, so "
+     "read Δ CE first.", _ce_recovered),
+    ("redundancy_histogram", "redundancy", "How alike the dictionaries of different layers are: "
+     "for each latent, the largest cosine with a latent of another layer.", _redundancy),
+    ("affine", "r2", "Variance of a layer that the prediction from the layer before explains, "
+     "before any autoencoder.", _r2),
+    ("training", "training", "Training curves, colours as above; solid, dashed and dotted from the "
+     "smallest to the largest k. Targets differ between methods, so heights do not compare.",
+     _training),
+]  # fmt: skip
+
+
+def draw(report: Row) -> dict[str, tuple[str, str]]:
+    """File name → (SVG, caption), of every figure that the report has data for."""
+    import matplotlib
+
+    drawn = {}
+    for key, name, caption, function in FIGURES:
+        if not report.get(key):
+            continue
+        buffer = io.StringIO()
+        with matplotlib.rc_context({"svg.hashsalt": name, "font.size": 9}):
+            function(report).savefig(buffer, format="svg", metadata={"Date": None})
+        svg = buffer.getvalue()
+        drawn[name] = (svg[svg.index("<svg") :], caption)
+    return drawn

@@ -1,0 +1,204 @@
+"""The protocol of autoencoders of one activation, and their sizes.
+
+A kind of autoencoder is one file with a class that derives from `Autoencoder`, and one entry in
+`resae.sae.registry`. Nothing else asks which kind it has before it.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from resae.sae.losses import Total, in_one_piece
+from resae_kernels import ScreenedEncoder, TopK
+
+InputKind = Literal["activation", "affine_residual"]
+
+
+Screening = Literal["statistical", "certain"]
+
+
+SCREENINGS = ("statistical", "certain", None)
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """Sizes of one autoencoder, and what it encodes."""
+
+    d_in: int
+    """D, width of the activation."""
+    d_sae: int
+    """M, number of latents."""
+    k: int
+    """Active latents per token."""
+    prefix_gain: float = 0.0
+    """Of the j strongest latents alone every act counts (k / j) ** prefix_gain times: fewer latents
+    have to carry a part of what the others would have added."""
+    input_kind: InputKind = "activation"
+    """`activation`: x itself; `affine_residual`: x minus a prediction, which `encode` then needs. A
+    `ReSAE` sets it."""
+    screening: Screening | None = "statistical"
+    """How latents are ruled out by an 8-bit product when encoding on a CPU, before the rest are
+    scored in float32. `statistical`: a latent of the TopK is missed with probability below 1e-12
+    per row (proof: `resae_kernels.screened`); `certain`: never, at more candidates; None: no
+    screening, the whole float32 product."""
+
+    def __post_init__(self) -> None:
+        if self.screening not in SCREENINGS:
+            raise ValueError(
+                f"SAEConfig: screening={self.screening!r}, expected 'statistical', 'certain' or "
+                f"None"
+            )
+        for name in ("d_in", "d_sae", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"SAEConfig: {name}={getattr(self, name)}, expected at least 1")
+        if self.k > self.d_sae:
+            raise ValueError(
+                f"SAEConfig: k={self.k} exceeds the number of latents d_sae={self.d_sae}; lower k "
+                f"or raise d_sae"
+            )
+
+
+class SAEOutput(NamedTuple):
+    """What one autoencoder makes of N tokens."""
+
+    x_hat: Tensor
+    """`[..., D]`, reconstruction, `base` included."""
+    code: TopK
+    """Acts and indices `[..., k]`."""
+
+
+class StepWeights(NamedTuple):
+    """Weights of an autoencoder that is one TopK and one gather."""
+
+    weight: Tensor
+    """`[M, D]`."""
+    bias: Tensor
+    """`[M]`."""
+    k: int
+    W_dec: Tensor
+    """`[M, D]`."""
+
+
+class Autoencoder(nn.Module, ABC):
+    """An autoencoder of one activation `x [..., D]`: x → code → x̂.
+
+    `base` is everywhere a prediction of x, `[..., D]`: it is subtracted before encoding and added
+    after decoding, so that the code is of the residual.
+    """
+
+    kind: ClassVar[str]
+    """Name in the registry and on disk."""
+    dictionaries: ClassVar[int] = 1
+    """Number of dictionaries that a decode gathers from; of several, `W_dec` is a copy."""
+    follows_acts: ClassVar[bool] = False
+    """Whether `follow` is called with the acts of every batch in training."""
+    config: SAEConfig
+    W_dec: Tensor
+    """Dictionary `[M, D]`, one direction per row."""
+    b_dec: Tensor
+    """Decoder bias `[D]`."""
+
+    # -- use ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, x: Tensor, *, base: Tensor | None = None, sorted: bool = True) -> TopK:
+        """Code of `x − base`, `[..., D]` → acts and indices `[..., k]`."""
+
+    @abstractmethod
+    def decode(self, acts: Tensor, indices: Tensor, *, base: Tensor | None = None) -> Tensor:
+        """`acts, indices [..., k]` → x̂ `[..., D]`, plus `base`."""
+
+    def forward(self, x: Tensor, *, base: Tensor | None = None) -> SAEOutput:
+        code = self.encode(x, base=base)
+        return SAEOutput(self.decode(*code, base=base), code)
+
+    @abstractmethod
+    def at_k(self, k: int) -> "Autoencoder":
+        """An autoencoder of the same parameters with fewer active latents."""
+
+    @property
+    def step_weights(self) -> StepWeights | None:
+        """What `resae_kernels.online_step` fuses into one call, where encode and decode are one
+        TopK and one gather; None: they are not."""
+        return None
+
+    @property
+    def screened(self) -> ScreenedEncoder | None:
+        """What encodes on a CPU in place of `resae_kernels.topk_encode`, if anything."""
+        return None
+
+    def set_input_kind(self, kind: InputKind) -> None:
+        """Set what it encodes: `ReSAE` does, for layers that are predicted."""
+        self.config = replace(self.config, input_kind=kind)
+
+    @abstractmethod
+    def rescale_(self, factor: float) -> None:
+        """Become the autoencoder of `factor · x`: its code is `factor` times this one's."""
+
+    def share_dictionary(self, other: "Autoencoder") -> bool:  # noqa: ARG002
+        """Hold the encoder weight and dictionary of `other` in place of equal ones; returns whether
+        they are equal."""
+        return False
+
+    # -- disk --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def save(self, folder: Path, **metadata: str | float | None) -> None:
+        """Write the autoencoder and `metadata`, its `kind` among it, into a folder."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: str | Path) -> "Autoencoder":
+        """Read a folder that `save` wrote, for use: in eval mode."""
+
+    # -- training ----------------------------------------------------------------------------------
+
+    @property
+    def trainable(self) -> "Autoencoder":
+        """The part that training changes: all of it."""
+        return self
+
+    def trainable_code(self, code: TopK) -> TopK:
+        """The part of a code that belongs to `trainable`, by its own indices: all of it."""
+        return code
+
+    def reconstructions(self, code: TopK, *, base: Tensor | None = None) -> list[Tensor]:
+        """Reconstructions `[..., D]` whose mean error is the loss; the last one is x̂."""
+        return [self.decode(*code, base=base)]
+
+    @abstractmethod
+    def dead_latent_loss(
+        self,
+        x: Tensor,
+        error: Tensor,
+        dead: Tensor,
+        *,
+        base: Tensor | None = None,
+        total: Total = in_one_piece,
+    ) -> Tensor:
+        """Scalar loss that revives latents of `trainable`.
+
+        Args:
+            x, error: `[N, D]`, the activation and `x − x̂`.
+            dead: `[M]` bool, of `trainable`.
+            total: of a batch in pieces; the losses of the pieces add up to that of the batch.
+        """
+
+    def follow(self, acts: Tensor) -> None:
+        """Take account of the acts `[N, k]` of `trainable` on a whole batch."""
+        raise NotImplementedError(f"{self.kind}: nothing follows the acts")
+
+    def normalize_decoder(self) -> None:
+        """Scale every row of the dictionary of `trainable` to norm 1."""
+
+    def remove_parallel_gradient(self) -> None:
+        """Drop from the gradient what would only change the norm of a row."""
+
+
+def describe_sizes(config: SAEConfig) -> str:
+    return (
+        f"d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, input_kind={config.input_kind!r}"
+    )

@@ -1,0 +1,1 @@
+"""Affine maps between layers and the autoencoders of all selected layers, as one object."""

@@ -1,0 +1,174 @@
+"""Closed-form fit of the affine maps between layers.
+
+One pass over calibration activations sums first and second moments in float64, block by block
+`[D, D]`, only the blocks that the predictor needs: 2·N·D² FLOPs each. The ridge is relative to the
+mean eigenvalue of the sources' covariance, after each layer is divided by its RMS, so that one
+value suits every layer and model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resae.choices import check_form
+from resae.stack.affine import AffinePredictor, apply_map, check_kind, sources_of, times_per_source
+
+
+class Moments:
+    """Streamed first and second moments of the activations at L hook points, in float64."""
+
+    def __init__(self, n_layers: int, d_in: int, kind: str = "all_previous"):
+        check_kind(kind)
+        self.kind = kind
+        self.count = 0
+        self.sums = [torch.zeros(d_in, dtype=torch.float64) for _ in range(n_layers)]
+        self.squares = torch.zeros(n_layers, dtype=torch.float64)
+        self.blocks: dict[tuple[int, int], Tensor] = {}
+        for layer in range(n_layers):
+            sources = sources_of(kind, layer) if kind != "identity" else ()
+            for i in sources:
+                for j in (*sources, layer):
+                    if i <= j:
+                        self.blocks[i, j] = torch.zeros(d_in, d_in, dtype=torch.float64)
+
+    def add(self, xs: Sequence[Tensor]) -> None:
+        """Add N tokens: L activations `[N, D]`. Raises ValueError on NaN or inf."""
+        wide = [x.double() for x in xs]
+        for layer, x in enumerate(wide):
+            total = x.sum(0)
+            if not bool(total.isfinite().all()):
+                raise ValueError(
+                    f"activations of selected layer {layer} hold NaN or inf; load the model in "
+                    f"float32 or bfloat16 (float16 overflows in some models)"
+                )
+            self.sums[layer] += total.cpu()
+            self.squares[layer] += x.square().sum().cpu()
+        for (i, j), block in self.blocks.items():
+            block += (wide[i].T @ wide[j]).cpu()
+        self.count += len(wide[0])
+
+    def scale(self) -> list[float]:
+        """RMS of each layer: the activations divided by it have a mean squared entry of 1."""
+        self._require_tokens(1)
+        d_in = len(self.sums[0])
+        return [max(float(s / (self.count * d_in)) ** 0.5, 1e-12) for s in self.squares]
+
+    def mean(self, layer: int) -> Tensor:
+        """`[D]` float64, the mean activation."""
+        self._require_tokens(1)
+        return self.sums[layer] / self.count
+
+    def covariance(self, i: int, j: int) -> Tensor:
+        """`[D, D]` float64, centred."""
+        block = self.blocks[i, j] if (i, j) in self.blocks else self.blocks[j, i].T
+        return block / self.count - torch.outer(self.mean(i), self.mean(j))
+
+    def _require_tokens(self, n: int) -> None:
+        if self.count < n:
+            raise ValueError(
+                f"affine fit: {self.count} calibration tokens, expected at least {n}; the dataset "
+                f"is empty or too short"
+            )
+
+
+def fit_predictor(
+    kind: str,
+    moments: Moments,
+    *,
+    ridge: float = 1e-4,
+    form: str = "full",
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AffinePredictor:
+    """Ridge least squares from moments: `A = (Σ_ss + λI)⁻¹ Σ_st`, `c = μ_t − μ_s A`; in the cheap
+    forms the minimum of the same sum, penalty included, among the maps of the form.
+
+    Args:
+        kind: one of `KINDS`; the moments must have been summed for it, or for "all_previous".
+        ridge: λ relative to the mean eigenvalue of the sources' covariance (each layer divided by
+            its RMS).
+        form: one of `FORMS`. rank: r of "low_rank", at most D.
+
+    Raises:
+        ValueError: unknown kind or form, negative ridge, no tokens, or a singular system at ridge
+            0.
+    """
+    check_kind(kind)
+    check_form(kind, form, rank)
+    if ridge < 0:
+        raise ValueError(f"affine fit: ridge={ridge}, expected ≥ 0")
+    if kind == "none":
+        return AffinePredictor(kind)
+    moments._require_tokens(2)
+    scale = moments.scale()
+    D = len(moments.sums[0])
+    if rank is not None and rank > D:
+        raise ValueError(f"affine fit: rank={rank} exceeds the width {D} of the activations")
+    maps, offsets = [], []
+    for target in range(1, len(scale)):
+        sources = sources_of(kind, target)
+        means = [moments.mean(j) for j in sources]
+        if kind == "identity":
+            parts: tuple[Tensor, ...] = (torch.eye(D, dtype=torch.float64),)
+        else:
+            units = [scale[target] / scale[j] for j in sources]
+            fitted = _solve(moments, sources, target, scale, ridge, form, rank)
+            parts = times_per_source(form, fitted, units)
+        moved = torch.cat(means) @ parts[0] if form == "full" else apply_map(parts, means)
+        maps.append(tuple(part.to(dtype) for part in parts))
+        offsets.append((moments.mean(target) - moved).to(dtype))
+    return AffinePredictor(kind, maps, offsets, form=form)
+
+
+def _solve(
+    moments: Moments,
+    sources: range,
+    target: int,
+    scale: Sequence[float],
+    ridge: float,
+    form: str,
+    rank: int | None,
+) -> tuple[Tensor, ...]:
+    """The parts of one map, in units of each layer's RMS.
+
+    With `G = Σ_ss + λI` and `X = Σ_st`, of blocks `[D, D]` per source: scalar `α = (tr G_ij)⁻¹
+    (tr X_i)`; diagonal the same dimension by dimension; low rank first the scalar, then `B V Vᵀ`
+    of what it lacks to the full map, B, with the r first eigenvectors V of `Bᵀ G B` (reduced-rank
+    regression, Izenman 1975).
+    """
+    s, D = len(sources), len(moments.sums[0])
+    gram = torch.cat(
+        [
+            torch.cat([moments.covariance(i, j) / (scale[i] * scale[j]) for j in sources], dim=1)
+            for i in sources
+        ]
+    )
+    cross = torch.cat([moments.covariance(i, target) / (scale[i] * scale[target]) for i in sources])
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+
+    def solve(gram: Tensor, cross: Tensor) -> Tensor:
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if bool(failed.any()):
+            raise ValueError(
+                f"affine fit: the covariance of the sources of selected layer {target} is singular "
+                f"({moments.count} tokens, ridge {ridge}); use more calibration tokens or a ridge "
+                f"> 0"
+            )
+        return torch.cholesky_solve(cross, factor)
+
+    if form == "full":
+        return (solve(gram, cross),)
+    # The diagonals of the blocks: [D, s, s] and [D, s, 1].
+    grams = gram.view(s, D, s, D).diagonal(dim1=1, dim2=3).permute(2, 0, 1)
+    crosses = cross.view(s, D, D).diagonal(dim1=1, dim2=2).T.unsqueeze(-1)
+    if form == "diagonal":
+        return (solve(grams, crosses).squeeze(-1).T.contiguous(),)
+    alpha = solve(grams.sum(0), crosses.sum(0)).view(s)
+    if form == "scalar":
+        return (alpha,)
+    assert rank is not None  # check_form
+    B = solve(gram, cross)
+    B.view(s, D, D).diagonal(dim1=1, dim2=2).sub_(alpha.unsqueeze(1))
+    V = torch.linalg.eigh(B.T @ gram @ B).eigenvectors[:, D - rank :]
+    return B @ V, V.T.contiguous(), alpha

@@ -1,0 +1,202 @@
+"""Checkpoints of a training: one safetensors file each, of weights, optimiser, counters and
+positions in the data; schedule and shuffles follow from the step, the seed and these.
+
+On a CPU a resumed run ends in the bits of an uninterrupted one. With more tokens than it began with
+it goes on from before its learning rate fell (`resumed_config`).
+"""
+
+import json
+import logging
+import re
+from dataclasses import asdict, fields, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from resae.data.batches import Position
+from resae.stack.stack import ReSAE
+from resae.storage import write_atomically
+from resae.training.config import TrainConfig
+from resae.training.distributed import Ranks
+from resae.training.step import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    folder: Path, state: TrainState, config: TrainConfig, keep: int, ranks: Ranks
+) -> None:
+    tensors = ranks.collect(named_in_whole(_tensors(state), ranks))
+    positions = ranks.every(state.position)
+    if ranks.rank > 0:
+        return
+    metadata = {
+        "step": str(state.step),
+        "positions": json.dumps(positions),
+        "config": json.dumps(asdict(config)),
+    }
+    path = folder / f"step_{state.step:08d}.safetensors"
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    except OSError as error:
+        kept = [path.name for path in _checkpoints(folder)]
+        intact = f"{kept[-1]} is intact, go on from it with --resume" if kept else "there is none"
+        raise OSError(f"{error}; of the earlier checkpoints {intact}") from error
+    there = _checkpoints(folder)
+    kept, common = there[-keep:], [p for p in there if _step_in(p) <= config.common_steps]
+    if keep > 1 and common:  # from there a run of more tokens can go on
+        kept = [common[-1], *kept[1:]] if common[-1] not in kept else kept
+    for old in set(there) - set(kept):
+        old.unlink()
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """Everything that a step changes, by name."""
+    tensors = dict(trained_tensors(state.stack))
+    for name, parameter in state.stack.named_parameters():
+        for entry, t in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{entry}"] = t
+    for i, since in enumerate(state.tokens_since_fired):
+        tensors[f"saes.{i}.tokens_since_fired"] = since
+    return tensors
+
+
+def named_in_whole(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The same by the names that they have in the whole stack: `saes.{layer}.…`."""
+    if not ranks.by_layers:
+        return tensors
+    named = {}
+    for name, tensor in tensors.items():
+        saes, i, rest = name.split(".", 2)
+        named[f"{saes}.{ranks.rank + int(i) * ranks.size}.{rest}"] = tensor
+    return named
+
+
+def trained_tensors(stack: ReSAE) -> dict[str, Tensor]:
+    """What training may change, by name, each once: all but the maps, which are the
+    calibration's."""
+    named = chain(stack.named_parameters(), stack.named_buffers())
+    return {name: tensor for name, tensor in named if not name.startswith("predictor.")}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    named = re.compile(r"step_\d{8}\.safetensors")
+    return sorted(p for p in folder.glob("step_*") if named.fullmatch(p.name))
+
+
+def _step_in(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("step_"))
+
+
+def resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
+    """`config` as the run in `out` goes on with it.
+
+    With more `train_tokens` the run goes on from its newest checkpoint that the longer run shares:
+    from before the learning rate fell. It ends as a run of that length from the start would have,
+    with the `warmup_steps` and `dead_after_tokens` of the shorter one.
+
+    Returns:
+        `config`, with these two as the run has them where `config` leaves them open.
+
+    Raises:
+        ValueError: the run has other settings, or no checkpoint that the longer run shares.
+    """
+    found = [(path, begun) for path in _checkpoints(out / "checkpoints") if (begun := _begun(path))]
+    if not found:
+        return config
+    path, begun = found[-1]
+    longer = config.train_tokens > begun.train_tokens
+    warmup = begun.rising_steps if longer else begun.warmup_steps
+    dead_after = begun.dead_tokens if longer else begun.dead_after_tokens
+    if config.warmup_steps is None:
+        config = replace(config, warmup_steps=warmup)
+    if config.dead_after_tokens is None:
+        config = replace(config, dead_after_tokens=dead_after)
+    of_run = replace(begun, warmup_steps=warmup, dead_after_tokens=dead_after)
+    if longer:
+        of_run = replace(of_run, train_tokens=config.train_tokens)
+    changed = [f.name for f in fields(config) if getattr(of_run, f.name) != getattr(config, f.name)]
+    if changed:
+        raise ValueError(
+            f"--resume: {path} was trained with other settings "
+            f"({', '.join(f'{name}={getattr(of_run, name)}' for name in sorted(changed))}); use "
+            f"the same (train_tokens may rise), or another --out"
+        )
+    common = begun.common_steps
+    if longer and common and not any(_step_in(p) <= begun.common_steps for p, begun in found):
+        raise ValueError(
+            f"--resume: no checkpoint of {out} is from before step {common}, after which a run of "
+            f"more than {begun.train_tokens:,} tokens differs (its learning rate falls later); "
+            f"train anew, with --keep-checkpoints 2 or more"
+        )
+    return config
+
+
+def _begun(checkpoint: Path) -> TrainConfig | None:
+    """The configuration that a checkpoint was trained with; None if it is damaged."""
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            saved = json.loads(file.metadata()["config"])
+    except SafetensorError:
+        return None
+    settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()}
+    return TrainConfig(**settings)
+
+
+def load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ranks) -> list[Path]:
+    """Bring `state` to the newest checkpoint that can be read and that `config` shares; a damaged
+    one is named and passed over.
+
+    Returns:
+        Checkpoints of a shorter run that come after it.
+    """
+    left_behind = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            log.warning("checkpoint %s is damaged (%s); using the one before it", path, error)
+            continue
+        begun = _begun(path)
+        assert begun is not None
+        if begun.train_tokens < config.train_tokens and _step_in(path) > begun.common_steps:
+            left_behind.append(path)
+            continue
+        positions = json.loads(metadata["positions"])
+        if len(positions) != ranks.size:
+            raise ValueError(
+                f"--resume: {path} is of {len(positions)} ranks, here are {ranks.size}; start as "
+                f"many"
+            )
+        _restore(state, tensors, ranks)
+        state.step = int(metadata["step"])
+        state.position = Position(*positions[ranks.rank])
+        break
+    else:
+        log.warning("no checkpoint in %s to go on from: training starts from step 0", folder)
+    if len({step for (step,) in ranks.every([state.step])}) > 1:
+        raise ValueError(f"--resume: ranks see different checkpoints in {folder}; share the folder")
+    return left_behind
+
+
+@torch.no_grad()
+def _restore(state: TrainState, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    for name, parameter in state.stack.named_parameters():
+        (whole_name,) = named_in_whole({name: parameter}, ranks)
+        entries = {
+            key.removeprefix(f"{whole_name}/"): tensor.to(parameter.device)
+            for key, tensor in tensors.items()
+            if key.startswith(f"{whole_name}/")
+        }
+        if entries:
+            state.optimizer.state[parameter] = entries
+    for name, tensor in named_in_whole(_tensors(state), ranks).items():
+        tensor.copy_(tensors[name])

@@ -1,0 +1,196 @@
+"""Several processes that train together, started by torchrun, on torch.distributed as it is.
+
+    data     every rank holds all autoencoders and takes a share of each batch; gradients are summed
+    layers   every rank holds the autoencoders of some layers and takes the whole batch of them;
+             what the maps leave of the activations is exchanged, and no gradient moves
+
+In both the language model runs on every rank, on that rank's share of the rows. Per step and rank
+`data` moves 2 · L · (2MD + M + D) float32 (less as ranks are few), each parameter as soon as its
+gradient is there, while the backward of the layers before it runs; `layers` moves L · N · D / ranks
+before the step. Both give the weights of one process on the same batches, up to rounding.
+Checkpoints and logs are written by rank 0, into a folder that all ranks see.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from resae.sae.losses import Total, in_one_piece
+from resae.stack.fit import Moments
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One of `size` processes. Every method that moves something is called by all of them."""
+
+    rank: int = 0
+    size: int = 1
+    way: str = "data"
+    """`data` or `layers`."""
+
+    @classmethod
+    def launched(cls, way: str, device: str) -> tuple["Ranks", str]:
+        """This process among those of torchrun, and its device: each rank of a node gets a GPU of
+        its own. Without torchrun one process alone, and the device as it is."""
+        if not dist.is_torchelastic_launched():
+            return cls(way=way), device
+        backend = "gloo"
+        if device == "cuda":
+            device = f"cuda:{dist.get_node_local_rank()}"  # pyright: ignore
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"
+        elif device != "cpu":
+            raise ValueError(f"device {device!r} under torchrun; give cpu, or cuda for one each")
+        dist.init_process_group(backend)
+        return cls(dist.get_rank(), dist.get_world_size(), way), device
+
+    @property
+    def by_data(self) -> bool:
+        return self.size > 1 and self.way == "data"
+
+    @property
+    def by_layers(self) -> bool:
+        return self.size > 1 and self.way == "layers"
+
+    def own(self, n_layers: int) -> list[int]:
+        """The layers of this rank."""
+        return list(range(self.rank, n_layers, self.size) if self.by_layers else range(n_layers))
+
+    # -- sums --------------------------------------------------------------------------------------
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over all ranks; the same bits on each."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @property
+    def batch_total(self) -> Total:
+        """Makes of a sum over this rank's tokens the sum over the batch."""
+        return self.sum if self.by_data else in_one_piece
+
+    @property
+    def layers_total(self) -> Total:
+        """Makes of a sum over this rank's layers the sum over all layers."""
+        return self.sum if self.by_layers else in_one_piece
+
+    def whole(self, share: Tensor) -> Tensor:
+        """`[N / ranks, …]` of this rank's tokens → `[N, …]` of the batch, rank by rank."""
+        if not self.by_data:
+            return share
+        parts = [torch.empty_like(share) for _ in range(self.size)]
+        dist.all_gather(parts, share.contiguous())
+        return torch.cat(parts)
+
+    def least_(self, counts: Iterable[Tensor]) -> None:
+        """Tokens since a latent fired: fired on one rank is fired."""
+        if self.by_data:
+            for count in counts:
+                dist.all_reduce(count, dist.ReduceOp.MIN)
+
+    def add_up_(self, moments: Moments) -> None:
+        """Make the moments of this rank's tokens those of all ranks', in float64."""
+        if self.size > 1:
+            for tensor in (*moments.sums, moments.squares, *moments.blocks.values()):
+                dist.all_reduce(tensor)
+            moments.count = sum(count for (count,) in self.every([moments.count]))
+
+    @contextmanager
+    def summed_gradients(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Inside, a backward; afterwards the gradients are the sums over all ranks. A gradient sets
+        out as soon as it is complete."""
+        if not self.by_data:
+            yield
+            return
+        under_way: list[Any] = []
+
+        def send(parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.contiguous()
+            under_way.append(dist.all_reduce(parameter.grad, async_op=True))
+
+        hooks = [p.register_post_accumulate_grad_hook(send) for p in parameters if p.requires_grad]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for work in under_way:
+            work.wait()
+
+    # -- who has what ------------------------------------------------------------------------------
+
+    def to_owners(self, residuals: Sequence[Tensor]) -> list[Tensor]:
+        """`[N / ranks, D]` of every layer → `[N, D]` of the layers of this rank, rank by rank."""
+        under_way, received = [], []
+        for layer, mine in enumerate(residuals):
+            owner, parts = layer % self.size, None
+            if owner == self.rank:
+                parts = [torch.empty_like(mine) for _ in range(self.size)]
+                received.append(parts)
+            under_way.append(dist.gather(mine.contiguous(), parts, owner, async_op=True))
+        for work in under_way:
+            work.wait()
+        return [torch.cat(parts) for parts in received]
+
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Those of rank 0 to all."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
+    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """To rank 0, on the CPU, what the ranks hold of different layers; nothing to the others."""
+        held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        if not self.by_layers:
+            return held if self.rank == 0 else {}
+        described = [
+            [name, str(t.dtype).removeprefix("torch."), *t.shape] for name, t in held.items()
+        ]
+        header = torch.frombuffer(bytearray(json.dumps(described).encode()), dtype=torch.uint8)
+        lengths = [length for (length,) in self.every([len(header)])]
+        if self.rank > 0:
+            for tensor in (header, *held.values()):
+                dist.send(tensor, 0)
+            return {}
+        for source in range(1, self.size):
+            header = torch.empty(lengths[source], dtype=torch.uint8)
+            dist.recv(header, source)
+            for name, dtype, *shape in json.loads(bytes(header.tolist())):
+                held[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                dist.recv(held[name], source)
+        return held
+
+    # -- agreement ---------------------------------------------------------------------------------
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Which flags are up on any rank. On the CPU: no device is waited for."""
+        if self.size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
+
+    def meet(self) -> None:
+        """Nobody goes on before all are here."""
+        self.any(False)
+
+    def every(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers of all ranks, in their order."""
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        if self.size == 1:
+            return [mine.tolist()]
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine)
+        return [t.tolist() for t in gathered]
+
+
+ALONE = Ranks()

@@ -1,0 +1,309 @@
+"""Train the autoencoders of all selected layers from one stream of activations.
+
+What training needs before the first step (maps, scales, means) is a `Calibration`; every layer is
+divided by its RMS, so that one learning rate suits all. Adam, decoder rows kept at norm 1 with the
+gradient along them removed.
+
+A run directory: `run.json` (configuration), `calibration.safetensors`, `log.jsonl`, `checkpoints/`,
+and at the end the stack itself (`ReSAE.from_pretrained(run)`).
+"""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resae.data.batches import ActivationSource
+from resae.models.identity import ModelIdentity
+from resae.stack.affine import AffinePredictor
+from resae.stack.stack import ReSAE
+from resae.storage import remove_partial, save_tensors, write_atomically
+from resae.training.calibration import Calibration
+from resae.training.checkpoints import (
+    load_newest,
+    named_in_whole,
+    resumed_config,
+    save_checkpoint,
+    trained_tensors,
+)
+from resae.training.config import TrainConfig
+from resae.training.distributed import ALONE, Ranks
+from resae.training.loss import LayerMetrics, Measured
+from resae.training.start import initial_state, require_divisible, state_of_rank
+from resae.training.step import TrainState, train_step
+
+
+class Progress(NamedTuple):
+    """What the log says of an interval."""
+
+    step: int
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    seconds_left: float
+    loss: float
+    layers: list[LayerMetrics]
+    delta_ce: Mapping[str, float] | None = None
+    """Nats per held-out token lost by replacing all layers, by way of replacing; at intervals."""
+
+    def line(self) -> str:
+        fvu = " ".join(f"{m.fvu:.3f}" for m in self.layers)
+        l0 = " ".join(f"{m.l0:.1f}" for m in self.layers)
+        dead = " ".join(f"{m.dead_fraction:.1%}" for m in self.layers)
+        hours, seconds = divmod(round(self.seconds_left), 3600)
+        left = f"{hours:02d}:{seconds // 60:02d}:{seconds % 60:02d}"
+        lost = "  ".join(f"ΔCE {way} {nats:.3f}" for way, nats in (self.delta_ce or {}).items())
+        return (
+            f"step {self.step}/{self.steps}  {self.tokens / 1e6:.2f}M tok  fvu {fvu}  l0 {l0}  "
+            f"dead {dead}  {self.tokens_per_second / 1e3:.1f}k tok/s  left {left}"
+            + (lost and f"  {lost}")
+        )
+
+
+def train(
+    config: TrainConfig,
+    source: ActivationSource,
+    calibration: Calibration,
+    out: Path,
+    *,
+    identity: ModelIdentity | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    checkpoint_steps: int = 1_000,
+    keep_checkpoints: int = 2,
+    log_steps: int = 50,
+    eval_steps: int | None = None,
+    delta_ce: Callable[[ReSAE], Mapping[str, float]] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_checkpoint: Callable[[], None] = lambda: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
+) -> ReSAE | None:
+    """Train, log and checkpoint into `out`; save the finished stack there and return it.
+
+    Args:
+        source: batches of L raw activations `[batch_tokens / ranks, D]`.
+        identity: the model, as recorded with the stack.
+        resume: go on from the newest readable checkpoint of `out`, a folder that exists (from step
+            0 if there is no checkpoint); with more `train_tokens` than before see `resumed_config`.
+        checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
+        keep_checkpoints: so many stay, and one more while it is written: the newest, and of two or
+            more one from before the learning rate falls.
+        eval_steps: interval at which `delta_ce` measures a copy of the stack, for raw activations,
+            on `device` (in the place that gradients take in a step); the run is the same without.
+        on_checkpoint: called on every rank before a checkpoint is written: what belongs to it and
+            is not of the weights.
+        should_stop: asked after every step; if true, a checkpoint is written and None returned.
+        ranks: several processes that train together, in a folder that all of them see; rank 0
+            writes and reports, and all stop together.
+
+    Raises:
+        ValueError: the loss or the weights stopped being finite (no such state is saved; the batch
+            is, in `nan_batch.safetensors`), or a checkpoint of another configuration.
+        OSError: the disk is full; the checkpoints there are intact.
+        FileNotFoundError: `resume`, and no folder `out`.
+    """
+    intervals = {
+        "keep_checkpoints": keep_checkpoints,
+        "checkpoint_steps": checkpoint_steps,
+        "log_steps": log_steps,
+        "eval_steps": eval_steps,
+    }
+    for name, value in intervals.items():
+        if value is not None and value < 1:
+            raise ValueError(f"train: {name}={value}, expected at least 1")
+    if resume and not out.exists():
+        raise FileNotFoundError(f"train: no folder {out} to resume from; look for the right one")
+    if resume:
+        config = resumed_config(config, out)
+    require_divisible(config, ranks)
+    begun = initial_state(config, calibration, identity, "cpu" if ranks.by_layers else device)
+    state, step_config = state_of_rank(begun, config, ranks, device)
+    maps = begun.stack.predictor.to(device)
+    own, first = ranks.own(len(config.layers)), ranks.rank == 0
+    checkpoints, logged = out / "checkpoints", out / "log.jsonl"
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            remove_partial(out)
+        else:
+            logged.unlink(missing_ok=True)
+    ranks.meet()  # nobody reads before
+    if resume:
+        left_behind = load_newest(checkpoints, state, config, ranks)
+        if first:
+            _truncate_log(logged, state.step)
+            for path in left_behind:
+                path.unlink()
+            if state.step < config.steps:  # the stack there is of fewer tokens
+                (out / "resae.json").unlink(missing_ok=True)
+    inverse = [1.0 / s for s in calibration.scale]
+    batches = source.batches(state.position)
+    pace = _Pace(config, state.step)
+    unchecked: _Batch | None = None
+    while state.step < config.steps:
+        raw, state.position = next(batches)
+        xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
+        if ranks.by_layers:
+            xs = ranks.to_owners(_residuals(maps, xs))
+        loss, measured = train_step(state, step_config, xs, ranks)
+        last = state.step == config.steps
+        due = last or state.step % checkpoint_steps == 0
+        due |= state.step == config.common_steps and keep_checkpoints > 1
+        measure = eval_steps is not None and (last or state.step % eval_steps == 0)
+        report = measure or last or state.step % log_steps == 0
+        # Asking for a loss waits for the device: while it works on this step, the host asks for the
+        # one before.
+        batch = _Batch(state.step, loss, raw)
+        recent = [batch] if unchecked is None else [unchecked, batch]
+        asked = recent if due or report else recent[:-1]
+        bad = next((b for b in asked if not bool(b.loss.isfinite())), None)
+        unchecked = batch
+        stop, diverged = ranks.any(not last and should_stop(), bad is not None)
+        if (stop or due) and not diverged:
+            finite = all(bool(p.isfinite().all()) for p in state.stack.parameters())
+            bad = None if finite and bool(loss.isfinite()) else batch
+            (diverged,) = ranks.any(bad is not None)
+        if diverged:
+            raise ValueError(_diverged(recent, bad, out, config, ranks))
+        if report:
+            progress = pace.progress(state.step, _of_all_ranks(loss, measured, own, config, ranks))
+            whole = _in_raw_units(state, begun, calibration, ranks) if measure else None
+            if whole is not None and delta_ce is not None:
+                progress = progress._replace(delta_ce=delta_ce(whole.to(device).eval()))
+                del whole
+            if first:
+                _append(logged, progress)
+                if on_progress is not None:
+                    on_progress(progress)
+        if stop or due:
+            on_checkpoint()
+            save_checkpoint(checkpoints, state, config, keep_checkpoints, ranks)
+        if stop:
+            return None
+    stack = _in_raw_units(state, begun, calibration, ranks)
+    if stack is not None:
+        stack.to("cpu").save_pretrained(out)
+    ranks.meet()  # nobody reads before
+    return ReSAE.load(out) if stack is None else stack.eval()
+
+
+@torch.no_grad()
+def _residuals(maps: AffinePredictor, xs: Sequence[Tensor]) -> list[Tensor]:
+    """What the maps leave of L activations `[N, D]`."""
+    bases = [maps(layer, xs) for layer in range(len(xs))]
+    return [x if base is None else x - base for x, base in zip(xs, bases, strict=True)]
+
+
+def _in_raw_units(
+    state: TrainState, begun: TrainState, calibration: Calibration, ranks: Ranks
+) -> ReSAE | None:
+    """A copy of the whole stack as it is now, for raw activations, on rank 0; None elsewhere."""
+    state.optimizer.zero_grad(set_to_none=True)  # makes room for the copy
+    if ranks.by_layers:
+        held = ranks.collect(named_in_whole(trained_tensors(state.stack), ranks))
+        for name, tensor in trained_tensors(begun.stack).items() if held else ():
+            tensor.data.copy_(held[name])
+    if ranks.rank > 0:
+        return None
+    stack = copy.deepcopy(begun.stack)
+    stack.rescale_(calibration.scale)
+    return stack
+
+
+def _of_all_ranks(
+    loss: Tensor,
+    measured: Sequence[Measured],
+    own: Sequence[int],
+    config: TrainConfig,
+    ranks: Ranks,
+) -> tuple[float, list[LayerMetrics]]:
+    """The loss and the measures of a batch, from each rank's part."""
+    table = torch.zeros(len(config.layers), 4, dtype=torch.float64, device=loss.device)
+    table[list(own)] = torch.stack([torch.stack([v.double() for v in row]) for row in measured])
+    if ranks.by_data:
+        table[:, 1:3] /= ranks.size  # of means over tokens, equally many on each rank
+    total, *rows = ranks.sum(torch.cat([loss.double().view(1), table.flatten()])).tolist()
+    return total, [LayerMetrics(*rows[i : i + 4]) for i in range(0, len(rows), 4)]
+
+
+class _Pace:
+    """How fast it goes since this process began."""
+
+    def __init__(self, config: TrainConfig, first_step: int):
+        self.config = config
+        self.first_step = first_step
+        self.started = time.perf_counter()
+
+    def progress(self, step: int, of_batch: tuple[float, list[LayerMetrics]]) -> Progress:
+        tokens = self.config.batch_tokens
+        seconds = max(1e-9, time.perf_counter() - self.started)
+        rate = (step - self.first_step) * tokens / seconds
+        return Progress(
+            step=step,
+            steps=self.config.steps,
+            tokens=step * tokens,
+            tokens_per_second=rate,
+            seconds_left=(self.config.steps - step) * tokens / rate,
+            loss=of_batch[0],
+            layers=of_batch[1],
+        )
+
+
+class _Batch(NamedTuple):
+    """What was trained on, until it is known that the loss is finite."""
+
+    step: int
+    loss: Tensor
+    raw: list[Tensor]
+
+
+def _diverged(
+    recent: Sequence[_Batch], bad: _Batch | None, out: Path, config: TrainConfig, ranks: Ranks
+) -> str:
+    """Save the batch that it happened on, each rank its share, and say so."""
+    step = max(step for (step,) in ranks.every([-1 if bad is None else bad.step]))
+    batch = next(b for b in recent if b.step == step)
+    path = out / f"nan_batch{f'.rank{ranks.rank}' if ranks.size > 1 else ''}.safetensors"
+    tensors = dict(zip(config.layers, batch.raw, strict=True))
+    save_tensors(path, {**tensors, "step": torch.tensor(batch.step)})
+    if any(ranks.any(not all(bool(x.isfinite().all()) for x in batch.raw))):
+        remedy = "hold NaN or inf; look there, or load the model in float32 or bfloat16"
+    else:
+        remedy = f"are finite: train with a lower lr (now {config.peak_lr:g}) or clip_norm"
+    return (
+        f"training: loss is {float(batch.loss)} at step {batch.step}, or the weights after it are "
+        f"not finite; no such state is saved. The step's raw activations, in {path}, {remedy}, "
+        f"into another --out"
+    )
+
+
+def _append(path: Path, progress: Progress) -> None:
+    record = progress._asdict()
+    record["layers"] = [m._asdict() for m in progress.layers]
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error}); checkpoints are intact") from error
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop lines that steps after the checkpoint had written."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        text = "".join(line + "\n" for line in kept)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut off in the middle by the interruption
+        return math.inf

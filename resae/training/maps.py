@@ -1,0 +1,172 @@
+"""Affine maps for a run: fitted on its text, with R² on held-out text, or taken from a folder."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from resae.console import Console
+from resae.data.rows import TokenRows
+from resae.evaluation.labels import LABELS
+from resae.evaluation.methods import predictor_name
+from resae.evaluation.predictors import r2_per_layer, routing_shares
+from resae.models.hooked import HookedLM
+from resae.models.points import HookPoint
+from resae.stack.fit import Moments
+from resae.storage import load_json
+from resae.training.calibration import Calibration, calibrate, sum_moments
+from resae.training.config import FITTED, RunConfig, TrainConfig
+from resae.training.distributed import Ranks
+
+
+def measure_moments(
+    lm: HookedLM,
+    points: Sequence[HookPoint],
+    batches: Iterable[Sequence[Tensor]],
+    config: TrainConfig,
+    console: Console,
+    ranks: Ranks,
+) -> Moments:
+    """Moments of the calibration tokens of all ranks."""
+
+    def shown() -> Iterator[Sequence[Tensor]]:
+        done = 0
+        for xs in batches:
+            done += len(xs[0])
+            share = min(1.0, done * ranks.size / config.moment_tokens)
+            console.show(f"affine maps: {share:4.0%} of {config.moment_tokens:,} tokens")
+            yield xs
+
+    # The identity needs no products of activations, so its moments are in everyone's.
+    moments = sum_moments(
+        config.predictor,
+        shown(),
+        tokens=-(-config.moment_tokens // ranks.size),
+        d_in=lm.d_model,
+        n_layers=len(points),
+    )
+    ranks.add_up_(moments)
+    if moments.count < config.moment_tokens:
+        console.say(
+            f"affine maps: the data has {moments.count:,} tokens, fewer than the "
+            f"{config.moment_tokens:,} asked for"
+        )
+    return moments
+
+
+def fit_calibration(
+    lm: HookedLM,
+    points: Sequence[HookPoint],
+    batches: Iterable[Sequence[Tensor]],
+    unseen: Iterable[Sequence[Tensor]],
+    config: TrainConfig,
+    console: Console,
+    ranks: Ranks,
+) -> tuple[Calibration, list[dict[str, Any]]]:
+    """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
+    beside the identity's; of a hop that several layers are sources of, also their shares. There
+    are none without a predictor (nothing held out is read then) or where `unseen` is empty."""
+    moments = measure_moments(lm, points, batches, config, console, ranks)
+    form: dict[str, Any] = {"form": config.form, "rank": config.rank}
+    calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
+    table: list[dict[str, Any]] = []
+    unseen = [] if config.predictor == "none" else [[x.cpu() for x in xs] for xs in unseen]
+    if not unseen:
+        return calibration, table
+    compared = [calibrate("identity", moments, ridge=config.ridge).predictor]
+    if config.predictor != "identity":
+        compared.append(calibration.predictor)
+    for maps in compared:
+        shares = routing_shares(maps, moments)
+        for i, r2 in enumerate(r2_per_layer(maps, unseen)):
+            hop = f"{points[i].name} → {points[i + 1].name}"
+            row = {"method": predictor_name(maps.kind, maps.form), "hop": hop, "r2": r2}
+            if len(shares[i]) > 1:
+                row["shares"] = {
+                    point.name: share
+                    for point, share in zip(points[: i + 1], shares[i], strict=True)
+                }
+            table.append(row)
+    for row in table:
+        console.say(f"R² {row['hop']}  {LABELS[row['method']]}: {row['r2']:.4f}")
+        for source, share in row.get("shares", {}).items():
+            console.say(f"   {share:6.1%} from {source}")
+    return calibration, table
+
+
+def require_rank(config: TrainConfig, lm: HookedLM) -> None:
+    """Raise ValueError for low-rank maps of a rank above the model's width."""
+    if config.rank is not None and config.rank > lm.d_model:
+        raise ValueError(
+            f"--rank {config.rank} exceeds the width of {lm.name}, {lm.d_model}; lower it"
+        )
+
+
+class FittedMaps(NamedTuple):
+    """Maps that were fitted before, by `resae fit` or in a run, and their record."""
+
+    record: dict[str, Any]
+    calibration: Calibration
+
+    @classmethod
+    def open(cls, folder: Path) -> "FittedMaps":
+        """Read the maps of a folder.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: they were written by an earlier version.
+        """
+        files = [folder / name for name in ("fit.json", "run.json")]
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
+            raise FileNotFoundError(
+                f"--maps: {folder} holds no maps (no fit.json); make them with `resae fit`"
+            )
+        record = load_json(file, "maps")
+        record |= record.get("train", {})
+        if not record.keys() >= {"layers", *FITTED}:
+            raise ValueError(f"--maps: {file} was written by an earlier resae; fit the maps anew")
+        calibration = Calibration.load(folder / "calibration.safetensors", record["predictor"])
+        return cls(record, calibration)
+
+    def complete(self, config: RunConfig) -> RunConfig:
+        """`config` with the layers and settings of the maps where it leaves them open.
+
+        Raises:
+            ValueError: it asks for others.
+        """
+        for name, asked in config.chosen_maps.items():
+            if asked != self.record[name]:
+                raise ValueError(
+                    f"--maps: those of {config.maps} have {name}={self.record[name]}, asked for "
+                    f"{asked}; leave the option out, or fit other maps"
+                )
+        settings = {name: self.record[name] for name in FITTED}
+        return replace(config, layers=config.layers or tuple(self.record["layers"]), **settings)
+
+    def require_fit(
+        self, config: RunConfig, train: TrainConfig, shapes: HookedLM, rows: TokenRows
+    ) -> None:
+        """Raise ValueError for maps of another model, of other layers, or that were fitted on rows
+        that are now held out."""
+        began, now = self.record["model"], config.model
+        same = began == now or (Path(began).is_dir() and Path(began).samefile(now))
+        if not same or len(self.calibration.mean[0]) != shapes.d_model:
+            raise ValueError(
+                f"--maps: fitted on model {began}, here is {now}; fit them on this one"
+            )
+        if tuple(self.record["layers"]) != train.layers:
+            raise ValueError(
+                f"--maps: of layers {', '.join(self.record['layers'])}, here are "
+                f"{', '.join(train.layers)}; leave --layers out"
+            )
+        # Without a split for validation the first rows are held out: which, these settings say.
+        names = ("text_column", "streaming", "context_tokens", "held_out_rows", "seed")
+        other = [name for name in names if self.record[name] != getattr(config, name)]
+        if rows.skip and self.record["data"] == config.data and other:
+            raise ValueError(
+                f"--maps: fitted with {', '.join(f'{n}={self.record[n]}' for n in other)} on this "
+                f"text, of which other rows are held out here; use the same, or fit them anew"
+            )

@@ -1,0 +1,135 @@
+"""The state before the first step, of one process or of the share of one rank."""
+
+import copy
+import math
+from dataclasses import replace
+
+import torch
+
+from resae.models.identity import ModelIdentity
+from resae.sae.base import SAEConfig
+from resae.sae.boosted import BoostedSAE
+from resae.sae.topk import TopKSAE
+from resae.stack.affine import AffinePredictor
+from resae.stack.stack import ReSAE, new_stack
+from resae.training.calibration import Calibration
+from resae.training.config import TrainConfig
+from resae.training.distributed import Ranks
+from resae.training.step import TrainState
+
+
+def initial_state(
+    config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None, device: str
+) -> TrainState:
+    """Step 0: random directions, `b_dec` the mean of what each autoencoder reads.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no stack to boost, or not one of this configuration.
+    """
+    stack = (
+        _boosted(config, calibration) if config.boost else _random(config, calibration, identity)
+    )
+    stack.to(device)
+    Ms = [sae.trainable.config.d_sae for sae in stack.distinct()]
+    since = [torch.zeros(M, dtype=torch.int64, device=device) for M in Ms]
+    return TrainState(stack, _optimizer(stack, config), since)
+
+
+def _optimizer(stack: ReSAE, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam with one parameter group per layer, or one for all layers that share a dictionary."""
+    groups = [
+        {"params": [p for p in sae.parameters() if p.requires_grad], "lr": rate}
+        for sae, rate in zip(stack.distinct(), config.peak_lrs, strict=False)
+    ]
+    return torch.optim.Adam(groups, fused=True)
+
+
+def state_of_rank(
+    state: TrainState, config: TrainConfig, ranks: Ranks, device: str
+) -> tuple[TrainState, TrainConfig]:
+    """What one rank trains, and how. By layers: ordinary autoencoders of its layers, whose
+    activations will be what the maps leave."""
+    ranks.broadcast_(state.stack.state_dict().values())
+    own = ranks.own(len(config.layers))
+    if not ranks.by_layers:
+        return state, config
+    saes = []
+    for layer in own:
+        sae = state.stack.sae(layer)
+        tensors = (*sae.parameters(), *sae.buffers())
+        sae = copy.deepcopy(sae, {id(tensor): tensor for tensor in tensors})  # of the same tensors
+        sae.set_input_kind("activation")
+        saes.append(sae)
+    names = tuple(config.layers[layer] for layer in own)
+    part = ReSAE(names, AffinePredictor("none"), saes).to(device)
+    since = [state.tokens_since_fired[layer].to(device) for layer in own]
+    sizes = {
+        "k": tuple(config.k[layer] for layer in own),
+        "d_sae": tuple(config.d_saes[layer] for layer in own),
+    }
+    alone = {"predictor": "none", "form": "full", "rank": None, "loop": "open"}
+    config = replace(config, layers=names, **sizes, **alone)
+    return TrainState(part, _optimizer(part, config), since), config
+
+
+def require_divisible(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError unless so many ranks can share this training in their way."""
+    problem = None
+    if config.batch_tokens % ranks.size:
+        problem = f"batch_tokens={config.batch_tokens}; make it a multiple of the ranks"
+    elif ranks.by_layers and config.loop == "closed" and config.predictor != "none":
+        problem = "--parallel layers with loop='closed', where a layer waits for the one before; "
+        problem += "use --parallel data"
+    elif ranks.by_layers and config.shared:
+        problem = "--parallel layers with a shared dictionary; use --parallel data"
+    elif ranks.by_layers and ranks.size > len(config.layers):
+        problem = f"--parallel layers with {len(config.layers)} layers; start at most as many ranks"
+    if problem is not None:
+        raise ValueError(f"train: {ranks.size} ranks and {problem}")
+
+
+def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdentity | None) -> ReSAE:
+    inverse = [1.0 / s for s in calibration.scale]
+    stack = new_stack(
+        config.layers,
+        calibration.predictor.rescaled(inverse),
+        d_in=len(calibration.mean[0]),
+        d_sae=config.d_saes,
+        k=config.k,
+        seed=config.seed,
+        shared=config.shared,
+        prefixes=config.prefixes,
+        prefix_gain=config.prefix_gain if config.prefixes else 0.0,
+        model=identity,
+    )
+    means = [mean * factor for mean, factor in zip(calibration.mean, inverse, strict=True)]
+    if config.shared:
+        means = [torch.stack(means).mean(0)] * len(means)
+    for layer, mean in enumerate(means):
+        if layer == 0 or not stack.chained:  # elsewhere the residual's mean is zero by construction
+            stack.sae(layer).b_dec.data.copy_(mean)
+    return stack
+
+
+def _boosted(config: TrainConfig, calibration: Calibration) -> ReSAE:
+    base = ReSAE.load(str(config.boost))
+    has = (tuple(base.hook_points), base.predictor.kind, base.predictor.form)
+    asked = (config.layers, config.predictor, config.form)
+    if has != asked or base.boosted:
+        boosted = ", boosted already" if base.boosted else ""
+        raise ValueError(
+            f"boost: {config.boost} has layers, predictor and form {has}{boosted}; expected {asked}"
+        )
+    if any(math.frexp(s)[0] != 0.5 for s in calibration.scale):
+        raise ValueError(
+            f"boost: scales {calibration.scale} are no powers of two, so that the base would not "
+            f"keep its bits; take them from boost_calibration"
+        )
+    base.rescale_([1.0 / s for s in calibration.scale])
+    saes = []
+    for layer, (d_sae, k) in enumerate(zip(config.d_saes, config.k, strict=True)):
+        # Other directions than the base began with.
+        seed = config.seed * 1_000 + 500 + layer
+        boost = TopKSAE(SAEConfig(base.d_in, d_sae, k), seed=seed)
+        saes.append(BoostedSAE(base.sae(layer), boost, keep=config.boost_keep))
+    return ReSAE(base.hook_points, base.predictor, saes, base.model_identity)

@@ -1,0 +1,91 @@
+"""What the command line prints, and where."""
+
+import json
+import logging
+
+import pytest
+
+from resae.cli import Display, main
+from resae.console import Console, SilentConsole
+
+
+def test_quiet_leaves_results_and_errors(capsys):
+    display = Display("train", quiet=True)
+    display.say("a line")
+    display.show("progress")
+    display.result("a table")
+    display.complain("a problem")
+    assert capsys.readouterr() == ("a table\n", "resae train: a problem\n")
+
+
+def test_results_alone_go_to_standard_output(capsys):
+    display = Display("eval")
+    display.report_to_stderr()
+    display.say("a line")
+    display.result("[]")
+    assert capsys.readouterr() == ("[]\n", "a line\n")
+
+
+def test_on_a_terminal_a_progress_line_is_overwritten(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    display = Display()
+    display.show("1/2")
+    display.show("2/2")
+    display.say("done")
+    assert capsys.readouterr().out == "\r\x1b[K1/2\r\x1b[K2/2\ndone\n"
+
+
+def test_elsewhere_progress_comes_every_ten_seconds(capsys, monkeypatch):
+    clock = iter([100.0, 100.0, 105.0, 110.0, 110.0])
+    monkeypatch.setattr("resae.cli.display.time.monotonic", lambda: next(clock))
+    display = Display()
+    for line in "abc":
+        display.show(line)
+    assert capsys.readouterr().out == "a\nc\n"
+
+
+def test_a_console_of_python_logs_and_a_silent_one_complains_alone(caplog, capsys):
+    caplog.set_level(logging.DEBUG, logger="resae")
+    for console in (Console(), SilentConsole()):
+        console.say("said")
+        console.show("shown")
+        console.complain("wrong")
+    assert caplog.messages == ["said", "shown", "wrong", "wrong"]
+    assert capsys.readouterr().out == ""
+
+
+def test_version_names_the_version_and_the_commit(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out.split()
+    assert said[0] == "resae"
+    assert said[2:3] in ([], ["commit"])
+
+
+def test_tables_are_printed_as_json(capsys):
+    plan = ["train", "embedded", "no-data", "--layers", "1,3", "--k", "4", "--out", "no-folder"]
+    assert main([*plan, "--plan", "--json"]) == 0
+    estimate = json.loads(capsys.readouterr().out)
+    assert estimate["phases"][0]["name"]
+    assert estimate["tokens_per_second"] > 0
+    shape = ["--tokens", "2", "--width", "8", "--latents", "16", "--k", "2", "--rounds", "1"]
+    assert main(["profile", "decode", *shape, "--json", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    measured = json.loads(printed.out)
+    assert measured["roofs"]["copy"] > 0
+    assert {row["D"] for row in measured["rows"]} == {8}
+    assert printed.err.startswith("device: cpu")
+
+
+def test_a_settings_file_comes_before_nothing_but_defaults(tmp_path, capsys):
+    file = tmp_path / "plan.toml"
+    file.write_text(
+        'model = "embedded"\ndata = "x"\nlayers = ["1", "3"]\nk = 4\nout = "no-folder"\n'
+    )
+    for given, k in (([], 4), (["--k", "8"], 8)):
+        assert main(["train", "--config", str(file), "--plan", "--json", *given]) == 0
+        assert json.loads(capsys.readouterr().out)["settings"]["k"] == k
+    file.write_text("kk = 4\n")
+    assert main(["train", "--config", str(file), "--plan"]) == 2
+    assert "did you mean k?" in capsys.readouterr().err

@@ -1,0 +1,23 @@
+from resae.choices import FORMS, KINDS
+from resae.demo.recipes import (
+    ELSEWHERE,
+    EXTRA_METHODS,
+    FAIR_RECIPES,
+    FAMILY_RECIPES,
+    LR_RECIPES,
+    METHOD_GROUPS,
+    RECIPES,
+)
+from resae.evaluation.labels import LABELS
+
+
+def test_every_recipe_is_one_method_that_can_be_trained_and_has_a_label():
+    recipes = RECIPES + FAMILY_RECIPES + FAIR_RECIPES + LR_RECIPES
+    names = [recipe.name for recipe in recipes]
+    assert len(set(names)) == len(names)
+    extra = {recipe.name for recipe in FAMILY_RECIPES + FAIR_RECIPES} | {"boost", *ELSEWHERE}
+    assert set(EXTRA_METHODS) == extra == set(METHOD_GROUPS["all"])
+    for recipe in recipes:
+        assert recipe.predictor in KINDS
+        assert recipe.form in FORMS
+        assert recipe.name in LABELS or recipe in LR_RECIPES  # the grid: a name says it all

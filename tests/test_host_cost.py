@@ -1,0 +1,128 @@
+"""bench/host.py without its clock: eager Triton calls go past the dispatcher, checked once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resae_kernels import affine_chain, decode, dispatch, encode, sparse_decode, topk_encode
+from resae_kernels.dispatch import check_once, triton_signature
+
+ROOT = Path(__file__).parent.parent
+
+
+def calls(N=2, k=2, gradient=False):
+    """By op: a call of it by Triton."""
+    x, weight = torch.randn(N, 4, requires_grad=gradient), torch.randn(8, 4)
+    acts, indices = torch.rand(N, k, requires_grad=gradient), torch.zeros(N, k, dtype=torch.int64)
+    b_dec = torch.randn(4)
+    t = {"implementation": "triton"}
+    return {
+        "topk_encode": lambda: list(topk_encode(x, weight, None, k, **t)),
+        "sparse_decode": lambda: [sparse_decode(acts, indices, weight, **t)],
+        "affine_chain": lambda: affine_chain(
+            [(acts, indices)] * 2, [weight] * 2, [torch.eye(4)], [b_dec], b_dec=[b_dec] * 2, **t
+        ),
+    }
+
+
+def dispatched(call) -> set[str]:
+    """Ops of this package that the dispatcher sees; the profiler would make calls take it."""
+    seen = set()
+    original = torch._ops.OpOverloadPacket.__call__
+
+    def spy(self, *args, **kwargs):
+        seen.add(str(self).partition(".")[2])
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._ops.OpOverloadPacket, "__call__", spy)
+        call()
+    return seen
+
+
+@pytest.mark.parametrize("op", calls())
+def test_eager_calls_pass_the_dispatcher_by_and_gradients_do_not(op, device):  # noqa: ARG001
+    assert dispatched(calls()[op]) == set()
+    assert op in dispatched(calls(gradient=True)[op])
+    with torch.no_grad():
+        assert dispatched(calls(gradient=True)[op]) == set()
+    with torch.amp.autocast("cpu"):
+        assert op in dispatched(calls()[op])
+
+
+@pytest.mark.parametrize("op", calls())
+def test_both_ways_give_the_same_bits(op, device, monkeypatch):  # noqa: ARG001
+    call = calls(N=3)[op]
+    fast = call()
+    for module in ("encode", "decode", "chain"):
+        monkeypatch.setattr(f"resae_kernels.{module}.triton_signature", lambda *_: None)
+    assert op in dispatched(call)
+    for ours, theirs in zip(fast, call(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_checks_run_once_for_each_signature(device, monkeypatch):  # noqa: ARG001
+    checked = []
+    original = encode.check_arguments
+    monkeypatch.setattr(
+        encode, "check_arguments", lambda *a: checked.append(a[0].shape) or original(*a)
+    )
+    monkeypatch.setattr(encode, "_PASSED", set())
+    for N in (3, 3, 4, 3):
+        calls(N=N)["topk_encode"]()
+    assert [shape[0] for shape in checked] == [3, 4]
+    with pytest.raises(ValueError, match="k=9 exceeds"):
+        topk_encode(torch.zeros(3, 4), torch.zeros(8, 4), None, 9, implementation="triton")
+
+
+def test_what_fails_its_checks_is_checked_again():
+    passed, runs = set(), []
+
+    def fail():
+        runs.append(1)
+        raise ValueError("wrong")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="wrong"):
+            check_once(passed, ("a",), fail)
+    assert len(runs) == 2
+    assert not passed
+
+
+def test_kept_signatures_are_bounded(monkeypatch):
+    monkeypatch.setattr(dispatch, "MOST_SIGNATURES", 3)
+    passed = set()
+    for i in range(10):
+        check_once(passed, (i,), lambda: None)
+    assert len(passed) <= 3
+
+
+def test_signatures_are_of_what_triton_may_be_given_at_once():
+    x = torch.zeros(2, 3)
+    assert triton_signature(None, x) is None  # on a CPU by itself torch computes
+    assert triton_signature("torch", x) is None
+    assert triton_signature("triton", x, None) == ((x.shape, x.dtype, x.device), None)
+    assert triton_signature("triton", x, x[0].requires_grad_()) is None
+    assert triton_signature("triton", torch._neg_view(x)) is None
+    with torch._subclasses.FakeTensorMode():
+        assert triton_signature("triton", torch.zeros(2)) is None
+
+
+def test_the_dense_form_goes_past_the_dispatcher_too(device):  # noqa: ARG001
+    acts, indices = torch.rand(3, 2), torch.randint(4, (3, 2))
+    W_dec = torch.randn(4, 5)
+    for form in ("gather", "dense"):
+        out = sparse_decode(acts, indices, W_dec, form=form, implementation="triton")
+        torch.testing.assert_close(out, decode.decode_rows([acts], [indices], [W_dec], None, None))
+
+
+def test_the_benchmark_runs_without_a_device(tmp_path):
+    command = [sys.executable, "bench/host.py", "--rounds", "1", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    lines = (tmp_path / "host.md").read_text().splitlines()
+    assert (
+        sum(line.startswith(("| topk", "| sparse", "| online", "| affine")) for line in lines) == 7
+    )
