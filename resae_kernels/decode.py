@@ -116,7 +116,7 @@ def _decode_past_dispatcher(
     the way for this call."""
     if type(acts) in PLAIN:
         acts, indices, W_dec = (acts,), (indices,), (W_dec,)
-    elif not (acts and all(type(t) in (list, tuple) for t in (acts, indices, W_dec))):
+    elif not all(type(t) in (list, tuple) and t for t in (acts, indices, W_dec)):
         return None
     signature = triton_signature(implementation, *acts, *indices, *W_dec, bias, base)
     if signature is None:

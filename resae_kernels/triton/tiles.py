@@ -205,7 +205,7 @@ TILES: dict[str, TileTable] = {
         classes=_on_tensor_cores(_WIDE._replace(**_ONCE)),
         alternatives=(
             _WIDE,
-            ProductTile(128, 64, num_stages=4, num_warps=4, **_ONCE),
+            ProductTile(128, 64, num_stages=4, num_warps=4)._replace(**_ONCE),
             _WIDE._replace(programs_per_multiprocessor=2, **_ONCE),
         ),
     ),
