@@ -1,5 +1,7 @@
 """Scores of few tokens: each kernel that a tile can choose; the error of three TF32 products."""
 
+from typing import Any
+
 import pytest
 import torch
 from measured import assert_error_as_torch, largest_allocation
@@ -32,7 +34,7 @@ TF32X3 = sorted(
 )
 
 
-def inputs_of(device, N: int, D: int, M: int, dtype, draw) -> dict[str, Tensor]:
+def inputs_of(device, N: int, D: int, M: int, dtype, draw) -> dict[str, Any]:
     shapes = {"x": (N, D), "weight": (M, D), "bias": (M,), "pre_bias": (D,), "base": (N, D)}
     return {name: draw(shape).to(device, dtype) for name, shape in shapes.items()}
 
@@ -95,7 +97,9 @@ def test_weight_of_any_strides_gives_the_reference_code(device, N, dtype):
 
 
 def test_a_gemv_holds_whole_groups_whatever_its_tile(device):
-    assert selection_layout(2100, 1).group == 64
+    layout = selection_layout(2100, 1)
+    assert layout is not None
+    assert layout.group == 64
     inputs = inputs_of(device, 2, 16, 2100, torch.float32, whole)
     tile = GemvTile(32, 128, num_warps=4)
     constants = encode_few.product_constants(tile, 2, 64, torch.float32)
