@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from commands import SMALL, TRAIN, free_ports
 
 import resae.training.loop as training
 from resae import HookedLM, ReSAE
-from resae.cli import Display, main
+from resae.cli import GC_THRESHOLD, Display, main
 from resae.data import cache as activation_cache
 from resae.data.rows import TokenRows
 from resae.data.text_record import RunText
@@ -955,3 +956,13 @@ def test_the_buffer_of_calibration_is_freed_once_it_is_used_up(material, tmp_pat
     sizes += ["--calibration-tokens", "400", "--d-sae", "64"]
     assert main([*given, *sizes, "--out", str(tmp_path / "run")]) == 130  # as if it were stopped
     assert alive == [[False] * 3]
+
+
+def test_a_command_searches_for_reference_cycles_seldom(tmp_path):
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(700)
+        assert main(["eval", str(tmp_path / "absent")]) == 2
+        assert gc.get_threshold()[0] == GC_THRESHOLD
+    finally:
+        gc.set_threshold(*before)
