@@ -249,21 +249,16 @@ GENERATION = (
     "≥ 0.8 at Pythia-1.4B, M = 65,536."
 )
 NEXT = {
-    ("encode", False): "tile `product_of_few_*` (`resae tune`); a register GEMV for N ≤ 2; the "
-    "residual formed once, not in every program; 8-bit screening",
-    (
-        "encode",
-        True,
-    ): "tile `group_max`; rows per chunk a multiple of the GEMM's tile; codes sorted "
-    "inside the selection; a GEMM of our own with group maxima in its epilogue",
+    ("encode", False): "`resae tune`: tiles `product_of_two_*` (in registers or by tensor cores) "
+    "and `product_of_few_*` (residual in a launch of its own or not, resident programs); then "
+    "8-bit screening",
+    ("encode", True): "`resae tune`: `product_of_many_16bit` (the library's GEMM, or our own that "
+    "leaves the group maxima), `select` (which can find the maxima itself), `group_max`",
     ("decode", False): "tile `decode_few`: narrower slices of D, all k rows in one tile",
-    (
-        "decode",
-        True,
-    ): "tile `decode` (loads in flight); slices of D as the slow grid axis; the dense "
-    "form where M/k is small (DENSE_RATIO)",
-    ("train", True): "one kernel for the three sums over sorted codes; tile `latent_outer` "
-    "(8/512/1); tile `sampled_product`; PIECE",
+    ("decode", True): "tile `decode` and GATHER_REGISTERS (loads in flight); the dense form where "
+    "M/k is small (DENSE_RATIO)",
+    ("train", True): "one launch for the gradients of W_dec, too; tile `latent_outer` (8/512/1); "
+    "tile `sampled_product`; PIECE",
     ("train+adam", True): "as the step without Adam; then a fused Adam over touched rows",
 }
 """By op, and whether there are many tokens: choices to try where a target is missed."""
