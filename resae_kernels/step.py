@@ -4,7 +4,7 @@ p is what the layer reconstructs when none of its latents is active: what the co
 before it predict, and b_dec. N ≤ 16 tokens (generation), D width, M latents, k active; bound by
 reading `weight`, M·D elements.
 
-In Triton at most three launches (`triton/step.py`).
+In Triton at most four launches (`triton/step.py`).
 
 On a CPU a `ScreenedEncoder` encodes; where it screens by the compiled library, code and x̂ are one
 call.

@@ -13,8 +13,7 @@ from measured import (
 )
 from torch import Tensor
 
-from resae_kernels import TopK, precision, reference, topk_encode
-from resae_kernels import dispatch as _launch
+from resae_kernels import TopK, dispatch, precision, reference, topk_encode
 from resae_kernels.cpu import selection
 from resae_kernels.encode import _combined
 from resae_kernels.triton import encode as encode_kernels
@@ -909,11 +908,11 @@ def test_triton_passes_opcheck(device):
 
 
 def test_implementation_is_chosen_by_device_or_by_name():
-    assert _launch.implementation_for("topk_encode", torch.empty(1), None) == "torch"
+    assert dispatch.implementation_for("topk_encode", torch.empty(1), None) == "torch"
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         on_cuda = torch.empty(1, device="cuda")
-    assert _launch.implementation_for("topk_encode", on_cuda, None) == "triton"
-    assert _launch.implementation_for("topk_encode", on_cuda, "torch") == "torch"
+    assert dispatch.implementation_for("topk_encode", on_cuda, None) == "triton"
+    assert dispatch.implementation_for("topk_encode", on_cuda, "torch") == "torch"
 
 
 def test_implementation_that_cannot_run_is_refused(monkeypatch):

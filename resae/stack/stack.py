@@ -239,7 +239,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     ) -> tuple[Tensor, TopK]:
         """One layer, online: `(x̂_l, z_l)` of `x [..., D]` given what came before it.
 
-        Closed loop, up to 16 tokens take the fused `online_step`: on a GPU at most three launches,
+        Closed loop, up to 16 tokens take the fused `online_step`: on a GPU at most four launches,
         on a CPU one call of the compiled library.
 
         Args:

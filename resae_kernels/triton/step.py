@@ -1,4 +1,4 @@
-"""Online step in Triton: at most three launches.
+"""Online step in Triton: at most four launches; the residual has its own from three tokens on.
 
 A gather over the earlier codes (where there are any); scores and group maxima; then, per token and
 slice of D, select and decode at once. There every program makes the whole selection for itself: it
