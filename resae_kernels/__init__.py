@@ -15,15 +15,15 @@ from resae_kernels.decode import reconstruction_error, sparse_decode
 from resae_kernels.encode import topk_encode
 from resae_kernels.screened import ScreenedEncoder, Screening
 from resae_kernels.step import StepWorkspace, online_step
-from resae_kernels.types import OnlineStep, ReconstructionError, TopK, Transported
+from resae_kernels.types import OnlineStep, ReconstructionError, SparseCode, Transported
 
 __all__ = [
     "OnlineStep",
     "ReconstructionError",
     "ScreenedEncoder",
     "Screening",
+    "SparseCode",
     "StepWorkspace",
-    "TopK",
     "Transported",
     "affine_chain",
     "online_step",
