@@ -296,12 +296,12 @@ def backward(ctx, grad_acts, grad_indices):
         ctx.needs_input_grad
     )
     grad = torch.where(acts > 0, grad_acts, 0.0)
-    grad_x = grad_weight = grad_bias = grad_pre_bias = grad_base = None
+    grad_x = grad_weight = grad_bias = grad_pre_bias = grad_prediction = None
     if need_x or need_prediction:
         grad_x = torch.ops.resae.sparse_decode(
             [grad], [indices], [weight], None, None, implementation=ctx.implementation
         )
-        grad_base = -grad_x if need_prediction else None
+        grad_prediction = -grad_x if need_prediction else None
     M = weight.shape[0]
     need_bias = need_bias and ctx.has_bias
     total = None
@@ -327,7 +327,7 @@ def backward(ctx, grad_acts, grad_indices):
         grad_bias,
         None,
         grad_pre_bias,
-        grad_base,
+        grad_prediction,
         None,
         None,
         None,

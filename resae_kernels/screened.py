@@ -272,12 +272,12 @@ class ScreenedEncoder:
             return None
         leading, D = x.shape[:-1], x.shape[-1]
         flat = x if len(leading) == 1 else x.reshape(-1, D)
-        flat_base = (
+        flat_prediction = (
             prediction if prediction is None or len(leading) == 1 else prediction.reshape(-1, D)
         )
         try:
             acts, indices, left, _ = state.copy.encode(  # type: ignore[union-attr]
-                flat, k, pre_bias, flat_base, sorted
+                flat, k, pre_bias, flat_prediction, sorted
             )
         except StaleCopyError:
             return None
@@ -341,16 +341,24 @@ class ScreenedEncoder:
             return Screening(code, 0, N, 0, reason, None)
         check_arguments(x, self.weight, self.bias, k, pre_bias, prediction, None)
         flat = x if x.ndim == 2 else x.reshape(N, D)
-        flat_base = (
+        flat_prediction = (
             prediction if prediction is None or prediction.ndim == 2 else prediction.reshape(N, D)
         )
         info = _Info()
         if trained or _require_gradient(x, pre_bias, prediction):
             acts, indices = _WithGradient.apply(
-                flat, self.weight, self.bias, k, pre_bias, flat_base, sorted, (self, info), "torch"
+                flat,
+                self.weight,
+                self.bias,
+                k,
+                pre_bias,
+                flat_prediction,
+                sorted,
+                (self, info),
+                "torch",
             )
         else:
-            acts, indices = self._encode(flat, k, pre_bias, flat_base, sorted, info)
+            acts, indices = self._encode(flat, k, pre_bias, flat_prediction, sorted, info)
         if trained:
             self.forget()
         if x.ndim != 2:

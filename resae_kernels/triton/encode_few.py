@@ -179,7 +179,7 @@ def _store_scores(
 @triton.jit
 def product_of_few_kernel(
     x,  # [n, D], n ≤ BN, rows s_x apart
-    prediction,  # [n, D] or None, rows s_base apart
+    prediction,  # [n, D] or None, rows s_prediction apart
     pre_bias,  # [D] or None
     weight,  # [M, D], strides s_latent and s_dimension, one of them 1
     bias,  # [M] or None
@@ -190,7 +190,7 @@ def product_of_few_kernel(
     M,
     groups,
     s_x,
-    s_base,
+    s_prediction,
     s_latent,
     s_dimension,
     s_scores,
@@ -207,7 +207,7 @@ def product_of_few_kernel(
     o_n = tl.arange(0, BN)
     m_n = (o_n < n)[None, :]
     o_x = o_n.to(tl.int64)[None, :] * s_x
-    o_base = o_n.to(tl.int64)[None, :] * s_base
+    o_base = o_n.to(tl.int64)[None, :] * s_prediction
     blocks = 1
     if PERSISTENT:
         blocks = tl.cdiv(tl.cdiv(M, BL) - tl.program_id(0), tl.num_programs(0))
@@ -242,7 +242,7 @@ def product_of_few_kernel(
 @triton.jit
 def gemv_kernel(
     x,  # [n, D], n = BN, rows s_x apart
-    prediction,  # [n, D] or None, rows s_base apart
+    prediction,  # [n, D] or None, rows s_prediction apart
     pre_bias,  # [D] or None
     weight,  # [M, D], strides s_latent and s_dimension, one of them 1
     bias,  # [M] or None
@@ -253,7 +253,7 @@ def gemv_kernel(
     M,
     groups,
     s_x,
-    s_base,
+    s_prediction,
     s_latent,
     s_dimension,
     s_scores,
@@ -280,7 +280,9 @@ def gemv_kernel(
         b_x = residual_tile(x, prediction, pre_bias, o_d, o_d, o_d, m_d, m_d)
         b_first += b_w * b_x.to(tl.float32)[None, :]
         if BN == 2:
-            b_x = residual_tile(x, prediction, pre_bias, s_x + o_d, s_base + o_d, o_d, m_d, m_d)
+            b_x = residual_tile(
+                x, prediction, pre_bias, s_x + o_d, s_prediction + o_d, o_d, m_d, m_d
+            )
             b_second += b_w * b_x.to(tl.float32)[None, :]
     # [BL, BN]
     if BN == 2:

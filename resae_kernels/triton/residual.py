@@ -41,10 +41,12 @@ def residual_tile(x, prediction, pre_bias, o_x, o_base, o_d, m_x, m_d):
 
 
 @triton.jit
-def residual_kernel(x, prediction, pre_bias, out, D, s_x, s_base, BD: tl.constexpr):
+def residual_kernel(x, prediction, pre_bias, out, D, s_x, s_prediction, BD: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
     # [BD]
-    b_x = residual_tile(x, prediction, pre_bias, i_n * s_x + o_d, i_n * s_base + o_d, o_d, m_d, m_d)
+    b_x = residual_tile(
+        x, prediction, pre_bias, i_n * s_x + o_d, i_n * s_prediction + o_d, o_d, m_d, m_d
+    )
     tl.store(out + i_n * D + o_d, b_x, mask=m_d)
