@@ -173,7 +173,7 @@ def encode_cases() -> Iterator[AotCase]:
             yield AotCase(
                 f"residual {name} {tiles.sizes(tile)}",
                 residual.residual_kernel,
-                each(floats, "x prediction pre_bias out") | each("i32:16", "D s_x s_base"),
+                each(floats, "x prediction pre_bias out") | each("i32:16", "D s_x s_prediction"),
                 {"BD": tile.columns},
                 *(tile.num_warps, 1),
                 {"loads_128": 3, "instructions": 300},
@@ -280,9 +280,9 @@ def few_token_case(tile, dtype: torch.dtype, N: int, layout: str, architecture: 
     signature |= dict.fromkeys(("scores", "best"), integers) | {"n": "i32", "D": width}
     signature |= dict.fromkeys(("M", "groups", "s_scores"), "i32:16") | {"s_x": width}
     if tile.residual_launch:
-        constants |= {"prediction": None, "pre_bias": None, "s_base": 0}
+        constants |= {"prediction": None, "pre_bias": None, "s_prediction": 0}
     else:
-        signature |= {"prediction": floats, "pre_bias": floats, "s_base": width}
+        signature |= {"prediction": floats, "pre_bias": floats, "s_prediction": width}
     strides = ["s_latent", "s_dimension"]
     constants[strides.pop(0 if layout == "columns" else 1)] = 1
     signature[strides[0]] = "i32:16" if layout == "columns" else width

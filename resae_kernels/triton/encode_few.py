@@ -207,7 +207,7 @@ def product_of_few_kernel(
     o_n = tl.arange(0, BN)
     m_n = (o_n < n)[None, :]
     o_x = o_n.to(tl.int64)[None, :] * s_x
-    o_base = o_n.to(tl.int64)[None, :] * s_prediction
+    o_prediction = o_n.to(tl.int64)[None, :] * s_prediction
     blocks = 1
     if PERSISTENT:
         blocks = tl.cdiv(tl.cdiv(M, BL) - tl.program_id(0), tl.num_programs(0))
@@ -228,7 +228,7 @@ def product_of_few_kernel(
             o_k, m_k = o_d[:, None], m_d[:, None]
             # [BK, BN]
             b_x = residual_tile(
-                x, prediction, pre_bias, o_x + o_k, o_base + o_k, o_k, m_k & m_n, m_k
+                x, prediction, pre_bias, o_x + o_k, o_prediction + o_k, o_k, m_k & m_n, m_k
             )
             if UPCAST:  # the interpreter multiplies bf16 by its bit patterns
                 b_w, b_x = b_w.to(tl.float32), b_x.to(tl.float32)

@@ -30,11 +30,13 @@ def launch_residual(
 
 
 @triton.jit
-def residual_tile(x, prediction, pre_bias, o_x, o_base, o_d, m_x, m_d):
+def residual_tile(x, prediction, pre_bias, o_x, o_prediction, o_d, m_x, m_d):
     """`x − prediction − pre_bias` in fp32, rounded once to x's dtype."""
     b_x = tl.load(x + o_x, mask=m_x, other=0.0)
     if prediction is not None:
-        b_x = b_x.to(tl.float32) - tl.load(prediction + o_base, mask=m_x, other=0.0).to(tl.float32)
+        b_x = b_x.to(tl.float32) - tl.load(prediction + o_prediction, mask=m_x, other=0.0).to(
+            tl.float32
+        )
     if pre_bias is not None:
         b_x = b_x.to(tl.float32) - tl.load(pre_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     return b_x.to(x.dtype.element_ty)
