@@ -15,7 +15,14 @@ from resae_kernels.decode import reconstruction_error, sparse_decode
 from resae_kernels.encode import topk_encode
 from resae_kernels.screened import ScreenedEncoder, Screening
 from resae_kernels.step import StepWorkspace, online_step
-from resae_kernels.types import OnlineStep, ReconstructionError, SparseCode, Transported
+from resae_kernels.threshold import threshold_encode
+from resae_kernels.types import (
+    OnlineStep,
+    ReconstructionError,
+    SparseCode,
+    ThresholdCode,
+    Transported,
+)
 
 __all__ = [
     "OnlineStep",
@@ -24,12 +31,14 @@ __all__ = [
     "Screening",
     "SparseCode",
     "StepWorkspace",
+    "ThresholdCode",
     "Transported",
     "affine_chain",
     "online_step",
     "reconstruction_error",
     "reference",
     "sparse_decode",
+    "threshold_encode",
     "topk_encode",
     "transport",
 ]

@@ -17,12 +17,14 @@ DOCUMENTED = {
     "Screening",
     "StepWorkspace",
     "SparseCode",
+    "ThresholdCode",
     "Transported",
     "affine_chain",
     "online_step",
     "reconstruction_error",
     "reference",
     "sparse_decode",
+    "threshold_encode",
     "topk_encode",
     "transport",
 }
@@ -50,7 +52,14 @@ def test_star_import_brings_the_documented_names_alone():
 
 
 def test_ops_are_registered_in_the_namespace_resae():
-    public = ("topk_encode", "sparse_decode", "affine_chain", "online_step", "reconstruction_error")
+    public = (
+        "topk_encode",
+        "threshold_encode",
+        "sparse_decode",
+        "affine_chain",
+        "online_step",
+        "reconstruction_error",
+    )
     for name in (*public, "scatter_outer", "sddmm"):
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.resae, name).default.tags
 
