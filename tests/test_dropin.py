@@ -314,3 +314,28 @@ def test_unknown_classes_and_activations_are_refused(make):
         accelerate(make("sparsify", activation="groupmax"))
     with pytest.raises(ValueError, match="margin='no', expected"):
         accelerate(make("sparsify"), margin="no")
+
+
+@torch.no_grad()
+def test_a_hooked_transformer_of_saelens_runs_with_it():
+    """Spliced in, its activations in the cache, and taken out again."""
+    lens = pytest.importorskip("sae_lens")
+    transformer_lens = pytest.importorskip("transformer_lens")
+    config = transformer_lens.HookedTransformerConfig(
+        n_layers=2, d_model=D, n_ctx=16, d_head=16, n_heads=4, d_vocab=50, act_fn="gelu", seed=0
+    )
+    model = lens.HookedSAETransformer(config)
+    sae = library_sae("sae_lens")
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    for parameter in sae.parameters():
+        parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    tokens = torch.arange(12).view(1, -1)
+    plain = model(tokens)
+    expected, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
+    found, same = model.run_with_cache_with_saes(tokens, saes=[accelerate(sae)])
+    close(found, expected)
+    assert list(same) == list(cache)
+    for name in cache:
+        close(same[name], cache[name])
+    close(model.run_with_saes(tokens, saes=[accelerate(sae)], use_error_term=True), plain)
+    assert torch.equal(model(tokens), plain)
