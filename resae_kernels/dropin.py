@@ -185,7 +185,7 @@ def _accelerated(adapter: type[Accelerated], cls: type[nn.Module]) -> type[Accel
 
 def _copied(sae: Any, cls: type[Any]) -> Any:
     """An object of `cls` with the same parameters, modules and attributes as `sae`."""
-    new = cls.__new__(cls)
+    new: Any = object.__new__(cls)
     for name, value in vars(sae).items():
         if name not in ("_margin", "_rows", "_last", "_known_k"):
             registry = name in ("_parameters", "_buffers", "_modules")
