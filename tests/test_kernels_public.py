@@ -19,6 +19,7 @@ DOCUMENTED = {
     "SparseCode",
     "ThresholdCode",
     "Transported",
+    "accelerate",
     "affine_chain",
     "online_step",
     "reconstruction_error",
