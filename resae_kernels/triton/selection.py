@@ -123,7 +123,8 @@ def launch_select(
     keys = KEYS[scores.dtype]
     tile = tiles.tile("select", scores.device)
     if threshold is not None:  # the pass that takes the maxima of what is above counts it
-        threshold, best, tile = threshold.view(keys.dtype), None, threshold_tile(tile)
+        threshold, best = threshold.view(keys.dtype), None
+        tile = threshold_tile(tile, layout)
     maxima = best is None and tile.columns > 0
     if maxima:
         best = torch.empty(n, layout.groups, dtype=keys.dtype, device=scores.device)
@@ -144,9 +145,11 @@ def launch_select(
     )
 
 
-def threshold_tile(tile: tiles.SelectTile) -> tiles.SelectTile:
-    """The tile of a selection above thresholds: it takes the maxima itself."""
-    return tile if tile.columns else tile._replace(columns=4096)
+def threshold_tile(tile: tiles.SelectTile, layout: SelectionLayout) -> tiles.SelectTile:
+    """The tile of a selection above thresholds: it takes the maxima itself, of as many scores at a
+    time as its threads hold."""
+    threads = 32 * select_warps(layout, tile.keys_per_thread)
+    return tile if tile.columns else tile._replace(columns=KEYS_PER_THREAD * threads)
 
 
 # -- kernels ---------------------------------------------------------------------------------------
