@@ -36,12 +36,22 @@ def test_on_a_terminal_a_progress_line_is_overwritten(capsys, monkeypatch):
 
 
 def test_elsewhere_progress_comes_every_ten_seconds(capsys, monkeypatch):
-    clock = iter([100.0, 100.0, 105.0, 110.0, 110.0])
-    monkeypatch.setattr("resae.cli.display.time.monotonic", lambda: next(clock))
-    display = Display()
-    for line in "abc":
-        display.show(line)
+    every_ten_seconds(monkeypatch, Display())
     assert capsys.readouterr().out == "a\nc\n"
+
+
+def test_progress_of_python_is_logged_every_ten_seconds(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="resae")
+    every_ten_seconds(monkeypatch, Console())
+    assert caplog.messages == ["a", "c"]
+
+
+def every_ten_seconds(monkeypatch, console):
+    """Three lines of progress, five seconds apart."""
+    clock = iter([100.0, 105.0, 110.0])
+    monkeypatch.setattr("resae.console.time.monotonic", lambda: next(clock))
+    for line in "abc":
+        console.show(line)
 
 
 def test_a_console_of_python_logs_and_a_silent_one_complains_alone(caplog, capsys):
