@@ -2,16 +2,20 @@
 
 import multiprocessing
 import os
+import sys
+from multiprocessing import forkserver
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from interpreter import patch_the_language_once_per_launch
 from kernel_device import KERNEL_DEVICE
 
 # Without a device the kernels themselves run all the same, in Triton's interpreter. Read when a
 # kernel is defined: set before any test imports one.
 if KERNEL_DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    patch_the_language_once_per_launch()
 
 # The shapes here are tiny: a second thread gains nothing, and loses much where cores are shared.
 torch.set_num_threads(1)
@@ -96,9 +100,12 @@ def screen_at_any_size(implementation: str, monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def processes():
     """A `multiprocessing` context whose processes come, with everything imported, from a clean
-    one."""
+    one: importing torch and transformers takes as long as most trainings here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["resae.cli"])
+    context.set_forkserver_preload(["tiny", "resae.training.pipeline"])
+    with pytest.MonkeyPatch.context() as patch:  # the server finds modules where we do
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     return context
 
 

@@ -73,12 +73,13 @@ def test_version_names_the_version_and_the_commit(capsys):
     assert said[2:3] in ([], ["commit"])
 
 
-def test_tables_are_printed_as_json(capsys):
+def test_tables_are_printed_as_json(capsys, monkeypatch):
     plan = ["train", "embedded", "no-data", "--layers", "1,3", "--k", "4", "--out", "no-folder"]
     assert main([*plan, "--plan", "--json"]) == 0
     estimate = json.loads(capsys.readouterr().out)
     assert estimate["phases"][0]["name"]
     assert estimate["tokens_per_second"] > 0
+    monkeypatch.setattr("resae_kernels.profiling.clock.COLD_BYTES", 1 << 20)
     shape = ["--tokens", "2", "--width", "8", "--latents", "16", "--k", "2", "--rounds", "1"]
     assert main(["profile", "decode", *shape, "--json", "--device", "cpu"]) == 0
     printed = capsys.readouterr()
