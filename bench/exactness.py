@@ -75,7 +75,7 @@ def main() -> int:
             encoder = ScreenedEncoder(weight, bias, margin=margin)
             totals = torch.zeros(5, dtype=torch.int64)
             for rows in x.split(CHUNK):
-                found = encoder.explain(rows, k)
+                found = encoder.encode_with_info(rows, k)
                 if not bool((found.code.acts > 0).all()):
                     raise ValueError("exactness: a row has fewer than k positive scores; lower k")
                 differing = compare(rows, weight, bias, found.code.indices)

@@ -257,8 +257,8 @@ NEXT = {
     ("decode", False): "tile `decode_few`: narrower slices of D, all k rows in one tile",
     ("decode", True): "tile `decode` and GATHER_REGISTERS (loads in flight); the dense form where "
     "M/k is small (DENSE_RATIO)",
-    ("train", True): "one launch for the gradients of W_dec, too; tile `latent_outer` (8/512/1); "
-    "tile `sampled_product`; PIECE",
+    ("train", True): "one launch for the gradients of W_dec, too; tile `scatter_outer` (8/512/1); "
+    "tile `sddmm`; PIECE",
     ("train+adam", True): "as the step without Adam; then a fused Adam over touched rows",
 }
 """By op, and whether there are many tokens: choices to try where a target is missed."""

@@ -46,7 +46,7 @@ def stub_launches() -> None:
 def calls() -> dict[str, Callable[[], object]]:
     """The ops at one small shape each, inference."""
     N, D, M, k = 1, 64, 512, 8
-    x, base, b_dec = torch.zeros(N, D), torch.zeros(N, D), torch.zeros(D)
+    x, prediction, b_dec = torch.zeros(N, D), torch.zeros(N, D), torch.zeros(D)
     weight, W_dec, bias = torch.zeros(M, D), torch.zeros(M, D), torch.zeros(M)
     acts, indices = torch.zeros(N, k), torch.zeros(N, k, dtype=torch.int64)
     space = StepWorkspace.allocate(N, M, k, D, dtype=x.dtype, device=x.device)
@@ -61,10 +61,10 @@ def calls() -> dict[str, Callable[[], object]]:
         ),
         "sparse_decode": lambda: sparse_decode(acts, indices, W_dec, bias=b_dec, **t),
         "online_step": lambda: online_step(
-            x, weight, bias, k, W_dec, b_dec=b_dec, base=base, out=space, **t
+            x, weight, bias, k, W_dec, b_dec=b_dec, prediction=prediction, out=space, **t
         ),
         "online_step, no workspace": lambda: online_step(
-            x, weight, bias, k, W_dec, b_dec=b_dec, base=base, **t
+            x, weight, bias, k, W_dec, b_dec=b_dec, prediction=prediction, **t
         ),
         "affine_chain, 2 layers": lambda: affine_chain(*chain, b_dec=[b_dec] * 2, **t),
         "affine_chain transported, 2 layers": lambda: affine_chain(

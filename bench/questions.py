@@ -78,7 +78,7 @@ def gathers(clock: Clock, shrink: int) -> Iterator[Answer]:
         inputs = make_inputs(case, clock.device)
         acts, indices = inputs["codes"][0]
         W = inputs["W_dec"][0]
-        gather = partial(sparse_decode, acts, indices, W, form="gather")
+        gather = partial(sparse_decode, acts, indices, W, algorithm="gather")
         seconds = median(clock, gather)
         moved, table = case.N * case.k * case.D * 2, case.M * case.D * 2
         yield (
@@ -98,12 +98,12 @@ def forms(clock: Clock, shrink: int) -> Iterator[Answer]:
             W, x, ops = inputs["W_dec"][0], inputs["x"], torch.ops.resae
             calls = {
                 "sum": partial(sparse_decode, acts, indices, W),
-                "gradient of W_dec": partial(ops.latent_outer, acts, indices, x, len(W)),
-                "gradient of the acts": partial(ops.sampled_product, x, indices, W),
+                "gradient of W_dec": partial(ops.scatter_outer, acts, indices, x, len(W)),
+                "gradient of the acts": partial(ops.sddmm, x, indices, W),
             }
             for name, call in calls.items():
                 gather, dense = (
-                    median(clock, partial(call, form=form), 5) for form in ("gather", "dense")
+                    median(clock, partial(call, algorithm=form), 5) for form in ("gather", "dense")
                 )
                 yield f"{name} gathered / dense, M/k = {ratio}, {dtype}", f"{gather / dense:.2f} ×"
 

@@ -9,10 +9,11 @@ encode fast on a CPU. `reference` says in plain PyTorch what they compute.
 from resae_kernels import reference
 from resae_kernels.chain import affine_chain, transport
 from resae_kernels.decode import reconstruction_error, sparse_decode
+from resae_kernels.dropin import accelerate
 from resae_kernels.encode import topk_encode
 from resae_kernels.screened import ScreenedEncoder, Screening
 from resae_kernels.step import StepWorkspace, online_step
-from resae_kernels.types import OnlineStep, ReconstructionError, TopK, Transported
+from resae_kernels.types import OnlineStep, ReconstructionError, SparseCode, Transported
 
 __version__ = "0.1.0"
 """Version of this package and of `resae`: both are built with it."""
@@ -22,9 +23,10 @@ __all__ = [
     "ReconstructionError",
     "ScreenedEncoder",
     "Screening",
+    "SparseCode",
     "StepWorkspace",
-    "TopK",
     "Transported",
+    "accelerate",
     "affine_chain",
     "online_step",
     "reconstruction_error",

@@ -1,8 +1,9 @@
 """Chained affine back-projection: x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l.
 
-Codes of L layers → reconstructions of L layers. Sequential form: a sparse decode per layer and
-2·N·D² FLOPs per source. Transported form: dictionaries carried through the maps beforehand,
-`D_{m←l} = W_dec_l A_{l+1} … A_m`, so that x̂_m is one gather over all codes up to m and no dense
+Codes of L layers → reconstructions of L layers. Sequential algorithm: a sparse decode per layer and
+2·N·D² FLOPs per source. Transported algorithm: dictionaries transported through the maps
+beforehand, `D_{m←l} = W_dec_l A_{l+1} … A_m`, so that x̂_m is one gather over all codes up to m and
+no dense
 product: for few tokens, at the price of L(L−1)/2 further `[M, D]` tables.
 ReSAE, arXiv 2605.27819.
 """
@@ -23,22 +24,22 @@ from resae_kernels.dispatch import (
 )
 from resae_kernels.gradients import code_gradients
 from resae_kernels.precision import gemm
-from resae_kernels.types import TopK, Transported, accumulation_dtype
+from resae_kernels.types import SparseCode, Transported, accumulation_dtype
 
 TRANSPORTED_TOKENS = 32
-"""Tokens times layers before the last up to which gathering carried rows beats the products, which
-read all of A but once for all tokens (from a cost model, not measured)."""
+"""Tokens times layers before the last up to which gathering transported rows beats the products,
+which read all of A but once for all tokens (from a cost model, not measured)."""
 
 
 def affine_chain(
-    codes: Sequence[TopK | tuple[Tensor, Tensor]],  # L × ([..., k_l], [..., k_l])
+    codes: Sequence[SparseCode | tuple[Tensor, Tensor]],  # L × ([..., k_l], [..., k_l])
     W_dec: Sequence[Tensor],  # L × [M_l, D]
     A: Sequence[Tensor],  # (L-1) × [s_l·D, D]
     c: Sequence[Tensor],  # (L-1) × [D]
     *,
     b_dec: Sequence[Tensor],  # L × [D]
     transported: Transported | None = None,
-    form: str | None = None,
+    algorithm: str | None = None,
     implementation: str | None = None,
 ) -> list[Tensor]:
     """Reconstructions of all layers from their codes (formula: `reference.affine_chain`).
@@ -50,9 +51,9 @@ def affine_chain(
             in order, to layer l. s = 1: from the previous layer; s = l: from all previous ones.
         c: one `[D]` per layer but the first.
         b_dec: one `[D]` per layer.
-        transported: from `transport(W_dec, A, c, b_dec=b_dec)`: allows the transported form.
-        form: "sequential", "transported", or None: transported where `transported` is given and
-            the tokens are few (N · (L − 1) ≤ TRANSPORTED_TOKENS), otherwise sequential.
+        transported: from `transport(W_dec, A, c, b_dec=b_dec)`: allows that algorithm.
+        algorithm: "sequential", "transported", or None: transported where `transported` is given
+            and the tokens are few (N · (L − 1) ≤ TRANSPORTED_TOKENS), otherwise sequential.
         implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
             torch.
 
@@ -64,11 +65,12 @@ def affine_chain(
 
     Note:
         Sequential: gradients reach every floating input through each output. Transported: they
-        reach the acts and the carried dictionaries and constants, not W_dec, A, c and b_dec. Name
-        the form where gradients of more than the acts are wanted. Under autocast the acts are cast
-        to W_dec's dtype and products stay in it. Decodes take the form of `sparse_decode`'s rule.
+        reach the acts and the transported dictionaries and constants, not W_dec, A, c and b_dec.
+        Name the algorithm where gradients of more than the acts are wanted. Under autocast the acts
+        are cast to W_dec's dtype and products stay in it. Decodes take the algorithm of
+        `sparse_decode`'s rule.
     """
-    codes = [TopK(*code) for code in codes]
+    codes = [SparseCode(*code) for code in codes]
     flat = [t for code in codes for t in code]
     signature = W_dec and triton_signature(implementation, *W_dec, *flat, *A, *c, *b_dec)
     if signature:
@@ -76,14 +78,15 @@ def affine_chain(
         check_once(_PASSED, (lengths, signature), lambda: _check(codes, W_dec, A, c, b_dec))
     else:
         _check(codes, W_dec, A, c, b_dec)
-    if form not in (None, "sequential", "transported"):
+    if algorithm not in (None, "sequential", "transported"):
         raise ValueError(
-            f"affine_chain: form={form!r}, expected 'sequential', 'transported' or None (by the "
+            f"affine_chain: algorithm={algorithm!r}, expected 'sequential', 'transported' "
+            "or None (by the "
             f"number of tokens)"
         )
-    if form == "transported" and transported is None:
+    if algorithm == "transported" and transported is None:
         raise ValueError(
-            "affine_chain: form='transported' needs transported; build it with transport()"
+            "affine_chain: algorithm='transported' needs transported; build it with transport()"
         )
     leading = codes[0].acts.shape[:-1]
     N = leading.numel()
@@ -93,9 +96,9 @@ def affine_chain(
                 f"affine_chain: transported covers {len(transported.dictionaries)} layers, codes "
                 f"{len(codes)}; build it with transport() from the same W_dec, A and c"
             )
-        if form is None and N * (len(codes) - 1) <= TRANSPORTED_TOKENS:
-            form = "transported"
-    if form == "transported":
+        if algorithm is None and N * (len(codes) - 1) <= TRANSPORTED_TOKENS:
+            algorithm = "transported"
+    if algorithm == "transported":
         assert transported is not None
         return [
             sparse_decode(
@@ -133,35 +136,37 @@ def transport(
     """Carry every dictionary to every later layer (formula: `reference.transport`).
 
     L(L−1)/2 new tables `[M, D]`, 2·M·D² FLOPs each, folded in fp32 and rounded once; the table of
-    a layer itself is W_dec's own memory. For inference: detached, and the carried tables do not
+    a layer itself is W_dec's own memory. For inference: detached, and the transported tables do not
     follow later changes of W_dec, A or c.
     """
     _check([], W_dec, A, c, b_dec)
     # Detached inputs, not no_grad: a table that is W_dec itself would still require its gradient.
     W_dec, A, c, b_dec = ([t.detach() for t in tensors] for tensors in (W_dec, A, c, b_dec))
     (D, dtype), L = (W_dec[0].shape[1], W_dec[0].dtype), len(W_dec)
-    wide = accumulation_dtype(dtype)
+    acc_dtype = accumulation_dtype(dtype)
     tables: list[list[Tensor]] = []
     constants: list[Tensor] = []
     for m in range(L):
-        maps = A[m - 1].to(wide).split(D) if m else ()
+        maps = A[m - 1].to(acc_dtype).split(D) if m else ()
         sources = list(zip(range(m - len(maps), m), maps, strict=True))
-        constant = b_dec[m].to(wide)
+        constant = b_dec[m].to(acc_dtype)
         if m:
-            constant = constant + c[m - 1].to(wide)
+            constant = constant + c[m - 1].to(acc_dtype)
         for j, A_mj in sources:
             constant = constant + constants[j] @ A_mj
         constants.append(constant)
-        carried = []
+        earlier = []
         for layer in range(m):
             total = None
             for j, A_mj in sources:
                 if layer <= j:
                     total = gemm(tables[j][layer], A_mj, total)
-            carried.append(
-                W_dec[layer].new_zeros(W_dec[layer].shape, dtype=wide) if total is None else total
+            earlier.append(
+                W_dec[layer].new_zeros(W_dec[layer].shape, dtype=acc_dtype)
+                if total is None
+                else total
             )
-        tables.append([*carried, W_dec[m].to(wide)])
+        tables.append([*earlier, W_dec[m].to(acc_dtype)])
     return Transported(
         [[table.to(dtype) for table in row] for row in tables], [v.to(dtype) for v in constants]
     )
@@ -223,16 +228,16 @@ def _chain(
     implementation: str = "",
 ) -> list[Tensor]:
     implementation = implementation_for("affine_chain", acts[0], implementation or None)
-    wide = accumulation_dtype(acts[0].dtype)
+    acc_dtype = accumulation_dtype(acts[0].dtype)
     x_hats: list[Tensor] = []
     for layer in range(len(acts)):
-        bias, base = b_dec[layer].to(wide), None
+        bias, prediction = b_dec[layer].to(acc_dtype), None
         if layer > 0:
             # Prediction and constants stay in the accumulation dtype: one rounding per layer, here.
-            base = _map_sources(x_hats, A[layer - 1])
+            prediction = _map_sources(x_hats, A[layer - 1])
             bias = bias + c[layer - 1]
         code = [acts[layer]], [indices[layer]], [W_dec[layer]]
-        x_hat = decode_rows(*code, bias, base, implementation=implementation)
+        x_hat = decode_rows(*code, bias, prediction, implementation=implementation)
         x_hats.append(x_hat)
     return x_hats
 

@@ -1,4 +1,5 @@
-"""Sparse decode: y[n] = Σ_j acts[n,j] · W_dec[indices[n,j]] + bias + base[n]; its squared error.
+"""Sparse decode: y[n] = Σ_j acts[n,j] · W_dec[indices[n,j]] + bias + prediction[n]; its squared
+error.
 
 N tokens, k active latents, D width, M latents. 2·N·k·D FLOPs against 2·N·M·D dense; bound by
 gathering N·k·D weight elements. Codes of several dictionaries are summed in one call.
@@ -7,8 +8,8 @@ Backward: d acts is a sampled product ⟨g[n], W_dec[indices[n,j]]⟩; dW_dec is
 over the codes sorted by latent (both in `gradients.py`).
 
 Where k is a large share of M, each of the three is faster as a dense product over the code
-scattered into `[n, M]`, chunk of rows by chunk: the `form` "dense" (`dense.py`), with as fixed an
-order of sums.
+scattered into `[n, M]`, chunk of rows by chunk: the `algorithm` "dense" (`dense.py`), with as fixed
+an order of sums.
 
 Both implementations do this: `torch` with the compiled CPU library or `embedding_bag`
 (`cpu/sums.py`), `triton` with the kernels of `triton/decode.py`.
@@ -41,20 +42,20 @@ def sparse_decode(
     W_dec: Tensor | Sequence[Tensor],  # [M, D]
     *,
     bias: Tensor | None = None,  # [D]
-    base: Tensor | None = None,  # [..., D]
-    form: str | None = None,
+    prediction: Tensor | None = None,  # [..., D]
+    algorithm: str | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ base)` (formula: `reference.sparse_decode`).
+    """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ prediction)` (formula: `reference.sparse_decode`).
 
     Args:
         acts: `[..., k]`; or a list, one per dictionary, with the same leading shape.
         indices: `[..., k]` int64, 0 ≤ index < M; or a list.
         W_dec: `[M, D]`, one direction per contiguous row; or a list with the same D.
         bias: `[D]`, added to every token.
-        base: `[..., D]`, added token by token.
-        form: "gather", "dense", or None: dense for a dictionary with M ≤ DENSE_RATIO · k and at
-            least DENSE_TOKENS tokens, otherwise gather. Of the gradients too.
+        prediction: `[..., D]`, added token by token.
+        algorithm: "gather", "dense", or None: dense for a dictionary with M ≤ DENSE_RATIO · k and
+            at least DENSE_TOKENS tokens, otherwise gather. Of the gradients too.
         implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
             torch.
 
@@ -67,8 +68,8 @@ def sparse_decode(
         RuntimeError: an index outside its dictionary (checked by torch on CPU, nowhere else).
 
     Note:
-        Padding slots (act 0) add nothing to the sum. Gradients reach acts, W_dec, bias and base.
-        Under autocast the acts are cast to W_dec's dtype.
+        Padding slots (act 0) add nothing to the sum. Gradients reach acts, W_dec, bias and
+        prediction. Under autocast the acts are cast to W_dec's dtype.
 
         The forms agree up to rounding where W_dec and the incoming gradient are finite. The dense
         one multiplies what a code leaves out by 0: an inf or NaN in a row of W_dec makes its
@@ -79,23 +80,26 @@ def sparse_decode(
         (no code of `topk_encode` has such) are rounded once more, as their sum.
     """
     op = "sparse_decode"
-    if form in (None, "gather", "dense"):
-        out = _decode_past_dispatcher(acts, indices, W_dec, bias, base, form, implementation)
+    if algorithm in (None, "gather", "dense"):
+        out = _decode_past_dispatcher(
+            acts, indices, W_dec, bias, prediction, algorithm, implementation
+        )
         if out is not None:
             return out
-    if form is None and implementation is None:
-        out = _decode_at_once(acts, indices, W_dec, bias, base)
+    if algorithm is None and implementation is None:
+        out = _decode_at_once(acts, indices, W_dec, bias, prediction)
         if out is not None:
             return out
-    if form not in (None, "gather", "dense"):
+    if algorithm not in (None, "gather", "dense"):
         raise ValueError(
-            f"{op}: form={form!r}, expected 'gather', 'dense' or None (by the number of tokens "
+            f"{op}: algorithm={algorithm!r}, expected 'gather', 'dense' or None ("
+            "by the number of tokens "
             f"and M/k)"
         )
-    offsets = {"bias": bias, "base": base}
+    offsets = {"bias": bias, "prediction": prediction}
     *codes, leading = _check(op, acts, indices, W_dec, offsets)
     out = torch.ops.resae.sparse_decode(
-        *codes, **offsets, implementation=implementation or "", form=form or ""
+        *codes, **offsets, implementation=implementation or "", algorithm=algorithm or ""
     )
     return out.reshape(*leading, out.shape[-1])
 
@@ -108,8 +112,8 @@ def _decode_past_dispatcher(
     indices: Any,
     W_dec: Any,
     bias: Tensor | None,
-    base: Tensor | None,
-    form: str | None,
+    prediction: Tensor | None,
+    algorithm: str | None,
     implementation: str | None,
 ) -> Tensor | None:
     """The decode of an eager call by Triton, its arguments checked once per signature; None: not
@@ -118,10 +122,10 @@ def _decode_past_dispatcher(
         acts, indices, W_dec = (acts,), (indices,), (W_dec,)
     elif not all(type(t) in (list, tuple) and t for t in (acts, indices, W_dec)):
         return None
-    signature = triton_signature(implementation, *acts, *indices, *W_dec, bias, base)
+    signature = triton_signature(implementation, *acts, *indices, *W_dec, bias, prediction)
     if signature is None:
         return None
-    op, offsets = "sparse_decode", {"bias": bias, "base": base}
+    op, offsets = "sparse_decode", {"bias": bias, "prediction": prediction}
     lengths = len(acts), len(indices), len(W_dec)
     check_once(_PASSED, (lengths, signature), lambda: _check(op, acts, indices, W_dec, offsets))
     implementation_for(op, W_dec[0], "triton")
@@ -129,13 +133,15 @@ def _decode_past_dispatcher(
     if len(leading) != 1:
         N = leading.numel()
         acts, indices = ([t.reshape(N, t.shape[-1]) for t in ts] for ts in (acts, indices))
-        base = None if base is None else base.reshape(N, D)
-    out = decode_rows(acts, indices, W_dec, bias, base, implementation="triton", form=form or "")
+        prediction = None if prediction is None else prediction.reshape(N, D)
+    out = decode_rows(
+        acts, indices, W_dec, bias, prediction, implementation="triton", algorithm=algorithm or ""
+    )
     return out if len(leading) == 1 else out.view(*leading, D)
 
 
 def _decode_at_once(
-    acts: Any, indices: Any, W_dec: Any, bias: Tensor | None, base: Tensor | None
+    acts: Any, indices: Any, W_dec: Any, bias: Tensor | None, prediction: Tensor | None
 ) -> Tensor | None:
     """The decode by one call of the compiled library; None: not the way for these arguments, or one
     of them is wrong (`_check` tells which)."""
@@ -145,7 +151,7 @@ def _decode_at_once(
         return None
     if len(indices) != len(acts) or len(W_dec) != len(acts):
         return None
-    if not native.direct(*acts, *W_dec, bias, base):
+    if not native.direct(*acts, *W_dec, bias, prediction):
         return None
     leading, D = acts[0].shape[:-1], W_dec[0].shape[-1:]
     for a, i, W in zip(acts, indices, W_dec, strict=True):
@@ -167,9 +173,14 @@ def _decode_at_once(
         for i, W in zip(indices, W_dec, strict=True)
     ):
         return None
-    if bias is not None and bias.shape != D or base is not None and base.shape != leading + D:
+    if (
+        bias is not None
+        and bias.shape != D
+        or prediction is not None
+        and prediction.shape != leading + D
+    ):
         return None
-    return native.decode(acts, indices, W_dec, bias, base)
+    return native.decode(acts, indices, W_dec, bias, prediction)
 
 
 def reconstruction_error(
@@ -179,15 +190,15 @@ def reconstruction_error(
     target: Tensor,  # [..., D]
     *,
     bias: Tensor | None = None,  # [D]
-    base: Tensor | None = None,  # [..., D]
+    prediction: Tensor | None = None,  # [..., D]
     implementation: str | None = None,
 ) -> ReconstructionError:
     """`sparse_decode(…) − target` and its squares summed over D, the reconstruction itself never
     written (formula: `reference.reconstruction_error`).
 
     Args:
-        acts, indices, W_dec, bias, base, implementation: as in `sparse_decode`, in the form of its
-            rule.
+        acts, indices, W_dec, bias, prediction, implementation: as in `sparse_decode`, by the
+            algorithm of its rule.
         target: `[..., D]`, what is to be reconstructed.
 
     Returns:
@@ -196,13 +207,13 @@ def reconstruction_error(
         `squared.sum()` is the numerator of the FVU.
 
     Raises:
-        As `sparse_decode`; target like base.
+        As `sparse_decode`; target like prediction.
 
     Note:
         Gradients reach every floating input but no index, through both outputs; that of `squared`
         is taken from the rounded error. Under autocast everything is cast to W_dec's dtype.
     """
-    offsets = {"target": target, "bias": bias, "base": base}
+    offsets = {"target": target, "bias": bias, "prediction": prediction}
     *codes, leading = _check("reconstruction_error", acts, indices, W_dec, offsets)
     error, squared = torch.ops.resae.reconstruction_error(
         *codes, **offsets, implementation=implementation or ""
@@ -269,13 +280,13 @@ def decode_rows(
     indices: Sequence[Tensor],
     W_dec: Sequence[Tensor],
     bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     *,
     implementation: str = "",
-    form: str = "",
+    algorithm: str = "",
 ) -> Tensor:
     """The sum over codes `[N, k]`, `[N, D]`: the op itself, past the dispatcher."""
-    return _reconstruct(acts, indices, W_dec, bias, base, None, implementation, form)[0]
+    return _reconstruct(acts, indices, W_dec, bias, prediction, None, implementation, algorithm)[0]
 
 
 def _error(
@@ -284,11 +295,13 @@ def _error(
     W_dec: list[Tensor],
     target: Tensor,
     bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     *,
     implementation: str = "",
 ) -> tuple[Tensor, Tensor]:
-    error, squared = _reconstruct(acts, indices, W_dec, bias, base, target, implementation, "")
+    error, squared = _reconstruct(
+        acts, indices, W_dec, bias, prediction, target, implementation, ""
+    )
     assert squared is not None
     return error, squared
 
@@ -298,26 +311,26 @@ def _reconstruct(
     indices: Sequence[Tensor],
     W_dec: Sequence[Tensor],
     bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     target: Tensor | None,
     implementation: str,
-    form: str,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor | None]:
     """The sum; or what it is off a target, and the squares of that summed over D."""
     chosen = implementation_for("sparse_decode", W_dec[0], implementation or None)
     dtype = W_dec[0].dtype
     if chosen == "triton" and not any(
-        dense.is_dense(form, i, W.shape[0], dtype) for i, W in zip(indices, W_dec, strict=True)
+        dense.is_dense(algorithm, i, W.shape[0], dtype) for i, W in zip(indices, W_dec, strict=True)
     ):
-        return triton_decode.launch_decode(acts, indices, W_dec, bias, base, None, target)
-    wide = accumulation_dtype(dtype)
+        return triton_decode.launch_decode(acts, indices, W_dec, bias, prediction, None, target)
+    acc_dtype = accumulation_dtype(dtype)
     codes = list(zip(acts, indices, W_dec, strict=True))
-    is_dense = [dense.is_dense(form, i, W.shape[0], dtype) for _, i, W in codes]
+    is_dense = [dense.is_dense(algorithm, i, W.shape[0], dtype) for _, i, W in codes]
     compiled = chosen == "torch" and target is None and not any(is_dense)
-    if compiled and native.takes(*acts, *W_dec, bias, base):
-        return native.decode(acts, indices, W_dec, bias, base), None
+    if compiled and native.takes(*acts, *W_dec, bias, prediction):
+        return native.decode(acts, indices, W_dec, bias, prediction), None
     gathered: list[tuple[Tensor, Tensor, Tensor]] = []
-    total = base
+    total = prediction
     for code, scattered in zip(codes, is_dense, strict=True):
         if scattered:
             total = dense.dense_sum(*code, total, chosen)
@@ -330,9 +343,9 @@ def _reconstruct(
         return sums.gather_sum(*gathered[0], dtype), None  # a single sum is rounded once by itself
     # Several terms are added up in the accumulation dtype.
     if gathered:
-        rest, total = total, sums.gather_sum(*gathered[0], wide)
+        rest, total = total, sums.gather_sum(*gathered[0], acc_dtype)
         for code in gathered[1:]:
-            total += sums.gather_sum(*code, wide)
+            total += sums.gather_sum(*code, acc_dtype)
         total = total if rest is None else total.add_(rest)
     assert total is not None
     if bias is not None:
@@ -343,13 +356,13 @@ def _reconstruct(
     return total.to(dtype), total.square().sum(-1)
 
 
-def _decode_fake(acts, indices, W_dec, bias, base, *, implementation="", form=""):  # noqa: ARG001
+def _decode_fake(acts, indices, W_dec, bias, prediction, *, implementation="", algorithm=""):  # noqa: ARG001
     return acts[0].new_empty(acts[0].shape[0], W_dec[0].shape[1])
 
 
-def _error_fake(acts, indices, W_dec, target, bias, base, *, implementation=""):  # noqa: ARG001
-    wide = accumulation_dtype(target.dtype)
-    return target.new_empty(target.shape), target.new_empty(target.shape[0], dtype=wide)
+def _error_fake(acts, indices, W_dec, target, bias, prediction, *, implementation=""):  # noqa: ARG001
+    acc_dtype = accumulation_dtype(target.dtype)
+    return target.new_empty(target.shape), target.new_empty(target.shape[0], dtype=acc_dtype)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -370,13 +383,13 @@ def _backward(ctx, grad):
     grad_acts, grad_W = code_gradients(
         acts, indices, W_dec, [grad] * n, _needed(ctx, n), **ctx.options
     )
-    _, _, _, need_bias, need_base = ctx.needs_input_grad
+    _, _, _, need_bias, need_prediction = ctx.needs_input_grad
     return (
         grad_acts,
         [None] * n,
         grad_W,
         grad.sum(0) if need_bias else None,
-        grad if need_base else None,
+        grad if need_prediction else None,
     )
 
 
@@ -402,14 +415,14 @@ def _error_backward(ctx, grad_error, grad_squared):
     grad_acts, grad_W = code_gradients(
         acts, indices, W_dec, [grad] * n, _needed(ctx, n), **ctx.options
     )
-    need_target, need_bias, need_base = ctx.needs_input_grad[3:]
+    need_target, need_bias, need_prediction = ctx.needs_input_grad[3:]
     return (
         grad_acts,
         [None] * n,
         grad_W,
         -grad if need_target else None,
         grad.sum(0) if need_bias else None,
-        grad if need_base else None,
+        grad if need_prediction else None,
     )
 
 
@@ -424,14 +437,15 @@ def _needed(ctx, n: int) -> list[tuple[bool, bool]]:
 
 
 register(
-    "sparse_decode(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor? bias, Tensor? base, "
-    "*, str implementation='', str form='') -> Tensor",
+    "sparse_decode(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor? bias, "
+    "Tensor? prediction, "
+    "*, str implementation='', str algorithm='') -> Tensor",
     decode_rows,
     _decode_fake,
 )
 register(
     "reconstruction_error(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor target, "
-    "Tensor? bias, Tensor? base, *, str implementation='') -> (Tensor error, Tensor squared)",
+    "Tensor? bias, Tensor? prediction, *, str implementation='') -> (Tensor error, Tensor squared)",
     _error,
     _error_fake,
 )

@@ -15,7 +15,7 @@ from resae_kernels.triton import decode as triton_decode
 from resae_kernels.types import accumulation_dtype
 
 DENSE_RATIO = {"cpu": (3, 3), "cuda": (24, 144)}
-"""M/k up to which the dense form is taken, by device type, for wide and for 16-bit dtypes.
+"""M/k up to which the dense algorithm is taken, by device type, for wide and for 16-bit dtypes.
 
 CUDA: NOT measured, from a cost model of one large GPU: rows gathered at 5.5 TB/s from its L2 cache
 take 144·k/M of the time of a bf16 product at 790 TFLOP/s, 24·k/M of an fp32 one at 67.
@@ -30,10 +30,10 @@ DENSE_TOKENS = 256
 same cost model; a CPU was measured from here on)."""
 
 
-def is_dense(form: str, indices: Tensor, M: int, dtype: torch.dtype) -> bool:
+def is_dense(algorithm: str, indices: Tensor, M: int, dtype: torch.dtype) -> bool:
     """As asked, or by the rule."""
-    if form:
-        return form == "dense"
+    if algorithm:
+        return algorithm == "dense"
     wide, narrow = DENSE_RATIO.get(indices.device.type, DENSE_RATIO["cuda"])
     N, k = indices.shape
     return N >= DENSE_TOKENS and (narrow if dtype.itemsize == 2 else wide) * k >= M
@@ -69,12 +69,12 @@ def _scattered(
 
 
 def dense_sum(
-    acts: Tensor, indices: Tensor, W: Tensor, base: Tensor | None, implementation: str
+    acts: Tensor, indices: Tensor, W: Tensor, prediction: Tensor | None, implementation: str
 ) -> Tensor:
-    """`[N, D]` in the accumulation dtype, base added: new memory."""
+    """`[N, D]` in the accumulation dtype, prediction added: new memory."""
     wide = accumulation_dtype(W.dtype)
     N, (M, D) = acts.shape[0], W.shape
-    total = W.new_zeros(N, D, dtype=wide) if base is None else base.to(wide, copy=True)
+    total = W.new_zeros(N, D, dtype=wide) if prediction is None else prediction.to(wide, copy=True)
     W = W.to(_factor_dtype(W, implementation))
     for chunk, code in _scattered(acts, indices, M, implementation):
         gemm(code, W, total[chunk])
@@ -88,7 +88,7 @@ def dense_outer(acts: Tensor, indices: Tensor, rows: Tensor, M: int, implementat
     return total.to(rows.dtype)
 
 
-def dense_sampled_product(grad: Tensor, indices: Tensor, W: Tensor, implementation: str) -> Tensor:
+def dense_sddmm(grad: Tensor, indices: Tensor, W: Tensor, implementation: str) -> Tensor:
     out = grad.new_empty(indices.shape)
     wide, dtype = accumulation_dtype(W.dtype), _factor_dtype(W, implementation)
     W_t = W.to(dtype).T

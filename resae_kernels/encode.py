@@ -1,11 +1,11 @@
-"""TopK encode: z[n] = the k largest of relu((x[n] − base[n] − pre_bias) weightᵀ + bias).
+"""TopK encode: z[n] = the k largest of relu((x[n] − prediction[n] − pre_bias) weightᵀ + bias).
 
 N tokens, D width, M latents, k active. 2·N·D·M FLOPs; the scores `[N, M]` exist for one chunk of
 rows at a time, so that they stay in cache between the product and the selection. Selection is
 exact: ties go to the lower index, whatever the chunking (`cpu/encode.py`, `triton/encode.py`).
 
 Backward is sparse. With g the gradient of the acts where they are positive, dx is a sparse decode
-of g through `weight`, and dweight sums g · residual per latent (`latent_outer`, over codes sorted
+of g through `weight`, and dweight sums g · residual per latent (`scatter_outer`, over codes sorted
 by latent: deterministic, no `[N, M]`). Gao et al. 2024 (arXiv 2406.04093), section 2.2.
 """
 
@@ -23,10 +23,10 @@ from resae_kernels.dispatch import (
     register,
     triton_signature,
 )
-from resae_kernels.gradients import encoder_gradients, latent_outer, latent_sum
+from resae_kernels.gradients import encoder_gradients, scatter_outer, scatter_sum
 from resae_kernels.precision import residual
 from resae_kernels.triton import encode as triton_encode
-from resae_kernels.types import TopK, accumulation_dtype
+from resae_kernels.types import SparseCode, accumulation_dtype
 
 
 def topk_encode(
@@ -36,12 +36,12 @@ def topk_encode(
     k: int,
     *,
     pre_bias: Tensor | None = None,  # [D]
-    base: Tensor | None = None,  # [..., D]
+    prediction: Tensor | None = None,  # [..., D]
     sorted: bool = True,
     workspace_bytes: int | None = None,
     check_nan: bool = False,
     implementation: str | None = None,
-) -> TopK:
+) -> SparseCode:
     """The k largest positive pre-activations of each token (formula: `reference.topk_encode`).
 
     Args:
@@ -50,7 +50,8 @@ def topk_encode(
         bias: `[M]` or None.
         k: active latents per token, 1 ≤ k ≤ M.
         pre_bias: `[D]`, subtracted from every token (an autoencoder's `b_dec`).
-        base: `[..., D]`, subtracted token by token (a prediction of x; the code is of the rest).
+        prediction: `[..., D]`, subtracted token by token (a prediction of x; the code is of the
+            rest).
         sorted: True orders a code by value, descending, then index; False by index, ascending.
         workspace_bytes: bound on the scores held at once (one row at least); default 32 MiB on
             CPU, 512 MiB on CUDA. Selection on a CPU may hold them a second time.
@@ -58,7 +59,7 @@ def topk_encode(
         implementation: "torch", "triton" or None, by device (CUDA: triton). Same contract.
 
     Returns:
-        `TopK(acts, indices)`: `[..., k]` in x's dtype, and int64. Slots beyond the positive
+        `SparseCode(acts, indices)`: `[..., k]` in x's dtype, and int64. Slots beyond the positive
         pre-activations hold act 0, index 0 and come last.
 
     Raises:
@@ -68,8 +69,8 @@ def topk_encode(
     Note:
         16-bit inputs: residual rounded to x's dtype, product in fp32, scores rounded to x's dtype
         and selected in it; ties go to the lower index. Gradients reach x, weight, bias, pre_bias
-        and base through the acts, where they are positive; indices have none. Under autocast the
-        inputs are cast as for `F.linear`.
+        and prediction through the acts, where they are positive; indices have none. Under autocast
+        the inputs are cast as for `F.linear`.
 
         "triton" beyond 16 tokens leaves the product to the GEMM of torch, unless `resae tune` found
         the package's own faster. That of torch works in x's dtype: fp32
@@ -79,15 +80,19 @@ def topk_encode(
         M ≤ 2¹⁹ and next_power_of_2(k) · M ≤ 2²⁶; other scores are selected as in "torch".
     """
     if workspace_bytes is None and implementation is None and not check_nan:
-        code = _encode_at_once(x, weight, bias, k, pre_bias, base, sorted)
+        code = _encode_at_once(x, weight, bias, k, pre_bias, prediction, sorted)
         if code is not None:
             return code
     if workspace_bytes is None and not check_nan:
-        signature = triton_signature(implementation, x, weight, bias, pre_bias, base)
+        signature = triton_signature(implementation, x, weight, bias, pre_bias, prediction)
         if signature is not None:
-            return _encode_past_dispatcher(x, weight, bias, k, pre_bias, base, sorted, signature)
-    x, weight, bias, pre_bias, base = checks.under_autocast(x, weight, bias, pre_bias, base)  # type: ignore[assignment]
-    check_arguments(x, weight, bias, k, pre_bias, base, workspace_bytes)
+            return _encode_past_dispatcher(
+                x, weight, bias, k, pre_bias, prediction, sorted, signature
+            )
+    x, weight, bias, pre_bias, prediction = checks.under_autocast(
+        x, weight, bias, pre_bias, prediction
+    )  # type: ignore[assignment]
+    check_arguments(x, weight, bias, k, pre_bias, prediction, workspace_bytes)
     D = weight.shape[1]
     if workspace_bytes is None:
         workspace_bytes = memory.workspace_bytes(x)
@@ -97,7 +102,7 @@ def topk_encode(
         bias,
         k,
         pre_bias,
-        None if base is None else base.reshape(-1, D),
+        None if prediction is None else prediction.reshape(-1, D),
         sorted,
         workspace_bytes,
         implementation_for("topk_encode", x, implementation),
@@ -106,10 +111,10 @@ def topk_encode(
         token = int(acts.isnan().any(-1).nonzero()[0])
         raise ValueError(
             f"topk_encode: NaN in the pre-activations of token {token} (of {acts.shape[0]}); "
-            f"look for NaN or inf in x, weight, bias, pre_bias and base"
+            f"look for NaN or inf in x, weight, bias, pre_bias and prediction"
         )
     code_shape = (*x.shape[:-1], k)
-    return TopK(acts.reshape(code_shape), indices.reshape(code_shape))
+    return SparseCode(acts.reshape(code_shape), indices.reshape(code_shape))
 
 
 _PASSED: set = set()
@@ -121,23 +126,23 @@ def _encode_past_dispatcher(
     bias: Tensor | None,
     k: int,
     pre_bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     sorted: bool,
     signature: tuple,
-) -> TopK:
+) -> SparseCode:
     """The code of an eager call by Triton, its arguments checked once per signature."""
-    arguments = x, weight, bias, k, pre_bias, base
+    arguments = x, weight, bias, k, pre_bias, prediction
     check_once(_PASSED, (signature, k), lambda: check_arguments(*arguments, None))
     implementation_for("topk_encode", x, "triton")
     leading, D = x.shape[:-1], weight.shape[1]
     if len(leading) != 1:
         x = x.reshape(-1, D)
-        base = None if base is None else base.reshape(-1, D)
+        prediction = None if prediction is None else prediction.reshape(-1, D)
     held = memory.workspace_bytes(x)
-    acts, indices = encode_rows(x, weight, bias, k, pre_bias, base, sorted, held, "triton")
+    acts, indices = encode_rows(x, weight, bias, k, pre_bias, prediction, sorted, held, "triton")
     if len(leading) != 1:
         acts, indices = acts.view(*leading, k), indices.view(*leading, k)
-    return TopK(acts, indices)
+    return SparseCode(acts, indices)
 
 
 def fits(
@@ -146,7 +151,7 @@ def fits(
     bias: Tensor | None,
     k: int,
     pre_bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
 ) -> bool:
     """Would `check_arguments` let these shapes and this k pass? Says nothing of what does not."""
     if weight.ndim != 2 or x.ndim == 0:
@@ -157,7 +162,7 @@ def fits(
         and 1 <= k <= M
         and (bias is None or bias.shape == (M,))
         and (pre_bias is None or pre_bias.shape == (D,))
-        and (base is None or base.shape == shape)
+        and (prediction is None or prediction.shape == shape)
     )
 
 
@@ -167,13 +172,13 @@ def _encode_at_once(
     bias: Tensor | None,
     k: int,
     pre_bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     sorted: bool,
-) -> TopK | None:
+) -> SparseCode | None:
     """The code of few tokens by one call of the compiled library; None: not the way for these
     arguments, or one of them is wrong (`check_arguments` tells which)."""
-    if not native.direct(x, weight, bias, pre_bias, base) or not fits(
-        x, weight, bias, k, pre_bias, base
+    if not native.direct(x, weight, bias, pre_bias, prediction) or not fits(
+        x, weight, bias, k, pre_bias, prediction
     ):
         return None
     leading, D = x.shape[:-1], x.shape[-1]
@@ -181,10 +186,12 @@ def _encode_at_once(
     if native.EXACT_ROWS[x.dtype] < N:
         return None
     if len(leading) == 1:
-        return TopK(*native.exact_encode(x, weight, bias, k, pre_bias, base, sorted))
-    base = None if base is None else base.reshape(N, D)
-    acts, indices = native.exact_encode(x.reshape(N, D), weight, bias, k, pre_bias, base, sorted)
-    return TopK(acts.view(*leading, k), indices.view(*leading, k))
+        return SparseCode(*native.exact_encode(x, weight, bias, k, pre_bias, prediction, sorted))
+    prediction = None if prediction is None else prediction.reshape(N, D)
+    acts, indices = native.exact_encode(
+        x.reshape(N, D), weight, bias, k, pre_bias, prediction, sorted
+    )
+    return SparseCode(acts.view(*leading, k), indices.view(*leading, k))
 
 
 def check_arguments(
@@ -193,7 +200,7 @@ def check_arguments(
     bias: Tensor | None,
     k: int,
     pre_bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     workspace_bytes: int | None,
 ) -> None:
     op = "topk_encode"
@@ -210,7 +217,7 @@ def check_arguments(
     for name, tensor, shape, why in (
         ("bias", bias, (M,), "one entry per latent"),
         ("pre_bias", pre_bias, (D,), "one entry per dimension"),
-        ("base", base, tuple(x.shape), "the shape of x"),
+        ("prediction", prediction, tuple(x.shape), "the shape of x"),
     ):
         if tensor is not None:
             checks.check_shape(op, name, tensor, shape, why)
@@ -234,7 +241,7 @@ def encode_rows(
     bias: Tensor | None,
     k: int,
     pre_bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     sorted: bool,
     workspace_bytes: int,
     implementation: str,
@@ -242,23 +249,23 @@ def encode_rows(
     """Acts and indices `[N, k]` of `x [N, D]`: the op itself, past the dispatcher."""
     if implementation == "triton":
         return triton_encode.launch_encode(
-            x, weight, bias, k, pre_bias, base, sorted, workspace_bytes, select
+            x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes, select
         )
-    return encode_in_chunks(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes)
+    return encode_in_chunks(x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes)
 
 
-def _encode_fake(x, weight, bias, k, pre_bias, base, sorted, workspace_bytes, implementation):  # noqa: ARG001
+def _encode_fake(x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes, implementation):  # noqa: ARG001
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 def setup_context(ctx, inputs, output) -> None:
     """Keep what `backward` needs, which does not depend on how the code was found."""
-    x, weight, bias, _, pre_bias, base, _, _, ctx.implementation = inputs
+    x, weight, bias, _, pre_bias, prediction, _, _, ctx.implementation = inputs
     acts, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.set_materialize_grads(False)
-    # acts gate the gradient; x, pre_bias and base rebuild the residual that dweight needs.
-    ctx.save_for_backward(x, weight, pre_bias, base, acts, indices)
+    # acts gate the gradient; x, pre_bias and prediction rebuild the residual that dweight needs.
+    ctx.save_for_backward(x, weight, pre_bias, prediction, acts, indices)
     ctx.has_bias = bias is not None
 
 
@@ -284,30 +291,32 @@ def backward(ctx, grad_acts, grad_indices):
     del grad_indices  # integers carry no gradient
     if grad_acts is None:
         return (None,) * 9
-    x, weight, pre_bias, base, acts, indices = ctx.saved_tensors
-    need_x, need_weight, need_bias, _, need_pre_bias, need_base, _, _, _ = ctx.needs_input_grad
+    x, weight, pre_bias, prediction, acts, indices = ctx.saved_tensors
+    need_x, need_weight, need_bias, _, need_pre_bias, need_prediction, _, _, _ = (
+        ctx.needs_input_grad
+    )
     grad = torch.where(acts > 0, grad_acts, 0.0)
-    grad_x = grad_weight = grad_bias = grad_pre_bias = grad_base = None
-    if need_x or need_base:
+    grad_x = grad_weight = grad_bias = grad_pre_bias = grad_prediction = None
+    if need_x or need_prediction:
         grad_x = torch.ops.resae.sparse_decode(
             [grad], [indices], [weight], None, None, implementation=ctx.implementation
         )
-        grad_base = -grad_x if need_base else None
+        grad_prediction = -grad_x if need_prediction else None
     M = weight.shape[0]
     need_bias = need_bias and ctx.has_bias
     total = None
     if need_weight:
         if ctx.implementation == "triton":
-            rest = torch.ops.resae.residual(x, pre_bias, base)
+            rest = torch.ops.resae.residual(x, pre_bias, prediction)
         else:
-            rest = residual(x, pre_bias, base)
+            rest = residual(x, pre_bias, prediction)
         if need_bias or need_pre_bias:
             grad_weight, total = encoder_gradients(grad, indices, rest, M, ctx.implementation)
         else:
-            grad_weight = latent_outer(grad, indices, rest, M, ctx.implementation)
+            grad_weight = scatter_outer(grad, indices, rest, M, ctx.implementation)
     elif need_bias or need_pre_bias:
-        wide = accumulation_dtype(weight.dtype)
-        total = latent_sum(grad.to(wide), indices, M, ctx.implementation)
+        acc_dtype = accumulation_dtype(weight.dtype)
+        total = scatter_sum(grad.to(acc_dtype), indices, M, ctx.implementation)
     if total is not None:
         grad_bias = total.to(weight.dtype) if need_bias else None
         # One product with the sum over all tokens, where a decode would gather rows for each.
@@ -318,25 +327,27 @@ def backward(ctx, grad_acts, grad_indices):
         grad_bias,
         None,
         grad_pre_bias,
-        grad_base,
+        grad_prediction,
         None,
         None,
         None,
     )
 
 
-def _residual_rows(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
+def _residual_rows(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None) -> Tensor:
     """`precision.residual` of `[N, D]` in one launch, for the dtypes that its kernel takes."""
     if x.dtype not in triton_encode.KEYS or x.numel() == 0:
-        return residual(x, pre_bias, base)
+        return residual(x, pre_bias, prediction)
     x = x if x.stride(1) == 1 else x.contiguous()
-    base = base if base is None or base.stride(1) == 1 else base.contiguous()
+    prediction = (
+        prediction if prediction is None or prediction.stride(1) == 1 else prediction.contiguous()
+    )
     pre_bias = None if pre_bias is None else pre_bias.contiguous()
     with torch.cuda.device_of(x):
-        return triton_encode.launch_residual(x, pre_bias, base)
+        return triton_encode.launch_residual(x, pre_bias, prediction)
 
 
-def _residual_fake(x, pre_bias, base):  # noqa: ARG001
+def _residual_fake(x, pre_bias, prediction):  # noqa: ARG001
     return x.new_empty(x.shape)
 
 
@@ -349,12 +360,12 @@ def _residual_backward(ctx, grad):
     """For gradients of gradients."""
     if grad is None:
         return None, None, None
-    _, need_pre_bias, need_base = ctx.needs_input_grad
-    return grad, -grad.sum(0) if need_pre_bias else None, -grad if need_base else None
+    _, need_pre_bias, need_prediction = ctx.needs_input_grad
+    return grad, -grad.sum(0) if need_pre_bias else None, -grad if need_prediction else None
 
 
 register(
-    "residual(Tensor x, Tensor? pre_bias, Tensor? base) -> Tensor",
+    "residual(Tensor x, Tensor? pre_bias, Tensor? prediction) -> Tensor",
     _residual_rows,
     _residual_fake,
 )
@@ -362,7 +373,8 @@ torch.library.register_autograd(
     "resae::residual", _residual_backward, setup_context=_residual_setup, lib=LIBRARY
 )
 register(
-    "topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? base, "
+    "topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, "
+    "Tensor? prediction, "
     "bool sorted, int workspace_bytes, str implementation) -> (Tensor acts, Tensor indices)",
     encode_rows,
     _encode_fake,

@@ -1,7 +1,7 @@
 """Sums that gradients consist of, each an op with a gradient of its own.
 
-`latent_outer` sums a dictionary's gradient latent by latent over the codes sorted by latent, so
-that each row is one ordered sum: deterministic, no atomics, no `[N, M]`. `sampled_product` is the
+`scatter_outer` sums a dictionary's gradient latent by latent over the codes sorted by latent, so
+that each row is one ordered sum: deterministic, no atomics, no `[N, M]`. `sddmm` is the
 gradient of the acts: ⟨grad[n], W[indices[n,j]]⟩ (SDDMM). Gao et al. 2024 (arXiv 2406.04093),
 appendix on sparse kernels.
 """
@@ -16,49 +16,47 @@ from resae_kernels.triton import decode as triton_decode
 from resae_kernels.types import accumulation_dtype
 
 
-def code_gradients(acts, indices, W_dec, grads, needed, *, implementation="", form=""):
+def code_gradients(acts, indices, W_dec, grads, needed, *, implementation="", algorithm=""):
     """Gradients of each code's acts and of its dictionary, given the gradient of its decode."""
-    options = {"implementation": implementation, "form": form}
+    options = {"implementation": implementation, "algorithm": algorithm}
     grad_acts: list[Tensor | None] = []
     grad_W: list[Tensor | None] = []
     for a, i, W, grad, (need_acts, need_W) in zip(acts, indices, W_dec, grads, needed, strict=True):
-        grad_acts.append(
-            torch.ops.resae.sampled_product(grad, i, W, **options) if need_acts else None
-        )
-        grad_W.append(latent_outer(a, i, grad, W.shape[0], **options) if need_W else None)
+        grad_acts.append(torch.ops.resae.sddmm(grad, i, W, **options) if need_acts else None)
+        grad_W.append(scatter_outer(a, i, grad, W.shape[0], **options) if need_W else None)
     return grad_acts, grad_W
 
 
-def latent_outer(
+def scatter_outer(
     acts: Tensor,
     indices: Tensor,
     rows: Tensor,
     M: int,
     implementation: str = "",
-    form: str = "",
+    algorithm: str = "",
 ) -> Tensor:
     """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j] · rows[n]`, `[M, D]`: the gradient of a
     dictionary (rows = gradient of the decode) or of an encoder (rows = residual)."""
-    return torch.ops.resae.latent_outer(
-        acts, indices, rows, M, implementation=implementation, form=form
+    return torch.ops.resae.scatter_outer(
+        acts, indices, rows, M, implementation=implementation, algorithm=algorithm
     )
 
 
-def _latent_outer(
+def _scatter_outer(
     acts: Tensor,
     indices: Tensor,
     rows: Tensor,
     M: int,
     *,
     implementation: str = "",
-    form: str = "",
+    algorithm: str = "",
 ) -> Tensor:
-    chosen = implementation_for("latent_outer", rows, implementation or None)
-    if dense.is_dense(form, indices, M, rows.dtype):
+    chosen = implementation_for("scatter_outer", rows, implementation or None)
+    if dense.is_dense(algorithm, indices, M, rows.dtype):
         return dense.dense_outer(acts, indices, rows, M, chosen)
     if chosen == "torch" and native.takes(acts, rows):
-        return native.latent_outer(acts, indices, rows, M)
-    summed = triton_decode.launch_latent_outer if chosen == "triton" else sums.latent_outer
+        return native.scatter_outer(acts, indices, rows, M)
+    summed = triton_decode.launch_scatter_outer if chosen == "triton" else sums.scatter_outer
     return summed(*_sorted_by_latent(acts, indices, M), rows)
 
 
@@ -75,25 +73,25 @@ def _sorted_by_latent(acts: Tensor, indices: Tensor, M: int) -> tuple[Tensor, Te
     return acts[order], order.div(max(k, 1), rounding_mode="floor"), bounds
 
 
-def _latent_outer_fake(acts, indices, rows, M, *, implementation="", form=""):  # noqa: ARG001
+def _scatter_outer_fake(acts, indices, rows, M, *, implementation="", algorithm=""):  # noqa: ARG001
     return rows.new_empty(M, rows.shape[1])
 
 
-def _latent_outer_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+def _scatter_outer_setup(ctx, inputs, keyword_only_inputs, output) -> None:
     del output
     acts, indices, rows, _ = inputs
     ctx.options = dict(keyword_only_inputs)
     ctx.save_for_backward(acts, indices, rows)
 
 
-def _latent_outer_backward(ctx, grad):
+def _scatter_outer_backward(ctx, grad):
     """For gradients of gradients. The transposed dense code times rows is linear in both."""
     acts, indices, rows = ctx.saved_tensors
     need_acts, _, need_rows, _ = ctx.needs_input_grad
     grad = grad.contiguous()
     grad_acts = grad_rows = None
     if need_acts:
-        grad_acts = torch.ops.resae.sampled_product(rows, indices, grad, **ctx.options)
+        grad_acts = torch.ops.resae.sddmm(rows, indices, grad, **ctx.options)
     if need_rows:
         grad_rows = torch.ops.resae.sparse_decode(
             [acts], [indices], [grad], None, None, **ctx.options
@@ -101,19 +99,19 @@ def _latent_outer_backward(ctx, grad):
     return grad_acts, None, grad_rows, None
 
 
-def latent_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") -> Tensor:
+def scatter_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") -> Tensor:
     """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`: the gradient of an encoder bias."""
     if acts.device.type == "cpu" and implementation != "triton":
-        return sums.latent_sum(acts, indices, M)  # no need to sort the codes
+        return sums.scatter_sum(acts, indices, M)  # no need to sort the codes
     ones = acts.new_ones(acts.shape[0], 1)
     # One column: never worth a scattered code.
-    return latent_outer(acts, indices, ones, M, implementation, form="gather").squeeze(1)
+    return scatter_outer(acts, indices, ones, M, implementation, algorithm="gather").squeeze(1)
 
 
 def encoder_gradients(
     acts: Tensor, indices: Tensor, rows: Tensor, M: int, implementation: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """`latent_outer` and `latent_sum` of one code, the latter in the accumulation dtype: the
+    """`scatter_outer` and `scatter_sum` of one code, the latter in the accumulation dtype: the
     gradients of an encoder and of its bias. In Triton one sort and the same launches for both."""
     return torch.ops.resae.encoder_gradients(acts, indices, rows, M, implementation=implementation)
 
@@ -122,13 +120,13 @@ def _encoder_gradients(
     acts: Tensor, indices: Tensor, rows: Tensor, M: int, *, implementation: str = ""
 ) -> tuple[Tensor, Tensor]:
     chosen = implementation_for("encoder_gradients", rows, implementation or None)
-    wide = accumulation_dtype(acts.dtype)
+    acc_dtype = accumulation_dtype(acts.dtype)
     if chosen == "torch" or rows.shape[1] == 0 or dense.is_dense("", indices, M, rows.dtype):
-        outer = _latent_outer(acts, indices, rows, M, implementation=chosen)
-        return outer, latent_sum(acts.to(wide), indices, M, chosen)
-    total = acts.new_empty(M, dtype=wide)
+        outer = _scatter_outer(acts, indices, rows, M, implementation=chosen)
+        return outer, scatter_sum(acts.to(acc_dtype), indices, M, chosen)
+    total = acts.new_empty(M, dtype=acc_dtype)
     entries = _sorted_by_latent(acts, indices, M)
-    return triton_decode.launch_latent_outer(*entries, rows, total), total
+    return triton_decode.launch_scatter_outer(*entries, rows, total), total
 
 
 def _encoder_gradients_fake(acts, indices, rows, M, *, implementation=""):  # noqa: ARG001
@@ -136,7 +134,7 @@ def _encoder_gradients_fake(acts, indices, rows, M, *, implementation=""):  # no
 
 
 def _encoder_gradients_setup(ctx, inputs, keyword_only_inputs, output) -> None:
-    _latent_outer_setup(ctx, inputs, keyword_only_inputs, output)
+    _scatter_outer_setup(ctx, inputs, keyword_only_inputs, output)
     ctx.set_materialize_grads(False)
 
 
@@ -145,34 +143,34 @@ def _encoder_gradients_backward(ctx, grad_outer, grad_total):
     acts, indices, _ = ctx.saved_tensors
     grad_acts = grad_rows = None
     if grad_outer is not None:
-        grad_acts, _, grad_rows, _ = _latent_outer_backward(ctx, grad_outer)
+        grad_acts, _, grad_rows, _ = _scatter_outer_backward(ctx, grad_outer)
     if grad_total is not None and ctx.needs_input_grad[0]:
         named = grad_total[indices].to(acts.dtype)
         grad_acts = named if grad_acts is None else grad_acts + named
     return grad_acts, None, grad_rows, None
 
 
-def _sampled_product(
-    grad: Tensor, indices: Tensor, W: Tensor, *, implementation: str = "", form: str = ""
+def _sddmm(
+    grad: Tensor, indices: Tensor, W: Tensor, *, implementation: str = "", algorithm: str = ""
 ) -> Tensor:
-    chosen = implementation_for("sampled_product", W, implementation or None)
-    if dense.is_dense(form, indices, W.shape[0], W.dtype):
-        return dense.dense_sampled_product(grad, indices, W, chosen)
-    sampled = triton_decode.launch_sampled_product if chosen == "triton" else sums.sampled_product
+    chosen = implementation_for("sddmm", W, implementation or None)
+    if dense.is_dense(algorithm, indices, W.shape[0], W.dtype):
+        return dense.dense_sddmm(grad, indices, W, chosen)
+    sampled = triton_decode.launch_sddmm if chosen == "triton" else sums.sddmm
     return sampled(grad, indices, W)
 
 
-def _sampled_product_fake(grad, indices, W, *, implementation="", form=""):  # noqa: ARG001
+def _sddmm_fake(grad, indices, W, *, implementation="", algorithm=""):  # noqa: ARG001
     return grad.new_empty(indices.shape)
 
 
-def _sampled_product_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+def _sddmm_setup(ctx, inputs, keyword_only_inputs, output) -> None:
     del output
     ctx.options = dict(keyword_only_inputs)
     ctx.save_for_backward(*inputs)
 
 
-def _sampled_product_backward(ctx, grad):
+def _sddmm_backward(ctx, grad):
     """For gradients of gradients. The product is linear in the rows on either side."""
     rows, indices, W = ctx.saved_tensors
     need_rows, _, need_W = ctx.needs_input_grad
@@ -181,15 +179,15 @@ def _sampled_product_backward(ctx, grad):
     if need_rows:
         grad_rows = torch.ops.resae.sparse_decode([grad], [indices], [W], None, None, **ctx.options)
     if need_W:
-        grad_W = latent_outer(grad, indices, rows, W.shape[0], **ctx.options)
+        grad_W = scatter_outer(grad, indices, rows, W.shape[0], **ctx.options)
     return grad_rows, None, grad_W
 
 
 register(
-    "latent_outer(Tensor acts, Tensor indices, Tensor rows, SymInt M, *, str implementation='', "
-    "str form='') -> Tensor",
-    _latent_outer,
-    _latent_outer_fake,
+    "scatter_outer(Tensor acts, Tensor indices, Tensor rows, SymInt M, *, str implementation='', "
+    "str algorithm='') -> Tensor",
+    _scatter_outer,
+    _scatter_outer_fake,
 )
 register(
     "encoder_gradients(Tensor acts, Tensor indices, Tensor rows, SymInt M, *, "
@@ -198,15 +196,15 @@ register(
     _encoder_gradients_fake,
 )
 register(
-    "sampled_product(Tensor grad, Tensor indices, Tensor W, *, str implementation='', "
-    "str form='') -> Tensor",
-    _sampled_product,
-    _sampled_product_fake,
+    "sddmm(Tensor grad, Tensor indices, Tensor W, *, str implementation='', "
+    "str algorithm='') -> Tensor",
+    _sddmm,
+    _sddmm_fake,
 )
 for _op, _its_backward, _its_setup in (
-    ("latent_outer", _latent_outer_backward, _latent_outer_setup),
+    ("scatter_outer", _scatter_outer_backward, _scatter_outer_setup),
     ("encoder_gradients", _encoder_gradients_backward, _encoder_gradients_setup),
-    ("sampled_product", _sampled_product_backward, _sampled_product_setup),
+    ("sddmm", _sddmm_backward, _sddmm_setup),
 ):
     torch.library.register_autograd(
         f"resae::{_op}", _its_backward, setup_context=_its_setup, lib=LIBRARY

@@ -6,10 +6,10 @@ from torch import Tensor
 from resae_kernels.types import accumulation_dtype
 
 
-def residual(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
-    """`x − base − pre_bias`, formed in the accumulation dtype and rounded once to x's."""
+def residual(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None) -> Tensor:
+    """`x − prediction − pre_bias`, formed in the accumulation dtype and rounded once to x's."""
     rest = x.to(accumulation_dtype(x.dtype))
-    for offset in (base, pre_bias):
+    for offset in (prediction, pre_bias):
         if offset is not None:
             rest = rest - offset
     return rest.to(x.dtype)
@@ -18,11 +18,13 @@ def residual(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
 def gemm(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
     """`a @ b`, or `total += a @ b`, in the accumulation dtype, also under autocast: that leaves
     products into given memory alone."""
-    wide = accumulation_dtype(a.dtype)
-    if a.dtype != wide and a.is_cuda:  # 16-bit factors, sums in fp32: what tensor cores compute
-        summed = torch.mm(a, b, out_dtype=wide)
+    acc_dtype = accumulation_dtype(a.dtype)
+    if (
+        a.dtype != acc_dtype and a.is_cuda
+    ):  # 16-bit factors, sums in fp32: what tensor cores compute
+        summed = torch.mm(a, b, out_dtype=acc_dtype)
         return summed if total is None else total.add_(summed)
     if total is None:
-        total = a.new_empty(a.shape[0], b.shape[1], dtype=wide)
-        return torch.mm(a.to(wide), b.to(wide), out=total)
-    return total.addmm_(a.to(wide), b.to(wide))
+        total = a.new_empty(a.shape[0], b.shape[1], dtype=acc_dtype)
+        return torch.mm(a.to(acc_dtype), b.to(acc_dtype), out=total)
+    return total.addmm_(a.to(acc_dtype), b.to(acc_dtype))

@@ -1,8 +1,8 @@
 """The specification: every op in plain PyTorch, any floating dtype, any device, autograd by
 PyTorch.
 
-    code            z = TopK_k(relu((x − base − pre_bias) weightᵀ + bias))
-    decode          y = Σ_j acts_j · W_dec[indices_j] + bias + base
+    code            z = TopK_k(relu((x − prediction − pre_bias) weightᵀ + bias))
+    decode          y = Σ_j acts_j · W_dec[indices_j] + bias + prediction
     its error       e = y − target, and Σ_d e_d² of each token
     chain           x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l
     online step     encode and decode against what the layers before it predict, with b_dec in both
@@ -24,7 +24,7 @@ from torch import Tensor
 from resae_kernels.types import (
     OnlineStep,
     ReconstructionError,
-    TopK,
+    SparseCode,
     Transported,
     accumulation_dtype,
 )
@@ -37,29 +37,30 @@ def topk_encode(
     k: int,
     *,
     pre_bias: Tensor | None = None,  # [D]
-    base: Tensor | None = None,  # [..., D]
+    prediction: Tensor | None = None,  # [..., D]
     sorted: bool = True,
-) -> TopK:
-    """The k largest of `relu((x − base − pre_bias) @ weight.T + bias)`, ties to the lower index.
+) -> SparseCode:
+    """The k largest of `relu((x − prediction − pre_bias) @ weight.T + bias)`, ties to the lower
+    index.
 
     The residual is rounded to x's dtype before the product, the scores once after bias and relu.
     NaN scores sort first. Slots beyond the positive scores hold act 0, index 0, and come last.
     """
-    wide = accumulation_dtype(x.dtype)
-    residual = x.to(wide)
-    for offset in (base, pre_bias):
+    acc_dtype = accumulation_dtype(x.dtype)
+    residual = x.to(acc_dtype)
+    for offset in (prediction, pre_bias):
         if offset is not None:
-            residual = residual - offset.to(wide)
-    scores = residual.to(x.dtype).to(wide) @ weight.to(wide).T
+            residual = residual - offset.to(acc_dtype)
+    scores = residual.to(x.dtype).to(acc_dtype) @ weight.to(acc_dtype).T
     if bias is not None:
-        scores = scores + bias.to(wide)
+        scores = scores + bias.to(acc_dtype)
     ranked, order = scores.relu().to(x.dtype).sort(dim=-1, descending=True, stable=True)
     acts, indices = ranked[..., :k], order[..., :k]
     empty = acts == 0
     if not sorted:
         by_index = indices.masked_fill(empty, weight.shape[0]).argsort(dim=-1, stable=True)
         acts, indices, empty = (t.gather(-1, by_index) for t in (acts, indices, empty))
-    return TopK(acts, indices.masked_fill(empty, 0))
+    return SparseCode(acts, indices.masked_fill(empty, 0))
 
 
 def sparse_decode(
@@ -68,19 +69,19 @@ def sparse_decode(
     W_dec: Tensor | Sequence[Tensor],  # [M, D]
     *,
     bias: Tensor | None = None,  # [D]
-    base: Tensor | None = None,  # [..., D]
+    prediction: Tensor | None = None,  # [..., D]
 ) -> Tensor:
-    """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ base)`, summed over dictionaries given as
+    """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ prediction)`, summed over dictionaries given as
     lists."""
     if isinstance(acts, Tensor):
         acts, indices, W_dec = [acts], [indices], [W_dec]  # type: ignore[list-item]
-    wide = accumulation_dtype(acts[0].dtype)
+    acc_dtype = accumulation_dtype(acts[0].dtype)
     total: Tensor | float = 0.0
     for a, i, W in zip(acts, indices, W_dec, strict=True):
-        total = total + (a.to(wide).unsqueeze(-1) * W.to(wide)[i]).sum(-2)
-    for offset in (bias, base):
+        total = total + (a.to(acc_dtype).unsqueeze(-1) * W.to(acc_dtype)[i]).sum(-2)
+    for offset in (bias, prediction):
         if offset is not None:
-            total = total + offset.to(wide)
+            total = total + offset.to(acc_dtype)
     return total.to(acts[0].dtype)  # type: ignore[union-attr]
 
 
@@ -91,13 +92,15 @@ def reconstruction_error(
     target: Tensor,  # [..., D]
     *,
     bias: Tensor | None = None,  # [D]
-    base: Tensor | None = None,  # [..., D]
+    prediction: Tensor | None = None,  # [..., D]
 ) -> ReconstructionError:
     """`sparse_decode(…) − target`, rounded once, and its squares, summed before it is rounded."""
     lists = [[t] if isinstance(t, Tensor) else list(t) for t in (acts, indices, W_dec)]
-    wide = accumulation_dtype(target.dtype)
-    acts, indices, W_dec = [a.to(wide) for a in lists[0]], lists[1], lists[2]
-    error = sparse_decode(acts, indices, W_dec, bias=bias, base=base) - target.to(wide)
+    acc_dtype = accumulation_dtype(target.dtype)
+    acts, indices, W_dec = [a.to(acc_dtype) for a in lists[0]], lists[1], lists[2]
+    error = sparse_decode(acts, indices, W_dec, bias=bias, prediction=prediction) - target.to(
+        acc_dtype
+    )
     return ReconstructionError(error.to(target.dtype), error.square().sum(-1))
 
 
@@ -108,13 +111,13 @@ def affine_predict(sources: Sequence[Tensor], A: Tensor, c: Tensor) -> Tensor:
     s = l the predictor from all previous layers.
     """
     D = A.shape[1]
-    wide = accumulation_dtype(A.dtype)
+    acc_dtype = accumulation_dtype(A.dtype)
     recent = torch.cat(list(sources[len(sources) - A.shape[0] // D :]), dim=-1)
-    return recent.to(wide) @ A.to(wide) + c.to(wide)
+    return recent.to(acc_dtype) @ A.to(acc_dtype) + c.to(acc_dtype)
 
 
 def affine_chain(
-    codes: Sequence[TopK],  # L × [..., k_l]
+    codes: Sequence[SparseCode],  # L × [..., k_l]
     W_dec: Sequence[Tensor],  # L × [M_l, D]
     A: Sequence[Tensor],  # (L-1) × [s_l·D, D], A[l-1] predicts layer l
     c: Sequence[Tensor],  # (L-1) × [D]
@@ -139,8 +142,10 @@ def affine_chain(
         ]
     x_hats: list[Tensor] = []
     for layer, (acts, indices) in enumerate(codes):
-        wide = accumulation_dtype(acts.dtype)
-        x_hat = sparse_decode(acts.to(wide), indices, W_dec[layer].to(wide), bias=b_dec[layer])
+        acc_dtype = accumulation_dtype(acts.dtype)
+        x_hat = sparse_decode(
+            acts.to(acc_dtype), indices, W_dec[layer].to(acc_dtype), bias=b_dec[layer]
+        )
         if layer > 0:
             x_hat = x_hat + affine_predict(x_hats, A[layer - 1], c[layer - 1])
         x_hats.append(x_hat.to(acts.dtype))
@@ -155,20 +160,20 @@ def transport(
     Folded in fp32 (fp64 for fp64 input) and rounded once to W_dec's dtype.
     """
     D, dtype = W_dec[0].shape[1], W_dec[0].dtype
-    wide = accumulation_dtype(dtype)
+    acc_dtype = accumulation_dtype(dtype)
     tables: list[list[Tensor]] = []
     constants: list[Tensor] = []
     for m in range(len(W_dec)):
-        constant = b_dec[m].to(wide)
-        carried = [torch.zeros_like(W_dec[j], dtype=wide) for j in range(m)]
+        constant = b_dec[m].to(acc_dtype)
+        earlier = [torch.zeros_like(W_dec[j], dtype=acc_dtype) for j in range(m)]
         if m > 0:
-            maps = A[m - 1].to(wide).split(D)
-            constant = constant + c[m - 1].to(wide)
+            maps = A[m - 1].to(acc_dtype).split(D)
+            constant = constant + c[m - 1].to(acc_dtype)
             for j, A_mj in zip(range(m - len(maps), m), maps, strict=True):
                 constant = constant + constants[j] @ A_mj
                 for source in range(j + 1):
-                    carried[source] = carried[source] + tables[j][source] @ A_mj
-        tables.append([*carried, W_dec[m].to(wide)])
+                    earlier[source] = earlier[source] + tables[j][source] @ A_mj
+        tables.append([*earlier, W_dec[m].to(acc_dtype)])
         constants.append(constant)
     return Transported(
         [[table.to(dtype) for table in row] for row in tables], [v.to(dtype) for v in constants]
@@ -186,20 +191,27 @@ def encode_chain(
     *,
     b_dec: Sequence[Tensor],
     loop: str = "open",
-) -> tuple[list[TopK], list[Tensor]]:
+) -> tuple[list[SparseCode], list[Tensor]]:
     """Codes and reconstructions of all layers.
 
     Open loop: the residual of layer l is taken against the prediction from the true activations,
     so that reconstruction errors pass on through the maps. Closed loop: against the prediction from
     the reconstructions so far, so that the error made so far is encoded again (as in DPCM).
     """
-    codes: list[TopK] = []
+    codes: list[SparseCode] = []
     x_hats: list[Tensor] = []
     for layer, x_l in enumerate(x):
         seen = x[:layer] if loop == "open" else x_hats
-        base = affine_predict(seen, A[layer - 1], c[layer - 1]) if layer > 0 else None
+        prediction = affine_predict(seen, A[layer - 1], c[layer - 1]) if layer > 0 else None
         codes.append(
-            topk_encode(x_l, weight[layer], bias[layer], k[layer], pre_bias=b_dec[layer], base=base)
+            topk_encode(
+                x_l,
+                weight[layer],
+                bias[layer],
+                k[layer],
+                pre_bias=b_dec[layer],
+                prediction=prediction,
+            )
         )
         x_hats = affine_chain(codes, W_dec, A, c, b_dec=b_dec)
     return codes, x_hats
@@ -213,20 +225,24 @@ def online_step(
     W_dec: Tensor,  # [M, D]
     *,
     b_dec: Tensor | None = None,  # [D]
-    base: Tensor | None = None,  # [..., D]
-    codes: Sequence[TopK] = (),  # m × [..., k_j]
+    prediction: Tensor | None = None,  # [..., D]
+    codes: Sequence[SparseCode] = (),  # m × [..., k_j]
     transported: Transported | None = None,
 ) -> OnlineStep:
-    """`z = TopK_k(relu((x − base − b_dec) weightᵀ + bias))` and `x̂ = base + b_dec + z W_dec`.
+    """`z = TopK_k(relu((x − prediction − b_dec) weightᵀ + bias))` and `x̂ = prediction + b_dec + z
+    W_dec`.
 
     With `transported` the step is that of layer m = len(codes), closed loop: the earlier codes
-    through their carried dictionaries plus `constants[m]` take the place of `base + b_dec`.
+    through their transported dictionaries plus `constants[m]` take the place of `prediction +
+    b_dec`.
     """
     if transported is not None:
         m = len(codes)
-        base = transported.constants[m].expand_as(x)
+        prediction = transported.constants[m].expand_as(x)
         if m > 0:
             acts, indices = [code.acts for code in codes], [code.indices for code in codes]
-            base = sparse_decode(acts, indices, transported.dictionaries[m][:m], bias=base)
-    code = topk_encode(x, weight, bias, k, pre_bias=b_dec, base=base, sorted=False)
-    return OnlineStep(sparse_decode(*code, W_dec, bias=b_dec, base=base), code)
+            prediction = sparse_decode(
+                acts, indices, transported.dictionaries[m][:m], bias=prediction
+            )
+    code = topk_encode(x, weight, bias, k, pre_bias=b_dec, prediction=prediction, sorted=False)
+    return OnlineStep(sparse_decode(*code, W_dec, bias=b_dec, prediction=prediction), code)

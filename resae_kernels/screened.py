@@ -35,7 +35,7 @@ from resae_kernels.cpu.private_torch import int8_linear_unavailable
 from resae_kernels.cpu.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
 from resae_kernels.cpu.screening_native import NativeCopy
 from resae_kernels.encode import backward, check_arguments, fits, setup_context, topk_encode
-from resae_kernels.types import TopK
+from resae_kernels.types import SparseCode
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ RULES: dict[str, dict[torch.dtype, Rule]] = {
 class Screening(NamedTuple):
     """A code, and how it was found."""
 
-    code: TopK
+    code: SparseCode
     rows_screened: int
     rows_exact: int
     """Rows whose whole product was computed."""
@@ -202,22 +202,24 @@ class ScreenedEncoder:
         k: int,
         *,
         pre_bias: Tensor | None = None,  # [D]
-        base: Tensor | None = None,  # [..., D]
+        prediction: Tensor | None = None,  # [..., D]
         sorted: bool = True,
-    ) -> TopK:
+    ) -> SparseCode:
         """The code of `topk_encode` with this weight and bias: arguments, returns and errors are
         the same, gradients too."""
-        code = self._encode_at_once(x, k, pre_bias, base, sorted)
+        code = self._encode_at_once(x, k, pre_bias, prediction, sorted)
         if code is not None:
             return code
-        return self.explain(x, k, pre_bias=pre_bias, base=base, sorted=sorted).code
+        return self.encode_with_info(
+            x, k, pre_bias=pre_bias, prediction=prediction, sorted=sorted
+        ).code
 
     def online_step(
         self,
         x: Tensor,
         k: int,
         b_dec: Tensor | None,
-        base: Tensor | None,
+        prediction: Tensor | None,
         W_dec: Tensor,
         affine: tuple[Tensor, Tensor, Tensor] | None = None,
         *,
@@ -228,12 +230,12 @@ class ScreenedEncoder:
         and current. None: encode and decode instead.
 
         Args:
-            affine: in place of base the source `[..., D]`, A `[D, D]` and c `[D]` of `source A +
-                c`: for few tokens, as A is read anew for each.
+            affine: in place of prediction the source `[..., D]`, A `[D, D]` and c `[D]` of `source
+                A + c`: for few tokens, as A is read anew for each.
             sorted: as of `encode`.
         """
         step = self.prepare_step(x, k, b_dec, W_dec, affine and affine[1:], sorted=sorted)
-        return None if step is None else step(x, affine[0] if affine else base)
+        return None if step is None else step(x, affine[0] if affine else prediction)
 
     def prepare_step(
         self,
@@ -260,28 +262,30 @@ class ScreenedEncoder:
         return PreparedStep(self, x, k, b_dec, W_dec, affine, sorted)
 
     def _encode_at_once(
-        self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
-    ) -> TopK | None:
+        self, x: Tensor, k: int, pre_bias: Tensor | None, prediction: Tensor | None, sorted: bool
+    ) -> SparseCode | None:
         """The code by one call of the compiled library, of arguments that have nothing to be said
-        about, with a copy that is there and current; None: `explain` says what is the matter, or
-        makes a copy."""
+        about, with a copy that is there and current; None: `encode_with_info` says what is the
+        matter, or makes a copy."""
         state = self._state
-        if not self._is_ready(state, x, k, pre_bias, base) or not x.numel():
+        if not self._is_ready(state, x, k, pre_bias, prediction) or not x.numel():
             return None
         leading, D = x.shape[:-1], x.shape[-1]
         flat = x if len(leading) == 1 else x.reshape(-1, D)
-        flat_base = base if base is None or len(leading) == 1 else base.reshape(-1, D)
+        flat_prediction = (
+            prediction if prediction is None or len(leading) == 1 else prediction.reshape(-1, D)
+        )
         try:
             acts, indices, left, _ = state.copy.encode(  # type: ignore[union-attr]
-                flat, k, pre_bias, flat_base, sorted
+                flat, k, pre_bias, flat_prediction, sorted
             )
         except StaleCopyError:
             return None
         if left is not None or self._versions() != state.versions:  # type: ignore[union-attr]
             return None
         if len(leading) == 1:
-            return TopK(acts, indices)
-        return TopK(acts.view(*leading, k), indices.view(*leading, k))
+            return SparseCode(acts, indices)
+        return SparseCode(acts.view(*leading, k), indices.view(*leading, k))
 
     def _is_ready(
         self,
@@ -289,7 +293,7 @@ class ScreenedEncoder:
         x: Tensor,
         k: int,
         pre_bias: Tensor | None,
-        base: Tensor | None,
+        prediction: Tensor | None,
         W_dec: Tensor | None = None,
     ) -> bool:
         """May the compiled copy of `state`, which sees itself whether the weight holds its samples,
@@ -300,20 +304,20 @@ class ScreenedEncoder:
             and type(state.copy) is NativeCopy
             and state.copy.is_live
             and self.margin == "statistical"  # which knows no number of rows that is too many
-            and native.direct(x, weight, bias, pre_bias, base, W_dec)
-            and fits(x, weight, bias, k, pre_bias, base)
+            and native.direct(x, weight, bias, pre_bias, prediction, W_dec)
+            and fits(x, weight, bias, k, pre_bias, prediction)
             and (W_dec is None or W_dec.shape == weight.shape)
             and LEAST_LATENTS * k <= weight.shape[0]
             and self._versions() == state.versions
         )
 
-    def explain(
+    def encode_with_info(
         self,
         x: Tensor,
         k: int,
         *,
         pre_bias: Tensor | None = None,
-        base: Tensor | None = None,
+        prediction: Tensor | None = None,
         sorted: bool = True,
     ) -> Screening:
         """`encode`, and which path its rows took, with the reason."""
@@ -326,25 +330,41 @@ class ScreenedEncoder:
         reason = self._exact_reason(x, N, k, trained)
         if reason is not None:
             code = topk_encode(
-                x, self.weight, self.bias, k, pre_bias=pre_bias, base=base, sorted=sorted
+                x,
+                self.weight,
+                self.bias,
+                k,
+                pre_bias=pre_bias,
+                prediction=prediction,
+                sorted=sorted,
             )
             return Screening(code, 0, N, 0, reason, None)
-        check_arguments(x, self.weight, self.bias, k, pre_bias, base, None)
+        check_arguments(x, self.weight, self.bias, k, pre_bias, prediction, None)
         flat = x if x.ndim == 2 else x.reshape(N, D)
-        flat_base = base if base is None or base.ndim == 2 else base.reshape(N, D)
+        flat_prediction = (
+            prediction if prediction is None or prediction.ndim == 2 else prediction.reshape(N, D)
+        )
         info = _Info()
-        if trained or _require_gradient(x, pre_bias, base):
+        if trained or _require_gradient(x, pre_bias, prediction):
             acts, indices = _WithGradient.apply(
-                flat, self.weight, self.bias, k, pre_bias, flat_base, sorted, (self, info), "torch"
+                flat,
+                self.weight,
+                self.bias,
+                k,
+                pre_bias,
+                flat_prediction,
+                sorted,
+                (self, info),
+                "torch",
             )
         else:
-            acts, indices = self._encode(flat, k, pre_bias, flat_base, sorted, info)
+            acts, indices = self._encode(flat, k, pre_bias, flat_prediction, sorted, info)
         if trained:
             self.forget()
         if x.ndim != 2:
             acts, indices = acts.view(*shape, k), indices.view(*shape, k)
         return Screening(
-            TopK(acts, indices),
+            SparseCode(acts, indices),
             N - info.rows_exact,
             info.rows_exact,
             info.candidates,
@@ -369,14 +389,14 @@ class ScreenedEncoder:
         x: Tensor,
         k: int,
         pre_bias: Tensor | None,
-        base: Tensor | None,
+        prediction: Tensor | None,
         sorted: bool,
         info: "_Info",
     ) -> tuple[Tensor, Tensor]:
         for state in self._states():
             try:
                 acts, indices, left, info.candidates = state.copy.encode(
-                    x, k, pre_bias, base, sorted
+                    x, k, pre_bias, prediction, sorted
                 )
             except StaleCopyError:
                 self._drop(state)
@@ -385,9 +405,15 @@ class ScreenedEncoder:
                 continue  # another thread has written to the weight meanwhile
             if left is not None:
                 info.rows_exact = len(left)
-                rest = None if base is None else base[left]
+                rest = None if prediction is None else prediction[left]
                 acts[left], indices[left] = topk_encode(
-                    x[left], self.weight, self.bias, k, pre_bias=pre_bias, base=rest, sorted=sorted
+                    x[left],
+                    self.weight,
+                    self.bias,
+                    k,
+                    pre_bias=pre_bias,
+                    prediction=rest,
+                    sorted=sorted,
                 )
             return acts, indices
         raise RuntimeError(
@@ -492,15 +518,17 @@ class PreparedStep:
         self._fixed = [(t, t.dtype, *layout_of(t)) for t in given if t is not None]
         self._layer = native.layer(W_dec, b_dec, affine, k, sorted)
 
-    def __call__(self, x: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    def __call__(
+        self, x: Tensor, prediction: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """x̂ like x, acts and indices; None: something is not what it was.
 
         Args:
-            base: the prediction of x, or, where the step has a map, what it is applied to.
+            prediction: the prediction of x, or, where the step has a map, what it is applied to.
         """
         if not private_torch.is_eager() or private_torch.is_profiled():
             return None
-        if not self._is_like(x) or not (base is None or self._is_like(base)):
+        if not self._is_like(x) or not (prediction is None or self._is_like(prediction)):
             return None
         for t, dtype, address, shape, stride in self._fixed:
             if (
@@ -510,18 +538,18 @@ class PreparedStep:
                 or t.stride() != stride
             ):
                 return None
-        if torch.is_grad_enabled() and self._requires_gradient(x, base):
+        if torch.is_grad_enabled() and self._requires_gradient(x, prediction):
             return None
         state = self._encoder._state
         if state is None or not self._is_current(state):
             return None
         struct, *kept = state.copy.held  # type: ignore[union-attr]
-        step = native.online_step(struct, self._layer, x, base, self._code)
+        step = native.online_step(struct, self._layer, x, prediction, self._code)
         del kept
         return step if self._is_current(state) else None
 
-    def _requires_gradient(self, x: Tensor, base: Tensor | None) -> bool:
-        return _require_gradient(x, base, *(t for t, *_ in self._fixed))
+    def _requires_gradient(self, x: Tensor, prediction: Tensor | None) -> bool:
+        return _require_gradient(x, prediction, *(t for t, *_ in self._fixed))
 
     def _is_current(self, state: _State) -> bool:
         """Is the copy of the weight and bias as they are? Their shapes and strides are known."""
@@ -572,9 +600,9 @@ class _WithGradient(torch.autograd.Function):
     """The gradient of a code does not depend on how it was found: it is that of `topk_encode`."""
 
     @staticmethod
-    def forward(x, weight, bias, k, pre_bias, base, sorted, screened, implementation):  # noqa: ARG004
+    def forward(x, weight, bias, k, pre_bias, prediction, sorted, screened, implementation):  # noqa: ARG004
         encoder, info = screened
-        return encoder._encode(x, k, pre_bias, base, sorted, info)
+        return encoder._encode(x, k, pre_bias, prediction, sorted, info)
 
     setup_context = staticmethod(setup_context)
     backward = staticmethod(backward)  # type: ignore[assignment]

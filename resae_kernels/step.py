@@ -24,7 +24,7 @@ from resae_kernels.screened import ScreenedEncoder, layout_of
 from resae_kernels.triton import step as triton_step
 from resae_kernels.triton.encode_few import FEW_TOKENS
 from resae_kernels.triton.step import StepWorkspace, workspace_layout
-from resae_kernels.types import OnlineStep, TopK, Transported
+from resae_kernels.types import OnlineStep, SparseCode, Transported
 
 
 def online_step(
@@ -35,8 +35,8 @@ def online_step(
     W_dec: Tensor,  # [M, D]
     *,
     b_dec: Tensor | None = None,  # [D]
-    base: Tensor | None = None,  # [..., D]
-    codes: Sequence[TopK | tuple[Tensor, Tensor]] = (),  # m × ([..., k_j], [..., k_j])
+    prediction: Tensor | None = None,  # [..., D]
+    codes: Sequence[SparseCode | tuple[Tensor, Tensor]] = (),  # m × ([..., k_j], [..., k_j])
     transported: Transported | None = None,
     encoder: ScreenedEncoder | None = None,
     out: StepWorkspace | None = None,
@@ -45,7 +45,7 @@ def online_step(
     """Code and reconstruction of one layer while the model runs (formula:
     `reference.online_step`).
 
-    What the layers before this one predict is given either as `base`, or by their codes: with
+    What the layers before this one predict is given either as `prediction`, or by their codes: with
     `transported` the step is that of layer m = len(codes), closed loop.
 
     Args:
@@ -54,7 +54,7 @@ def online_step(
         k: active latents per token, 1 ≤ k ≤ M.
         W_dec: `[M, D]`, the decoder.
         b_dec: `[D]`, subtracted before encoding and added to x̂. Not with `transported`.
-        base: `[..., D]`, the prediction, without b_dec. Not with `transported`.
+        prediction: `[..., D]`, the prediction, without b_dec. Not with `transported`.
         codes: of the m layers before, in order; with `transported` alone.
         transported: from `transport()`. Its `constants[m]` hold the prediction's constant and this
             layer's b_dec together, so neither is given again.
@@ -85,17 +85,17 @@ def online_step(
         implementation_for("online_step", x, implementation)
     if x.is_cpu and implementation != "triton" and not torch.compiler.is_compiling():
         step = _step_on_cpu(
-            x, weight, bias, k, W_dec, b_dec, base, codes, transported, encoder, out
+            x, weight, bias, k, W_dec, b_dec, prediction, codes, transported, encoder, out
         )
         if step is not None:
             return step
     if transported is None and not codes:
-        given = weight, bias, W_dec, b_dec, base
+        given = weight, bias, W_dec, b_dec, prediction
         signature = triton_signature(implementation, x, *given)
         if signature is not None:
             return _step_past_dispatcher(x, *given, k, out, signature)
-    codes = [TopK(*code) for code in codes]
-    _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported)
+    codes = [SparseCode(*code) for code in codes]
+    _check(x, weight, bias, k, W_dec, b_dec, prediction, codes, transported)
     N, (M, D) = x.shape[:-1].numel(), weight.shape
     dictionaries: list[Tensor] = []
     constant = None
@@ -114,7 +114,7 @@ def online_step(
         bias,
         W_dec,
         b_dec,
-        None if base is None else base.reshape(N, D),
+        None if prediction is None else prediction.reshape(N, D),
         [code.acts.reshape(N, code.acts.shape[-1]) for code in codes],
         [code.indices.reshape(N, code.indices.shape[-1]) for code in codes],
         dictionaries,
@@ -123,7 +123,7 @@ def online_step(
         implementation=implementation or "",
     )
     code_shape = (*x.shape[:-1], k)
-    code = TopK(out.acts.view(code_shape), out.indices.view(code_shape))
+    code = SparseCode(out.acts.view(code_shape), out.indices.view(code_shape))
     return OnlineStep(out.x_hat.view(x.shape), code)
 
 
@@ -136,7 +136,7 @@ def _step_past_dispatcher(
     bias: Tensor | None,
     W_dec: Tensor,
     b_dec: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     k: int,
     out: StepWorkspace | None,
     signature: tuple,
@@ -145,7 +145,7 @@ def _step_past_dispatcher(
     N, (M, D), shape = x.shape[:-1].numel(), weight.shape, x.shape
 
     def check() -> None:
-        _check(x, weight, bias, k, W_dec, b_dec, base, [], None)
+        _check(x, weight, bias, k, W_dec, b_dec, prediction, [], None)
         if out is not None:
             _check_workspace(out, N, M, k, D, x)
 
@@ -156,11 +156,11 @@ def _step_past_dispatcher(
         out = StepWorkspace.allocate(N, M, k, D, dtype=x.dtype, device=x.device)
     flat = len(shape) == 2
     rows = x if flat else x.reshape(N, D)
-    base = base if base is None or flat else base.reshape(N, D)
-    triton_step.launch_step(rows, weight, bias, W_dec, b_dec, base, (), (), (), None, out)
+    prediction = prediction if prediction is None or flat else prediction.reshape(N, D)
+    triton_step.launch_step(rows, weight, bias, W_dec, b_dec, prediction, (), (), (), None, out)
     if flat:
-        return OnlineStep(out.x_hat, TopK(out.acts, out.indices))
-    code = TopK(*(t.view(*shape[:-1], k) for t in (out.acts, out.indices)))
+        return OnlineStep(out.x_hat, SparseCode(out.acts, out.indices))
+    code = SparseCode(*(t.view(*shape[:-1], k) for t in (out.acts, out.indices)))
     return OnlineStep(out.x_hat.view(shape), code)
 
 
@@ -188,8 +188,8 @@ def _step_on_cpu(
     k: int,
     W_dec: Tensor,
     b_dec: Tensor | None,
-    base: Tensor | None,
-    codes: Sequence[TopK | tuple[Tensor, Tensor]],
+    prediction: Tensor | None,
+    codes: Sequence[SparseCode | tuple[Tensor, Tensor]],
     transported: Transported | None,
     encoder: ScreenedEncoder | None,
     out: StepWorkspace | None,
@@ -204,31 +204,31 @@ def _step_on_cpu(
         raise ValueError("online_step: encoder was made of another weight or bias; give it those")
     plain = not codes and transported is None and out is None
     if plain and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_TOKENS:
-        step = encoder.online_step(x, k, b_dec, base, W_dec)
+        step = encoder.online_step(x, k, b_dec, prediction, W_dec)
         if step is not None:
-            return OnlineStep(step[0], TopK(*step[1:]))
+            return OnlineStep(step[0], SparseCode(*step[1:]))
     if not is_eager():
         return None
-    codes = [TopK(*code) for code in codes]
-    _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported)
+    codes = [SparseCode(*code) for code in codes]
+    _check(x, weight, bias, k, W_dec, b_dec, prediction, codes, transported)
     if transported is not None:
         b_dec = transported.constants[len(codes)]
         if codes:
             acts, indices = zip(*codes, strict=True)
             dictionaries = transported.dictionaries[len(codes)][:-1]
-            base, b_dec = sparse_decode(acts, indices, dictionaries, bias=b_dec), None
-    step = encoder.online_step(x, k, b_dec, base, W_dec)
+            prediction, b_dec = sparse_decode(acts, indices, dictionaries, bias=b_dec), None
+    step = encoder.online_step(x, k, b_dec, prediction, W_dec)
     if step is None:
-        code = encoder.encode(x, k, pre_bias=b_dec, base=base, sorted=False)
-        step = sparse_decode(*code, W_dec, bias=b_dec, base=base), *code
+        code = encoder.encode(x, k, pre_bias=b_dec, prediction=prediction, sorted=False)
+        step = sparse_decode(*code, W_dec, bias=b_dec, prediction=prediction), *code
     if out is not None:
         _check_workspace(out, x.shape[:-1].numel(), weight.shape[0], k, weight.shape[1], x)
         written = (out.x_hat, out.acts, out.indices)
         step = tuple(to.view(t.shape).copy_(t) for to, t in zip(written, step, strict=True))
-    return OnlineStep(step[0], TopK(*step[1:]))
+    return OnlineStep(step[0], SparseCode(*step[1:]))
 
 
-def _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported) -> None:
+def _check(x, weight, bias, k, W_dec, b_dec, prediction, codes, transported) -> None:
     op = "online_step"
     checks.check_floating(op, "x", x)
     if weight.ndim != 2:
@@ -251,13 +251,13 @@ def _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported) -> None:
         ("bias", bias, (M,), "one entry per latent"),
         ("W_dec", W_dec, (M, D), "the shape of weight"),
         ("b_dec", b_dec, (D,), "one entry per dimension"),
-        ("base", base, tuple(x.shape), "the shape of x"),
+        ("prediction", prediction, tuple(x.shape), "the shape of x"),
     ]
     if transported is None:
         if codes:
             raise ValueError(
                 f"{op}: {len(codes)} codes without transported; build it with transport(), or give "
-                f"the prediction as base"
+                f"the prediction as prediction"
             )
     else:
         m, L = len(codes), len(transported.dictionaries)
@@ -266,8 +266,8 @@ def _check(x, weight, bias, k, W_dec, b_dec, base, codes, transported) -> None:
                 f"{op}: {m} codes, but transported covers {L} layers; give the codes of the layers "
                 f"before this one"
             )
-        if b_dec is not None or base is not None:
-            name = "base" if b_dec is None else "b_dec"
+        if b_dec is not None or prediction is not None:
+            name = "prediction" if b_dec is None else "b_dec"
             raise ValueError(
                 f"{op}: {name} together with transported, which holds prediction and b_dec; give "
                 f"one of the two"
@@ -320,7 +320,7 @@ def _step(
     bias: Tensor | None,
     W_dec: Tensor,
     b_dec: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     acts: list[Tensor],
     indices: list[Tensor],
     dictionaries: list[Tensor],
@@ -332,16 +332,16 @@ def _step(
     to = StepWorkspace(*out)
     if implementation_for("online_step", x, implementation or None) == "triton":
         codes = acts, indices, dictionaries
-        triton_step.launch_step(x, weight, bias, W_dec, b_dec, base, *codes, constant, to)
+        triton_step.launch_step(x, weight, bias, W_dec, b_dec, prediction, *codes, constant, to)
         return
     encode, decode = torch.ops.resae.topk_encode, torch.ops.resae.sparse_decode
     if dictionaries:
-        base = to.prediction.copy_(
+        prediction = to.prediction.copy_(
             decode(acts, indices, dictionaries, constant, None, implementation="torch")
         )
     k = to.acts.shape[1]
-    code = encode(x, weight, bias, k, b_dec, base, False, memory.workspace_bytes(x), "torch")
-    x_hat = decode([code[0]], [code[1]], [W_dec], b_dec, base, implementation="torch")
+    code = encode(x, weight, bias, k, b_dec, prediction, False, memory.workspace_bytes(x), "torch")
+    x_hat = decode([code[0]], [code[1]], [W_dec], b_dec, prediction, implementation="torch")
     for result, value in zip((to.acts, to.indices, to.x_hat), (*code, x_hat), strict=True):
         result.copy_(value)
 
@@ -351,7 +351,8 @@ def _step_fake(*_inputs, **_options) -> None:
 
 
 register(
-    "online_step(Tensor x, Tensor weight, Tensor? bias, Tensor W_dec, Tensor? b_dec, Tensor? base, "
+    "online_step(Tensor x, Tensor weight, Tensor? bias, Tensor W_dec, Tensor? b_dec, "
+    "Tensor? prediction, "
     "Tensor[] acts, Tensor[] indices, Tensor[] dictionaries, Tensor? constant, Tensor(a!)[] out, "
     "*, str implementation='') -> ()",
     _step,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class TopK(NamedTuple):
+class SparseCode(NamedTuple):
     """The code of each token: its k largest positive pre-activations."""
 
     acts: Tensor
@@ -25,7 +25,7 @@ class ReconstructionError(NamedTuple):
 
 
 class Transported(NamedTuple):
-    """Dictionaries carried through the affine maps to every later layer."""
+    """Dictionaries transported through the affine maps to every later layer."""
 
     dictionaries: list[list[Tensor]]
     """`dictionaries[m][l]`, l ≤ m: `D_{m←l} = W_dec_l A_{l+1} … A_m`, `[M_l, D]`."""
@@ -38,7 +38,7 @@ class OnlineStep(NamedTuple):
 
     x_hat: Tensor
     """`[..., D]`, the reconstruction that takes the activation's place."""
-    code: TopK
+    code: SparseCode
     """`[..., k]`, in order of index."""
 
 

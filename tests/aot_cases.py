@@ -61,7 +61,7 @@ def decode_cases() -> Iterator[AotCase]:
             for tile in tiles.TILES[decode.decode_tile_name(case[0])].candidates("other")
         ):
             constants = decode.decode_constants(tile, N, (k,) * T, D, dtype)
-            pointers = {"out": floats, "bias": floats, "base": "*fp32:16"}
+            pointers = {"out": floats, "bias": floats, "prediction": "*fp32:16"}
             # Few tokens make few programs: their registers are not what limits them.
             few = {"shared": 1024, "barriers": 5, "registers": 128}
             # The loop over wide rows is unrolled, and loads mix with uses.
@@ -88,12 +88,12 @@ def decode_cases() -> Iterator[AotCase]:
                 decode.decode_registers(N, dtype),
             )
 
-        for tile in tiles.TILES["sampled_product"].candidates("other"):
+        for tile in tiles.TILES["sddmm"].candidates("other"):
             yield AotCase(
-                f"sampled_product {name} {tiles.sizes(tile)}",
-                decode.sampled_product_kernel,
+                f"sddmm {name} {tiles.sizes(tile)}",
+                decode.sddmm_kernel,
                 dict.fromkeys(("out", "grad", "W"), floats) | {"indices": i64},
-                decode.sampled_product_constants(tile, k, D, dtype),
+                decode.sddmm_constants(tile, k, D, dtype),
                 *(tile.num_warps, 1),
                 {
                     "matrix": False,
@@ -127,13 +127,13 @@ def decode_cases() -> Iterator[AotCase]:
                 2048,
             ),
             (
-                decode.latent_outer_kernel,
+                decode.scatter_outer_kernel,
                 {"partial": "*fp32:16", "out": floats},
                 ("total", "piece_total"),
                 0,
             ),
         )
-        default, *alternatives = tiles.TILES["latent_outer"].candidates("other")
+        default, *alternatives = tiles.TILES["scatter_outer"].candidates("other")
         for (kernel, others, totals, shared), (tile, total) in itertools.product(
             kernels, ((default, True), (default, False), *((t, True) for t in alternatives))
         ):
@@ -173,7 +173,7 @@ def encode_cases() -> Iterator[AotCase]:
             yield AotCase(
                 f"residual {name} {tiles.sizes(tile)}",
                 residual.residual_kernel,
-                each(floats, "x base pre_bias out") | each("i32:16", "D s_x s_base"),
+                each(floats, "x prediction pre_bias out") | each("i32:16", "D s_x s_prediction"),
                 {"BD": tile.columns},
                 *(tile.num_warps, 1),
                 {"loads_128": 3, "instructions": 300},
@@ -280,9 +280,9 @@ def few_token_case(tile, dtype: torch.dtype, N: int, layout: str, architecture: 
     signature |= dict.fromkeys(("scores", "best"), integers) | {"n": "i32", "D": width}
     signature |= dict.fromkeys(("M", "groups", "s_scores"), "i32:16") | {"s_x": width}
     if tile.residual_launch:
-        constants |= {"base": None, "pre_bias": None, "s_base": 0}
+        constants |= {"prediction": None, "pre_bias": None, "s_prediction": 0}
     else:
-        signature |= {"base": floats, "pre_bias": floats, "s_base": width}
+        signature |= {"prediction": floats, "pre_bias": floats, "s_prediction": width}
     strides = ["s_latent", "s_dimension"]
     constants[strides.pop(0 if layout == "columns" else 1)] = 1
     signature[strides[0]] = "i32:16" if layout == "columns" else width
@@ -330,7 +330,7 @@ def step_cases() -> Iterator[AotCase]:
         yield AotCase(
             f"select_decode {name}, M={M} k={k} D={D}",
             step.select_decode_kernel,
-            each(floats, "x_hat program_acts W_dec b_dec base")
+            each(floats, "x_hat program_acts W_dec b_dec prediction")
             | each(integers, "acts program_keys scores best")
             | each("*i64:16", "indices program_indices")
             | each("i32:16", "M groups s_scores k"),

@@ -18,7 +18,7 @@ from measured import (
 from torch import Tensor
 
 from resae_kernels import (
-    TopK,
+    SparseCode,
     Transported,
     affine_chain,
     reference,
@@ -80,7 +80,7 @@ def unpack(named: dict[str, Tensor]) -> dict[str, list]:
         field: [t for name, t in named.items() if name.startswith(f"{field}.")] for field in FIELDS
     }
     acts, indices = lists.pop("acts"), lists.pop("indices")
-    return {"codes": [TopK(*code) for code in zip(acts, indices, strict=True)], **lists}
+    return {"codes": [SparseCode(*code) for code in zip(acts, indices, strict=True)], **lists}
 
 
 def chain(op, **named) -> list[Tensor]:
@@ -104,9 +104,9 @@ def dense_chain(**named) -> list[Tensor]:
 
 def transported_chain(implementation=None, **named) -> list[Tensor]:
     parts = unpack(named)
-    carried = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
+    transported = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
     return affine_chain(
-        **parts, transported=carried, form="transported", implementation=implementation
+        **parts, transported=transported, algorithm="transported", implementation=implementation
     )
 
 
@@ -334,7 +334,7 @@ def test_worked_example_reads_the_sources_in_layer_order():
     # D = 1: x̂_0 = 2·3 + 1 = 7; x̂_1 = 7·10 + 5 + 1·4 + 0 = 79; x̂_2 = 7·100 + 79·1 + 0 + 0 + 2.
     one = torch.tensor([[0]])
     x_hats = affine_chain(
-        [TopK(torch.tensor([[a]]), one) for a in (2.0, 1.0, 0.0)],
+        [SparseCode(torch.tensor([[a]]), one) for a in (2.0, 1.0, 0.0)],
         [torch.tensor([[w]]) for w in (3.0, 4.0, 9.0)],
         [torch.tensor([[10.0]]), torch.tensor([[100.0], [1.0]])],
         [torch.tensor([5.0]), torch.tensor([0.0])],
@@ -348,7 +348,7 @@ def test_each_layer_is_rounded_once():
     def cell(value):
         return torch.tensor([[value]], dtype=torch.bfloat16)
 
-    pair = TopK(cell(1.0), torch.tensor([[0]]))
+    pair = SparseCode(cell(1.0), torch.tensor([[0]]))
     _, x_hat = affine_chain(
         [pair, pair],
         [cell(1.0), cell(256.0)],
@@ -382,9 +382,9 @@ def test_sequential_transported_and_reference_agree_exactly_on_integers(data):
 def test_transported_is_sequential(sources, implementation):
     inputs = chain_inputs(sources)
     parts = unpack(inputs)
-    carried = reference.transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
+    transported = reference.transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
     ours = transported_chain(implementation, **inputs)
-    theirs = reference.affine_chain(**parts, transported=carried)
+    theirs = reference.affine_chain(**parts, transported=transported)
     for x_hat, expected, sequential in zip(
         ours, theirs, chain(affine_chain, **inputs), strict=True
     ):
@@ -405,10 +405,12 @@ def test_transported_is_sequential(sources, implementation):
 def test_form_follows_from_the_tokens_unless_it_is_named(N, form, ran, monkeypatch):
     monkeypatch.setattr(module, "TRANSPORTED_TOKENS", 32)
     parts = unpack(chain_inputs((1, 1), (N,)))
-    carried = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
+    transported = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
     # Constants of its own tell the transported form apart.
-    carried = carried._replace(constants=[constant + 1 for constant in carried.constants])
-    by_rule = affine_chain(**parts, transported=carried, form=form)
+    transported = transported._replace(
+        constants=[constant + 1 for constant in transported.constants]
+    )
+    by_rule = affine_chain(**parts, transported=transported, algorithm=form)
     sequential = affine_chain(**parts)
     for ours, plain in zip(by_rule, sequential, strict=True):
         torch.testing.assert_close(ours, plain + (ran == "transported"))
@@ -427,14 +429,14 @@ def test_transported_tables_are_the_dictionaries_times_the_maps():
     parts = unpack(chain_inputs((1, 1)))
     (W0, W1, W2), (A1, A2), (c1, c2) = (parts[field] for field in ("W_dec", "A", "c"))
     b0, b1, b2 = parts["b_dec"]
-    carried = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
-    assert isinstance(carried, Transported)
+    transported = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
+    assert isinstance(transported, Transported)
     expected = [[W0], [W0 @ A1, W1], [W0 @ A1 @ A2, W1 @ A2, W2]]
     constants = [b0, b0 @ A1 + c1 + b1, (b0 @ A1 + c1 + b1) @ A2 + c2 + b2]
-    for ours, theirs in zip(carried.dictionaries, expected, strict=True):
+    for ours, theirs in zip(transported.dictionaries, expected, strict=True):
         for table, product in zip(ours, theirs, strict=True):
             torch.testing.assert_close(table, product)
-    for ours, theirs in zip(carried.constants, constants, strict=True):
+    for ours, theirs in zip(transported.constants, constants, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -445,8 +447,8 @@ def test_transport_is_as_close_to_fp64_as_plain_torch(dtype):
 
     def tables(fold, **tensors):
         lists = {f: [t for n, t in tensors.items() if n.split(".")[0] == f] for f in FIELDS[2:]}
-        carried = fold(lists["W_dec"], lists["A"], lists["c"], b_dec=lists["b_dec"])
-        return [table for row in carried[0] for table in row] + list(carried[1])
+        transported = fold(lists["W_dec"], lists["A"], lists["c"], b_dec=lists["b_dec"])
+        return [table for row in transported[0] for table in row] + list(transported[1])
 
     def plain(W_dec, A, c, b_dec):
         rows, constants = [], []
@@ -475,12 +477,12 @@ def test_transport_is_as_close_to_fp64_as_plain_torch(dtype):
 def test_transport_rounds_once(dtype):
     parts = unpack(chain_inputs((1, 1, 1), D=12, dtype=dtype))
     weights = {field: parts[field] for field in FIELDS[2:]}
-    carried = transport(**weights)
+    transported = transport(**weights)
     wide = transport(**{field: [t.float() for t in tensors] for field, tensors in weights.items()})
-    for row, wide_row in zip(carried.dictionaries, wide.dictionaries, strict=True):
+    for row, wide_row in zip(transported.dictionaries, wide.dictionaries, strict=True):
         for table, wide_table in zip(row, wide_row, strict=True):
             assert torch.equal(table, wide_table.to(dtype))
-    for constant, wide_constant in zip(carried.constants, wide.constants, strict=True):
+    for constant, wide_constant in zip(transported.constants, wide.constants, strict=True):
         assert torch.equal(constant, wide_constant.to(dtype))
 
 
@@ -499,10 +501,10 @@ def test_transported_gradients_do_not_reach_the_weights():
 def test_transported_gradients_reach_the_codes_and_the_carried_dictionaries():
     inputs = chain_inputs((1, 1))
     parts = unpack(inputs)
-    carried = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
-    tables = [table.requires_grad_() for row in carried.dictionaries for table in row]
+    transported = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
+    tables = [table.requires_grad_() for row in transported.dictionaries for table in row]
     acts = [code.acts.requires_grad_() for code in parts["codes"]]
-    x_hats = affine_chain(**parts, transported=carried, form="transported")
+    x_hats = affine_chain(**parts, transported=transported, algorithm="transported")
     through_tables = torch.autograd.grad(sum(x.sum() for x in x_hats), [*acts, *tables])
     through_maps = torch.autograd.grad(sum(x.sum() for x in affine_chain(**parts)), acts)
     for ours, theirs in zip(through_tables, through_maps, strict=False):
@@ -516,8 +518,8 @@ def test_transported_gradients_reach_the_codes_and_the_carried_dictionaries():
 def autoencoder_stack(L, D, N):
     """Activations, maps and autoencoders whose code of all latents reconstructs: rows of ±Q."""
     x = [torch.randn(N, D, dtype=torch.float64) for _ in range(L)]
-    bases = [torch.linalg.qr(torch.randn(D, D, dtype=torch.float64)).Q for _ in range(L)]
-    weight = [torch.cat([Q, -Q]) for Q in bases]
+    predictions = [torch.linalg.qr(torch.randn(D, D, dtype=torch.float64)).Q for _ in range(L)]
+    weight = [torch.cat([Q, -Q]) for Q in predictions]
     A = [torch.randn(D, D, dtype=torch.float64) for _ in range(L - 1)]
     c = [torch.randn(D, dtype=torch.float64) for _ in range(L - 1)]
     b_dec = [torch.randn(D, dtype=torch.float64) for _ in range(L)]
@@ -579,16 +581,18 @@ def test_ops_layer_by_layer_are_the_reference_of_the_closed_loop():
     expected, x_hats = reference.encode_chain(
         x, weight, [None] * L, [k] * L, weight, A, c, b_dec=b_dec, loop="closed"
     )
-    codes: list[TopK] = []
+    codes: list[SparseCode] = []
     for layer in range(L):
-        base = None
+        prediction = None
         if layer > 0:
             so_far = affine_chain(
                 codes, weight[:layer], A[: layer - 1], c[: layer - 1], b_dec=b_dec[:layer]
             )
-            base = so_far[-1] @ A[layer - 1] + c[layer - 1]
+            prediction = so_far[-1] @ A[layer - 1] + c[layer - 1]
         codes.append(
-            topk_encode(x[layer], weight[layer], None, k, pre_bias=b_dec[layer], base=base)
+            topk_encode(
+                x[layer], weight[layer], None, k, pre_bias=b_dec[layer], prediction=prediction
+            )
         )
         assert torch.equal(codes[layer].indices, expected[layer].indices)
     for ours, theirs in zip(affine_chain(codes, weight, A, c, b_dec=b_dec), x_hats, strict=True):
@@ -623,11 +627,11 @@ def test_autocast_returns_the_dictionary_dtype_and_gradients_in_the_input_dtype(
     leaves = {name: t.requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x_hats = chain(affine_chain, **leaves)
-        carried = transported_chain(**leaves)
-    for ours, transported, theirs in zip(x_hats, carried, expected, strict=True):
-        assert ours.dtype == transported.dtype == torch.float32
+        transported = transported_chain(**leaves)
+    for ours, fused, theirs in zip(x_hats, transported, expected, strict=True):
+        assert ours.dtype == fused.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03)
-        torch.testing.assert_close(transported, theirs, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(fused, theirs, rtol=0.03, atol=0.03)
     sum(x_hat.sum() for x_hat in x_hats).backward()
     for name, leaf in leaves.items():
         if leaf.requires_grad:
@@ -655,8 +659,10 @@ def replaced(field: str, position: int, value):
     }
 
 
-def code(acts: Tensor, indices: Tensor | None = None) -> TopK:
-    return TopK(acts, torch.zeros(acts.shape, dtype=torch.int64) if indices is None else indices)
+def code(acts: Tensor, indices: Tensor | None = None) -> SparseCode:
+    return SparseCode(
+        acts, torch.zeros(acts.shape, dtype=torch.int64) if indices is None else indices
+    )
 
 
 @pytest.mark.parametrize(
@@ -789,15 +795,15 @@ def code(acts: Tensor, indices: Tensor | None = None) -> TopK:
             id="transported-of-another-chain",
         ),
         pytest.param(
-            lambda _: {"form": "transported"},
+            lambda _: {"algorithm": "transported"},
             ValueError,
-            r"affine_chain: form='transported' needs transported; build it with transport\(\)",
+            r"affine_chain: algorithm='transported' needs transported; build it with transport\(\)",
             id="transported-form-without-tables",
         ),
         pytest.param(
-            lambda _: {"form": "gather"},
+            lambda _: {"algorithm": "gather"},
             ValueError,
-            "affine_chain: form='gather', expected 'sequential', 'transported' or None",
+            "affine_chain: algorithm='gather', expected 'sequential', 'transported' or None",
             id="form",
         ),
         pytest.param(

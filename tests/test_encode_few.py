@@ -7,7 +7,7 @@ import torch
 from measured import assert_error_as_torch, largest_allocation
 from torch import Tensor
 
-from resae_kernels import TopK, reference, topk_encode
+from resae_kernels import SparseCode, reference, topk_encode
 from resae_kernels.triton import encode_few
 from resae_kernels.triton import tiles as kernel_tiles
 from resae_kernels.triton.selection import selection_layout
@@ -35,7 +35,7 @@ TF32X3 = sorted(
 
 
 def inputs_of(device, N: int, D: int, M: int, dtype, draw) -> dict[str, Any]:
-    shapes = {"x": (N, D), "weight": (M, D), "bias": (M,), "pre_bias": (D,), "base": (N, D)}
+    shapes = {"x": (N, D), "weight": (M, D), "bias": (M,), "pre_bias": (D,), "prediction": (N, D)}
     return {name: draw(shape).to(device, dtype) for name, shape in shapes.items()}
 
 
@@ -49,13 +49,13 @@ def by_columns(weight: Tensor) -> Tensor:
     return weight.T.contiguous().T
 
 
-def encode(k: int, x, weight, bias=None, tile=None, name="", **options) -> TopK:
+def encode(k: int, x, weight, bias=None, tile=None, name="", **options) -> SparseCode:
     forced = {} if tile is None else {name: tile}
     with kernel_tiles.forced_tiles(forced):
         return topk_encode(x, weight, bias, k, **options, implementation="triton")
 
 
-def assert_same_code(ours: TopK, theirs: TopK) -> None:
+def assert_same_code(ours: SparseCode, theirs: SparseCode) -> None:
     assert torch.equal(ours.acts, theirs.acts)
     assert torch.equal(ours.indices, theirs.indices)
 
@@ -112,7 +112,7 @@ def test_a_gemv_holds_whole_groups_whatever_its_tile(device):
 def test_residual_is_rounded_alike_wherever_it_is_formed(device, dtype):
     # Numbers that differ in size by 2⁸: every further rounding of the residual would show.
     inputs = inputs_of(device, 5, 64, 96, dtype, torch.randn)
-    inputs["base"] *= 256
+    inputs["prediction"] *= 256
     inputs["pre_bias"] /= 16
     name = encode_few.product_tile_name(dtype, 5, (96, 64), (64, 1))
     once = kernel_tiles.TILES[name].default.tile

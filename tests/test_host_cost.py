@@ -115,7 +115,7 @@ def test_the_dense_form_goes_past_the_dispatcher_too(device):  # noqa: ARG001
     acts, indices = torch.rand(3, 2), torch.randint(4, (3, 2))
     W_dec = torch.randn(4, 5)
     for form in ("gather", "dense"):
-        out = sparse_decode(acts, indices, W_dec, form=form, implementation="triton")
+        out = sparse_decode(acts, indices, W_dec, algorithm=form, implementation="triton")
         torch.testing.assert_close(out, decode.decode_rows([acts], [indices], [W_dec], None, None))
 
 

@@ -8,7 +8,7 @@ import torch
 from measured import assert_same, values_and_gradients
 
 import resae_kernels
-from resae_kernels import TopK, affine_chain, sparse_decode, topk_encode
+from resae_kernels import SparseCode, affine_chain, sparse_decode, topk_encode
 
 DOCUMENTED = {
     "OnlineStep",
@@ -16,8 +16,9 @@ DOCUMENTED = {
     "ScreenedEncoder",
     "Screening",
     "StepWorkspace",
-    "TopK",
+    "SparseCode",
     "Transported",
+    "accelerate",
     "affine_chain",
     "online_step",
     "reconstruction_error",
@@ -51,7 +52,7 @@ def test_star_import_brings_the_documented_names_alone():
 
 def test_ops_are_registered_in_the_namespace_resae():
     public = ("topk_encode", "sparse_decode", "affine_chain", "online_step", "reconstruction_error")
-    for name in (*public, "latent_outer", "sampled_product"):
+    for name in (*public, "scatter_outer", "sddmm"):
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.resae, name).default.tags
 
 
@@ -95,7 +96,7 @@ def test_import_touches_no_device_and_no_global_setting():
 
 
 def test_import_and_use_read_no_environment():
-    # Each read of os.environ is laid to the nearest file on the stack outside os and its base
+    # Each read of os.environ is laid to the nearest file on the stack outside os and its prediction
     # class; the probe shows that reads are seen.
     run = run_python("""
         import os, sys, torch
@@ -127,13 +128,13 @@ def test_import_and_use_read_no_environment():
 
 def test_inputs_are_left_as_they_were():
     x, weight, bias = torch.randn(5, 4), torch.randn(8, 4), torch.randn(8)
-    base = torch.randn(5, 4)
-    copies = [t.clone() for t in (x, weight, bias, base)]
-    acts, indices = topk_encode(x, weight, bias, 3, base=base)
+    prediction = torch.randn(5, 4)
+    copies = [t.clone() for t in (x, weight, bias, prediction)]
+    acts, indices = topk_encode(x, weight, bias, 3, prediction=prediction)
     code_copies = acts.clone(), indices.clone()
-    sparse_decode(acts, indices, weight, base=base)
+    sparse_decode(acts, indices, weight, prediction=prediction)
     affine_chain([(acts, indices)] * 2, [weight] * 2, [x[:4]], [x[0]], b_dec=[x[0]] * 2)
-    for now, before in zip((x, weight, bias, base), copies, strict=True):
+    for now, before in zip((x, weight, bias, prediction), copies, strict=True):
         assert torch.equal(now, before)
     assert torch.equal(acts, code_copies[0])
     assert torch.equal(indices, code_copies[1])
@@ -156,8 +157,8 @@ def test_stack_of_autoencoders_compiles_to_the_same_numbers():
     def stack(x, weight, bias, W_dec, A, b_dec):
         first = topk_encode(x, weight, bias, 3, pre_bias=b_dec)
         y = sparse_decode(*first, W_dec, bias=b_dec)
-        second = topk_encode(x * 2, weight, bias, 2, base=y @ A, sorted=False)
-        assert isinstance(second, TopK)
+        second = topk_encode(x * 2, weight, bias, 2, prediction=y @ A, sorted=False)
+        assert isinstance(second, SparseCode)
         return affine_chain([first, second], [W_dec] * 2, [A], [b_dec], b_dec=[b_dec] * 2)
 
     with warnings.catch_warnings():

@@ -174,11 +174,11 @@ def test_every_score_is_within_its_bounds(margin, outliers):
 # -- screened encode -------------------------------------------------------------------------------
 
 
-def scores_in_float64(x, weight, bias, pre_bias, base) -> tuple[Tensor, Tensor]:
+def scores_in_float64(x, weight, bias, pre_bias, prediction) -> tuple[Tensor, Tensor]:
     """Scores of the residual rounded to x's dtype, as the contract has it, and their scale."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rest = x.to(wide)
-    for offset in (base, pre_bias):
+    for offset in (prediction, pre_bias):
         rest = rest if offset is None else rest - offset.to(wide)
     rest = rest.to(x.dtype).double()
     scores = rest @ weight.double().T
@@ -227,19 +227,19 @@ def test_screened_codes(dtype, margin, amx, threads, N):
     if amx and not native.has_amx():
         pytest.skip("this processor has no AMX")
     generator = torch.Generator().manual_seed(N)
-    x, base = torch.randn(2, N, 130, generator=generator).to(dtype)
+    x, prediction = torch.randn(2, N, 130, generator=generator).to(dtype)
     weight = (torch.randn(1500, 130, generator=generator) / 11).to(dtype)
-    bias, pre_bias = torch.randn(1500, generator=generator).to(dtype), base[0] * 0.5
+    bias, pre_bias = torch.randn(1500, generator=generator).to(dtype), prediction[0] * 0.5
     copied = NativeCopy(weight, bias, margin, seed=0)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        found = copied.encode(x, 24, pre_bias, base, N % 2 == 0, amx=amx)
+        found = copied.encode(x, 24, pre_bias, prediction, N % 2 == 0, amx=amx)
     finally:
         torch.set_num_threads(before)
     assert found.rows_left is None
     assert N * 24 <= found.candidates < N * 1500 // 2
-    scores, size = scores_in_float64(x, weight, bias, pre_bias, base)
+    scores, size = scores_in_float64(x, weight, bias, pre_bias, prediction)
     assert_code(found.acts, found.indices, scores, size, 24, N % 2 == 0)
 
 
@@ -260,14 +260,14 @@ def test_outlier_dimensions_become_columns_and_are_handed_on():
     x[:, 7] += 400.0
     x[:, 90] -= 90.0
     encoder = ScreenedEncoder(weight)
-    first = encoder.explain(x, 8)
+    first = encoder.encode_with_info(x, 8)
     weight += 0.0  # counted as a change: the copy is made anew
-    assert encoder.explain(x, 8).rows_screened == 50
+    assert encoder.encode_with_info(x, 8).rows_screened == 50
     assert encoder._state is not None
     assert isinstance(encoder._state.copy, NativeCopy)
     assert set(encoder._state.copy.dimensions) == {7, 90}
     x[:, [7, 90]] = 0.0
-    plain = ScreenedEncoder(weight).explain(x, 8)
+    plain = ScreenedEncoder(weight).encode_with_info(x, 8)
     assert first.candidates < 1.5 * plain.candidates, "outliers cost candidates"
 
 
@@ -345,21 +345,21 @@ def fuzzed(seed: int) -> None:
         return made(*shape) if draw.random() < 0.7 else None
 
     x, weight = made(N, D), made(M, D, scale=D**-0.5)
-    bias, pre_bias, base = maybe(M), maybe(D), maybe(N, D)
+    bias, pre_bias, prediction = maybe(M), maybe(D), maybe(N, D)
     op = draw.choice(["topk_encode", "screened", "decode", "error", "online_step"])
     if op in ("topk_encode", "screened"):
         if op == "topk_encode":
             rows = draw.choice([None, 1, 1 << 12])
             code = topk_encode(
-                x, weight, bias, k, pre_bias=pre_bias, base=base, sorted=sorted,
+                x, weight, bias, k, pre_bias=pre_bias, prediction=prediction, sorted=sorted,
                 workspace_bytes=rows,
             )  # fmt: skip
         else:
             margin = draw.choice(screened_encode.MARGINS)
             code = ScreenedEncoder(weight, bias, margin=margin).encode(
-                x, k, pre_bias=pre_bias, base=base, sorted=sorted
+                x, k, pre_bias=pre_bias, prediction=prediction, sorted=sorted
             )
-        scores, size = scores_in_float64(x, weight, bias, pre_bias, base)
+        scores, size = scores_in_float64(x, weight, bias, pre_bias, prediction)
         assert_code(*code, scores, size, k, sorted)
         return
     W_dec = made(M, D, scale=D**-0.5)
@@ -367,8 +367,8 @@ def fuzzed(seed: int) -> None:
     if op == "online_step":
         if N > 16:
             return
-        step = online_step(x, weight, bias, k, W_dec, b_dec=pre_bias, base=base)
-        scores, size = scores_in_float64(x, weight, bias, pre_bias, base)
+        step = online_step(x, weight, bias, k, W_dec, b_dec=pre_bias, prediction=prediction)
+        scores, size = scores_in_float64(x, weight, bias, pre_bias, prediction)
         assert_code(*step.code, scores, size, k, sorted=False)
         acts, indices, found = *step.code, step.x_hat
     else:
@@ -376,7 +376,7 @@ def fuzzed(seed: int) -> None:
         indices = torch.randint(0, M, (N, k))
         indices = strided(indices.float()).long() if draw.random() < 0.3 else transposed(indices)
         found = None
-    offsets = {"bias": pre_bias, "base": base}
+    offsets = {"bias": pre_bias, "prediction": prediction}
     wide = {name: None if t is None else t.double() for name, t in offsets.items()}
     truth = reference.sparse_decode(acts.double(), indices, W_dec.double(), **wide)
     size = acts.double().abs() @ torch.ones(k, 1, dtype=torch.float64) * W_dec.double().abs().max()
@@ -435,12 +435,12 @@ def fuzzed_gradients(seed: int) -> None:
     code = torch.zeros(N, M, dtype=torch.float64)
     size = code.scatter_add(1, indices, acts.double().abs())
     code = code.scatter_add(1, indices, acts.double())
-    found = gradients.latent_outer(acts, indices, x, M)
+    found = gradients.scatter_outer(acts, indices, x, M)
     assert_summed(found, code.T @ x.double(), size.T @ x.double().abs())
     assert not found[~size.any(0)].any(), "the row of a latent that no token names"
-    found = gradients.latent_sum(acts, indices, M)
+    found = gradients.scatter_sum(acts, indices, M)
     assert_summed(found, code.sum(0), size.sum(0))
-    found = torch.ops.resae.sampled_product(x, indices, W)
+    found = torch.ops.resae.sddmm(x, indices, W)
     truth, size = x.double() @ W.double().T, x.double().abs() @ W.double().abs().T
     assert_summed(found, truth.gather(1, indices), size.gather(1, indices))
 
@@ -472,8 +472,8 @@ def test_gradients_by_two_threads_have_the_same_bits(dtype):
 
     def both() -> tuple[Tensor, Tensor]:
         return (
-            native.latent_outer(acts, indices, x, 900),
-            native.sampled_product(x, indices, W),
+            native.scatter_outer(acts, indices, x, 900),
+            native.sddmm(x, indices, W),
         )
 
     alone, before = both(), torch.get_num_threads()
@@ -487,14 +487,14 @@ def test_gradients_by_two_threads_have_the_same_bits(dtype):
 
 @needs_native
 @pytest.mark.parametrize("index", [-1, 9])
-@pytest.mark.parametrize("op", ["latent_outer", "latent_sum", "sampled_product"])
+@pytest.mark.parametrize("op", ["scatter_outer", "scatter_sum", "sddmm"])
 def test_an_index_outside_is_refused_by_the_gradients(op, index):
     acts, indices, x = torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.int64), torch.randn(4, 3)
     indices[3, 1] = index
     arguments = {
-        "latent_outer": (acts, indices, x, 9),
-        "latent_sum": (acts, indices, 9),
-        "sampled_product": (x, indices, torch.randn(9, 3)),
+        "scatter_outer": (acts, indices, x, 9),
+        "scatter_sum": (acts, indices, 9),
+        "sddmm": (x, indices, torch.randn(9, 3)),
     }
     low, high = min(index, 0), max(index, 0)
     with pytest.raises(RuntimeError, match=f"{op}: indices from {low} to {high}, expected 0 to 8"):
@@ -506,5 +506,5 @@ def test_padding_that_names_a_latent_adds_nothing_to_its_gradient():
     """Not even where the row of its token is not finite."""
     acts, indices = torch.tensor([[1.0, 0.0], [-0.0, 2.0]]), torch.tensor([[0, 1], [1, 0]])
     x = torch.tensor([[1.0], [math.inf]])
-    found = native.latent_outer(acts, indices, x, 3)
+    found = native.scatter_outer(acts, indices, x, 3)
     assert found.tolist() == [[math.inf], [0.0], [0.0]]

@@ -11,8 +11,8 @@ from torch import Tensor
 from resae_kernels import (
     OnlineStep,
     ScreenedEncoder,
+    SparseCode,
     StepWorkspace,
-    TopK,
     online_step,
     reference,
     transport,
@@ -54,7 +54,7 @@ def whole(*shape: int) -> Tensor:
 
 def step_inputs(leading, D, M, draw=torch.randn, dtype=torch.float32, device="cpu"):
     shapes = {"x": (*leading, D), "weight": (M, D), "bias": (M,), "W_dec": (M, D)}
-    shapes |= {"b_dec": (D,), "base": (*leading, D)}
+    shapes |= {"b_dec": (D,), "prediction": (*leading, D)}
     return {name: draw(*shape).to(device, dtype) for name, shape in shapes.items()}
 
 
@@ -90,12 +90,14 @@ def test_step_equals_the_reference_to_the_bit_where_nothing_is_rounded(
     inputs = step_inputs(leading, D, M, whole, dtype, device)
     ours = step(online_step, k, **inputs, implementation=implementation)
     assert isinstance(ours, OnlineStep)
-    assert isinstance(ours.code, TopK)
+    assert isinstance(ours.code, SparseCode)
     assert_same_step(ours, step(reference.online_step, k, **inputs))
 
 
 @either
-@pytest.mark.parametrize("absent", [("bias",), ("b_dec",), ("base",), ("bias", "b_dec", "base")])
+@pytest.mark.parametrize(
+    "absent", [("bias",), ("b_dec",), ("prediction",), ("bias", "b_dec", "prediction")]
+)
 def test_step_equals_the_reference_without_an_optional_input(absent, implementation, device):
     inputs = step_inputs((3,), 7, 40, whole, device=device)
     inputs |= dict.fromkeys(absent)
@@ -112,9 +114,9 @@ def test_acts_and_reconstruction_are_as_close_to_fp64_as_plain_torch(dtype, impl
     ours = step(online_step, 6, **inputs, implementation=implementation)
     indices = ours.code.indices
 
-    def plain(x, weight, bias, W_dec, b_dec, base):
-        acts = ((x - base - b_dec) @ weight.T + bias).relu().gather(-1, indices)
-        return acts, (acts.unsqueeze(-1) * W_dec[indices]).sum(-2) + b_dec + base
+    def plain(x, weight, bias, W_dec, b_dec, prediction):
+        acts = ((x - prediction - b_dec) @ weight.T + bias).relu().gather(-1, indices)
+        return acts, (acts.unsqueeze(-1) * W_dec[indices]).sum(-2) + b_dec + prediction
 
     truth = plain(**{name: t.double() for name, t in inputs.items()})
     results = zip((ours.code.acts, ours.x_hat), plain(**inputs), truth, strict=True)
@@ -127,7 +129,7 @@ def test_row_without_positive_scores_is_its_prediction(implementation, device):
     inputs = step_inputs((3,), 7, 40, whole, device=device)
     inputs["bias"][:] = -1000
     ours = step(online_step, 4, **inputs, implementation=implementation)
-    assert torch.equal(ours.x_hat, inputs["base"] + inputs["b_dec"])
+    assert torch.equal(ours.x_hat, inputs["prediction"] + inputs["b_dec"])
     assert not ours.code.acts.any()
     assert not ours.code.indices.any()
 
@@ -215,7 +217,7 @@ def closed_loop(layers, ks, A, c, dtype) -> list[OnlineStep]:
 def test_layers_step_by_step_equal_the_reference_where_nothing_is_rounded(
     dtype, implementation, device
 ):
-    # Identity maps: the carried dictionaries are whole numbers as well.
+    # Identity maps: the transported dictionaries are whole numbers as well.
     layers, ks, _, c = three_layers((2,), 5, whole, dtype, device)
     eye = torch.eye(5, dtype=dtype, device=device)
     A = [eye, torch.cat([torch.zeros_like(eye), eye])]
@@ -306,7 +308,7 @@ def test_step_runs_in_a_cuda_graph(device):
 
 
 def _cloned(part):
-    return part.clone() if isinstance(part, Tensor) else TopK(*(t.clone() for t in part))
+    return part.clone() if isinstance(part, Tensor) else SparseCode(*(t.clone() for t in part))
 
 
 # -- op --------------------------------------------------------------------------------------------
@@ -317,8 +319,8 @@ def test_op_passes_opcheck(implementation, device):
     inputs = step_inputs((2,), 5, 24, whole, device=device)
     code = step(online_step, 3, **inputs).code
     tables = [inputs["W_dec"]], inputs["b_dec"]
-    for b_dec, base, codes, (dictionaries, constant) in (
-        (inputs["b_dec"], inputs["base"], ([], []), ([], None)),
+    for b_dec, prediction, codes, (dictionaries, constant) in (
+        (inputs["b_dec"], inputs["prediction"], ([], []), ([], None)),
         (None, None, ([code.acts], [code.indices]), tables),
     ):
         encoder = [inputs[name] for name in ("x", "weight", "bias", "W_dec")]
@@ -327,7 +329,7 @@ def test_op_passes_opcheck(implementation, device):
             tensor.zero_()
         torch.library.opcheck(
             torch.ops.resae.online_step.default,
-            (*encoder, b_dec, base, *codes, dictionaries, constant, list(out)),
+            (*encoder, b_dec, prediction, *codes, dictionaries, constant, list(out)),
             {"implementation": implementation},
         )
 
@@ -361,7 +363,7 @@ def test_gradients_are_refused():
 
 def errors():
     x, W, v = torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(4)
-    code = TopK(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64))
+    code = SparseCode(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64))
     two = transport([W, W], [torch.eye(4)], [v], b_dec=[v, v])
     small = StepWorkspace.allocate(1, 8, 3, 4, dtype=torch.float32, device="cpu")
     half = StepWorkspace.allocate(2, 8, 3, 4, dtype=torch.float16, device="cpu")
@@ -378,7 +380,9 @@ def errors():
         pytest.param({"k": 9}, ValueError, "k=9, expected 1 ≤ k ≤ M=8", id="k-beyond-M"),
         pytest.param({"W_dec": W.half()}, TypeError, "W_dec has dtype torch.float16", id="dtype"),
         pytest.param({"W_dec": W[:7]}, ValueError, "the shape of weight", id="W_dec"),
-        pytest.param({"base": v}, ValueError, "base has shape.*the shape of x", id="base"),
+        pytest.param(
+            {"prediction": v}, ValueError, "prediction has shape.*the shape of x", id="prediction"
+        ),
         pytest.param({"codes": [code]}, ValueError, "1 codes without transported", id="codes"),
         pytest.param(
             {"codes": [code] * 2, "transported": two},
@@ -390,10 +394,13 @@ def errors():
             {"transported": two, "b_dec": v}, ValueError, "b_dec together with", id="b_dec-twice"
         ),
         pytest.param(
-            {"transported": two, "base": x}, ValueError, "base together with", id="base-twice"
+            {"transported": two, "prediction": x},
+            ValueError,
+            "prediction together with",
+            id="prediction-twice",
         ),
         pytest.param(
-            {"codes": [TopK(*(t[:1] for t in code))], "transported": two},
+            {"codes": [SparseCode(*(t[:1] for t in code))], "transported": two},
             ValueError,
             r"codes\[0\] has shape \[1, 3\], expected \[2, 3\] \(the tokens of x\)",
             id="tokens-of-codes",

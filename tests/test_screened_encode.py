@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from measured import assert_error_as_torch
 from torch import Tensor
 
-from resae_kernels import ScreenedEncoder, TopK, reference, topk_encode
+from resae_kernels import ScreenedEncoder, SparseCode, reference, topk_encode
 from resae_kernels import screened as screened_encode
 from resae_kernels.cpu import native, screening_torch
 from resae_kernels.cpu.screening_bounds import FAILURE, STEPS, StaleCopyError
@@ -59,32 +59,37 @@ def assert_same_code(screened, x: Tensor, weight: Tensor, bias, k: int, **offset
     assert (acts[:, 1:] <= acts[:, :-1]).all(), "not sorted"
 
 
-def one_by_one(encoder: ScreenedEncoder, x: Tensor, k: int, **offsets) -> TopK:
+def one_by_one(encoder: ScreenedEncoder, x: Tensor, k: int, **offsets) -> SparseCode:
     """The codes of rows encoded alone: there the margin "statistical" takes its own path."""
     rows = [
         encoder.encode(
             x[i : i + 1],
             k,
-            **{n: t[i : i + 1] if n == "base" and t is not None else t for n, t in offsets.items()},
+            **{
+                n: t[i : i + 1] if n == "prediction" and t is not None else t
+                for n, t in offsets.items()
+            },
         )
         for i in range(len(x))
     ]
-    return TopK(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+    return SparseCode(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
 
 @screens
 @pytest.mark.parametrize("margin", MARGINS)
 @pytest.mark.parametrize("k", [1, 7, 10])
-@pytest.mark.parametrize("offsets", [(), ("pre_bias",), ("base",), ("pre_bias", "base")])
+@pytest.mark.parametrize(
+    "offsets", [(), ("pre_bias",), ("prediction",), ("pre_bias", "prediction")]
+)
 def test_the_code_of_the_exact_path(margin, k, offsets):
     x, weight, bias = inputs()
     torch.manual_seed(1)
     given = {
         "pre_bias": torch.randn(96) if "pre_bias" in offsets else None,
-        "base": torch.randn(40, 96) if "base" in offsets else None,
+        "prediction": torch.randn(40, 96) if "prediction" in offsets else None,
     }
     encoder = ScreenedEncoder(weight, bias, margin=margin)
-    found = encoder.explain(x, k, **given)
+    found = encoder.encode_with_info(x, k, **given)
     assert (found.rows_screened, found.rows_exact, found.reason) == (40, 0, None)
     assert 40 * k <= found.candidates < 40 * 700 // 4
     assert_same_code(found.code, x, weight, bias, k, **given)
@@ -204,7 +209,7 @@ def test_adversarial_inputs(margin, case):
         x, weight = x * 1e-15, weight * 1e-15
         bias = bias * 1e-30
     encoder = ScreenedEncoder(weight, bias, margin=margin)
-    found = encoder.explain(x, 6)
+    found = encoder.encode_with_info(x, 6)
     assert found.rows_screened + found.rows_exact == 60
     assert_same_code(found.code, x, weight, bias, 6)
     assert_same_code(one_by_one(encoder, x, 6), x, weight, bias, 6)
@@ -214,7 +219,7 @@ def test_adversarial_inputs(margin, case):
 def test_equal_scores_go_to_the_lower_latent():
     x, weight, _ = inputs(N=20, D=64, M=520)
     weight = weight[:40].repeat(13, 1)
-    found = ScreenedEncoder(weight).explain(x, 4)
+    found = ScreenedEncoder(weight).encode_with_info(x, 4)
     assert found.rows_screened == 20
     best = (x @ weight[:40].T).argmax(1)
     expected = best[:, None] + 40 * torch.arange(4)
@@ -303,7 +308,7 @@ def test_rows_that_cannot_be_screened_take_the_exact_path():
     x[5, 2] = math.nan
     x[8, 1] = math.inf
     x[9, :] = 3e38
-    found = ScreenedEncoder(weight, bias).explain(x, 8)
+    found = ScreenedEncoder(weight, bias).encode_with_info(x, 8)
     assert found.rows_exact == 4
     assert found.reason is not None
     assert "not finite" in found.reason
@@ -324,7 +329,7 @@ def test_rows_with_too_many_candidates_take_the_exact_path():
     bias.zero_()
     x[:20] = weight[0] * 5  # 20 rows where all latents score alike
     x[20:] = -weight[0]  # and 20 without a positive score
-    found = ScreenedEncoder(weight, bias).explain(x, 8)
+    found = ScreenedEncoder(weight, bias).encode_with_info(x, 8)
     assert found.rows_exact == 20
     assert_same_code(found.code, x, weight, bias, 8)
 
@@ -348,7 +353,7 @@ def test_a_changed_weight_is_copied_anew(change):
             weight.data = torch.randn(700, 96)
         else:  # of few latents: what is then found lies out of bounds
             weight.data[1:7].mul_(3.0)
-        found = encoder.explain(x, 8)
+        found = encoder.encode_with_info(x, 8)
         assert found.rows_screened == 40
         assert_same_code(found.code, x, weight.detach(), bias.detach(), 8)
 
@@ -377,12 +382,12 @@ def test_same_bits_twice_and_whatever_the_batch(monkeypatch):
 
 @screens
 @pytest.mark.parametrize("sorted", [True, False])
-@pytest.mark.parametrize("lacking", [(), ("bias",), ("pre_bias", "base")])
+@pytest.mark.parametrize("lacking", [(), ("bias",), ("pre_bias", "prediction")])
 def test_gradients_of_every_input_are_those_of_the_exact_path(sorted, lacking):
     x, weight, bias = inputs()
     torch.manual_seed(1)
     given = {"x": x, "weight": weight, "bias": bias}
-    given |= {"pre_bias": torch.randn(96), "base": torch.randn(40, 96)}
+    given |= {"pre_bias": torch.randn(96), "prediction": torch.randn(40, 96)}
     given = {name: None if name in lacking else t for name, t in given.items()}
     factors = torch.randn(40, 8)
 
@@ -392,14 +397,16 @@ def test_gradients_of_every_input_are_those_of_the_exact_path(sorted, lacking):
         assert not code.indices.requires_grad
         return torch.autograd.grad((code.acts * factors).sum(), list(leaves.values()))
 
-    def screened(x, weight, bias, pre_bias, base):
-        options = {"pre_bias": pre_bias, "base": base, "sorted": sorted}
-        found = ScreenedEncoder(weight, bias).explain(x, 8, **options)
+    def screened(x, weight, bias, pre_bias, prediction):
+        options = {"pre_bias": pre_bias, "prediction": prediction, "sorted": sorted}
+        found = ScreenedEncoder(weight, bias).encode_with_info(x, 8, **options)
         assert found.rows_screened == 40
         return found.code
 
-    def exact(x, weight, bias, pre_bias, base):
-        return topk_encode(x, weight, bias, 8, pre_bias=pre_bias, base=base, sorted=sorted)
+    def exact(x, weight, bias, pre_bias, prediction):
+        return topk_encode(
+            x, weight, bias, 8, pre_bias=pre_bias, prediction=prediction, sorted=sorted
+        )
 
     for got, expected in zip(gradients(screened), gradients(exact), strict=True):
         torch.testing.assert_close(got, expected)
@@ -434,7 +441,7 @@ def test_training_never_uses_a_stale_copy():
 
 def test_few_rows_of_training_take_the_exact_path():
     weight = torch.randn(1 << 14, 1 << 8, requires_grad=True)
-    found = ScreenedEncoder(weight).explain(torch.randn(40, 256), 8)
+    found = ScreenedEncoder(weight).encode_with_info(torch.randn(40, 256), 8)
     assert found.rows_exact == 40
     assert "under torch.no_grad()" in str(found.reason)
     assert found.code.acts.requires_grad
@@ -445,7 +452,9 @@ def test_why_nothing_is_screened():
     big = torch.zeros(1 << 14, 1 << 8)
 
     def reason(weight, bias=None, x=x, k=8, **options):
-        found = ScreenedEncoder(weight, bias, **options).explain(x[..., : weight.shape[1]], k)
+        found = ScreenedEncoder(weight, bias, **options).encode_with_info(
+            x[..., : weight.shape[1]], k
+        )
         assert (found.rows_screened, found.candidates) == (0, 0)
         assert found.code.acts.shape == (*x.shape[:-1], k)
         return found.reason
@@ -471,7 +480,7 @@ def test_a_processor_that_cannot_screen_is_named_once(monkeypatch, caplog):
     screened_encode._warn_once.cache_clear()
     encoder = ScreenedEncoder(torch.randn(1 << 14, 1 << 8))
     x = torch.randn(3, 1 << 8)
-    found = encoder.explain(x, 8)
+    found = encoder.encode_with_info(x, 8)
     encoder.encode(x, 8)
     assert found.rows_exact == 3
     assert "VNNI" in str(found.reason)
@@ -497,7 +506,7 @@ def test_a_torch_without_the_private_op_is_named(monkeypatch, missing):
 def test_a_weight_that_is_not_finite(where):
     x, weight, bias = inputs()
     (weight[7] if where == "weight" else bias)[3] = math.nan
-    found = ScreenedEncoder(weight, bias).explain(x, 8)
+    found = ScreenedEncoder(weight, bias).encode_with_info(x, 8)
     exact = topk_encode(x, weight, bias, 8)
     assert found.reason == "the weight or bias is not finite"
     assert torch.equal(found.code.indices, exact.indices)
@@ -538,8 +547,8 @@ def test_bad_arguments_where_it_screens():
         encoder.encode(x[:, 1:], 8)
     with pytest.raises(ValueError, match=r"k=0, expected at least 1"):
         encoder.encode(x, 0)
-    with pytest.raises(ValueError, match=r"base has shape \[39, 96\]"):
-        encoder.encode(x, 8, base=x[1:])
+    with pytest.raises(ValueError, match=r"prediction has shape \[39, 96\]"):
+        encoder.encode(x, 8, prediction=x[1:])
 
 
 @screens

@@ -30,7 +30,7 @@ from resae_kernels import (
 )
 from resae_kernels import dense as dense_form
 from resae_kernels.cpu import native, private_torch, sums
-from resae_kernels.gradients import encoder_gradients, latent_outer, latent_sum
+from resae_kernels.gradients import encoder_gradients, scatter_outer, scatter_sum
 from resae_kernels.triton import decode as triton_decode
 from resae_kernels.triton import runtime
 
@@ -42,7 +42,7 @@ DTYPES = [
     pytest.param(torch.float16, id="fp16"),
 ]
 either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
-in_both_forms = pytest.mark.parametrize("form", ["gather", "dense"])
+in_both_forms = pytest.mark.parametrize("algorithm", ["gather", "dense"])
 # (N, D, M, k)
 SHAPES = [
     pytest.param(5, 4, 8, 3, id="small"),
@@ -68,17 +68,23 @@ def decoder_inputs(N, D, M, k, dtype=torch.float64) -> dict[str, Tensor]:
         "indices": indices,
         "W_dec": torch.randn(M, D).to(dtype),
         "bias": torch.randn(D).to(dtype),
-        "base": torch.randn(N, D).to(dtype),
+        "prediction": torch.randn(N, D).to(dtype),
     }
 
 
-def decode_two(op, acts, indices, W_dec, more_acts, more_indices, more_W_dec, bias, base):
-    return op([acts, more_acts], [indices, more_indices], [W_dec, more_W_dec], bias=bias, base=base)
+def decode_two(op, acts, indices, W_dec, more_acts, more_indices, more_W_dec, bias, prediction):
+    return op(
+        [acts, more_acts],
+        [indices, more_indices],
+        [W_dec, more_W_dec],
+        bias=bias,
+        prediction=prediction,
+    )
 
 
-def both(implementation, form=None):
-    """The op as `implementation` computes it in that form, and its reference."""
-    op = partial(sparse_decode, implementation=implementation, form=form)
+def both(implementation, algorithm=None):
+    """The op as `implementation` computes it by that algorithm, and its reference."""
+    op = partial(sparse_decode, implementation=implementation, algorithm=algorithm)
     return op, reference.sparse_decode
 
 
@@ -94,11 +100,11 @@ def two_decoders(dtype=torch.float64) -> dict[str, Tensor]:
 @either
 @in_both_forms
 @pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
-def test_sum_and_gradients_equal_the_reference(N, D, M, k, implementation, form):
+def test_sum_and_gradients_equal_the_reference(N, D, M, k, implementation, algorithm):
     inputs = decoder_inputs(N, D, M, k)
     ours, theirs = (
         values_and_gradients(lambda op=op, **t: op(**t), inputs)
-        for op in both(implementation, form)
+        for op in both(implementation, algorithm)
     )
     assert ours["output 0"].shape == (N, D)
     assert_same(ours, theirs)
@@ -106,25 +112,27 @@ def test_sum_and_gradients_equal_the_reference(N, D, M, k, implementation, form)
 
 @either
 @in_both_forms
-@pytest.mark.parametrize("absent", [("bias",), ("base",), ("bias", "base")], ids="-".join)
+@pytest.mark.parametrize(
+    "absent", [("bias",), ("prediction",), ("bias", "prediction")], ids="-".join
+)
 def test_sum_and_gradients_equal_the_reference_without_an_optional_input(
-    absent, implementation, form
+    absent, implementation, algorithm
 ):
     inputs = {name: t for name, t in decoder_inputs(7, 5, 11, 4).items() if name not in absent}
     ours, theirs = (
         values_and_gradients(lambda op=op, **t: op(**t), inputs)
-        for op in both(implementation, form)
+        for op in both(implementation, algorithm)
     )
     assert_same(ours, theirs)
 
 
 @either
 @in_both_forms
-def test_lists_sum_over_dictionaries_of_different_sizes(implementation, form):
+def test_lists_sum_over_dictionaries_of_different_sizes(implementation, algorithm):
     inputs = two_decoders()
     ours, theirs = (
         values_and_gradients(lambda op=op, **t: decode_two(op, **t), inputs)
-        for op in both(implementation, form)
+        for op in both(implementation, algorithm)
     )
     assert_same(ours, theirs)
 
@@ -132,7 +140,7 @@ def test_lists_sum_over_dictionaries_of_different_sizes(implementation, form):
 @either
 @in_both_forms
 @pytest.mark.parametrize("N", [3, 18], ids=["few-tokens", "tokens"])
-def test_four_dictionaries_sum_one_of_them_without_a_latent(N, implementation, form):
+def test_four_dictionaries_sum_one_of_them_without_a_latent(N, implementation, algorithm):
     parts = [decoder_inputs(N, 70, M, k) for M, k in ((11, 9), (5, 0), (83, 66), (3, 1))]
     names = ("acts", "indices", "W_dec")
     inputs = {f"{name}.{i}": part[name] for i, part in enumerate(parts) for name in names}
@@ -141,7 +149,7 @@ def test_four_dictionaries_sum_one_of_them_without_a_latent(N, implementation, f
         return op(*([named[f"{name}.{i}"] for i in range(4)] for name in names))
 
     ours, theirs = (
-        values_and_gradients(partial(total, op), inputs) for op in both(implementation, form)
+        values_and_gradients(partial(total, op), inputs) for op in both(implementation, algorithm)
     )
     assert_same(ours, theirs)
 
@@ -157,27 +165,27 @@ def test_one_list_entry_is_the_plain_call(implementation):
 @either
 @in_both_forms
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sum_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implementation, form):
-    def plain(acts, indices, W_dec, bias, base):
-        return scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias + base
+def test_sum_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implementation, algorithm):
+    def plain(acts, indices, W_dec, bias, prediction):
+        return scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias + prediction
 
-    op, _ = both(implementation, form)
+    op, _ = both(implementation, algorithm)
     assert_close_as_torch(op, plain, decoder_inputs(37, 19, 53, 7, dtype))
 
 
 @either
 @in_both_forms
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype, implementation, form):
-    def plain(acts, indices, W_dec, more_acts, more_indices, more_W_dec, bias, base):
+def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype, implementation, algorithm):
+    def plain(acts, indices, W_dec, more_acts, more_indices, more_W_dec, bias, prediction):
         first = scatter(acts, indices, W_dec.shape[0]) @ W_dec
         return (
             first
             + scatter(more_acts, more_indices, more_W_dec.shape[0]) @ more_W_dec
-            + (bias + base)
+            + (bias + prediction)
         )
 
-    op, _ = both(implementation, form)
+    op, _ = both(implementation, algorithm)
     assert_close_as_torch(lambda **t: decode_two(op, **t), plain, two_decoders(dtype))
 
 
@@ -185,7 +193,7 @@ def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype, impleme
 def test_leading_shape_is_kept(leading):
     acts, indices = torch.rand(*leading, 3), torch.randint(0, 8, (*leading, 3))
     inputs = {"acts": acts, "indices": indices, "W_dec": torch.randn(8, 4)}
-    inputs["base"] = torch.randn(*leading, 4)
+    inputs["prediction"] = torch.randn(*leading, 4)
     ours, theirs = (
         values_and_gradients(lambda op=op, **t: op(**t), inputs)
         for op in (sparse_decode, reference.sparse_decode)
@@ -196,17 +204,19 @@ def test_leading_shape_is_kept(leading):
 
 @either
 @in_both_forms
-def test_op_passes_opcheck(implementation, form):
+def test_op_passes_opcheck(implementation, algorithm):
     inputs = decoder_inputs(5, 4, 8, 3)
-    acts, W_dec, bias, base = (
-        inputs[name].requires_grad_() for name in ("acts", "W_dec", "bias", "base")
+    acts, W_dec, bias, prediction = (
+        inputs[name].requires_grad_() for name in ("acts", "W_dec", "bias", "prediction")
     )
     op = torch.ops.resae.sparse_decode.default
     for arguments in (
-        ([acts], [inputs["indices"]], [W_dec], bias, base),
+        ([acts], [inputs["indices"]], [W_dec], bias, prediction),
         ([acts] * 2, [inputs["indices"]] * 2, [W_dec] * 2, None, None),
     ):
-        torch.library.opcheck(op, arguments, {"implementation": implementation, "form": form})
+        torch.library.opcheck(
+            op, arguments, {"implementation": implementation, "algorithm": algorithm}
+        )
 
 
 def test_op_without_an_implementation_named_passes_opcheck():
@@ -218,18 +228,18 @@ def test_op_without_an_implementation_named_passes_opcheck():
 
 @either
 @in_both_forms
-def test_ops_of_the_backward_pass_opcheck(implementation, form):
+def test_ops_of_the_backward_pass_opcheck(implementation, algorithm):
     acts, indices = random_code(5, 3, 8)
     rows, W_dec = torch.randn(5, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
     for tensor in (acts, rows, W_dec):
         tensor.requires_grad_()
-    ops, named = torch.ops.resae, {"implementation": implementation, "form": form}
-    torch.library.opcheck(ops.latent_outer.default, (acts, indices, rows, 8), named)
-    torch.library.opcheck(ops.sampled_product.default, (rows, indices, W_dec), named)
+    ops, named = torch.ops.resae, {"implementation": implementation, "algorithm": algorithm}
+    torch.library.opcheck(ops.scatter_outer.default, (acts, indices, rows, 8), named)
+    torch.library.opcheck(ops.sddmm.default, (rows, indices, W_dec), named)
 
 
 @in_both_forms
-def test_gradients_can_be_differentiated_again(form):
+def test_gradients_can_be_differentiated_again(algorithm):
     # Without a derivative of their own the sums of the backward would end the graph: a gradient
     # penalty would train as if they were constants.
     inputs = decoder_inputs(4, 3, 6, 3)
@@ -238,7 +248,7 @@ def test_gradients_can_be_differentiated_again(form):
 
     def decode(*leaves):
         named = dict(zip(names, leaves, strict=True))
-        return sparse_decode(**named, indices=inputs["indices"], form=form)
+        return sparse_decode(**named, indices=inputs["indices"], algorithm=algorithm)
 
     assert torch.autograd.gradgradcheck(decode, [inputs[name].requires_grad_() for name in names])
 
@@ -254,7 +264,9 @@ def test_registered_gradient_is_the_derivative():
     assert torch.autograd.gradcheck(total, [inputs[name].requires_grad_() for name in names])
 
 
-@pytest.mark.parametrize("wanted", ["acts", "more_acts", "W_dec", "more_W_dec", "bias", "base"])
+@pytest.mark.parametrize(
+    "wanted", ["acts", "more_acts", "W_dec", "more_W_dec", "bias", "prediction"]
+)
 def test_one_gradient_alone_is_the_one_of_all_together(wanted):
     inputs = two_decoders()
     everything = values_and_gradients(lambda **t: decode_two(sparse_decode, **t), inputs)
@@ -268,9 +280,9 @@ def test_one_gradient_alone_is_the_one_of_all_together(wanted):
 
 @either
 @in_both_forms
-def test_same_bits_twice(implementation, form):
+def test_same_bits_twice(implementation, algorithm):
     inputs = decoder_inputs(64, 24, 96, 9, torch.float32)
-    op, _ = both(implementation, form)
+    op, _ = both(implementation, algorithm)
     first, second = (values_and_gradients(op, inputs) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -278,9 +290,9 @@ def test_same_bits_twice(implementation, form):
 
 @either
 @in_both_forms
-def test_compiled_equals_eager(implementation, form):
+def test_compiled_equals_eager(implementation, algorithm):
     inputs = two_decoders(torch.float32)
-    op, _ = both(implementation, form)
+    op, _ = both(implementation, algorithm)
 
     def total(**tensors):
         return decode_two(op, **tensors)
@@ -291,14 +303,14 @@ def test_compiled_equals_eager(implementation, form):
 
 @either
 @in_both_forms
-def test_non_contiguous_inputs_and_gradients_change_nothing(implementation, form):
+def test_non_contiguous_inputs_and_gradients_change_nothing(implementation, algorithm):
     inputs = decoder_inputs(6, 5, 9, 3)
     strided = {
         name: t.T.contiguous().T if t.ndim == 2 else torch.stack([t, t], dim=1)[:, 0]
         for name, t in inputs.items()
     }
     assert not any(t.is_contiguous() for t in strided.values())
-    op, _ = both(implementation, form)
+    op, _ = both(implementation, algorithm)
     ours, theirs = (
         # A transposed result sends a transposed, an expanded sum a stride-0 gradient back.
         values_and_gradients(lambda **t: [y := op(**t).T, y.sum()], given_)
@@ -320,7 +332,7 @@ def test_meta_tensors_give_shapes():
 @either
 @in_both_forms
 @given(data=st.data())
-def test_any_code_equals_the_reference_repeated_latents_included(implementation, form, data):
+def test_any_code_equals_the_reference_repeated_latents_included(implementation, algorithm, data):
     N, M, k = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (1, 6), (1, 6)))
     D = data.draw(st.integers(1, 5))
     latent = st.lists(st.integers(0, M - 1), min_size=N * k, max_size=N * k)
@@ -332,7 +344,7 @@ def test_any_code_equals_the_reference_repeated_latents_included(implementation,
     }
     ours, theirs = (
         values_and_gradients(lambda op=op, **t: op(**t), inputs)
-        for op in both(implementation, form)
+        for op in both(implementation, algorithm)
     )
     assert_same(ours, theirs)
 
@@ -344,20 +356,20 @@ def test_worked_example():
     acts = torch.tensor([[2.0, 3.0]], requires_grad=True)
     W_dec = torch.tensor([[1.0, 0], [0, 10], [100, 100]], requires_grad=True)
     bias = torch.tensor([0.5, 0.25], requires_grad=True)
-    base = torch.tensor([[1000.0, 2000.0]], requires_grad=True)
-    y = sparse_decode(acts, torch.tensor([[2, 1]]), W_dec, bias=bias, base=base)
+    prediction = torch.tensor([[1000.0, 2000.0]], requires_grad=True)
+    y = sparse_decode(acts, torch.tensor([[2, 1]]), W_dec, bias=bias, prediction=prediction)
     assert y.tolist() == [[1200.5, 2230.25]]
     y.backward(torch.tensor([[1.0, 7.0]]))
     assert acts.grad.tolist() == [[800, 70]]
     assert W_dec.grad.tolist() == [[0, 0], [3, 21], [2, 14]]
     assert bias.grad.tolist() == [1, 7]
-    assert base.grad.tolist() == [[1, 7]]
+    assert prediction.grad.tolist() == [[1, 7]]
 
 
 @in_both_forms
 @pytest.mark.parametrize("latents", [2, 50], ids=["few-latents", "many-latents"])
-@pytest.mark.parametrize("offset", ["bias", "base", "another dictionary"])
-def test_terms_are_added_before_the_one_rounding(offset, latents, form):
+@pytest.mark.parametrize("offset", ["bias", "prediction", "another dictionary"])
+def test_terms_are_added_before_the_one_rounding(offset, latents, algorithm):
     # 256 + 1 − 256: bf16 holds no 257, so that a sum rounded on the way gives 0.
     acts, indices = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[0, 1]])
     W_dec = torch.zeros(latents, 1, dtype=torch.bfloat16)
@@ -365,29 +377,29 @@ def test_terms_are_added_before_the_one_rounding(offset, latents, form):
     rest = torch.tensor([[-256]], dtype=torch.bfloat16)
     if offset == "another dictionary":
         lists = [acts, acts[:, :1]], [indices, indices[:, :1]], [W_dec, rest]
-        y = sparse_decode(*lists, form=form)
+        y = sparse_decode(*lists, algorithm=algorithm)
     else:
         offsets = {offset: rest[0] if offset == "bias" else rest}
-        y = sparse_decode(acts, indices, W_dec, form=form, **offsets)
+        y = sparse_decode(acts, indices, W_dec, algorithm=algorithm, **offsets)
     assert y.item() == 1
 
 
 @in_both_forms
-def test_gradient_of_the_acts_is_summed_before_the_one_rounding(form):
+def test_gradient_of_the_acts_is_summed_before_the_one_rounding(algorithm):
     # (1 + 2⁻⁷)² − (1 + 2⁻⁶) = 2⁻¹⁴: a product rounded to bf16 before the sum gives 0.
     acts = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     W_dec = torch.tensor([[1 + 2**-7, 1]], dtype=torch.bfloat16)
     gradient = torch.tensor([[1 + 2**-7, -1 - 2**-6]], dtype=torch.bfloat16)
-    sparse_decode(acts, torch.tensor([[0]]), W_dec, form=form).backward(gradient)
+    sparse_decode(acts, torch.tensor([[0]]), W_dec, algorithm=algorithm).backward(gradient)
     assert acts.grad.item() == 2**-14
 
 
 @in_both_forms
-def test_padding_slots_add_nothing_to_the_sum_or_to_the_gradient_of_latent_0(form):
+def test_padding_slots_add_nothing_to_the_sum_or_to_the_gradient_of_latent_0(algorithm):
     acts = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     indices = torch.tensor([[1, 0, 0], [0, 0, 0]])
     W_dec = torch.tensor([[9.0, 9.0], [1.0, 2.0]], requires_grad=True)
-    y = sparse_decode(acts, indices, W_dec, form=form)
+    y = sparse_decode(acts, indices, W_dec, algorithm=algorithm)
     assert y.tolist() == [[2, 4], [0, 0]]
     y.backward(torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
     assert W_dec.grad.tolist() == [[0, 0], [2, 6]]
@@ -407,18 +419,18 @@ def test_latents_not_in_the_code_get_exactly_zero_gradient():
 
 @either
 @pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
-def test_latent_outer_is_the_transposed_dense_code_times_the_rows(N, D, M, k, implementation):
+def test_scatter_outer_is_the_transposed_dense_code_times_the_rows(N, D, M, k, implementation):
     acts, indices = random_code(N, k, M)
     rows = torch.randn(N, D, dtype=torch.float64)
     dense = scatter(acts, indices, M)
-    outer = latent_outer(acts, indices, rows, M, implementation)
+    outer = scatter_outer(acts, indices, rows, M, implementation)
     torch.testing.assert_close(outer, dense.T @ rows)
-    torch.testing.assert_close(latent_sum(acts, indices, M, implementation), dense.sum(0))
+    torch.testing.assert_close(scatter_sum(acts, indices, M, implementation), dense.sum(0))
 
 
 @either
-def test_latent_outer_of_padding_alone_is_zero(implementation):
-    nothing = latent_outer(
+def test_scatter_outer_of_padding_alone_is_zero(implementation):
+    nothing = scatter_outer(
         torch.zeros(3, 2),
         torch.zeros(3, 2, dtype=torch.int64),
         torch.ones(3, 4),
@@ -460,7 +472,7 @@ def test_pieces_of_every_length_sum_to_the_whole(monkeypatch, device):  # noqa: 
     for piece in (1, 4, 8, 200):
         monkeypatch.setattr(triton_decode, "PIECE", piece)
         torch.testing.assert_close(
-            latent_outer(acts, indices, rows, 18, "triton"), scatter(acts, indices, 18).T @ rows
+            scatter_outer(acts, indices, rows, 18, "triton"), scatter(acts, indices, 18).T @ rows
         )
 
 
@@ -485,7 +497,7 @@ def test_sums_of_encoder_gradients_in_pieces(dtype, monkeypatch, device):
     outer, total = encoder_gradients(acts, indices, rows, M, "triton")
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, scatter(acts.float(), indices, M).sum(0))
-    assert torch.equal(outer, latent_outer(acts, indices, rows, M, "triton"))
+    assert torch.equal(outer, scatter_outer(acts, indices, rows, M, "triton"))
 
 
 @pytest.fixture
@@ -518,7 +530,7 @@ def test_the_order_of_programs_does_not_change_a_bit(shuffled_programs, monkeypa
     def all_sums() -> list[Tensor]:
         return [
             *encoder_gradients(acts, indices, rows, M, "triton"),
-            torch.ops.resae.sampled_product(rows, indices, W_dec, implementation="triton"),
+            torch.ops.resae.sddmm(rows, indices, W_dec, implementation="triton"),
             sparse_decode(acts, indices, W_dec, implementation="triton"),
         ]
 
@@ -559,11 +571,9 @@ def test_rows_that_no_latent_asks_for_do_not_matter(implementation):
     acts[0] = 0
     op, _ = both(implementation)
     assert op(acts, indices, W_dec).isfinite().all()
-    product = torch.ops.resae.sampled_product(
-        rows[1:], indices[1:], W_dec, implementation=implementation
-    )
+    product = torch.ops.resae.sddmm(rows[1:], indices[1:], W_dec, implementation=implementation)
     assert product.isfinite().all()
-    assert latent_outer(acts, indices, rows, M, implementation).isfinite().all()
+    assert scatter_outer(acts, indices, rows, M, implementation).isfinite().all()
 
 
 # -- the dense form --------------------------------------------------------------------------------
@@ -585,11 +595,13 @@ def repeating_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
 @either
 @in_both_forms
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_latents_named_repeatedly_are_as_close_to_fp64_as_plain_torch(dtype, implementation, form):
+def test_latents_named_repeatedly_are_as_close_to_fp64_as_plain_torch(
+    dtype, implementation, algorithm
+):
     def plain(acts, indices, W_dec, bias):
         return scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias
 
-    op, _ = both(implementation, form)
+    op, _ = both(implementation, algorithm)
     inputs = repeating_inputs(dtype)
     assert_close_as_torch(op, plain, inputs)
     first, second = (values_and_gradients(op, inputs) for _ in range(2))
@@ -624,14 +636,14 @@ def test_acts_that_are_not_finite_reach_their_own_token_alone(implementation):
     inputs = decoder_inputs(4, 3, 8, 2, torch.float32)
     acts = inputs.pop("acts")
     results = {}
-    for form in ("gather", "dense"):
-        op = partial(sparse_decode, implementation=implementation, form=form)
+    for algorithm in ("gather", "dense"):
+        op = partial(sparse_decode, implementation=implementation, algorithm=algorithm)
         clean = op(acts, **inputs)
         broken = acts.clone()
         broken[1, 0], broken[2, 0] = float("nan"), float("inf")
-        results[form] = op(broken, **inputs)
-        assert torch.equal(results[form][[0, 3]], clean[[0, 3]])
-        assert not results[form][1:3].isfinite().any()
+        results[algorithm] = op(broken, **inputs)
+        assert torch.equal(results[algorithm][[0, 3]], clean[[0, 3]])
+        assert not results[algorithm][1:3].isfinite().any()
     torch.testing.assert_close(results["gather"], results["dense"], equal_nan=True)
 
 
@@ -642,15 +654,15 @@ def test_dense_form_passes_what_is_not_finite_in_the_dictionary_to_every_token(i
     W_dec[7, 1] = float("inf")
     acts, indices = torch.ones(2, 1), torch.tensor([[0], [1]])
     gather, dense = (
-        sparse_decode(acts, indices, W_dec, form=form, implementation=implementation)
-        for form in ("gather", "dense")
+        sparse_decode(acts, indices, W_dec, algorithm=algorithm, implementation=implementation)
+        for algorithm in ("gather", "dense")
     )
     assert gather.isfinite().all()
     assert dense[:, 1].isnan().all()
     assert torch.equal(dense[:, [0, 2]], gather[:, [0, 2]])
 
 
-SUMS = ("dense_sum", "dense_outer", "dense_sampled_product")
+SUMS = ("dense_sum", "dense_outer", "dense_sddmm")
 
 
 def dense_sums_used(monkeypatch, run) -> list[str]:
@@ -715,11 +727,11 @@ def test_dense_form_never_waits_for_a_value(dtype, device, monkeypatch):
         )
         indices = torch.empty(9, 3, dtype=torch.int64, device=device)
         for implementation in ("torch", "triton"):
-            named = {"implementation": implementation, "form": "dense"}
+            named = {"implementation": implementation, "algorithm": "dense"}
             made = [
                 module.decode_rows([acts], [indices], [W], None, rows, **named),
-                gradients._latent_outer(acts, indices, rows, 8, **named),
-                gradients._sampled_product(rows, indices, W, **named),
+                gradients._scatter_outer(acts, indices, rows, 8, **named),
+                gradients._sddmm(rows, indices, W, **named),
             ]
             assert [tuple(t.shape) for t in made] == [(9, 5), (8, 5), (9, 3)]
             assert all(t.dtype == dtype and t.device.type == device.type for t in made)
@@ -730,23 +742,23 @@ def test_dense_form_never_waits_for_a_value(dtype, device, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_form_in_a_cuda_graph_gives_the_same_bits(dtype):
     inputs = {name: t.cuda() for name, t in decoder_inputs(300, 64, 96, 40, dtype).items()}
-    eager = sparse_decode(**inputs, form="dense")
+    eager = sparse_decode(**inputs, algorithm="dense")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = sparse_decode(**inputs, form="dense")
+        captured = sparse_decode(**inputs, algorithm="dense")
     graph.replay()
     assert torch.equal(captured, eager)
 
 
 @in_both_forms
-def test_form_asked_for_overrules_the_rule(form, monkeypatch):
+def test_form_asked_for_overrules_the_rule(algorithm, monkeypatch):
     big, small = decoder_inputs(dense_form.DENSE_TOKENS, 3, 2, 2), decoder_inputs(3, 4, 8, 1)
     for inputs in (big, small):
         with monkeypatch.context() as patch:
             used = dense_sums_used(
-                patch, lambda given=inputs: values_and_gradients(both(None, form)[0], given)
+                patch, lambda given=inputs: values_and_gradients(both(None, algorithm)[0], given)
             )
-        assert sorted(used) == (sorted(SUMS) if form == "dense" else [])
+        assert sorted(used) == (sorted(SUMS) if algorithm == "dense" else [])
 
 
 @either
@@ -754,8 +766,8 @@ def test_dictionaries_of_one_sum_take_the_form_that_suits_each(implementation, m
     N = dense_form.DENSE_TOKENS
     parts = [decoder_inputs(N, 3, M, k) for M, k in ((60, 2), (4, 2), (50, 1))]
     lists = [[part[name] for part in parts] for name in ("acts", "indices", "W_dec")]
-    offsets = {name: parts[0][name] for name in ("bias", "base")}
-    kept = offsets["base"].clone()
+    offsets = {name: parts[0][name] for name in ("bias", "prediction")}
+    kept = offsets["prediction"].clone()
     results = []
 
     def run():
@@ -763,7 +775,7 @@ def test_dictionaries_of_one_sum_take_the_form_that_suits_each(implementation, m
 
     assert dense_sums_used(monkeypatch, run) == ["dense_sum"]
     torch.testing.assert_close(results[0], reference.sparse_decode(*lists, **offsets))
-    assert torch.equal(offsets["base"], kept)
+    assert torch.equal(offsets["prediction"], kept)
 
 
 @either
@@ -798,7 +810,9 @@ def test_error_and_gradients_equal_the_reference(N, D, M, k, implementation):
 
 
 @either
-@pytest.mark.parametrize("absent", [("bias",), ("base",), ("bias", "base")], ids="-".join)
+@pytest.mark.parametrize(
+    "absent", [("bias",), ("prediction",), ("bias", "prediction")], ids="-".join
+)
 def test_error_and_gradients_equal_the_reference_without_an_optional_input(absent, implementation):
     inputs = {name: t for name, t in error_inputs(7, 5, 11, 4).items() if name not in absent}
     ours, theirs = (values_and_gradients(op, inputs) for op in both_errors(implementation))
@@ -824,8 +838,8 @@ def test_error_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implemen
     if (dtype, implementation, device.type) == (torch.bfloat16, "triton", "cpu"):
         pytest.skip("the interpreter cuts fp32 off to bf16 instead of rounding it")
 
-    def plain(acts, indices, W_dec, bias, base, target):
-        error = scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias + base - target
+    def plain(acts, indices, W_dec, bias, prediction, target):
+        error = scatter(acts, indices, W_dec.shape[0]) @ W_dec + bias + prediction - target
         return [error, error.square().sum(-1)]
 
     def ours(**tensors):  # as the rule wants it: everything in one dtype
@@ -885,12 +899,12 @@ def test_infinite_act_gives_an_infinite_squared_error_where_a_tile_is_not_full(i
 @either
 def test_error_op_passes_opcheck(implementation):
     inputs = error_inputs(5, 4, 8, 3)
-    acts, W_dec, target, bias, base = (
-        inputs[name].requires_grad_() for name in ("acts", "W_dec", "target", "bias", "base")
+    acts, W_dec, target, bias, prediction = (
+        inputs[name].requires_grad_() for name in ("acts", "W_dec", "target", "bias", "prediction")
     )
     op, indices = torch.ops.resae.reconstruction_error.default, inputs["indices"]
     for arguments in (
-        ([acts], [indices], [W_dec], target, bias, base),
+        ([acts], [indices], [W_dec], target, bias, prediction),
         ([acts] * 2, [indices] * 2, [W_dec] * 2, target, None, None),
     ):
         torch.library.opcheck(op, arguments, {"implementation": implementation})
@@ -985,7 +999,7 @@ def test_bad_target_is_refused(target, error, message):
 @pytest.mark.parametrize(
     ("implementation", "launched"),
     [
-        ("triton", {"launch_decode", "launch_sampled_product", "launch_latent_outer"}),
+        ("triton", {"launch_decode", "launch_sddmm", "launch_scatter_outer"}),
         ("torch", set()),
         (None, set()),  # by device: the inputs are on CPU
     ],
@@ -996,7 +1010,7 @@ def test_implementation_asked_for_computes_the_sum_and_its_gradients(
     implementation, launched, monkeypatch
 ):
     called = set()
-    for name in ("launch_decode", "launch_sampled_product", "launch_latent_outer"):
+    for name in ("launch_decode", "launch_sddmm", "launch_scatter_outer"):
         launch = getattr(triton_decode, name)
         monkeypatch.setattr(
             triton_decode, name, lambda *a, name=name, launch=launch: called.add(name) or launch(*a)
@@ -1038,7 +1052,7 @@ def test_gathered_rows_are_bounded_and_chunks_change_nothing(monkeypatch):
     indices = torch.randint(0, M, (N, k))
 
     def product():
-        return torch.ops.resae.sampled_product(rows, indices, W_dec)
+        return torch.ops.resae.sddmm(rows, indices, W_dec)
 
     whole, gathered = product(), N * k * D * 4  # rows are widened to fp32
     assert largest_allocation(product) >= gathered
@@ -1053,7 +1067,7 @@ def test_dictionary_is_widened_once_for_the_product_in_16_bit():
     N, D, M, k = 64, 32, 40, 8
     rows, W_dec = torch.randn(N, D).bfloat16(), torch.randn(M, D).bfloat16()
     indices = torch.randint(0, M, (N, k))
-    product = torch.ops.resae.sampled_product
+    product = torch.ops.resae.sddmm
     assert largest_allocation(lambda: product(rows, indices, W_dec)) < N * k * D * 4 / 4
     expected = (W_dec.double()[indices] @ rows.double().unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(product(rows, indices, W_dec), expected.bfloat16())
@@ -1064,7 +1078,7 @@ def test_no_row_is_copied_for_the_product_in_fp32():
     N, D, M, k = 64, 32, 40, 8
     rows, W_dec = torch.randn(N, D), torch.randn(M, D)
     indices = torch.randint(0, M, (N, k))
-    product = torch.ops.resae.sampled_product
+    product = torch.ops.resae.sddmm
     assert largest_allocation(lambda: product(rows, indices, W_dec)) < N * k * D * 4 / 4
     expected = (W_dec.double()[indices] @ rows.double().unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(product(rows, indices, W_dec).double(), expected, rtol=0, atol=1e-4)
@@ -1075,7 +1089,7 @@ def test_no_row_is_copied_for_the_product_in_fp32():
 
 def test_autocast_takes_the_acts_to_the_dictionary_dtype():
     inputs = decoder_inputs(6, 4, 8, 3, torch.float32)
-    narrow = inputs | {name: inputs[name].bfloat16() for name in ("acts", "bias", "base")}
+    narrow = inputs | {name: inputs[name].bfloat16() for name in ("acts", "bias", "prediction")}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = sparse_decode(**narrow)
     by_hand = {name: t.float() if t.is_floating_point() else t for name, t in narrow.items()}
@@ -1126,10 +1140,11 @@ ACTS, INDICES, W_DEC = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), 
             id="bias-dtype",
         ),
         pytest.param(
-            {"base": torch.zeros(3, 4, dtype=torch.float16)},
+            {"prediction": torch.zeros(3, 4, dtype=torch.float16)},
             TypeError,
-            "sparse_decode: base has dtype torch.float16, W_dec has torch.float32; convert one",
-            id="base-dtype",
+            "sparse_decode: prediction has dtype torch.float16, W_dec has torch.float32; "
+            "convert one",
+            id="prediction-dtype",
         ),
         pytest.param(
             {"W_dec": W_DEC.to("meta")},
@@ -1168,10 +1183,10 @@ ACTS, INDICES, W_DEC = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), 
             id="bias-shape",
         ),
         pytest.param(
-            {"base": torch.zeros(4)},
+            {"prediction": torch.zeros(4)},
             ValueError,
-            r"sparse_decode: base has shape \[4\], expected \[3, 4\]",
-            id="base-shape",
+            r"sparse_decode: prediction has shape \[4\], expected \[3, 4\]",
+            id="prediction-shape",
         ),
         pytest.param(
             {"acts": [ACTS]},
@@ -1204,10 +1219,10 @@ ACTS, INDICES, W_DEC = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), 
             id="different-widths",
         ),
         pytest.param(
-            {"form": "sparse"},
+            {"algorithm": "sparse"},
             ValueError,
-            "sparse_decode: form='sparse', expected 'gather', 'dense' or None",
-            id="form",
+            "sparse_decode: algorithm='sparse', expected 'gather', 'dense' or None",
+            id="algorithm",
         ),
         pytest.param(
             {"implementation": "cuda"},
@@ -1247,11 +1262,13 @@ def test_one_token_on_a_cpu_is_decoded_as_any_other():
     """Called past the dispatcher where nothing is lost by it: values, several dictionaries,
     gradients."""
     acts, indices = torch.rand(3, 4), torch.randint(20, (3, 4))
-    W, bias, base = torch.randn(20, 6), torch.randn(6), torch.randn(3, 6)
-    whole = sparse_decode(acts, indices, W, bias=bias, base=base)
+    W, bias, prediction = torch.randn(20, 6), torch.randn(6), torch.randn(3, 6)
+    whole = sparse_decode(acts, indices, W, bias=bias, prediction=prediction)
     for n in range(3):
         one = (acts[n], indices[n], W)
-        torch.testing.assert_close(sparse_decode(*one, bias=bias, base=base[n]), whole[n])
+        torch.testing.assert_close(
+            sparse_decode(*one, bias=bias, prediction=prediction[n]), whole[n]
+        )
         lists = ([t, t] for t in one)
         twice = reference.sparse_decode(*([t, t] for t in one))
         torch.testing.assert_close(sparse_decode(*lists), twice)
@@ -1316,10 +1333,10 @@ def test_every_width_is_decoded(D, k):
     acts = [torch.randn(2, 3, k), torch.randn(3, 2, k + 1).transpose(0, 1)]
     indices = [torch.randint(50, a.shape) for a in acts]
     W = [torch.randn(50, D), torch.randn(50, 2 * D)[:, ::2]]
-    bias, base = torch.randn(2 * D)[::2], torch.randn(3, 2, D).transpose(0, 1)
+    bias, prediction = torch.randn(2 * D)[::2], torch.randn(3, 2, D).transpose(0, 1)
     exact = reference.sparse_decode(
         [a.double() for a in acts], indices, [w.double() for w in W],
-        bias=bias.double(), base=base.double(),
+        bias=bias.double(), prediction=prediction.double(),
     )  # fmt: skip
-    got = sparse_decode(acts, indices, W, bias=bias, base=base)
+    got = sparse_decode(acts, indices, W, bias=bias, prediction=prediction)
     torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=1e-5)

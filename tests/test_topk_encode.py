@@ -13,7 +13,7 @@ from measured import (
 )
 from torch import Tensor
 
-from resae_kernels import TopK, dispatch, precision, reference, topk_encode
+from resae_kernels import SparseCode, dispatch, precision, reference, topk_encode
 from resae_kernels.cpu import selection
 from resae_kernels.encode import _combined
 from resae_kernels.triton import encode as encode_kernels
@@ -41,7 +41,7 @@ SHAPES = [
     pytest.param((6,), 12, 8, 8, id="k-M"),
     pytest.param((6,), 3, 1, 1, id="M-1"),
 ]
-OPTIONAL = ("bias", "pre_bias", "base")
+OPTIONAL = ("bias", "pre_bias", "prediction")
 
 
 def encoder_inputs(leading, D, M, dtype=torch.float64) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def encoder_inputs(leading, D, M, dtype=torch.float64) -> dict[str, Tensor]:
         "weight": torch.randn(M, D).to(dtype),
         "bias": torch.randn(M).to(dtype),
         "pre_bias": torch.randn(D).to(dtype),
-        "base": torch.randn(*leading, D).to(dtype),
+        "prediction": torch.randn(*leading, D).to(dtype),
     }
 
 
@@ -60,7 +60,7 @@ def encode(op, k, **arguments):
     return op(inputs.pop("x"), inputs.pop("weight"), inputs.pop("bias"), k, **inputs)
 
 
-def encode_scores(op, scores: Tensor, k: int, **options) -> TopK:
+def encode_scores(op, scores: Tensor, k: int, **options) -> SparseCode:
     """Encode so that the pre-activations are exactly `scores [N, M]`, inf and NaN included.
 
     Each row is the weight of its own encoder of width 1, on x = 1: no entry meets another.
@@ -68,10 +68,12 @@ def encode_scores(op, scores: Tensor, k: int, **options) -> TopK:
     one = scores.new_ones(2, 1)
     codes = [op(one, row.unsqueeze(1), None, k, **options) for row in scores]
     assert all(torch.equal(code.indices[0], code.indices[1]) for code in codes)
-    return TopK(*(torch.stack([half[0] for half in halves]) for halves in zip(*codes, strict=True)))
+    return SparseCode(
+        *(torch.stack([half[0] for half in halves]) for halves in zip(*codes, strict=True))
+    )
 
 
-def assert_same_code(ours: TopK, theirs: TopK) -> None:
+def assert_same_code(ours: SparseCode, theirs: SparseCode) -> None:
     assert torch.equal(ours.indices, theirs.indices)
     torch.testing.assert_close(ours.acts, theirs.acts, rtol=0, atol=0, equal_nan=True)
 
@@ -85,7 +87,7 @@ def test_code_and_gradients_equal_the_reference(leading, D, M, k, sorted_):
     inputs = encoder_inputs(leading, D, M)
     code = encode(topk_encode, k, **inputs, sorted=sorted_)
     expected = encode(reference.topk_encode, k, **inputs, sorted=sorted_)
-    assert isinstance(code, TopK)
+    assert isinstance(code, SparseCode)
     assert code.acts.shape == code.indices.shape == (*leading, k)
     assert code.indices.dtype == torch.int64
     assert torch.equal(code.indices, expected.indices)
@@ -115,8 +117,8 @@ def test_acts_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype):
     inputs = encoder_inputs((37,), 19, M, dtype)
     indices = encode(topk_encode, 5, **inputs).indices
 
-    def plain(x, weight, bias, pre_bias, base):
-        pre_acts = (x - base - pre_bias) @ weight.T + bias
+    def plain(x, weight, bias, pre_bias, prediction):
+        pre_acts = (x - prediction - pre_bias) @ weight.T + bias
         return pre_acts.relu().gather(-1, indices)
 
     assert_close_as_torch(lambda **t: encode(topk_encode, 5, **t).acts, plain, inputs)
@@ -139,9 +141,11 @@ def test_selection_is_the_reference_selection_where_scores_are_exact(dtype):
 
 def test_op_passes_opcheck():
     inputs = encoder_inputs((5,), 4, 8)
-    leaves = [inputs[name].requires_grad_() for name in ("x", "weight", "bias", "pre_bias", "base")]
-    x, weight, bias, pre_bias, base = leaves
-    for optional in ((bias, pre_bias, base), (None, None, None)):
+    leaves = [
+        inputs[name].requires_grad_() for name in ("x", "weight", "bias", "pre_bias", "prediction")
+    ]
+    x, weight, bias, pre_bias, prediction = leaves
+    for optional in ((bias, pre_bias, prediction), (None, None, None)):
         arguments = (x, weight, optional[0], 3, *optional[1:], True, 1 << 20, "torch")
         torch.library.opcheck(torch.ops.resae.topk_encode.default, arguments)
 
@@ -197,7 +201,7 @@ def test_non_contiguous_inputs_change_nothing():
         "weight": inputs["weight"].T.contiguous().T,
         "bias": torch.stack([inputs["bias"], inputs["bias"]], dim=1)[:, 0],
         "pre_bias": torch.stack([inputs["pre_bias"], inputs["pre_bias"]], dim=1)[:, 1],
-        "base": inputs["base"].transpose(0, 2).contiguous().transpose(0, 2),
+        "prediction": inputs["prediction"].transpose(0, 2).contiguous().transpose(0, 2),
     }
     assert not any(t.is_contiguous() for t in strided.values())
     ours, theirs = (
@@ -208,11 +212,15 @@ def test_non_contiguous_inputs_change_nothing():
 
 
 def test_expanded_base_gets_the_gradient_of_every_token():
-    x, weight, base = torch.randn(6, 4), torch.randn(8, 4), torch.randn(1, 4, requires_grad=True)
-    pre_bias = base.detach()[0].clone().requires_grad_()
-    topk_encode(x, weight, None, 3, base=base.expand(6, 4)).acts.sum().backward()
+    x, weight, prediction = (
+        torch.randn(6, 4),
+        torch.randn(8, 4),
+        torch.randn(1, 4, requires_grad=True),
+    )
+    pre_bias = prediction.detach()[0].clone().requires_grad_()
+    topk_encode(x, weight, None, 3, prediction=prediction.expand(6, 4)).acts.sum().backward()
     topk_encode(x, weight, None, 3, pre_bias=pre_bias).acts.sum().backward()
-    torch.testing.assert_close(base.grad[0], pre_bias.grad)
+    torch.testing.assert_close(prediction.grad[0], pre_bias.grad)
 
 
 def test_meta_tensors_give_shapes():
@@ -253,7 +261,7 @@ SELECTIONS = [
 @pytest.mark.parametrize(("scores", "k", "acts", "indices"), SELECTIONS)
 def test_selection(scores, k, acts, indices, dtype):
     scores = torch.tensor([scores], dtype=dtype)
-    expected = TopK(torch.tensor([acts], dtype=dtype), torch.tensor([indices]))
+    expected = SparseCode(torch.tensor([acts], dtype=dtype), torch.tensor([indices]))
     assert_same_code(encode_scores(topk_encode, scores, k), expected)
     assert_same_code(encode_scores(reference.topk_encode, scores, k), expected)
 
@@ -271,7 +279,7 @@ def test_selection(scores, k, acts, indices, dtype):
 )
 def test_unsorted_code_is_in_order_of_index(scores, k, acts, indices):
     scores = torch.tensor([scores], dtype=torch.float32)
-    expected = TopK(torch.tensor([acts], dtype=torch.float32), torch.tensor([indices]))
+    expected = SparseCode(torch.tensor([acts], dtype=torch.float32), torch.tensor([indices]))
     assert_same_code(encode_scores(topk_encode, scores, k, sorted=False), expected)
     assert_same_code(encode_scores(reference.topk_encode, scores, k, sorted=False), expected)
 
@@ -289,7 +297,7 @@ def test_bf16_scores_that_round_to_one_value_go_to_the_lower_index():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("absent", [(), ("pre_bias",), ("base",)], ids=str)
+@pytest.mark.parametrize("absent", [(), ("pre_bias",), ("prediction",)], ids=str)
 def test_backward_forms_the_residual_in_one_launch(dtype, absent, monkeypatch, device):
     inputs = {n: t for n, t in encoder_inputs((5,), 7, 9, dtype).items() if n not in absent}
     inputs = {n: t.to(device).requires_grad_() for n, t in inputs.items()}
@@ -298,8 +306,8 @@ def test_backward_forms_the_residual_in_one_launch(dtype, absent, monkeypatch, d
     monkeypatch.setattr(
         encode_kernels, "launch_residual", lambda *a: launched.append(a) or launch(*a)
     )
-    found = torch.ops.resae.residual(inputs["x"], inputs.get("pre_bias"), inputs.get("base"))
-    expected = precision.residual(inputs["x"], inputs.get("pre_bias"), inputs.get("base"))
+    found = torch.ops.resae.residual(inputs["x"], inputs.get("pre_bias"), inputs.get("prediction"))
+    expected = precision.residual(inputs["x"], inputs.get("pre_bias"), inputs.get("prediction"))
     # The interpreter does not round fp32 to bf16 to nearest.
     torch.testing.assert_close(found, expected)
     assert len(launched) == 1
@@ -310,21 +318,23 @@ def test_backward_forms_the_residual_in_one_launch(dtype, absent, monkeypatch, d
 
 
 def test_gradients_of_the_residual(device):
-    x, pre_bias, base = (
+    x, pre_bias, prediction = (
         torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
         for shape in ((4, 3), (3,), (4, 3))
     )
-    assert torch.autograd.gradcheck(torch.ops.resae.residual, (x, pre_bias, base))
-    torch.library.opcheck(torch.ops.resae.residual.default, (x, pre_bias, base))
+    assert torch.autograd.gradcheck(torch.ops.resae.residual, (x, pre_bias, prediction))
+    torch.library.opcheck(torch.ops.resae.residual.default, (x, pre_bias, prediction))
 
 
 def test_residual_is_rounded_once():
     # 256 + 1 − 1: rounded to bf16 after each step, the sum 257 becomes 256 and the residual 255.
-    x, base, pre_bias, weight = (
+    x, prediction, pre_bias, weight = (
         torch.tensor([[value]], dtype=torch.bfloat16) for value in (256.0, -1.0, 1.0, 1.0)
     )
     for op in (topk_encode, reference.topk_encode):
-        assert op(x, weight, None, 1, base=base, pre_bias=pre_bias[0]).acts.item() == 256
+        assert (
+            op(x, weight, None, 1, prediction=prediction, pre_bias=pre_bias[0]).acts.item() == 256
+        )
 
 
 def test_scores_are_rounded_once_after_the_bias():
@@ -435,9 +445,9 @@ def test_check_nan_names_the_token():
 def test_check_nan_catches_inf_minus_inf():
     x = torch.full((1, 4), inf)
     with pytest.raises(
-        ValueError, match="look for NaN or inf in x, weight, bias, pre_bias and base"
+        ValueError, match="look for NaN or inf in x, weight, bias, pre_bias and prediction"
     ):
-        topk_encode(x, torch.randn(8, 4), None, 2, base=x, check_nan=True)
+        topk_encode(x, torch.randn(8, 4), None, 2, prediction=x, check_nan=True)
 
 
 def test_check_nan_changes_nothing_else():
@@ -455,7 +465,9 @@ def test_nan_in_one_token_leaves_the_others_alone():
     x[2] = nan
     code = topk_encode(x, weight, None, 3)
     others = [0, 1, 3, 4]
-    assert_same_code(TopK(*(t[others] for t in code)), TopK(*(t[others] for t in clean)))
+    assert_same_code(
+        SparseCode(*(t[others] for t in code)), SparseCode(*(t[others] for t in clean))
+    )
     assert code.acts[2].isnan().all()
     assert code.indices[2].tolist() == [0, 1, 2]
 
@@ -493,7 +505,7 @@ def test_padding_slots_send_no_gradient_to_latent_0():
 def test_pre_bias_and_base_get_the_negative_of_the_gradient_of_x():
     inputs = {name: t.requires_grad_() for name, t in encoder_inputs((5,), 4, 8).items()}
     encode(topk_encode, 3, **inputs).acts.sum().backward()
-    assert torch.equal(inputs["base"].grad, -inputs["x"].grad)
+    assert torch.equal(inputs["prediction"].grad, -inputs["x"].grad)
     torch.testing.assert_close(inputs["pre_bias"].grad, -inputs["x"].grad.sum(0))
 
 
@@ -616,10 +628,10 @@ def test_autocast_lets_inputs_of_mixed_dtype_in_and_fp64_alone():
             id="pre_bias-dtype",
         ),
         pytest.param(
-            {"base": torch.zeros(3, 4, dtype=torch.float64)},
+            {"prediction": torch.zeros(3, 4, dtype=torch.float64)},
             TypeError,
-            "topk_encode: base has dtype torch.float64, x has torch.float32",
-            id="base-dtype",
+            "topk_encode: prediction has dtype torch.float64, x has torch.float32",
+            id="prediction-dtype",
         ),
         pytest.param(
             {"weight": torch.zeros(8, 4, device="meta")},
@@ -664,10 +676,10 @@ def test_autocast_lets_inputs_of_mixed_dtype_in_and_fp64_alone():
             id="pre_bias-shape",
         ),
         pytest.param(
-            {"base": torch.zeros(4)},
+            {"prediction": torch.zeros(4)},
             ValueError,
-            r"topk_encode: base has shape \[4\], expected \[3, 4\] \(the shape of x\)",
-            id="base-shape",
+            r"topk_encode: prediction has shape \[4\], expected \[3, 4\] \(the shape of x\)",
+            id="prediction-shape",
         ),
         pytest.param({"k": 0}, ValueError, "topk_encode: k=0, expected at least 1", id="k-0"),
         pytest.param(
@@ -707,7 +719,7 @@ def test_sum_over_all_latents_is_as_close_to_fp64_as_plain_torch(M):
 interpreted_inf = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
-def triton_encode(x, weight, bias, k, **options) -> TopK:
+def triton_encode(x, weight, bias, k, **options) -> SparseCode:
     return topk_encode(x, weight, bias, k, **options, implementation="triton")
 
 
@@ -773,7 +785,7 @@ def test_triton_selection(device, scores, k, acts, indices, dtype):
     scores = torch.tensor([scores], dtype=dtype, device=device)
     expected = torch.tensor([acts], dtype=dtype), torch.tensor([indices])
     code = encode_scores(triton_encode, scores, k)
-    assert_same_code(code, TopK(*(t.to(device) for t in expected)))
+    assert_same_code(code, SparseCode(*(t.to(device) for t in expected)))
 
 
 @interpreted_inf
@@ -830,8 +842,8 @@ def test_triton_acts_and_gradients_are_as_close_to_fp64_as_plain_torch(device, d
     inputs = {n: t.to(device) for n, t in encoder_inputs((tokens,), 19, 53, dtype).items()}
     indices = encode(triton_encode, 5, **inputs).indices
 
-    def plain(x, weight, bias, pre_bias, base):
-        pre_acts = (x - base - pre_bias) @ weight.T + bias
+    def plain(x, weight, bias, pre_bias, prediction):
+        pre_acts = (x - prediction - pre_bias) @ weight.T + bias
         return pre_acts.relu().gather(-1, indices)
 
     assert_close_as_torch(lambda **t: encode(triton_encode, 5, **t).acts, plain, inputs)
@@ -875,9 +887,9 @@ def test_triton_takes_rows_that_lie_anywhere(device, tokens):
         "weight": inputs["weight"].T.contiguous().T,
         "bias": inputs["bias"].repeat_interleave(2)[::2],
         "pre_bias": inputs["pre_bias"].repeat_interleave(2)[1::2],
-        "base": inputs["base"][:1].expand(tokens, 5),
+        "prediction": inputs["prediction"][:1].expand(tokens, 5),
     }
-    inputs["base"] = strided["base"].contiguous()
+    inputs["prediction"] = strided["prediction"].contiguous()
     expected = encode(triton_encode, 4, **inputs)
     assert_same_code(encode(triton_encode, 4, **strided), expected)
     strided["x"] = inputs["x"].T.contiguous().T
@@ -900,10 +912,10 @@ def test_triton_selects_as_torch_what_its_kernel_does_not_hold(device, dtype, M,
 
 def test_triton_passes_opcheck(device):
     inputs = encoder_inputs((2,), 4, 8, torch.float32)
-    x, weight, bias, pre_bias, base = (t.to(device).requires_grad_() for t in inputs.values())
+    x, weight, bias, pre_bias, prediction = (t.to(device).requires_grad_() for t in inputs.values())
     torch.library.opcheck(
         torch.ops.resae.topk_encode.default,
-        (x, weight, bias, 3, pre_bias, base, True, 1 << 20, "triton"),
+        (x, weight, bias, 3, pre_bias, prediction, True, 1 << 20, "triton"),
     )
 
 
@@ -930,9 +942,9 @@ def test_triton_scores_may_pass_2_to_the_31():
     N, M = 33_000, 1 << 16
     inputs = exact_inputs("cuda", (N,), 16, M, torch.bfloat16)
     code = encode(triton_encode, 8, **inputs, workspace_bytes=8 << 30)
-    last = {name: t[-5:] if name in ("x", "base") else t for name, t in inputs.items()}
+    last = {name: t[-5:] if name in ("x", "prediction") else t for name, t in inputs.items()}
     expected = encode(reference.topk_encode, 8, **last)
-    assert_same_code(TopK(code.acts[-5:], code.indices[-5:]), expected)
+    assert_same_code(SparseCode(code.acts[-5:], code.indices[-5:]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -943,10 +955,10 @@ def test_few_tokens_of_any_layout(N, M, D, k, dtype):
     def whole(*shape):
         return torch.randint(-2, 3, shape).to(dtype)
 
-    x, base = whole(N, 2 * D)[:, ::2], whole(D, N).T
+    x, prediction = whole(N, 2 * D)[:, ::2], whole(D, N).T
     weight, bias, pre_bias = whole(D, M).T, whole(M, 2)[:, 0], whole(1).expand(D)
     for sorted in (True, False):
-        arguments = {"pre_bias": pre_bias, "base": base, "sorted": sorted}
+        arguments = {"pre_bias": pre_bias, "prediction": prediction, "sorted": sorted}
         ours = topk_encode(x, weight, bias, k, **arguments)
         theirs = reference.topk_encode(x, weight, bias, k, **arguments)
         assert torch.equal(ours.acts, theirs.acts)

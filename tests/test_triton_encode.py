@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resae_kernels import TopK, reference, topk_encode
+from resae_kernels import SparseCode, reference, topk_encode
 from resae_kernels.cpu.selection import select
 from resae_kernels.triton import gemm, selection, tiles
 from resae_kernels.triton.encode import rows_per_chunk
@@ -23,7 +23,7 @@ DTYPES = [
 ]
 
 
-def assert_same_code(ours: TopK, theirs: TopK) -> None:
+def assert_same_code(ours: SparseCode, theirs: SparseCode) -> None:
     assert torch.equal(ours.indices, theirs.indices)
     torch.testing.assert_close(ours.acts, theirs.acts, rtol=0, atol=0, equal_nan=True)
 
@@ -62,14 +62,14 @@ def test_chunks_make_fewer_waves_of_tiles_than_filling_the_workspace():
 # -- selection -------------------------------------------------------------------------------------
 
 
-def selected(scores: Tensor, k: int, by_value: bool) -> TopK:
+def selected(scores: Tensor, k: int, by_value: bool) -> SparseCode:
     n, M = scores.shape
     layout = selection.selection_layout(M, k)
     assert layout is not None
     acts = scores.new_empty(n, k)
     indices = torch.empty(n, k, dtype=torch.int64, device=scores.device)
     selection.launch_select(scores, None, acts, indices, layout, by_value)
-    return TopK(acts, indices)
+    return SparseCode(acts, indices)
 
 
 def awkward_scores(dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -86,9 +86,9 @@ def assert_selects(scores: Tensor, k: int) -> None:
     """By index as on a CPU; by value as by a stable sort of that."""
     by_index, by_value = selected(scores, k, False), selected(scores, k, True)
     expected = (t.to(scores.device) for t in select(scores.cpu(), k, False))
-    assert_same_code(by_index, TopK(*expected))
+    assert_same_code(by_index, SparseCode(*expected))
     acts, order = by_index.acts.sort(dim=-1, descending=True, stable=True)
-    assert_same_code(by_value, TopK(acts, by_index.indices.gather(-1, order)))
+    assert_same_code(by_value, SparseCode(acts, by_index.indices.gather(-1, order)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,7 +137,7 @@ GEMM_TILES = pytest.mark.parametrize(
 )
 
 
-def by_gemm(tile: tiles.GemmTile, x, weight, bias, k, **options) -> TopK:
+def by_gemm(tile: tiles.GemmTile, x, weight, bias, k, **options) -> SparseCode:
     with tiles.forced_tiles({"product_of_many_16bit": tile}):
         return topk_encode(x, weight, bias, k, **options, implementation="triton")
 
@@ -151,11 +151,11 @@ def integers(device: torch.device, *shape: int, dtype=torch.bfloat16) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_gemm_gives_the_reference_code(device, dtype, tile):
     # No size is a multiple of the tile's.
-    x, base = (integers(device, 70, 48, dtype=dtype) for _ in range(2))
+    x, prediction = (integers(device, 70, 48, dtype=dtype) for _ in range(2))
     weight, bias = integers(device, 150, 48, dtype=dtype), integers(device, 150, dtype=dtype)
     pre_bias = integers(device, 48, dtype=dtype)
-    ours = by_gemm(tile, x, weight, bias, 9, pre_bias=pre_bias, base=base)
-    expected = reference.topk_encode(x, weight, bias, 9, pre_bias=pre_bias, base=base)
+    ours = by_gemm(tile, x, weight, bias, 9, pre_bias=pre_bias, prediction=prediction)
+    expected = reference.topk_encode(x, weight, bias, 9, pre_bias=pre_bias, prediction=prediction)
     assert_same_code(ours, expected)
     ours = by_gemm(tile, x, weight, None, 9, workspace_bytes=20 * 192 * 2)  # several chunks
     assert_same_code(ours, reference.topk_encode(x, weight, None, 9))

@@ -30,8 +30,8 @@ SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
     "residual": Case("encode", 18, 32, 64, 2, "bfloat16"),
     "decode": Case("decode", 18, 40, 64, 5),
     "decode_few": Case("decode", 2, 40, 64, 5, "bfloat16"),
-    "sampled_product": Case("train", 3, 40, 64, 20),
-    "latent_outer": Case("train", 5, 40, 16, 5),
+    "sddmm": Case("train", 3, 40, 64, 20),
+    "scatter_outer": Case("train", 5, 40, 16, 5),
 }
 kernels = pytest.mark.parametrize("kernel", module.TUNABLES)
 
@@ -236,7 +236,7 @@ def test_tuning_covers_the_widest_dictionary_of_the_readme():
         for bits in (16, 32)
     }
     tokens_of |= {"decode_few": {1, 16}}
-    tokens_of |= dict.fromkeys(("decode", "sampled_product", "latent_outer"), {8192})
+    tokens_of |= dict.fromkeys(("decode", "sddmm", "scatter_outer"), {8192})
     for kernel, tokens in tokens_of.items():
         wide = [c for c in module.TUNABLES[kernel].cases if (c.D, c.M) == (2048, 65536)]
         assert {case.N for case in wide} == tokens, kernel
@@ -312,26 +312,26 @@ def tiny_tunables(monkeypatch) -> None:
 def test_every_kernel_is_measured_and_the_faster_tile_stored(monkeypatch):
     tiny_tunables(monkeypatch)
     monkeypatch.setattr(module, "_require_gpu", lambda _device: None)
-    faster = kernel_tiles.TILES["latent_outer"].alternatives[0]
+    faster = kernel_tiles.TILES["scatter_outer"].alternatives[0]
     lines = []
 
     def seconds(call):
         call()
-        return 0.5 if kernel_tiles._forced["latent_outer"] == faster else 1.0
+        return 0.5 if kernel_tiles._forced["scatter_outer"] == faster else 1.0
 
     chosen = module.tune(DEVICE, rounds=1, timer=eagerly(seconds), say=lines.append)
     # Only where that tile is under measurement does the clock show a difference.
-    assert chosen["latent_outer"] == faster
+    assert chosen["scatter_outer"] == faster
     assert all(
         tile == kernel_tiles.TILES[kernel].of(CLASS).tile
         for kernel, tile in chosen.items()
-        if kernel != "latent_outer"
+        if kernel != "scatter_outer"
     )
     assert [line.splitlines()[0] for line in lines] == list(module.TUNABLES)
     assert "* N=5 D=40 M=16 k=5 float32" in lines[-1]
     assert "0.500" in lines[-1]
-    assert kernel_tiles.tile("latent_outer", DEVICE) == faster
-    assert f"{'latent_outer':<22}rows=8 row_bytes=512" in module.tiles_in_force(DEVICE)
+    assert kernel_tiles.tile("scatter_outer", DEVICE) == faster
+    assert f"{'scatter_outer':<22}rows=8 row_bytes=512" in module.tiles_in_force(DEVICE)
 
 
 def test_a_damaged_file_stops_tuning_before_it_starts(monkeypatch):

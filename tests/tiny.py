@@ -259,7 +259,7 @@ def exact_stack(lm: HookedLM, kind: str = "previous") -> ReSAE:
 
 
 def carried_steps(monkeypatch) -> list[torch.Size]:
-    """What `ReSAE.step` will have given to `online_step` together with carried dictionaries."""
+    """What `ReSAE.step` will have given to `online_step` together with transported dictionaries."""
     steps: list[torch.Size] = []
     fused = stack_module.online_step
 

@@ -594,17 +594,17 @@ def _boost(
     settings = _settings(recipe, k, config, names, lm)
     folder = out / "stacks" / f"boost_base_k{k}"
     calibration = _calibration(recipe, moments[0], settings)
-    base, _ = _train(settings, calibration, rest, folder, lm, plan)
+    base_stack, _ = _train(settings, calibration, rest, folder, lm, plan)
 
     plan.stage(_BOOST_TRAIN)
     settings = _settings(recipe, BOOST_K, config, names, lm, boost=str(folder))
-    calibration = boost_calibration(base, moments[1])
+    calibration = boost_calibration(base_stack, moments[1])
     target = out / "stacks" / f"boost_k{k}"
     boosted, _ = _train(settings, calibration, domain, target, lm, plan)
     topk = ReSAE.load(target)
     for layer in range(topk.n_layers):
         topk.sae(layer).get_buffer("threshold").zero_()
-    compared = [("before", base), ("after", boosted), ("after, TopK alone", topk)]
+    compared = [("before", base_stack), ("after", boosted), ("after, TopK alone", topk)]
     table = []
     for text, inside in (("rest", False), (BOOST_DOMAIN, True)):
         texts = _texts(inside, config.seed, split="validation")
@@ -624,7 +624,7 @@ def _boost(
     before = {(r["text"], r["layer"]): r["fvu"] for r in table if r["which"] == "before"}
     for row in table:
         row["change"] = row["fvu"] / before[row["text"], row["layer"]] - 1
-    return [Method("boost_base", base, k), Method("boost", boosted, k)], table
+    return [Method("boost_base", base_stack, k), Method("boost", boosted, k)], table
 
 
 def _texts(inside: bool, seed: int, split: str = "train") -> list[str]:

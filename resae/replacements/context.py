@@ -35,12 +35,12 @@ from resae.replacements.decode_loop import DEFERRED
 from resae.replacements.edits import ActiveEdits, Change, Interventions, PassTokens
 from resae.stack.stack import AffineOnly, Loop, ReSAE
 from resae.threads import PerThread
-from resae_kernels import TopK, Transported
+from resae_kernels import SparseCode, Transported
 from resae_kernels.step import FEW_TOKENS
 
 Mode = Literal["online", "teacher_forced", "error_added"]
 MODES = ("online", "teacher_forced", "error_added")
-OnCodes = Callable[[str, TopK], object]
+OnCodes = Callable[[str, SparseCode], object]
 
 
 @dataclass
@@ -57,8 +57,8 @@ class _Pass:
     """Reconstructions of the selected layers passed so far; of two passes of all."""
     changes: list[Change | None]
     """What edits added at each selected layer."""
-    codes: list[TopK] = field(default_factory=list)
-    """Codes of the layers passed so far, where dictionaries are carried."""
+    codes: list[SparseCode] = field(default_factory=list)
+    """Codes of the layers passed so far, where dictionaries are transported."""
     tally: Tensor | None = None
     """`[3]` calls, tokens, tokens left alone; the same at every layer."""
 
@@ -107,7 +107,7 @@ class Replacement:
         keep_error: bool,
         edits: ActiveEdits | None,
         on_codes: OnCodes | None,
-        carried: Transported | None,
+        transported: Transported | None,
     ):
         self._lm = lm
         self._stack = stack
@@ -121,8 +121,8 @@ class Replacement:
         self.edits = edits
         """The interventions in force, with counts of what they changed; None without any."""
         self._on_codes = on_codes
-        self._carried = carried
-        self._reads_codes = not (edits is None and on_codes is None and carried is None)
+        self._carried = transported
+        self._reads_codes = not (edits is None and on_codes is None and transported is None)
         self._homes = [_home(stack, layer) for layer in range(len(self._points))]
         self._spread = len({home.device for home in self._homes if home is not None}) > 1
         self._special = None  # [S] ids of special tokens, made once: a copy to a GPU waits for it
@@ -339,7 +339,7 @@ class Replacement:
             new = new + (_to(stream, new) - new).detach()
         if delta is not None:
             new = new + delta
-            if self.edits is not None and self.edits.effects == "carried":
+            if self.edits is not None and self.edits.effects == "propagated":
                 state.x_hats[layer] = state.x_hats[layer] + delta
         new = _to(new, stream)
         if self._mode == "error_added":
@@ -349,7 +349,7 @@ class Replacement:
         self._count(layer, stream, thread, state)
         return new if state.keep is None else torch.where(state.keep.to(stream.device), stream, new)
 
-    def _step(self, layer: int, stream: Tensor, state: _Pass) -> tuple[Tensor, TopK | None]:
+    def _step(self, layer: int, stream: Tensor, state: _Pass) -> tuple[Tensor, SparseCode | None]:
         """x̂ `[B, T, D]` and code of selected layer `layer`, where its parameters are."""
         home = self._homes[layer]
         x = _to(stream, home)
@@ -362,22 +362,22 @@ class Replacement:
             step = self._stack.step(layer, x, seen, put_in)
         else:
             step = self._stack.step(
-                layer, x, seen, put_in, codes=state.codes, carried=self._carried
+                layer, x, seen, put_in, codes=state.codes, transported=self._carried
             )
         state.seen.append(x)
         return step
 
-    def _edit(self, layer: int, code: TopK, state: _Pass) -> Tensor | None:
+    def _edit(self, layer: int, code: SparseCode, state: _Pass) -> Tensor | None:
         """Edit the code of selected layer `layer`, and show it to who reads; what the edits add to
         the stream, `[B, T, D]`."""
-        delta, carried = None, code
+        delta, transported = None, code
         if self.edits is not None and state.tokens is not None:
             code, change = self.edits.at(layer, code, state.tokens)
-            carried = self.edits.carried(layer, carried, code, change)
+            transported = self.edits.code_for_prediction(layer, transported, code, change)
             state.changes[layer] = change
             delta = None if change is None else change.delta
         if self._carried is not None:
-            state.codes.append(carried)
+            state.codes.append(transported)
         if self._on_codes is not None:
             name = self._points[layer].name
             if DEFERRED.calls is None:
@@ -481,7 +481,7 @@ def replacement(
         on_codes: online only: called at every selected layer of every pass with the name of its
             hook point and its code `[B, T, k]`, edited, on the device, in the thread of the pass;
             in a `DecodeLoop` after each step. `resae.StrongestLatents` is one such function.
-        transport_bytes: online, closed loop: where the L(L−1)/2 dictionaries carried to later
+        transport_bytes: online, closed loop: where the L(L−1)/2 dictionaries transported to later
             layers take no more than this, they are made now, and passes of up to 16 tokens predict
             by gathering their rows instead of multiplying by the maps; on a CPU as long as these
             are at most D rows, as more take longer than a map. They do not follow later changes of
@@ -533,15 +533,18 @@ def replacement(
         if asked.edits:
             assert isinstance(stack, ReSAE)
             edits = ActiveEdits(asked, stack, [point.name for point in put_at])
-        carried = None
+        transported = None
         if transport_bytes and isinstance(stack, ReSAE):
             if mode != "online" or loop != "closed":
                 raise ValueError(
-                    f"replacement: transport_bytes with mode={mode!r} and loop={loop!r}; carried "
+                    f"replacement: transport_bytes with mode={mode!r} and loop={loop!r}; "
+                    "transported "
                     f"dictionaries predict from codes what was put in: use mode='online' and "
                     f"loop='closed', or leave it out"
                 )
-            carried = stack.transported(transport_bytes, vectors=edits.vectors if edits else None)
+            transported = stack.transported(
+                transport_bytes, vectors=edits.vectors if edits else None
+            )
         active = Replacement(
             lm,
             stack,
@@ -553,7 +556,7 @@ def replacement(
             keep_error,
             edits,
             on_codes,
-            carried,
+            transported,
         )
         hooks = {
             point: partial(active._at, layer)

@@ -1,19 +1,19 @@
 """Change latents while the model runs, and read them.
 
-At a selected layer the stream is h, `base` what the chain of maps predicts, and
+At a selected layer the stream is h, `prediction` what the chain of maps predicts, and
 
-    z = TopK_k(relu((h − base − b_dec) W_enc + b_enc))      x̂ = base + b_dec + z W_dec
+    z = TopK_k(relu((h − prediction − b_dec) W_enc + b_enc))      x̂ = prediction + b_dec + z W_dec
     ablate   z_j → 0            clamp   z_j → v, also where latent j is not active
     scale    z_j → v · z_j      add     z_j → z_j + v, or a vector u beside the code
 
 The edits of a layer, in their order, give z', and so `Δ = (z' − z) W_dec + Σ u`. Into the stream
 goes x̂ + Δ, or h + Δ where the error h − x̂ is kept.
 
-Effects "carried": later layers predict from x̂ + Δ, so that their codes hold what the maps do not
+Effects "propagated": later layers predict from x̂ + Δ, so that their codes hold what the maps do not
 foresee of the edit. Effects "frozen": from x̂, as though there were no edit; all of its effect meets
 their codes as news. Either way the code that is reported is z'. In an open loop codes are taken
 against the stream before replacement, in which Δ of that layer is not: it meets later codes as news
-whatever is said, and "carried" adds to their x̂ what the maps foresee of it once more.
+whatever is said, and "propagated" adds to their x̂ what the maps foresee of it once more.
 
 Only the edited latents are touched: Δ is a sum over E of them, never `[N, M]`.
 """
@@ -33,12 +33,12 @@ from resae.models.hooked import cache_of
 from resae.stack.stack import ReSAE
 from resae.storage import load_json
 from resae.threads import PerThread
-from resae_kernels import TopK, transport
+from resae_kernels import SparseCode, transport
 
 ACTIONS = ("ablate", "clamp", "scale", "add")
-EFFECTS = ("carried", "frozen")
+EFFECTS = ("propagated", "frozen")
 PLACES = ("all", "prompt", "last_prompt", "generated")
-Effects = Literal["carried", "frozen"]
+Effects = Literal["propagated", "frozen"]
 
 
 # -- what is asked for -----------------------------------------------------------------------------
@@ -138,8 +138,8 @@ class Interventions:
     edits: tuple[Edit, ...] = ()
     keep_error: bool = False
     """Whether h + Δ goes into the stream instead of x̂ + Δ."""
-    effects: Effects = "carried"
-    """Whether later layers predict from x̂ + Δ (`carried`) or from x̂ (`frozen`)."""
+    effects: Effects = "propagated"
+    """Whether later layers predict from x̂ + Δ (`propagated`) or from x̂ (`frozen`)."""
 
     def __post_init__(self) -> None:
         if self.effects not in EFFECTS:
@@ -148,8 +148,8 @@ class Interventions:
     @classmethod
     def parse(cls, source: Any) -> "Interventions":
         """Read interventions from a dict `{"edits": [...], "keep_error": false, "effects":
-        "carried"}` or a list of edits (`Edit.from_dict`), from JSON text of either, or from a file
-        of it.
+        "propagated"}` or a list of edits (`Edit.from_dict`), from JSON text of either, or from a
+        file of it.
 
         Raises:
             FileNotFoundError: no such file.
@@ -334,7 +334,9 @@ class ActiveEdits:
         self.changes: list[Change | None] = [None] * stack.n_layers
         """What was added at each selected layer in the forward pass that ended last."""
 
-    def at(self, layer: int, code: TopK, tokens: PassTokens) -> tuple[TopK, Change | None]:
+    def at(
+        self, layer: int, code: SparseCode, tokens: PassTokens
+    ) -> tuple[SparseCode, Change | None]:
         """The edited code `[B, T, k + E]` of selected layer `layer` and what is added to the
         stream; where the layer has no edits, the code itself and None."""
         if layer not in self._layers:
@@ -346,12 +348,14 @@ class ActiveEdits:
         """Per selected layer `[V, D]`, the vectors whose effects later layers predict."""
         none = self._stack.sae(0).W_dec.new_zeros(0, self._stack.d_in)
         vectors = [none] * self._stack.n_layers
-        if self.effects == "carried":
+        if self.effects == "propagated":
             for layer, edits in self._layers.items():
                 vectors[layer] = edits.directions[len(edits.latents) :]
         return vectors
 
-    def carried(self, layer: int, before: TopK, after: TopK, change: Change | None) -> TopK:
+    def code_for_prediction(
+        self, layer: int, before: SparseCode, after: SparseCode, change: Change | None
+    ) -> SparseCode:
         """The code that later layers predict from, where selected layer `layer` had `before` and
         `at` made it `after` by `change`: with the vectors added as further latents, from M on."""
         if self.effects == "frozen" or change is None:
@@ -359,7 +363,7 @@ class ActiveEdits:
         edits, M = self._layers[layer], self._stack.sae(layer).config.d_sae
         added = change.amounts[..., len(edits.latents) :]
         rows = torch.arange(M, M + added.shape[-1], device=added.device)
-        return TopK(
+        return SparseCode(
             torch.cat([after.acts, added], -1),
             torch.cat([after.indices, rows.expand(added.shape)], -1),
         )
@@ -428,7 +432,7 @@ class _LayerEdits:
         # Each thread has its own: an addition to a tensor is not atomic.
         self.changed = PerThread(partial(_zeros, [max(1, len(e.latents)) for e in edits], device))
 
-    def apply(self, code: TopK, tokens: PassTokens) -> tuple[TopK, Change]:
+    def apply(self, code: SparseCode, tokens: PassTokens) -> tuple[SparseCode, Change]:
         E = len(self.latents)
         slots = self.slot_of[code.indices]  # [B, T, k]
         edited = slots < E
@@ -451,7 +455,7 @@ class _LayerEdits:
             changed += (new != old).sum((0, 1))
         acts = torch.cat([code.acts.masked_fill(edited, 0), now], -1)
         indices = torch.cat([code.indices, self.latents.expand_as(now)], -1)
-        new_code = TopK(acts, indices.masked_fill(acts == 0, 0))
+        new_code = SparseCode(acts, indices.masked_fill(acts == 0, 0))
         return new_code, Change(torch.cat([now - before, *added], -1), self.directions)
 
     def counts(self) -> list[EditCount]:
@@ -477,8 +481,8 @@ def predicted_effects(stack: ReSAE, changes: Sequence[Change | None]) -> list[Te
     """How x̂ of every selected layer changes when the codes of later layers stay as they are:
     `Σ_{l≤m} amounts_l @ (directions_l A_{l+1} … A_m)`, the transported directions.
 
-    Exact for the chain (effects "carried", codes of later layers held); for the model's own stream
-    it is a prediction, whose quality `resae.evaluation.effects.edit_effects` measures.
+    Exact for the chain (effects "propagated", codes of later layers held); for the model's own
+    stream it is a prediction, whose quality `resae.evaluation.effects.edit_effects` measures.
 
     Args:
         changes: one per selected layer, None where nothing is edited.
@@ -494,7 +498,7 @@ def predicted_effects(stack: ReSAE, changes: Sequence[Change | None]) -> list[Te
         return [None if change is None else change.delta for change in changes]
     none = stack.sae(0).W_dec.new_zeros(0, stack.d_in)
     zeros = [none.new_zeros(stack.d_in) for _ in changes]
-    carried = transport(
+    transported = transport(
         [none if change is None else change.directions for change in changes],
         stack.predictor.A,
         zeros[1:],
@@ -503,7 +507,7 @@ def predicted_effects(stack: ReSAE, changes: Sequence[Change | None]) -> list[Te
     effects: list[Tensor | None] = []
     for m in range(len(changes)):
         terms = [
-            change.amounts @ carried[m][layer]
+            change.amounts @ transported[m][layer]
             for layer, change in enumerate(changes[: m + 1])
             if change is not None
         ]
@@ -522,24 +526,24 @@ class StrongestLatents:
         if n < 1:
             raise ValueError(f"StrongestLatents: n={n}, expected at least 1")
         self.n = n
-        self._kept: PerThread[dict[str, list[TopK]]] = PerThread(dict)
+        self._kept: PerThread[dict[str, list[SparseCode]]] = PerThread(dict)
 
-    def __call__(self, hook_point: str, code: TopK) -> None:
+    def __call__(self, hook_point: str, code: SparseCode) -> None:
         """Keep of a code `[B, T, k]` the n acts of largest magnitude."""
         slots = code.acts.abs().topk(min(self.n, code.acts.shape[-1]), dim=-1).indices
-        kept = TopK(code.acts.gather(-1, slots), code.indices.gather(-1, slots))
+        kept = SparseCode(code.acts.gather(-1, slots), code.indices.gather(-1, slots))
         self._kept.here.setdefault(hook_point, []).append(kept)
 
     @property
-    def codes(self) -> dict[str, TopK]:
+    def codes(self) -> dict[str, SparseCode]:
         """Hook point → `[B, tokens read, n]`, strongest first, on the CPU: of all passes since the
         beginning or `clear`, one after the other; of several threads, thread by thread."""
-        of_all: dict[str, list[TopK]] = {}
+        of_all: dict[str, list[SparseCode]] = {}
         for of_thread in self._kept:
             for name, kept in of_thread.items():
                 of_all.setdefault(name, []).extend(kept)
         return {
-            name: TopK(*(torch.cat(parts, dim=1).cpu() for parts in zip(*kept, strict=True)))
+            name: SparseCode(*(torch.cat(parts, dim=1).cpu() for parts in zip(*kept, strict=True)))
             for name, kept in of_all.items()
         }
 

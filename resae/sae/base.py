@@ -11,8 +11,8 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from resae.sae.losses import Total, in_one_piece
-from resae_kernels import ScreenedEncoder, TopK
+from resae.sae.losses import Reduce, no_reduce
+from resae_kernels import ScreenedEncoder, SparseCode
 
 InputKind = Literal["activation", "affine_residual"]
 
@@ -65,8 +65,8 @@ class SAEOutput(NamedTuple):
     """What one autoencoder makes of N tokens."""
 
     x_hat: Tensor
-    """`[..., D]`, reconstruction, `base` included."""
-    code: TopK
+    """`[..., D]`, reconstruction, `prediction` included."""
+    code: SparseCode
     """Acts and indices `[..., k]`."""
 
 
@@ -85,8 +85,8 @@ class StepWeights(NamedTuple):
 class Autoencoder(nn.Module, ABC):
     """An autoencoder of one activation `x [..., D]`: x → code → x̂.
 
-    `base` is everywhere a prediction of x, `[..., D]`: it is subtracted before encoding and added
-    after decoding, so that the code is of the residual.
+    `prediction` is everywhere a prediction of x, `[..., D]`: it is subtracted before encoding and
+    added after decoding, so that the code is of the residual.
     """
 
     kind: ClassVar[str]
@@ -104,16 +104,18 @@ class Autoencoder(nn.Module, ABC):
     # -- use ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode(self, x: Tensor, *, base: Tensor | None = None, sorted: bool = True) -> TopK:
-        """Code of `x − base`, `[..., D]` → acts and indices `[..., k]`."""
+    def encode(
+        self, x: Tensor, *, prediction: Tensor | None = None, sorted: bool = True
+    ) -> SparseCode:
+        """Code of `x − prediction`, `[..., D]` → acts and indices `[..., k]`."""
 
     @abstractmethod
-    def decode(self, acts: Tensor, indices: Tensor, *, base: Tensor | None = None) -> Tensor:
-        """`acts, indices [..., k]` → x̂ `[..., D]`, plus `base`."""
+    def decode(self, acts: Tensor, indices: Tensor, *, prediction: Tensor | None = None) -> Tensor:
+        """`acts, indices [..., k]` → x̂ `[..., D]`, plus `prediction`."""
 
-    def forward(self, x: Tensor, *, base: Tensor | None = None) -> SAEOutput:
-        code = self.encode(x, base=base)
-        return SAEOutput(self.decode(*code, base=base), code)
+    def forward(self, x: Tensor, *, prediction: Tensor | None = None) -> SAEOutput:
+        code = self.encode(x, prediction=prediction)
+        return SAEOutput(self.decode(*code, prediction=prediction), code)
 
     @abstractmethod
     def at_k(self, k: int) -> "Autoencoder":
@@ -161,13 +163,15 @@ class Autoencoder(nn.Module, ABC):
         """The part that training changes: all of it."""
         return self
 
-    def trainable_code(self, code: TopK) -> TopK:
+    def trainable_code(self, code: SparseCode) -> SparseCode:
         """The part of a code that belongs to `trainable`, by its own indices: all of it."""
         return code
 
-    def reconstructions(self, code: TopK, *, base: Tensor | None = None) -> list[Tensor]:
+    def reconstructions(
+        self, code: SparseCode, *, prediction: Tensor | None = None
+    ) -> list[Tensor]:
         """Reconstructions `[..., D]` whose mean error is the loss; the last one is x̂."""
-        return [self.decode(*code, base=base)]
+        return [self.decode(*code, prediction=prediction)]
 
     @abstractmethod
     def dead_latent_loss(
@@ -176,15 +180,15 @@ class Autoencoder(nn.Module, ABC):
         error: Tensor,
         dead: Tensor,
         *,
-        base: Tensor | None = None,
-        total: Total = in_one_piece,
+        prediction: Tensor | None = None,
+        reduce: Reduce = no_reduce,
     ) -> Tensor:
         """Scalar loss that revives latents of `trainable`.
 
         Args:
             x, error: `[N, D]`, the activation and `x − x̂`.
             dead: `[M]` bool, of `trainable`.
-            total: of a batch in pieces; the losses of the pieces add up to that of the batch.
+            reduce: of a batch in pieces; the losses of the pieces add up to that of the batch.
         """
 
     def follow(self, acts: Tensor) -> None:

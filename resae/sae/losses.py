@@ -21,12 +21,12 @@ class TopKWeights(Protocol):
     def b_dec(self) -> Tensor: ...
 
 
-Total = Callable[[Tensor], Tensor]
+Reduce = Callable[[Tensor], Tensor]
 """Makes of a sum over a piece of a batch the sum over the whole batch."""
 
 
-def in_one_piece(sum_of_piece: Tensor) -> Tensor:
-    """The `Total` of a batch that is one piece."""
+def no_reduce(sum_of_piece: Tensor) -> Tensor:
+    """The `Reduce` of a batch that is one piece."""
     return sum_of_piece
 
 
@@ -37,19 +37,19 @@ def auxk_loss(
     dead: Tensor,
     k_aux: int,
     *,
-    base: Tensor | None = None,
-    total: Total = in_one_piece,
+    prediction: Tensor | None = None,
+    reduce: Reduce = no_reduce,
 ) -> Tensor:
-    """How badly the k_aux strongest dead latents explain what the live ones leave; 0 if none is
-    dead.
+    """How badly the k_aux strongest dead latents encode_with_info what the live ones leave; 0 if
+    none is dead.
 
     `Σ‖e − ê‖² / Σ‖e‖²` with `e` the detached error and `ê` the decode of the dead latents' code, no
     bias. The code is the TopK of the dead latents alone, so the gradient reaches the encoder.
     Gao et al. 2024 (arXiv 2406.04093), appendix A.2, with the error's own energy as denominator.
 
     Args:
-        x: `[N, D]`. error: `[N, D]`, x − x̂. dead: `[M]` bool. base: as in `encode`.
-        total: of a batch in pieces; the losses of the pieces add up to that of the batch.
+        x: `[N, D]`. error: `[N, D]`, x − x̂. dead: `[M]` bool. prediction: as in `encode`.
+        reduce: of a batch in pieces; the losses of the pieces add up to that of the batch.
 
     Note:
         The gradients of `encoder.weight` and `W_dec` are sparse: added to those of the main loss
@@ -63,11 +63,11 @@ def auxk_loss(
     weight, W_dec = (F.embedding(rows, W, sparse=True) for W in (sae.encoder.weight, sae.W_dec))
     bias = sae.encoder.bias[rows]
     if rows.numel() <= k_aux:  # all of them are in the code: no selection, dense products
-        residual = x - sae.b_dec if base is None else x - base - sae.b_dec
+        residual = x - sae.b_dec if prediction is None else x - prediction - sae.b_dec
         rebuilt = F.relu(F.linear(residual, weight, bias)) @ W_dec
     else:
-        offsets = {"pre_bias": sae.b_dec, "base": base}
+        offsets = {"pre_bias": sae.b_dec, "prediction": prediction}
         code = topk_encode(x, weight, bias, k_aux, sorted=False, **offsets)
         rebuilt = sparse_decode(*code, W_dec)
     error_left = F.mse_loss(rebuilt.to(error.dtype), error, reduction="sum")
-    return error_left / total(error.square().sum()).clamp_min(1e-12)
+    return error_left / reduce(error.square().sum()).clamp_min(1e-12)

@@ -15,7 +15,7 @@ from torch import Tensor
 from resae.sae.base import SAEConfig
 from resae.sae.topk import TopKSAE
 from resae.storage import load_json
-from resae_kernels import TopK, sparse_decode
+from resae_kernels import SparseCode, sparse_decode
 
 
 class PrefixSAE(TopKSAE):
@@ -32,21 +32,23 @@ class PrefixSAE(TopKSAE):
         super().__init__(config, seed=seed)
         self.prefixes = tuple(prefixes or (config.k,))
 
-    def reconstructions(self, code: TopK, *, base: Tensor | None = None) -> list[Tensor]:
-        return self.decode_prefixes(code, self.prefixes, base=base)
+    def reconstructions(
+        self, code: SparseCode, *, prediction: Tensor | None = None
+    ) -> list[Tensor]:
+        return self.decode_prefixes(code, self.prefixes, prediction=prediction)
 
     def decode_prefixes(
-        self, code: TopK, prefixes: Sequence[int], *, base: Tensor | None = None
+        self, code: SparseCode, prefixes: Sequence[int], *, prediction: Tensor | None = None
     ) -> list[Tensor]:
         """x̂ `[..., D]` of the j strongest latents for each j of `prefixes`, rising, of a sorted
         code: each adds its rows to the one before, so that all together gather k rows."""
-        offset = self.b_dec if base is None else self.b_dec + base
+        offset = self.b_dec if prediction is None else self.b_dec + prediction
         x_hats: list[Tensor] = []
         rows: Tensor | None = None
         first = 0
         for last in prefixes:
             acts, indices = (part[..., first:last] for part in code)
-            rows = sparse_decode(acts, indices, self.W_dec, base=rows)
+            rows = sparse_decode(acts, indices, self.W_dec, prediction=rows)
             x_hats.append(torch.add(offset, rows, alpha=self._gain(last)))
             first = last
         return x_hats

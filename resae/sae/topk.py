@@ -1,9 +1,9 @@
 """TopK sparse autoencoder of one activation: z = TopK_k(relu((x − b_dec) W_enc + b_enc)),
 x̂ = z W_dec + b_dec.                                 Gao et al. 2024 (arXiv 2406.04093), section 2.3
 
-`base` is a prediction of x, `[..., D]`: it is subtracted before encoding and added after decoding,
-so that the code is of the residual. An autoencoder of residuals (`SAEConfig.input_kind`) cannot
-encode without it. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec
+`prediction` is a prediction of x, `[..., D]`: it is subtracted before encoding and added after
+decoding, so that the code is of the residual. An autoencoder of residuals (`SAEConfig.input_kind`)
+cannot encode without it. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`, `W_dec
 [M, D]`, `b_dec [D]`: sparsify's keys, in its files `cfg.json` and `sae.safetensors`.
 """
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from resae.sae.base import Autoencoder, SAEConfig, Screening, StepWeights, describe_sizes
-from resae.sae.losses import Total, auxk_loss, in_one_piece
+from resae.sae.losses import Reduce, auxk_loss, no_reduce
 from resae.storage import load_json, load_tensors, save_json, save_tensors
-from resae_kernels import ScreenedEncoder, TopK, sparse_decode, topk_encode
+from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, topk_encode
 
 
 class TopKSAE(Autoencoder):
@@ -58,22 +58,28 @@ class TopKSAE(Autoencoder):
         return self.encoder.bias
 
     def encode(
-        self, x: Tensor, *, base: Tensor | None = None, k: int | None = None, sorted: bool = True
-    ) -> TopK:
-        """Code of `x − base`, `[..., D]` → acts and indices `[..., k]`
+        self,
+        x: Tensor,
+        *,
+        prediction: Tensor | None = None,
+        k: int | None = None,
+        sorted: bool = True,
+    ) -> SparseCode:
+        """Code of `x − prediction`, `[..., D]` → acts and indices `[..., k]`
         (`resae_kernels.topk_encode`).
 
         Raises:
-            ValueError: an autoencoder of residuals without `base`.
+            ValueError: an autoencoder of residuals without `prediction`.
         """
-        if base is None and self.config.input_kind != "activation":
+        if prediction is None and self.config.input_kind != "activation":
             raise ValueError(
                 "TopKSAE: this autoencoder encodes the residual of an activation, and got no "
-                "prediction; pass it as base=, let ReSAE.encode predict, or, if x is the residual, "
+                "prediction; pass it as prediction=, let ReSAE.encode predict, or, "
+                "if x is the residual, "
                 "pass zeros"
             )
         k = self.config.k if k is None else k
-        offsets = {"pre_bias": self.b_dec, "base": base}
+        offsets = {"pre_bias": self.b_dec, "prediction": prediction}
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             screened = self.screened
             if screened is not None:
@@ -92,7 +98,7 @@ class TopKSAE(Autoencoder):
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """What encodes on a CPU; its `explain` tells which path a call takes."""
+        """What encodes on a CPU; its `encode_with_info` tells which path a call takes."""
         if self.screening is None:
             return None
         held, weight, bias = self._screened, self.encoder.weight, self.encoder.bias
@@ -101,9 +107,10 @@ class TopKSAE(Autoencoder):
             held = self._screened = ScreenedEncoder(weight, bias, margin=self.screening)
         return held
 
-    def decode(self, acts: Tensor, indices: Tensor, *, base: Tensor | None = None) -> Tensor:
-        """`acts, indices [..., k]` → x̂ `[..., D]`, plus `base` (`resae_kernels.sparse_decode`)."""
-        return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, base=base)
+    def decode(self, acts: Tensor, indices: Tensor, *, prediction: Tensor | None = None) -> Tensor:
+        """`acts, indices [..., k]` → x̂ `[..., D]`, plus `prediction`
+        (`resae_kernels.sparse_decode`)."""
+        return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, prediction=prediction)
 
     def extra_repr(self) -> str:
         return f"{describe_sizes(self.config)}, screening={self.screening!r}"
@@ -129,11 +136,13 @@ class TopKSAE(Autoencoder):
         error: Tensor,
         dead: Tensor,
         *,
-        base: Tensor | None = None,
-        total: Total = in_one_piece,
+        prediction: Tensor | None = None,
+        reduce: Reduce = no_reduce,
     ) -> Tensor:
         """`auxk_loss` of D / 2 dead latents."""
-        return auxk_loss(self, x, error, dead, max(1, x.shape[1] // 2), base=base, total=total)
+        return auxk_loss(
+            self, x, error, dead, max(1, x.shape[1] // 2), prediction=prediction, reduce=reduce
+        )
 
     def _gain(self, k: int) -> float:
         return (self.config.k / k) ** self.config.prefix_gain

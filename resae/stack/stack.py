@@ -32,7 +32,14 @@ from resae.sae.base import Autoencoder, SAEConfig
 from resae.sae.registry import load_sae, new_sae
 from resae.stack.affine import AffinePredictor
 from resae.storage import load_json, save_json
-from resae_kernels import ScreenedEncoder, TopK, Transported, affine_chain, online_step, transport
+from resae_kernels import (
+    ScreenedEncoder,
+    SparseCode,
+    Transported,
+    affine_chain,
+    online_step,
+    transport,
+)
 from resae_kernels.screened import PreparedStep
 from resae_kernels.step import FEW_TOKENS
 
@@ -51,7 +58,7 @@ class StackOutput(NamedTuple):
 
     x_hats: list[Tensor]
     """L reconstructions `[..., D]`."""
-    codes: list[TopK]
+    codes: list[SparseCode]
     """L codes; empty for a stack without autoencoders."""
 
 
@@ -146,12 +153,12 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         assert isinstance(module, Autoencoder)
         return module
 
-    def distinct(self) -> list[Autoencoder]:
+    def unique_saes(self) -> list[Autoencoder]:
         """The autoencoders, each once, where `saes` of several layers are one."""
         return [self.sae(self._of_layer.index(i)) for i in range(len(self.saes))]
 
-    def position(self, layer: int) -> int:
-        """Where in `distinct()` and `saes` the autoencoder of a layer is."""
+    def sae_index(self, layer: int) -> int:
+        """Where in `unique_saes()` and `saes` the autoencoder of a layer is."""
         return self._of_layer[layer]
 
     @property
@@ -175,7 +182,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     @property
     def boosted(self) -> bool:
         """Whether autoencoders have a second one beside them (SAE Boost)."""
-        return any(sae.dictionaries > 1 for sae in self.distinct())
+        return any(sae.dictionaries > 1 for sae in self.unique_saes())
 
     def at_k(self, k: int) -> "ReSAE":
         """The same stack, of the same parameters, run with k active latents in every layer; k at
@@ -185,11 +192,11 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         stack = ReSAE(self.hook_points, self.predictor, saes, self.model_identity)
         return stack.train(self.training)
 
-    def encode(self, xs: Activations, *, loop: Loop = "open") -> list[TopK]:
+    def encode(self, xs: Activations, *, loop: Loop = "open") -> list[SparseCode]:
         """L activations `[..., D]` → L codes `[..., k_l]`; errors as of `forward`."""
         return self(xs, loop=loop).codes
 
-    def decode(self, codes: Sequence[TopK]) -> list[Tensor]:
+    def decode(self, codes: Sequence[SparseCode]) -> list[Tensor]:
         """L codes → L reconstructions `[..., D]`, back through the chain of maps."""
         if not self.chained:
             return [self.sae(i).decode(*code) for i, code in enumerate(codes)]
@@ -197,7 +204,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         if self.predictor.form != "full" or self.boosted:
             x_hats: list[Tensor] = []
             for i, code in enumerate(codes):
-                x_hats.append(self.sae(i).decode(*code, base=self.predictor(i, x_hats)))
+                x_hats.append(self.sae(i).decode(*code, prediction=self.predictor(i, x_hats)))
             return x_hats
         saes = [self.sae(i) for i in range(self.n_layers)]
         return affine_chain(
@@ -217,7 +224,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         """
         xs = _activations(xs, self.hook_points)
         if _check_loop(loop) == "open" or not self.chained:
-            codes = [self.sae(i).encode(x, base=self.predictor(i, xs)) for i, x in enumerate(xs)]
+            codes = [
+                self.sae(i).encode(x, prediction=self.predictor(i, xs)) for i, x in enumerate(xs)
+            ]
             return StackOutput(self.decode(codes), codes)
         x_hats: list[Tensor] = []
         codes = []
@@ -234,9 +243,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         seen: Sequence[Tensor],
         put_in: Sequence[Tensor],
         *,
-        codes: Sequence[TopK] = (),
-        carried: Transported | None = None,
-    ) -> tuple[Tensor, TopK]:
+        codes: Sequence[SparseCode] = (),
+        transported: Transported | None = None,
+    ) -> tuple[Tensor, SparseCode]:
         """One layer, online: `(x̂_l, z_l)` of `x [..., D]` given what came before it.
 
         Closed loop, up to 16 tokens take the fused `online_step`: on a GPU at most four launches,
@@ -246,12 +255,12 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             seen: the activations `[..., D]` of earlier selected layers that the residual is taken
                 against: the reconstructions (closed loop), or the activations they replaced (open).
             put_in: the reconstructions of earlier selected layers.
-            codes, carried: the codes of all earlier selected layers, and the dictionaries from
+            codes, transported: the codes of all earlier selected layers, and the dictionaries from
                 `transported`, by which up to 16 tokens are predicted in place of `put_in`; on a CPU
                 where they are at most D active latents: more rows than a map has take longer.
         """
         prepared = self._prepared.get(layer)
-        if prepared is not None and seen is put_in and carried is None and _is_inference():
+        if prepared is not None and seen is put_in and transported is None and _is_inference():
             step = prepared(x, seen)
             if step is not None:
                 return step
@@ -261,21 +270,23 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         if weights is not None:
             on_cpu = x.is_cpu and not torch.compiler.is_compiling()
             encoder = sae.screened if on_cpu else None
-            by_maps = carried is None or (on_cpu and _maps_are_faster(N, x.shape[-1], codes))
+            by_maps = transported is None or (on_cpu and _maps_are_faster(N, x.shape[-1], codes))
             if encoder is not None and by_maps:
                 step = self._step_at_once(layer, x, seen, sae, encoder)
                 if step is not None:
                     return step
             if not by_maps:
-                return online_step(x, *weights, codes=codes, transported=carried, encoder=encoder)
+                return online_step(
+                    x, *weights, codes=codes, transported=transported, encoder=encoder
+                )
             if x.is_cuda:
-                base = self.predictor(layer, seen)
-                return online_step(x, *weights, b_dec=sae.b_dec, base=base)
-        base = self.predictor(layer, seen)
-        code = sae.encode(x, base=base)
+                prediction = self.predictor(layer, seen)
+                return online_step(x, *weights, b_dec=sae.b_dec, prediction=prediction)
+        prediction = self.predictor(layer, seen)
+        code = sae.encode(x, prediction=prediction)
         if seen is not put_in:
-            base = self.predictor(layer, put_in)
-        return sae.decode(*code, base=base), code
+            prediction = self.predictor(layer, put_in)
+        return sae.decode(*code, prediction=prediction), code
 
     def _step_at_once(
         self,
@@ -284,7 +295,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         seen: Sequence[Tensor],
         sae: Autoencoder,
         encoder: ScreenedEncoder,
-    ) -> tuple[Tensor, TopK] | None:
+    ) -> tuple[Tensor, SparseCode] | None:
         """`online_step`, prediction included, as one call of the compiled library; None: not the
         way for these tensors."""
         affine = predict = None
@@ -303,13 +314,13 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     def transported(
         self, max_bytes: int, *, vectors: Sequence[Tensor] | None = None
     ) -> Transported | None:
-        """Every dictionary carried through the maps to every later layer
+        """Every dictionary transported through the maps to every later layer
         (`resae_kernels.transport`), detached; None if the new tables would exceed `max_bytes`,
         there are no maps, or autoencoders are boosted.
 
         Args:
-            vectors: per layer `[V, D]`, what may be added to the stream beside its latents: carried
-                as rows M … M + V − 1 of its tables.
+            vectors: per layer `[V, D]`, what may be added to the stream beside its latents:
+                transported as rows M … M + V − 1 of its tables.
         """
         own = [self.sae(i).W_dec.detach() for i in range(self.n_layers)]
         rows = own
@@ -319,10 +330,10 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         if not self.chained or self.boosted or tables > max_bytes:
             return None
         b_dec = [self.sae(i).b_dec for i in range(self.n_layers)]
-        carried = transport(rows, self.predictor.A, self.predictor.c, b_dec=b_dec)
-        for tables_here, W in zip(carried.dictionaries, own, strict=True):
+        transported = transport(rows, self.predictor.A, self.predictor.c, b_dec=b_dec)
+        for tables_here, W in zip(transported.dictionaries, own, strict=True):
             tables_here[-1] = W  # without a copy that has the vectors
-        return carried
+        return transported
 
     def require_model(self, lm: HookedLM) -> None:
         """Raise ValueError unless the stack was trained on a model of this architecture and
@@ -506,7 +517,7 @@ class _PreparedLayer:
     ):
         places: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             (stack._modules, ("saes", "predictor")),
-            (stack.saes._modules, (str(stack.position(layer)),)),
+            (stack.saes._modules, (str(stack.sae_index(layer)),)),
             (vars(sae), ("config", "_screened")),
             (sae._modules, ("encoder",)),
             (sae._parameters, ("W_dec", "b_dec")),
@@ -521,13 +532,13 @@ class _PreparedLayer:
         self._step = step
         self._predict = predict
 
-    def __call__(self, x: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, TopK] | None:
+    def __call__(self, x: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, SparseCode] | None:
         """As `ReSAE.step`; None: something is not what it was."""
         for place, name, found in self._found:
             if place.get(name) is not found:
                 return None
         step = self._step(x, None if self._predict is None else self._predict(seen))
-        return None if step is None else (step[0], TopK(step[1], step[2]))
+        return None if step is None else (step[0], SparseCode(step[1], step[2]))
 
 
 class AffineOnly:
@@ -570,8 +581,8 @@ def _is_inference() -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _maps_are_faster(N: int, D: int, codes: Sequence[TopK]) -> bool:
-    """Than gathering the carried rows of N tokens, on a CPU: the maps are read once for all of
+def _maps_are_faster(N: int, D: int, codes: Sequence[SparseCode]) -> bool:
+    """Than gathering the transported rows of N tokens, on a CPU: the maps are read once for all of
     them."""
     return N * sum(code.acts.shape[-1] for code in codes) > D
 

@@ -47,11 +47,11 @@ def calibrate(
     )
 
 
-def boost_calibration(base: ReSAE, moments: Moments) -> Calibration:
+def boost_calibration(base_stack: ReSAE, moments: Moments) -> Calibration:
     """What boosting a stack needs: its own maps, and scales rounded to powers of two, which bring
     its weights into units of training and back without changing a bit."""
     return Calibration(
-        base.predictor,
+        base_stack.predictor,
         [2.0 ** round(math.log2(s)) for s in moments.scale()],
         [moments.mean(layer).float() for layer in range(len(moments.sums))],
     )

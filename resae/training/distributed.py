@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resae.sae.losses import Total, in_one_piece
+from resae.sae.losses import Reduce, no_reduce
 from resae.stack.fit import Moments
 
 
@@ -73,14 +73,14 @@ class Ranks:
         return total
 
     @property
-    def batch_total(self) -> Total:
+    def reduce_over_batch(self) -> Reduce:
         """Makes of a sum over this rank's tokens the sum over the batch."""
-        return self.sum if self.by_data else in_one_piece
+        return self.sum if self.by_data else no_reduce
 
     @property
-    def layers_total(self) -> Total:
+    def reduce_over_layers(self) -> Reduce:
         """Makes of a sum over this rank's layers the sum over all layers."""
-        return self.sum if self.by_layers else in_one_piece
+        return self.sum if self.by_layers else no_reduce
 
     def whole(self, share: Tensor) -> Tensor:
         """`[N / ranks, …]` of this rank's tokens → `[N, …]` of the batch, rank by rank."""

@@ -197,8 +197,11 @@ def train(
 @torch.no_grad()
 def _residuals(maps: AffinePredictor, xs: Sequence[Tensor]) -> list[Tensor]:
     """What the maps leave of L activations `[N, D]`."""
-    bases = [maps(layer, xs) for layer in range(len(xs))]
-    return [x if base is None else x - base for x, base in zip(xs, bases, strict=True)]
+    predictions = [maps(layer, xs) for layer in range(len(xs))]
+    return [
+        x if prediction is None else x - prediction
+        for x, prediction in zip(xs, predictions, strict=True)
+    ]
 
 
 def _in_raw_units(

@@ -175,8 +175,8 @@ class _Pipeline:
     def run(self, command: str, stopping: Stopping) -> Run:
         self._say_devices()
         shapes = HookedLM.described(self.config.model, tokenizer=True)
-        maps, base = self._earlier(shapes)
-        train_config = self._settle(shapes, base)
+        maps, base_stack = self._earlier(shapes)
+        train_config = self._settle(shapes, base_stack)
         rows, held_out = read_rows(self.config, shapes)
         require_same_text(self.record, self.config, rows)
         if maps is not None:
@@ -190,7 +190,9 @@ class _Pipeline:
         if self.config.resume and self.calibrated.exists():
             calibration = self._go_on(train_config)
         else:
-            calibration, affine = self._calibrate(lm, source, held_out, train_config, maps, base)
+            calibration, affine = self._calibrate(
+                lm, source, held_out, train_config, maps, base_stack
+            )
             self._begin(calibration, affine, train_config, rows, held_out, text, command)
         stack = self._train(lm, source, held_out, calibration, train_config, text, stopping)
         return Run(self.out, train_config, stack)
@@ -211,29 +213,30 @@ class _Pipeline:
 
     def _earlier(self, shapes: HookedLM) -> tuple[FittedMaps | None, ReSAE | None]:
         """The maps or the stack that the run starts from; its layers and maps become settings."""
-        maps = base = None
+        maps = base_stack = None
         if self.config.maps is not None:
             maps = FittedMaps.open(Path(self.config.maps))
             self.config = maps.complete(self.config)
         if self.config.boost is not None:
-            base = open_run(Path(self.config.boost), "cpu")[1]
-            base.require_model(shapes)
+            base_stack = open_run(Path(self.config.boost), "cpu")[1]
+            base_stack.require_model(shapes)
             of_maps = {
-                "predictor": base.predictor.kind,
-                "form": base.predictor.form,
-                "rank": base.predictor.rank,
+                "predictor": base_stack.predictor.kind,
+                "form": base_stack.predictor.form,
+                "rank": base_stack.predictor.rank,
             }
-            layers = self.config.layers or tuple(base.hook_points)
+            layers = self.config.layers or tuple(base_stack.hook_points)
             self.config = replace(self.config, layers=layers, **of_maps)
-        return maps, base
+        return maps, base_stack
 
-    def _settle(self, shapes: HookedLM, base: ReSAE | None) -> TrainConfig:
+    def _settle(self, shapes: HookedLM, base_stack: ReSAE | None) -> TrainConfig:
         """What the training loop gets; of a resumed run as it goes on with it."""
         points = self._points(shapes)
         names = tuple(point.name for point in points)
-        if base is not None and list(names) != base.hook_points:
+        if base_stack is not None and list(names) != base_stack.hook_points:
             raise ValueError(
-                f"--boost: {self.config.boost} has layers {', '.join(base.hook_points)}; leave "
+                f"--boost: {self.config.boost} has layers "
+                f"{', '.join(base_stack.hook_points)}; leave "
                 f"--layers out"
             )
         config = self.config.for_model(names, shapes.d_model)
@@ -345,7 +348,7 @@ class _Pipeline:
         held_out: TokenRows,
         config: TrainConfig,
         maps: FittedMaps | None,
-        base: ReSAE | None,
+        base_stack: ReSAE | None,
     ) -> tuple[Calibration, Any]:
         """The calibration, and the rows of R² that are recorded of it."""
         # Nothing here may hold on to `source.in_order()`: it would keep the first buffer in memory
@@ -354,11 +357,11 @@ class _Pipeline:
             self.console.say(f"affine maps: those of {self.config.maps}")
             return maps.calibration, maps.record["affine"]
         points = self._points(lm)
-        if base is not None:
+        if base_stack is not None:
             moments = measure_moments(
                 lm, points, source.in_order(), config, self.console, self.ranks
             )
-            return boost_calibration(base, moments), []
+            return boost_calibration(base_stack, moments), []
         unseen: Iterable[list[Tensor]] = []
         if self.ranks.rank == 0:  # only rank 0 reports R²
             kept = self._cache(lm, held_out, "held_out", ALONE)

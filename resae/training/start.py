@@ -30,7 +30,7 @@ def initial_state(
         _boosted(config, calibration) if config.boost else _random(config, calibration, identity)
     )
     stack.to(device)
-    Ms = [sae.trainable.config.d_sae for sae in stack.distinct()]
+    Ms = [sae.trainable.config.d_sae for sae in stack.unique_saes()]
     since = [torch.zeros(M, dtype=torch.int64, device=device) for M in Ms]
     return TrainState(stack, _optimizer(stack, config), since)
 
@@ -39,7 +39,7 @@ def _optimizer(stack: ReSAE, config: TrainConfig) -> torch.optim.Optimizer:
     """Adam with one parameter group per layer, or one for all layers that share a dictionary."""
     groups = [
         {"params": [p for p in sae.parameters() if p.requires_grad], "lr": rate}
-        for sae, rate in zip(stack.distinct(), config.peak_lrs, strict=False)
+        for sae, rate in zip(stack.unique_saes(), config.peak_lrs, strict=False)
     ]
     return torch.optim.Adam(groups, fused=True)
 
@@ -112,11 +112,11 @@ def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdenti
 
 
 def _boosted(config: TrainConfig, calibration: Calibration) -> ReSAE:
-    base = ReSAE.load(str(config.boost))
-    has = (tuple(base.hook_points), base.predictor.kind, base.predictor.form)
+    base_stack = ReSAE.load(str(config.boost))
+    has = (tuple(base_stack.hook_points), base_stack.predictor.kind, base_stack.predictor.form)
     asked = (config.layers, config.predictor, config.form)
-    if has != asked or base.boosted:
-        boosted = ", boosted already" if base.boosted else ""
+    if has != asked or base_stack.boosted:
+        boosted = ", boosted already" if base_stack.boosted else ""
         raise ValueError(
             f"boost: {config.boost} has layers, predictor and form {has}{boosted}; expected {asked}"
         )
@@ -125,11 +125,11 @@ def _boosted(config: TrainConfig, calibration: Calibration) -> ReSAE:
             f"boost: scales {calibration.scale} are no powers of two, so that the base would not "
             f"keep its bits; take them from boost_calibration"
         )
-    base.rescale_([1.0 / s for s in calibration.scale])
+    base_stack.rescale_([1.0 / s for s in calibration.scale])
     saes = []
     for layer, (d_sae, k) in enumerate(zip(config.d_saes, config.k, strict=True)):
         # Other directions than the base began with.
         seed = config.seed * 1_000 + 500 + layer
-        boost = TopKSAE(SAEConfig(base.d_in, d_sae, k), seed=seed)
-        saes.append(BoostedSAE(base.sae(layer), boost, keep=config.boost_keep))
-    return ReSAE(base.hook_points, base.predictor, saes, base.model_identity)
+        boost = TopKSAE(SAEConfig(base_stack.d_in, d_sae, k), seed=seed)
+        saes.append(BoostedSAE(base_stack.sae(layer), boost, keep=config.boost_keep))
+    return ReSAE(base_stack.hook_points, base_stack.predictor, saes, base_stack.model_identity)

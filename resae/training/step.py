@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resae.data.batches import Position
-from resae.sae.losses import Total, in_one_piece
+from resae.sae.losses import Reduce, no_reduce
 from resae.stack.stack import ReSAE
 from resae.training.config import TrainConfig
 from resae.training.distributed import ALONE, Ranks
@@ -48,11 +48,11 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     for since in state.tokens_since_fired:
         since += tokens * (ranks.size if ranks.by_data else 1)
-    totals = _batch_totals(state, config, pieces, dead, autocast, ranks)
+    reduces = _batch_reduces(state, config, pieces, dead, autocast, ranks)
     parts = []
     for piece in pieces:
         with autocast:
-            part = stack_loss(stack, config, piece, dead, total=next(totals))
+            part = stack_loss(stack, config, piece, dead, reduce=next(reduces))
         for since, latents in zip(state.tokens_since_fired, part.fired, strict=True):
             since[latents] = 0
         if len(parts) + 1 < len(pieces):
@@ -62,33 +62,33 @@ def train_step(
                 part.loss.backward()
         parts.append((len(piece[0]) / tokens, part._replace(loss=part.loss.detach())))
     ranks.least_(state.tokens_since_fired)
-    for sae in stack.distinct():
+    for sae in stack.unique_saes():
         sae.remove_parallel_gradient()
     if config.clip_norm is not None:
-        clip_gradients(stack.parameters(), config.clip_norm, ranks.layers_total)
+        clip_gradients(stack.parameters(), config.clip_norm, ranks.reduce_over_layers)
     for layer, group in enumerate(state.optimizer.param_groups):
         group["lr"] = config.lr_at(state.step, layer)
     state.optimizer.step()
-    for sae in stack.distinct():
+    for sae in stack.unique_saes():
         sae.normalize_decoder()
-    for i, sae in enumerate(stack.distinct()):
+    for i, sae in enumerate(stack.unique_saes()):
         if sae.follows_acts:
             sae.follow(ranks.whole(torch.cat([part.acts[i] for _, part in parts])))
     state.step += 1
     return _sum_of_parts(parts)
 
 
-def _batch_totals(
+def _batch_reduces(
     state: TrainState,
     config: TrainConfig,
     pieces: Sequence[Sequence[Tensor]],
     dead: Sequence[Tensor],
     autocast: torch.autocast,
     ranks: Ranks,
-) -> Iterator[Total]:
+) -> Iterator[Reduce]:
     """Per piece what makes its sums those of the batch: of several pieces, from a first pass."""
     if len(pieces) == 1:
-        return iter([ranks.batch_total])
+        return iter([ranks.reduce_over_batch])
     sums: list[Tensor] = []
     for piece in pieces:
         place = count()
@@ -99,12 +99,12 @@ def _batch_totals(
             return part
 
         with torch.no_grad(), autocast:
-            stack_loss(state.stack, config, piece, dead, total=add)
-    sums = [ranks.batch_total(part) for part in sums]
+            stack_loss(state.stack, config, piece, dead, reduce=add)
+    sums = [ranks.reduce_over_batch(part) for part in sums]
     return (_in_turn(sums) for _ in pieces)
 
 
-def _in_turn(sums: Sequence[Tensor]) -> Total:
+def _in_turn(sums: Sequence[Tensor]) -> Reduce:
     known = iter(sums)
     return lambda _: next(known)
 
@@ -122,15 +122,15 @@ def _sum_of_parts(parts: Sequence[tuple[float, StackLoss]]) -> tuple[Tensor, lis
 
 
 def clip_gradients(
-    parameters: Iterable[nn.Parameter], norm: float, total: Total = in_one_piece
+    parameters: Iterable[nn.Parameter], norm: float, reduce: Reduce = no_reduce
 ) -> None:
     """Scale the gradients of `parameters` together down to `norm`, where it is larger.
 
     Args:
-        total: adds the squares of parameters that other ranks hold.
+        reduce: adds the squares of parameters that other ranks hold.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     squares = torch.stack([torch.linalg.vector_norm(g).square() for g in gradients]).sum()
-    factor = (norm / total(squares).sqrt().clamp_min(1e-30)).clamp_max(1.0)
+    factor = (norm / reduce(squares).sqrt().clamp_min(1e-30)).clamp_max(1.0)
     for gradient in gradients:
         gradient *= factor

@@ -17,14 +17,14 @@ def encode_in_chunks(
     bias: Tensor | None,
     k: int,
     pre_bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     sorted: bool,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """Acts and indices `[N, k]` of `x [N, D]`."""
     N, M = x.shape[0], weight.shape[0]
-    if native.takes(x, weight, bias, pre_bias, base) and native.EXACT_ROWS[x.dtype] >= N:
-        return native.exact_encode(x, weight, bias, k, pre_bias, base, sorted)
+    if native.takes(x, weight, bias, pre_bias, prediction) and native.EXACT_ROWS[x.dtype] >= N:
+        return native.exact_encode(x, weight, bias, k, pre_bias, prediction, sorted)
     # 16-bit weights are multiplied as they are where the processor can: sums are float32 there too.
     narrow = x.device.type == "cpu" and has_16bit_gemm(x.dtype)
     dtype = x.dtype if narrow else accumulation_dtype(x.dtype)
@@ -37,7 +37,9 @@ def encode_in_chunks(
     scores = None if by_onednn else torch.empty(rows, M, dtype=dtype, device=x.device)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
-        rest = residual(x[chunk], pre_bias, None if base is None else base[chunk]).to(dtype)
+        rest = residual(x[chunk], pre_bias, None if prediction is None else prediction[chunk]).to(
+            dtype
+        )
         if scores is None:
             chunk_scores = onednn.linear(rest, weight, bias)
         else:

@@ -58,8 +58,8 @@ int resae_features(void) {
 
 INLINE i64 size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 
-INLINE const void *row_at(const void *base, i64 row, i64 stride, int dtype) {
-  return (const char *)base + row * stride * size_of(dtype);
+INLINE const void *row_at(const void *start, i64 row, i64 stride, int dtype) {
+  return (const char *)start + row * stride * size_of(dtype);
 }
 
 /* Mask of the first `left` of 16 lanes. */
@@ -475,23 +475,23 @@ typedef struct {
 
 typedef struct {
   const copy *c;
-  const void *x, *base, *pre_bias;
-  i64 x_stride, base_stride, k;
-  int dtype;      /* of x, base, pre_bias and the codes */
+  const void *x, *prediction, *pre_bias;
+  i64 x_stride, prediction_stride, k;
+  int dtype;      /* of x, prediction, pre_bias and the codes */
   float rounding; /* relative, of scores that are rounded to 16 bit before they are compared */
   i64 capacity;
 } job;
 
-/* r = x − base − pre_bias, rounded to x's dtype; its sum of squares and largest magnitude. */
+/* r = x − prediction − pre_bias, rounded to x's dtype; its sum of squares and largest magnitude. */
 INLINE void form_residual(const job *w, i64 n, float *r, int dtype, float *squares, float *peak) {
   i64 D = w->c->D;
   const void *x = row_at(w->x, n, w->x_stride, dtype);
-  const void *base = w->base ? row_at(w->base, n, w->base_stride, dtype) : 0;
+  const void *prediction = w->prediction ? row_at(w->prediction, n, w->prediction_stride, dtype) : 0;
   __m512 sum = _mm512_setzero_ps(), most = sum;
   for (i64 d = 0; d < D; d += 16) {
     __mmask16 mask = first(D - d);
     __m512 v = load(x, d, mask, dtype);
-    if (base) v = _mm512_sub_ps(v, load(base, d, mask, dtype));
+    if (prediction) v = _mm512_sub_ps(v, load(prediction, d, mask, dtype));
     if (w->pre_bias) v = _mm512_sub_ps(v, load(w->pre_bias, d, mask, dtype));
     v = rounded(v, dtype);
     _mm512_storeu_ps(r + d, v);
@@ -993,12 +993,12 @@ static void join_lists(list *row, i64 stride, i64 parts, const job *w, const res
    entries stretch the steps; STALE_COPY; NO_MEMORY. `left [N]` is set to 1 for rows that are left
    to the exact path, else to 0; `counts` are the number of (row, latent) pairs that were scored
    exactly, and of rows left. */
-int resae_screened_encode(const copy *c, const void *x, i64 x_stride, const void *base,
-                          i64 base_stride, const void *pre_bias, int dtype, i64 N, i64 k,
+int resae_screened_encode(const copy *c, const void *x, i64 x_stride, const void *prediction,
+                          i64 prediction_stride, const void *pre_bias, int dtype, i64 N, i64 k,
                           int sorted, int use_amx, int accept_outliers, int threads, void *acts,
                           i64 *indices, uint8_t *left, float *relative, i64 *counts) {
-  job work = {c,           x,      base,  pre_bias,
-              x_stride,    base_stride,   k,     dtype,
+  job work = {c,           x,      prediction,  pre_bias,
+              x_stride,    prediction_stride,   k,     dtype,
               dtype == F32 ? 0.0f : dtype == BF16 ? 1.0f / 128 : 1.0f / 1024, 0};
   const job *w = &work;
   if (!holds_samples(c)) return STALE_COPY;
@@ -1089,9 +1089,9 @@ INLINE void prefetch_strip(const void *row, i64 d, int C, int dtype) {
   for (i64 byte = 0; byte < 16 * C * size_of(dtype); byte += 64) _mm_prefetch(at + byte, _MM_HINT_T0);
 }
 
-/* out[d …] = Σ acts · W + base + bias, of 16·C entries from d (`mask`: of the last 16); summed in
+/* out[d …] = Σ acts · W + prediction + bias, of 16·C entries from d (`mask`: of the last 16); summed in
    float32 and rounded once. */
-INLINE void decode_strip(const code *codes, i64 n_codes, i64 n, const void *bias, const void *base,
+INLINE void decode_strip(const code *codes, i64 n_codes, i64 n, const void *bias, const void *prediction,
                          void *out, i64 d, int C, __mmask16 mask, int dtype) {
   __m512 sums[24];
   for (int c = 0; c < C; c++) sums[c] = _mm512_setzero_ps();
@@ -1114,23 +1114,23 @@ INLINE void decode_strip(const code *codes, i64 n_codes, i64 n, const void *bias
   for (int c = 0; c < C; c++) {
     i64 at = d + 16 * c;
     __m512 sum = sums[c];
-    if (base) sum = _mm512_add_ps(sum, load(base, at, mask, dtype));
+    if (prediction) sum = _mm512_add_ps(sum, load(prediction, at, mask, dtype));
     if (bias) sum = _mm512_add_ps(sum, load(bias, at, mask, dtype));
     store(out, at, mask, sum, dtype);
   }
 }
 
-INLINE void decode_row(const code *codes, i64 n_codes, i64 n, const void *bias, const void *base,
+INLINE void decode_row(const code *codes, i64 n_codes, i64 n, const void *bias, const void *prediction,
                        void *out, i64 D, int dtype) {
 #define STRIPS(C)                                                                                  \
   for (; d + 16 * (C) <= D; d += 16 * (C))                                                         \
-    decode_strip(codes, n_codes, n, bias, base, out, d, C, 0xFFFF, dtype)
+    decode_strip(codes, n_codes, n, bias, prediction, out, d, C, 0xFFFF, dtype)
   i64 d = 0;
   STRIPS(24);
   STRIPS(8);
   STRIPS(4);
   STRIPS(1);
-  if (d < D) decode_strip(codes, n_codes, n, bias, base, out, d, 1, first(D - d), dtype);
+  if (d < D) decode_strip(codes, n_codes, n, bias, prediction, out, d, 1, first(D - d), dtype);
 #undef STRIPS
 }
 
@@ -1140,10 +1140,10 @@ static int all_within(const i64 *indices, i64 n, i64 M) {
   return 1;
 }
 
-/* out [N, D] = Σ over codes, + bias [D] + base [N, D]. Everything has one dtype and is contiguous
+/* out [N, D] = Σ over codes, + bias [D] + prediction [N, D]. Everything has one dtype and is contiguous
    but for the dictionaries, whose rows are. Returns BAD_INDEX if an index lies outside its dictionary. */
 int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const void *bias,
-                 const void *base, int threads, void *out) {
+                 const void *prediction, int threads, void *out) {
   i64 entries = 0;
   for (const code *m = codes; m < codes + n_codes; m++) {
     entries += m->k;
@@ -1152,7 +1152,7 @@ int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const 
   threads = (int)LARGER(1, SMALLER(threads, SMALLER(N, N * entries * D / (1 << 17))));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 n = 0; n < N; n++) {
-    const void *from = base ? row_at(base, n, D, dtype) : 0;
+    const void *from = prediction ? row_at(prediction, n, D, dtype) : 0;
     void *to = (char *)out + n * D * size_of(dtype);
     BY_DTYPE(dtype, decode_row(codes, n_codes, n, bias, from, to, D, F32),
              decode_row(codes, n_codes, n, bias, from, to, D, BF16),
@@ -1217,7 +1217,7 @@ INLINE void sample_row(const void *x, const i64 *indices, const void *W, i64 str
 
 /* out [N, k] = ⟨x [N, D], W [M, D] at the index⟩. Everything has one dtype and is contiguous but for
    W, whose rows are. */
-int resae_sampled_product(const void *x, const i64 *indices, const void *W, i64 stride, int dtype,
+int resae_sddmm(const void *x, const i64 *indices, const void *W, i64 stride, int dtype,
                           i64 N, i64 k, i64 M, i64 D, int threads, void *out) {
   if (!all_within(indices, N * k, M)) return BAD_INDEX;
   threads = (int)LARGER(1, SMALLER(threads, SMALLER(N, N * k * D / (1 << 17))));
@@ -1274,7 +1274,7 @@ static void take_in_large_pages(void *memory, i64 bytes) {
 /* out [M, D] = Σ acts · rows [N, D] over the entries of a code that name the latent, in order of
    token: each row is the decode of one long code, whose dictionary is `rows`. Everything
    has one dtype and is contiguous but for `rows`, whose rows are. */
-int resae_latent_outer(const void *acts, const i64 *indices, const void *rows, i64 stride, int dtype,
+int resae_scatter_outer(const void *acts, const i64 *indices, const void *rows, i64 stride, int dtype,
                        i64 N, i64 k, i64 M, i64 D, int threads, void *out) {
   enum { LATENTS = 32 };
   i64 entries = N * k;
@@ -1302,7 +1302,7 @@ int resae_latent_outer(const void *acts, const i64 *indices, const void *rows, i
 }
 
 /* out [M] = Σ acts over the entries [n] that name the latent, one after another, in float32. */
-int resae_latent_sum(const float *acts, const i64 *indices, i64 n, i64 M, float *out) {
+int resae_scatter_sum(const float *acts, const i64 *indices, i64 n, i64 M, float *out) {
   if (!all_within(indices, n, M)) return BAD_INDEX;
   memset(out, 0, M * sizeof *out);
   for (i64 e = 0; e < n; e++) out[indices[e]] += acts[e];
@@ -1357,15 +1357,15 @@ INLINE void score_panel(const copy *c, const float *residuals, i64 n, i64 latent
   }
 }
 
-/* Encode x − base − pre_bias [N, D] by all scores: float32 sums, rounded to the dtype of everything
+/* Encode x − prediction − pre_bias [N, D] by all scores: float32 sums, rounded to the dtype of everything
    given. For few rows: every score is held at once. Contiguous but for the rows of the weight. */
-int resae_exact_encode(const void *x, const void *base, const void *pre_bias, const void *weight,
+int resae_exact_encode(const void *x, const void *prediction, const void *pre_bias, const void *weight,
                        i64 weight_stride, const void *bias, int dtype, i64 N, i64 M, i64 D, i64 k,
                        int sorted, int threads, void *acts, i64 *indices) {
   copy fake = {.M = M, .D = D, .weight = weight, .weight_stride = weight_stride, .bias = bias};
   const copy *c = &fake;
-  job w = {.c = c, .x = x, .base = base, .pre_bias = pre_bias, .x_stride = D,
-           .base_stride = D};
+  job w = {.c = c, .x = x, .prediction = prediction, .pre_bias = pre_bias, .x_stride = D,
+           .prediction_stride = D};
   i64 depth = padded_depth(D), panels = (M + PANEL - 1) / PANEL, capacity = roomy(k);
   i64 words = 3 * (capacity + PANEL) + 2 * k;
   float *residuals = malloc((N * (depth + padded_latents(M)) + words) * sizeof *residuals);
@@ -1418,11 +1418,11 @@ typedef struct {
   i64 k, dtype, sorted, use_amx;
 } layer;
 
-/* One layer while the model runs: the code of x − base − b_dec [N, D] by screening, and
-   x_hat = base + b_dec + its decode. Where the layer has A, `base` is the source instead, and the
-   base is `source A + c`. Everything is contiguous. ROWS_LEFT: a row wants the exact path;
+/* One layer while the model runs: the code of x − prediction − b_dec [N, D] by screening, and
+   x_hat = prediction + b_dec + its decode. Where the layer has A, `prediction` is the source instead, and the
+   prediction is `source A + c`. Everything is contiguous. ROWS_LEFT: a row wants the exact path;
    otherwise as `resae_screened_encode`. */
-int resae_online_step(const copy *screen, const layer *l, const void *x, const void *base, i64 N,
+int resae_online_step(const copy *screen, const layer *l, const void *x, const void *prediction, i64 N,
                       int threads, void *acts, i64 *indices, void *x_hat) {
   i64 D = screen->D, predicted = N * D * sizeof(float);
   int dtype = (int)l->dtype;
@@ -1431,18 +1431,18 @@ int resae_online_step(const copy *screen, const layer *l, const void *x, const v
   float *relative = (float *)(memory + predicted);
   int status = OK;
   if (l->A) {
-    status = affine_rows(base, l->A, l->c, dtype, N, D, threads, memory);
-    base = memory;
+    status = affine_rows(prediction, l->A, l->c, dtype, N, D, threads, memory);
+    prediction = memory;
   }
   i64 counts[2] = {0, 0};
   if (status == OK)
-    status = resae_screened_encode(screen, x, D, base, D, l->b_dec, dtype, N, l->k, (int)l->sorted,
+    status = resae_screened_encode(screen, x, D, prediction, D, l->b_dec, dtype, N, l->k, (int)l->sorted,
                                    (int)l->use_amx, screen->n_columns == MOST_COLUMNS, threads,
                                    acts, indices, (uint8_t *)(relative + D), relative, counts);
   if (status == OK && counts[1]) status = ROWS_LEFT;
   if (status == OK) {
     code its = {acts, indices, l->W_dec, l->k, screen->M, D};
-    status = resae_decode(&its, 1, N, D, dtype, l->b_dec, base, threads, x_hat);
+    status = resae_decode(&its, 1, N, D, dtype, l->b_dec, prediction, threads, x_hat);
   }
   free(memory);
   return status;

@@ -92,15 +92,15 @@ _SIGNATURES: dict[str, list[Any]] = {
         *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
         c_void_p,
     ],
-    "resae_sampled_product": [
+    "resae_sddmm": [
         *(c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64),
         *(c_int, c_void_p),
     ],
-    "resae_latent_outer": [
+    "resae_scatter_outer": [
         *(c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64),
         *(c_int, c_void_p),
     ],
-    "resae_latent_sum": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
+    "resae_scatter_sum": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
     "resae_online_step": [
         *(POINTER(Copy), POINTER(Layer), c_void_p, c_void_p, c_int64, c_int),
         *(c_void_p, c_void_p, c_void_p),
@@ -240,10 +240,10 @@ def decode(
     indices: Sequence[Tensor],
     W_dec: Sequence[Tensor],
     bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
 ) -> Tensor:
-    """`Σ acts · W_dec + base + bias`: codes `[..., k]` to `[..., D]`, summed in float32 and rounded
-    once; acts of 0 are left out.
+    """`Σ acts · W_dec + prediction + bias`: codes `[..., k]` to `[..., D]`, summed in float32 and
+    rounded once; acts of 0 are left out.
 
     Raises:
         RuntimeError: an index outside its dictionary.
@@ -257,7 +257,7 @@ def decode(
         code.acts, code.indices, code.W = a.data_ptr(), i.data_ptr(), W.data_ptr()
         code.k, (code.M, _), code.stride = a.shape[-1], W.shape, W.stride(0)
     bias = None if bias is None else packed(bias)
-    base = None if base is None else packed(base)
+    prediction = None if prediction is None else packed(prediction)
     out = W_dec[0].new_empty(*leading, D)
     status = library.resae_decode(
         codes,
@@ -266,7 +266,7 @@ def decode(
         D,
         DTYPES[out.dtype],
         _address(bias),
-        _address(base),
+        _address(prediction),
         torch.get_num_threads(),
         out.data_ptr(),
     )
@@ -284,7 +284,7 @@ def _require_within(op: str, indices: Tensor, M: int) -> None:
         )
 
 
-def sampled_product(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+def sddmm(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """`out[n,j] = ⟨x[n], W[indices[n,j]]⟩`: `x [N, D]`, `indices [N, k]`, `W [M, D]` to `[N, k]`,
     summed in float32 and rounded once.
 
@@ -293,7 +293,7 @@ def sampled_product(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """
     x, indices, W = packed(x), packed(indices), rows(W)
     out = x.new_empty(indices.shape)
-    status = _load()[0].resae_sampled_product(
+    status = _load()[0].resae_sddmm(
         x.data_ptr(),
         indices.data_ptr(),
         W.data_ptr(),
@@ -305,11 +305,11 @@ def sampled_product(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         out.data_ptr(),
     )
     if status == _BAD_INDEX:
-        _require_within("sampled_product", indices, W.shape[0])
+        _require_within("sddmm", indices, W.shape[0])
     return out
 
 
-def latent_outer(acts: Tensor, indices: Tensor, tokens: Tensor, M: int) -> Tensor:
+def scatter_outer(acts: Tensor, indices: Tensor, tokens: Tensor, M: int) -> Tensor:
     """`out[m] = Σ acts[n,j] · tokens[n]` over the entries with `indices[n,j] = m`: codes `[N, k]`
     and `tokens [N, D]` to `[M, D]`, summed in float32 in order of n and rounded once; acts of 0 are
     left out.
@@ -321,7 +321,7 @@ def latent_outer(acts: Tensor, indices: Tensor, tokens: Tensor, M: int) -> Tenso
     acts, indices, tokens = packed(acts), packed(indices), rows(tokens)
     D = tokens.shape[1]
     out = tokens.new_empty(M, D)
-    status = _load()[0].resae_latent_outer(
+    status = _load()[0].resae_scatter_outer(
         acts.data_ptr(),
         indices.data_ptr(),
         tokens.data_ptr(),
@@ -335,11 +335,11 @@ def latent_outer(acts: Tensor, indices: Tensor, tokens: Tensor, M: int) -> Tenso
     )
     _require_memory(status)
     if status == _BAD_INDEX:
-        _require_within("latent_outer", indices, M)
+        _require_within("scatter_outer", indices, M)
     return out
 
 
-def latent_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
+def scatter_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
     """`out[m] = Σ acts[n,j]` over the entries with `indices[n,j] = m`: float32 codes `[N, k]` to
     `[M]`.
 
@@ -348,11 +348,11 @@ def latent_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
     """
     acts, indices = packed(acts), packed(indices)
     out = acts.new_empty(M)
-    status = _load()[0].resae_latent_sum(
+    status = _load()[0].resae_scatter_sum(
         acts.data_ptr(), indices.data_ptr(), indices.numel(), M, out.data_ptr()
     )
     if status == _BAD_INDEX:
-        _require_within("latent_sum", indices, M)
+        _require_within("scatter_sum", indices, M)
     return out
 
 
@@ -362,22 +362,22 @@ def exact_encode(
     bias: Tensor | None,
     k: int,
     pre_bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     sorted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """TopK of relu((x − base − pre_bias) weightᵀ + bias), `[N, D]` → acts and indices
+    """TopK of relu((x − prediction − pre_bias) weightᵀ + bias), `[N, D]` → acts and indices
     `[N, k]`: all N·M scores are summed in float32, held at once and rounded to the dtype of
     everything given."""
     library = _load()[0]
     x, weight = packed(x), rows(weight)
     bias = None if bias is None else packed(bias)
     pre_bias = None if pre_bias is None else packed(pre_bias)
-    base = None if base is None else packed(base)
+    prediction = None if prediction is None else packed(prediction)
     (N, D), M = x.shape, weight.shape[0]
     acts, indices = new_code(x, (N, k))
     status = library.resae_exact_encode(
         x.data_ptr(),
-        _address(base),
+        _address(prediction),
         _address(pre_bias),
         weight.data_ptr(),
         weight.stride(0),
@@ -435,7 +435,7 @@ def quantise(
 def screened_encode(
     copy: Copy,
     x: Tensor,
-    base: Tensor | None,
+    prediction: Tensor | None,
     pre_bias: Tensor | None,
     k: int,
     sorted: bool,
@@ -446,19 +446,20 @@ def screened_encode(
     left: ctypes.Array,
     relative: ctypes.Array,
 ) -> tuple[int, int, int]:
-    """Write the codes of `x − base − pre_bias` `[N, D]` into acts and indices `[N, k]`: the status,
-    the number of exact scores, and of rows left to the exact path, which are 1 in `left [N]`."""
+    """Write the codes of `x − prediction − pre_bias` `[N, D]` into acts and indices `[N, k]`: the
+    status, the number of exact scores, and of rows left to the exact path, which are 1 in `left
+    [N]`."""
     library, _ = _load()
     x = rows(x)
-    base = None if base is None else rows(base)
+    prediction = None if prediction is None else rows(prediction)
     pre_bias = None if pre_bias is None else packed(pre_bias)
     counts = _Counts()
     status = library.resae_screened_encode(
         copy,
         x.data_ptr(),
         x.stride(0),
-        _address(base),
-        0 if base is None else base.stride(0),
+        _address(prediction),
+        0 if prediction is None else prediction.stride(0),
         _address(pre_bias),
         DTYPES[x.dtype],
         x.shape[0],
@@ -491,18 +492,19 @@ def layer(
 
 
 def online_step(
-    copy: Copy, layer: Layer, x: Tensor, base: Tensor | None, code: tuple[Tensor, Tensor]
+    copy: Copy, layer: Layer, x: Tensor, prediction: Tensor | None, code: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """x̂ like x `[..., D]`, acts and indices like those of `code`, of contiguous tensors: `base` is
-    the prediction, or the source of one where the layer has a map. None where one call does not do:
-    rows left to the exact path, new outlier dimensions, or a weight that has changed."""
+    """x̂ like x `[..., D]`, acts and indices like those of `code`, of contiguous tensors:
+    `prediction` is the prediction, or the source of one where the layer has a map. None where one
+    call does not do: rows left to the exact path, new outlier dimensions, or a weight that has
+        changed."""
     x_hat = torch.empty_like(x)
     acts, indices = torch.empty_like(code[0]), torch.empty_like(code[1])
     status = _load()[0].resae_online_step(
         copy,
         layer,
         x.data_ptr(),
-        None if base is None else base.data_ptr(),
+        None if prediction is None else prediction.data_ptr(),
         indices.numel() // layer.k,
         torch.get_num_threads(),
         acts.data_ptr(),

@@ -42,9 +42,9 @@ class ScreeningCopy(Protocol):
     """An 8-bit copy of one weight, and screening with it."""
 
     def encode(
-        self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
+        self, x: Tensor, k: int, pre_bias: Tensor | None, prediction: Tensor | None, sorted: bool
     ) -> ScreenedRows:
-        """Codes of `x − base − pre_bias`, `[N, D]`.
+        """Codes of `x − prediction − pre_bias`, `[N, D]`.
 
         Raises:
             StaleCopyError: the weight has changed since the copy was made.

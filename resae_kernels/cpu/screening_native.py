@@ -136,13 +136,13 @@ class NativeCopy:
         x: Tensor,
         k: int,
         pre_bias: Tensor | None,
-        base: Tensor | None,
+        prediction: Tensor | None,
         sorted: bool,
         *,
         amx: bool | None = None,
     ) -> ScreenedRows:
-        """As `ScreeningCopy.encode`; x, pre_bias and base in the weight's dtype. `amx` False keeps
-        to the VNNI instructions where AMX could multiply."""
+        """As `ScreeningCopy.encode`; x, pre_bias and prediction in the weight's dtype. `amx` False
+        keeps to the VNNI instructions where AMX could multiply."""
         N, D = x.shape
         acts, indices = native.new_code(x, (N, k))
         left, relative = (c_uint8 * N)(), (c_float * D)()
@@ -152,7 +152,7 @@ class NativeCopy:
             status, candidates, rows_left = native.screened_encode(
                 struct,
                 x,
-                base,
+                prediction,
                 pre_bias,
                 k,
                 sorted,

@@ -79,10 +79,10 @@ class TorchCopy(NamedTuple):
         return self.terms[2:]
 
     def encode(
-        self, x: Tensor, k: int, pre_bias: Tensor | None, base: Tensor | None, sorted: bool
+        self, x: Tensor, k: int, pre_bias: Tensor | None, prediction: Tensor | None, sorted: bool
     ) -> ScreenedRows:
         """As `ScreeningCopy.encode`, float32."""
-        rest = residual(x, pre_bias, base)
+        rest = residual(x, pre_bias, prediction)
         if len(rest) == 1:
             found = _encode_row(self, rest, k, sorted)
             if found is not None:

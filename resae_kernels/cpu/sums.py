@@ -46,7 +46,7 @@ def sort_stably(latents: Tensor) -> tuple[Tensor, Tensor]:
     return latents[order], order
 
 
-def latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor) -> Tensor:
+def scatter_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor) -> Tensor:
     """`out[m] = Σ weights[e] · rows[tokens[e]]`, `[M, D]`, over the entries `bounds[m] ≤ e <
     bounds[m + 1]`."""
     used = int(bounds[-1])
@@ -60,28 +60,28 @@ def latent_outer(weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor) 
     )
 
 
-def latent_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
+def scatter_sum(acts: Tensor, indices: Tensor, M: int) -> Tensor:
     """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`, in the order of the codes."""
-    wide = acts.to(accumulation_dtype(acts.dtype))
-    if native.takes(wide):
-        return native.latent_sum(wide, indices, M).to(acts.dtype)
-    total = wide.new_zeros(M).index_add(0, indices.reshape(-1), wide.reshape(-1))
+    acc_dtype = acts.to(accumulation_dtype(acts.dtype))
+    if native.takes(acc_dtype):
+        return native.scatter_sum(acc_dtype, indices, M).to(acts.dtype)
+    total = acc_dtype.new_zeros(M).index_add(0, indices.reshape(-1), acc_dtype.reshape(-1))
     return total.to(acts.dtype)
 
 
-def sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+def sddmm(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     """`out[n, j] = ⟨grad[n], W[indices[n, j]]⟩`, `[N, k]`."""
     if native.takes(grad, W):
-        return native.sampled_product(grad, indices, W)
+        return native.sddmm(grad, indices, W)
     (N, k), (M, D) = indices.shape, W.shape
-    wide = accumulation_dtype(W.dtype)
-    if W.device.type == "cpu" and indices.numel() >= (1 if W.dtype == wide else M):
+    acc_dtype = accumulation_dtype(W.dtype)
+    if W.device.type == "cpu" and indices.numel() >= (1 if W.dtype == acc_dtype else M):
         # In 16 bit the dictionary is widened once, not row by row as often as codes name it.
         tokens = torch.arange(N).repeat_interleave(k)
-        out = gathered_dot(grad.to(wide), tokens, W.to(wide), indices.reshape(-1))
+        out = gathered_dot(grad.to(acc_dtype), tokens, W.to(acc_dtype), indices.reshape(-1))
         return out.view(N, k).to(grad.dtype)
     out = grad.new_empty(N, k)
-    for chunk in memory.row_chunks(N, k * D * wide.itemsize, memory.GATHER_BYTES):
-        gathered = W[indices[chunk]].to(wide)
-        out[chunk] = (gathered @ grad[chunk].to(wide).unsqueeze(-1)).squeeze(-1).to(out.dtype)
+    for chunk in memory.row_chunks(N, k * D * acc_dtype.itemsize, memory.GATHER_BYTES):
+        gathered = W[indices[chunk]].to(acc_dtype)
+        out[chunk] = (gathered @ grad[chunk].to(acc_dtype).unsqueeze(-1)).squeeze(-1).to(out.dtype)
     return out

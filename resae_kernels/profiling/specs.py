@@ -12,8 +12,8 @@ from torch import Tensor
 from resae_kernels import (
     OnlineStep,
     ScreenedEncoder,
+    SparseCode,
     StepWorkspace,
-    TopK,
     affine_chain,
     online_step,
     reconstruction_error,
@@ -110,9 +110,9 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     def dictionary() -> Tensor:
         return F.normalize(normal(case.M, case.D), dim=1).to(dtype)
 
-    def code() -> TopK:
+    def code() -> SparseCode:
         latents = torch.randint(case.M, (case.N, case.k), generator=generator, device=device)
-        return TopK(normal(case.N, case.k).abs().to(dtype), latents)
+        return SparseCode(normal(case.N, case.k).abs().to(dtype), latents)
 
     W_dec = [dictionary() for _ in range(case.L)]
     inputs: Inputs = {
@@ -124,7 +124,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         "codes": [code() for _ in range(case.L)],
         "A": [(normal(case.D, case.D) / case.D**0.5).to(dtype) for _ in range(case.L - 1)],
         "c": [normal(case.D).to(dtype) for _ in range(case.L - 1)],
-        "base": (0.5 * normal(case.N, case.D)).to(dtype),
+        "prediction": (0.5 * normal(case.N, case.D)).to(dtype),
     }
     return inputs | SPECS[case.op].more_inputs(case, inputs)
 
@@ -200,7 +200,7 @@ def _gather_bytes(case: Case) -> int:
     return min(case.N * case.k, case.M) * case.D * case.itemsize
 
 
-def _encode(case: Case, inputs: Inputs, function: Callable[..., TopK]) -> Sequence[Tensor]:
+def _encode(case: Case, inputs: Inputs, function: Callable[..., SparseCode]) -> Sequence[Tensor]:
     return function(
         inputs["x"], inputs["weight"], inputs["bias"], case.k, pre_bias=inputs["b_dec"][0]
     )
@@ -209,11 +209,11 @@ def _encode(case: Case, inputs: Inputs, function: Callable[..., TopK]) -> Sequen
 def _dense_topk(x, weight, bias, k, *, pre_bias):
     """Encode in plain PyTorch: the whole GEMM, then `torch.topk`."""
     acts, indices = F.linear(x - pre_bias, weight, bias).relu().topk(k, dim=-1)
-    return TopK(acts, indices)
+    return SparseCode(acts, indices)
 
 
 def _forward(
-    case: Case, inputs: Inputs, encode: Callable[..., TopK], decode: Callable[..., Tensor]
+    case: Case, inputs: Inputs, encode: Callable[..., SparseCode], decode: Callable[..., Tensor]
 ) -> Sequence[Tensor]:
     acts, indices = _encode(case, inputs, encode)
     return [decode(acts, indices, inputs["W_dec"][0], bias=inputs["b_dec"][0])]
@@ -227,29 +227,29 @@ def _step(case: Case, inputs: Inputs, function: Callable[..., OnlineStep]) -> Se
         case.k,
         inputs["W_dec"][0],
         b_dec=inputs["b_dec"][0],
-        base=inputs["base"],
+        prediction=inputs["prediction"],
     )
     return [code.acts, x_hat]
 
 
-def _dense_step(x, weight, bias, k, W_dec, *, b_dec, base):
-    code = _dense_topk(x - base, weight, bias, k, pre_bias=b_dec)
-    return OnlineStep(_dense_decode(*code, W_dec, bias=b_dec) + base, code)
+def _dense_step(x, weight, bias, k, W_dec, *, b_dec, prediction):
+    code = _dense_topk(x - prediction, weight, bias, k, pre_bias=b_dec)
+    return OnlineStep(_dense_decode(*code, W_dec, bias=b_dec) + prediction, code)
 
 
-def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., TopK]]:
+def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., SparseCode]]:
     """Our ways to encode, first that of `TopKSAE`: screened on a CPU, where that pays."""
     x, weight, bias = inputs["x"], inputs["weight"].detach(), inputs["bias"].detach()
     weight = weight.requires_grad_(SPECS[case.op].gradients)
-    found: dict[str, Callable[..., TopK]] = {}
+    found: dict[str, Callable[..., SparseCode]] = {}
     for name, margin in (("resae", "statistical"), ("resae certain", "certain")):
         held = ScreenedEncoder(weight, bias, margin=margin)
-        if held.explain(x, case.k).rows_screened:
+        if held.encode_with_info(x, case.k).rows_screened:
             found[name] = partial(_screened, held)
     return found | {"resae exact" if found else "resae": topk_encode}
 
 
-def _screened(held: ScreenedEncoder, x, weight, bias, k, *, pre_bias) -> TopK:
+def _screened(held: ScreenedEncoder, x, weight, bias, k, *, pre_bias) -> SparseCode:
     if weight.requires_grad:  # in training it is another one every time
         held = ScreenedEncoder(weight, bias, margin=held.margin)
     return held.encode(x, k, pre_bias=pre_bias)
@@ -291,8 +291,10 @@ def _check_code(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]
     rows = _first_tokens(case)
     x, weight, bias = (inputs[key].double() for key in ("x", "weight", "bias"))
     W_dec, b_dec = inputs["W_dec"][0].double(), inputs["b_dec"][0].double()
-    base = inputs["base"][rows].double() if case.op == "step" else None
-    exact = reference.online_step(x[rows], weight, bias, case.k, W_dec, b_dec=b_dec, base=base)
+    prediction = inputs["prediction"][rows].double() if case.op == "step" else None
+    exact = reference.online_step(
+        x[rows], weight, bias, case.k, W_dec, b_dec=b_dec, prediction=prediction
+    )
     pairs, tolerance = [], TOLERANCE[case.dtype]
     if case.op != "forward":
         acts = outputs[0].to_dense()[rows].topk(case.k).values
@@ -370,7 +372,7 @@ def _check_decode(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tenso
     """A decode is a chain of one layer."""
     rows = _first_tokens(case)
     exact = reference.affine_chain(
-        [TopK(a[rows].double(), i[rows]) for a, i in inputs["codes"]],
+        [SparseCode(a[rows].double(), i[rows]) for a, i in inputs["codes"]],
         *([t.double() for t in inputs[key]] for key in ("W_dec", "A", "c")),
         b_dec=[b.double() for b in inputs["b_dec"]],
     )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resae_kernels import TopK, sparse_decode, topk_encode
+from resae_kernels import SparseCode, sparse_decode, topk_encode
 from resae_kernels.files import write_atomically
 from resae_kernels.profiling.clock import Clock, Timer
 from resae_kernels.profiling.specs import Case, Inputs, make_inputs, relative_error
@@ -59,27 +59,27 @@ def _encode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]
 def _decode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
     acts, indices = inputs["codes"][0]
     W_dec, b_dec = inputs["W_dec"][0], inputs["b_dec"][0]
-    decode = partial(sparse_decode, form="gather", implementation=implementation)
+    decode = partial(sparse_decode, algorithm="gather", implementation=implementation)
     return [decode(acts, indices, W_dec, bias=b_dec)]
 
 
-def _sampled_product(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
+def _sddmm(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
     return [
-        torch.ops.resae.sampled_product(
+        torch.ops.resae.sddmm(
             inputs["x"],
             inputs["codes"][0].indices,
             inputs["W_dec"][0],
             implementation=implementation,
-            form="gather",
+            algorithm="gather",
         )
     ]
 
 
-def _latent_outer(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
+def _scatter_outer(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
     acts, indices = inputs["codes"][0]
     return [
-        torch.ops.resae.latent_outer(
-            acts, indices, inputs["x"], case.M, implementation=implementation, form="gather"
+        torch.ops.resae.scatter_outer(
+            acts, indices, inputs["x"], case.M, implementation=implementation, algorithm="gather"
         )
     ]
 
@@ -126,8 +126,8 @@ TUNABLES: Mapping[str, Tunable] = {
     ),
     "decode": Tunable(_decode, _cases("decode", many=True)),
     "decode_few": Tunable(_decode, _cases("decode", (1, 16))),
-    "sampled_product": Tunable(_sampled_product, _cases("train", many=True)),
-    "latent_outer": Tunable(_latent_outer, _cases("train", many=True)),
+    "sddmm": Tunable(_sddmm, _cases("train", many=True)),
+    "scatter_outer": Tunable(_scatter_outer, _cases("train", many=True)),
 }
 
 
@@ -216,8 +216,8 @@ def _widened(value: Any) -> Any:
     """The same inputs in float64."""
     if isinstance(value, dict):
         return {name: _widened(part) for name, part in value.items()}
-    if isinstance(value, TopK):
-        return TopK(*map(_widened, value))
+    if isinstance(value, SparseCode):
+        return SparseCode(*map(_widened, value))
     if isinstance(value, list):
         return [_widened(part) for part in value]
     return value.double() if value.is_floating_point() else value

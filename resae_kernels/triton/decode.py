@@ -58,10 +58,10 @@ def decode_registers(N: int, dtype: torch.dtype) -> int | None:
 
 
 def launch_decode(
-    acts, indices, W_dec, bias, base, out=None, target=None
+    acts, indices, W_dec, bias, prediction, out=None, target=None
 ) -> tuple[Tensor, Tensor | None]:
-    """One launch for all dictionaries. bias and base may be wider than the acts. With a target
-    `out` is what the sum is off it; then, second, the squares of that summed over D."""
+    """One launch for all dictionaries. bias and prediction may be wider than the acts. With a
+    target `out` is what the sum is off it; then, second, the squares of that summed over D."""
     N, D = acts[0].shape[0], W_dec[0].shape[1]
     if out is None:
         out = acts[0].new_empty(N, D)
@@ -81,7 +81,7 @@ def launch_decode(
                 tuple(i.contiguous() for i in indices),
                 tuple(W.contiguous() for W in W_dec),
                 None if bias is None else bias.contiguous(),
-                None if base is None else base.contiguous(),
+                None if prediction is None else prediction.contiguous(),
                 None if target is None else target.contiguous(),
                 squared,
                 **settings,
@@ -113,32 +113,30 @@ def scatter_constants(k: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def launch_sampled_product(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+def launch_sddmm(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     N, k = indices.shape
     out = grad.new_empty(N, k)
     if out.numel() == 0:
         return out
-    tile = tiles.tile("sampled_product", out.device)
+    tile = tiles.tile("sddmm", out.device)
     with torch.cuda.device_of(out):
-        sampled_product_kernel[(N, runtime.cdiv(k, tile.rows))](
+        sddmm_kernel[(N, runtime.cdiv(k, tile.rows))](
             out,
             grad.contiguous(),
             indices.contiguous(),
             W.contiguous(),
-            **sampled_product_constants(tile, k, W.shape[1], W.dtype),
+            **sddmm_constants(tile, k, W.shape[1], W.dtype),
             **tile.options(tiles.GATHER_REGISTERS),
         )
     return out
 
 
-def sampled_product_constants(
-    tile: GatherTile, k: int, D: int, dtype: torch.dtype
-) -> dict[str, Any]:
+def sddmm_constants(tile: GatherTile, k: int, D: int, dtype: torch.dtype) -> dict[str, Any]:
     constants = {"K": k, "BK": tile.rows} | tile.constants(D, dtype)
     return constants | {"VECTOR": min(16 // dtype.itemsize, constants["BD"])}
 
 
-def launch_latent_outer(
+def launch_scatter_outer(
     weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor, total: Tensor | None = None
 ) -> Tensor:
     """`out[m] = Σ weights[e] · rows[tokens[e]]` over the entries `bounds[m] ≤ e < bounds[m + 1]`;
@@ -152,7 +150,7 @@ def launch_latent_outer(
     out = rows.new_empty(M, D)
     if out.numel() == 0:
         return out
-    wide = accumulation_dtype(rows.dtype)
+    acc_dtype = accumulation_dtype(rows.dtype)
     pieces = weights.shape[0] // PIECE
     # Where PIECE divides the entries of a latent the last of its pieces is empty: zeros.
     beyond = bounds.diff().div(PIECE, rounding_mode="floor")
@@ -160,10 +158,10 @@ def launch_latent_outer(
     piece_latent = torch.searchsorted(
         piece_bounds[1:], torch.arange(pieces, device=rows.device), right=True
     )
-    partial = rows.new_empty(pieces, D, dtype=wide)
-    piece_total = None if total is None else rows.new_empty(pieces, dtype=wide)
+    partial = rows.new_empty(pieces, D, dtype=acc_dtype)
+    piece_total = None if total is None else rows.new_empty(pieces, dtype=acc_dtype)
     entries = (weights, tokens, rows.contiguous(), bounds, piece_bounds)
-    tile = tiles.tile("latent_outer", out.device)
+    tile = tiles.tile("scatter_outer", out.device)
     constants = {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, rows.dtype)
     slices = runtime.cdiv(D, constants["BD"])
     settings = constants | tile.options(tiles.GATHER_REGISTERS)
@@ -172,7 +170,7 @@ def launch_latent_outer(
             latent_piece_kernel[(pieces, slices)](
                 partial, piece_total, *entries, piece_latent, M, **settings
             )
-        latent_outer_kernel[(M, slices)](out, total, *entries, partial, piece_total, **settings)
+        scatter_outer_kernel[(M, slices)](out, total, *entries, partial, piece_total, **settings)
     return out
 
 
@@ -186,7 +184,7 @@ def decode_kernel(
     indices,  # T × [N, K[t]]
     W_dec,  # T × [M_t, D]
     bias,  # [D] or None
-    base,  # [N, D] or None
+    prediction,  # [N, D] or None
     target,  # [N, D] or None
     squared,  # [N, programs of a token]; unless target is None
     K: tl.constexpr,
@@ -216,8 +214,8 @@ def decode_kernel(
     b_sum = tl.sum(b_sum, 0)
     if bias is not None:
         b_sum += tl.load(bias + o_d, mask=m_d, other=0.0).to(ACC)
-    if base is not None:
-        b_sum += tl.load(base + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
+    if prediction is not None:
+        b_sum += tl.load(prediction + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
     if target is not None:
         b_sum -= tl.load(target + i_n * D + o_d, mask=m_d, other=0.0).to(ACC)
         # Where an act is infinite a column past the last one holds inf · 0.
@@ -256,7 +254,7 @@ def scatter_kernel(
 
 
 @triton.jit
-def sampled_product_kernel(
+def sddmm_kernel(
     out,  # [N, K]
     grad,  # [N, D]
     indices,  # [N, K]
@@ -359,7 +357,7 @@ def latent_piece_kernel(
 
 
 @triton.jit
-def latent_outer_kernel(
+def scatter_outer_kernel(
     out,  # [M, D]
     total,  # [M] or None: the sum of each latent's weights
     weights,  # [N·k], sorted by latent

@@ -42,7 +42,7 @@ def launch_encode(
     bias: Tensor | None,
     k: int,
     pre_bias: Tensor | None,
-    base: Tensor | None,
+    prediction: Tensor | None,
     sorted: bool,
     workspace_bytes: int,
     select: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]],
@@ -50,9 +50,11 @@ def launch_encode(
     """Acts and indices `[N, k]`. `select` takes scores that the kernels do not: fp64, or too many
     of them for one program's registers."""
     N, M = x.shape[0], weight.shape[0]
-    # Kernels step along a row by 1; rows of x and base may lie anywhere.
+    # Kernels step along a row by 1; rows of x and prediction may lie anywhere.
     x = x if x.stride(1) == 1 else x.contiguous()
-    base = base if base is None or base.stride(1) == 1 else base.contiguous()
+    prediction = (
+        prediction if prediction is None or prediction.stride(1) == 1 else prediction.contiguous()
+    )
     weight = encode_few.readable(weight)
     bias, pre_bias = (None if t is None else t.contiguous() for t in (bias, pre_bias))
     layout = selection_layout(M, k) if x.dtype in KEYS else None
@@ -68,7 +70,7 @@ def launch_encode(
             chunk = slice(start, min(start + rows, N))
             n = chunk.stop - start
             whole = n == N  # slices of everything cost microseconds
-            rest = base if base is None or whole else base[chunk]
+            rest = prediction if prediction is None or whole else prediction[chunk]
             part, held = (x, scores) if whole else (x[chunk], scores[:n])
             code = (acts, indices) if whole else (acts[chunk], indices[chunk])
             # By N, not by the rows of a chunk: the last chunk is computed as the others are.
@@ -84,20 +86,22 @@ def launch_encode(
     return acts, indices
 
 
-def _residual(x: Tensor, pre_bias: Tensor | None, base: Tensor | None) -> Tensor:
+def _residual(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None) -> Tensor:
     """`precision.residual`, in one launch where a kernel has the dtype."""
-    if base is None and pre_bias is None:
+    if prediction is None and pre_bias is None:
         return x
     subtract = launch_residual if x.dtype in KEYS else residual
-    return subtract(x, pre_bias, base)
+    return subtract(x, pre_bias, prediction)
 
 
-def _product_of_few(N, x, weight, bias, pre_bias, base, scores, layout: SelectionLayout) -> Tensor:
+def _product_of_few(
+    N, x, weight, bias, pre_bias, prediction, scores, layout: SelectionLayout
+) -> Tensor:
     """Scores and group maxima in one kernel, chosen by N; returns the maxima."""
     best = torch.empty(x.shape[0], layout.groups, dtype=KEYS[x.dtype].dtype, device=x.device)
     tile = encode_few.product_tile(N, weight)
     encode_few.product_of_few(
-        x, weight, bias, pre_bias, base, scores, best, layout.group, tile, rest=None
+        x, weight, bias, pre_bias, prediction, scores, best, layout.group, tile, rest=None
     )
     return best
 

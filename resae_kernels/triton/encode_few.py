@@ -50,14 +50,23 @@ def product_tile(N: int, weight: Tensor) -> ProductTile | GemvTile:
 
 
 def product_of_few(
-    x, weight, bias, pre_bias, base, scores, best, group: int, tile: ProductTile | GemvTile, rest
+    x,
+    weight,
+    bias,
+    pre_bias,
+    prediction,
+    scores,
+    best,
+    group: int,
+    tile: ProductTile | GemvTile,
+    rest,
 ) -> None:
     """Write scores `[n, M]` and the largest score of each group of latents, `[n, groups]`.
 
     `rest`, `[n, D]`, or None to allocate it: where the residual goes if it has its own launch.
     """
-    if tile.residual_launch and not (base is None and pre_bias is None):
-        x, base, pre_bias = launch_residual(x, pre_bias, base, rest), None, None
+    if tile.residual_launch and not (prediction is None and pre_bias is None):
+        x, prediction, pre_bias = launch_residual(x, pre_bias, prediction, rest), None, None
     (n, D), M = x.shape, weight.shape[0]
     keys = KEYS[scores.dtype]
     settings = product_settings(tile, n, group, scores.dtype, not x.is_cuda)
@@ -67,7 +76,7 @@ def product_of_few(
         programs = min(blocks, resident)
     product_kernel(tile)[(programs,)](
         x,
-        base,
+        prediction,
         pre_bias,
         weight,
         bias,
@@ -78,7 +87,7 @@ def product_of_few(
         M,
         runtime.cdiv(M, group),
         x.stride(0),
-        0 if base is None else base.stride(0),
+        0 if prediction is None else prediction.stride(0),
         *weight.stride(),
         scores.stride(0),
         **settings,
@@ -170,7 +179,7 @@ def _store_scores(
 @triton.jit
 def product_of_few_kernel(
     x,  # [n, D], n ≤ BN, rows s_x apart
-    base,  # [n, D] or None, rows s_base apart
+    prediction,  # [n, D] or None, rows s_prediction apart
     pre_bias,  # [D] or None
     weight,  # [M, D], strides s_latent and s_dimension, one of them 1
     bias,  # [M] or None
@@ -181,7 +190,7 @@ def product_of_few_kernel(
     M,
     groups,
     s_x,
-    s_base,
+    s_prediction,
     s_latent,
     s_dimension,
     s_scores,
@@ -198,7 +207,7 @@ def product_of_few_kernel(
     o_n = tl.arange(0, BN)
     m_n = (o_n < n)[None, :]
     o_x = o_n.to(tl.int64)[None, :] * s_x
-    o_base = o_n.to(tl.int64)[None, :] * s_base
+    o_prediction = o_n.to(tl.int64)[None, :] * s_prediction
     blocks = 1
     if PERSISTENT:
         blocks = tl.cdiv(tl.cdiv(M, BL) - tl.program_id(0), tl.num_programs(0))
@@ -218,7 +227,9 @@ def product_of_few_kernel(
             p_w += BK * s_dimension
             o_k, m_k = o_d[:, None], m_d[:, None]
             # [BK, BN]
-            b_x = residual_tile(x, base, pre_bias, o_x + o_k, o_base + o_k, o_k, m_k & m_n, m_k)
+            b_x = residual_tile(
+                x, prediction, pre_bias, o_x + o_k, o_prediction + o_k, o_k, m_k & m_n, m_k
+            )
             if UPCAST:  # the interpreter multiplies bf16 by its bit patterns
                 b_w, b_x = b_w.to(tl.float32), b_x.to(tl.float32)
             b_score = tl.dot(b_w, b_x, b_score, input_precision=PRECISION)
@@ -231,7 +242,7 @@ def product_of_few_kernel(
 @triton.jit
 def gemv_kernel(
     x,  # [n, D], n = BN, rows s_x apart
-    base,  # [n, D] or None, rows s_base apart
+    prediction,  # [n, D] or None, rows s_prediction apart
     pre_bias,  # [D] or None
     weight,  # [M, D], strides s_latent and s_dimension, one of them 1
     bias,  # [M] or None
@@ -242,7 +253,7 @@ def gemv_kernel(
     M,
     groups,
     s_x,
-    s_base,
+    s_prediction,
     s_latent,
     s_dimension,
     s_scores,
@@ -266,10 +277,12 @@ def gemv_kernel(
         m_d = o_d < D
         p_tile = p_w + o_d.to(tl.int64)[None, :] * s_dimension
         b_w = tl.load(p_tile, mask=m_l[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-        b_x = residual_tile(x, base, pre_bias, o_d, o_d, o_d, m_d, m_d)
+        b_x = residual_tile(x, prediction, pre_bias, o_d, o_d, o_d, m_d, m_d)
         b_first += b_w * b_x.to(tl.float32)[None, :]
         if BN == 2:
-            b_x = residual_tile(x, base, pre_bias, s_x + o_d, s_base + o_d, o_d, m_d, m_d)
+            b_x = residual_tile(
+                x, prediction, pre_bias, s_x + o_d, s_prediction + o_d, o_d, m_d, m_d
+            )
             b_second += b_w * b_x.to(tl.float32)[None, :]
     # [BL, BN]
     if BN == 2:

@@ -8,7 +8,7 @@ from resae_kernels.triton.runtime import tl, triton
 
 
 def launch_residual(
-    x: Tensor, pre_bias: Tensor | None, base: Tensor | None, out: Tensor | None = None
+    x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     """`precision.residual` in one launch, into contiguous `out` where it is given."""
     n, D = x.shape
@@ -17,12 +17,12 @@ def launch_residual(
     tile = tiles.tile("residual", x.device)
     residual_kernel[n, runtime.cdiv(D, tile.columns)](
         x,
-        base,
+        prediction,
         pre_bias,
         out,
         D,
         x.stride(0),
-        0 if base is None else base.stride(0),
+        0 if prediction is None else prediction.stride(0),
         BD=tile.columns,
         **runtime.launch_options(tile.num_warps),
     )
@@ -30,21 +30,25 @@ def launch_residual(
 
 
 @triton.jit
-def residual_tile(x, base, pre_bias, o_x, o_base, o_d, m_x, m_d):
-    """`x − base − pre_bias` in fp32, rounded once to x's dtype."""
+def residual_tile(x, prediction, pre_bias, o_x, o_prediction, o_d, m_x, m_d):
+    """`x − prediction − pre_bias` in fp32, rounded once to x's dtype."""
     b_x = tl.load(x + o_x, mask=m_x, other=0.0)
-    if base is not None:
-        b_x = b_x.to(tl.float32) - tl.load(base + o_base, mask=m_x, other=0.0).to(tl.float32)
+    if prediction is not None:
+        b_x = b_x.to(tl.float32) - tl.load(prediction + o_prediction, mask=m_x, other=0.0).to(
+            tl.float32
+        )
     if pre_bias is not None:
         b_x = b_x.to(tl.float32) - tl.load(pre_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     return b_x.to(x.dtype.element_ty)
 
 
 @triton.jit
-def residual_kernel(x, base, pre_bias, out, D, s_x, s_base, BD: tl.constexpr):
+def residual_kernel(x, prediction, pre_bias, out, D, s_x, s_prediction, BD: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
     # [BD]
-    b_x = residual_tile(x, base, pre_bias, i_n * s_x + o_d, i_n * s_base + o_d, o_d, m_d, m_d)
+    b_x = residual_tile(
+        x, prediction, pre_bias, i_n * s_x + o_d, i_n * s_prediction + o_d, o_d, m_d, m_d
+    )
     tl.store(out + i_n * D + o_d, b_x, mask=m_d)

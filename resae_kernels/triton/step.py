@@ -97,9 +97,19 @@ def workspace_layout(
 
 
 def launch_step(
-    x, weight, bias, W_dec, b_dec, base, acts, indices, dictionaries, constant, to: StepWorkspace
+    x,
+    weight,
+    bias,
+    W_dec,
+    b_dec,
+    prediction,
+    acts,
+    indices,
+    dictionaries,
+    constant,
+    to: StepWorkspace,
 ) -> None:
-    """Write code and x̂ of N rows into `to`. With dictionaries base is what the codes `acts`,
+    """Write code and x̂ of N rows into `to`. With dictionaries prediction is what the codes `acts`,
     `indices` and `constant` predict."""
     N, (M, D), k = x.shape[0], weight.shape, to.acts.shape[1]
     layout = selection_layout(M, k) if x.dtype in KEYS else None
@@ -112,15 +122,19 @@ def launch_step(
         return
     keys = KEYS[x.dtype]
     x, weight, W_dec = x.contiguous(), encode_few.readable(weight), W_dec.contiguous()
-    bias, b_dec, base = (None if t is None else t.contiguous() for t in (bias, b_dec, base))
+    bias, b_dec, prediction = (
+        None if t is None else t.contiguous() for t in (bias, b_dec, prediction)
+    )
     with torch.cuda.device_of(x):
         if dictionaries:
-            base, _ = launch_decode(acts, indices, dictionaries, constant, None, to.prediction)
+            prediction, _ = launch_decode(
+                acts, indices, dictionaries, constant, None, to.prediction
+            )
         scores, best = to.scores[:, :M], to.best.view(keys.dtype)
         tile = encode_few.product_tile(N, weight)
         # x̂ is written last: until then its memory holds the residual.
         encode_few.product_of_few(
-            x, weight, bias, b_dec, base, scores, best, layout.group, tile, rest=to.x_hat
+            x, weight, bias, b_dec, prediction, scores, best, layout.group, tile, rest=to.x_hat
         )
         select_decode_kernel[(N, to.program_acts.shape[1])](
             to.x_hat,
@@ -133,7 +147,7 @@ def launch_step(
             best,
             W_dec,
             b_dec,
-            base,
+            prediction,
             M,
             layout.groups,
             scores.stride(0),
@@ -177,7 +191,7 @@ def select_decode_kernel(
     best,  # [N, groups]
     W_dec,  # [M, D]
     b_dec,  # [D] or None
-    base,  # [N, D] or None
+    prediction,  # [N, D] or None
     M,
     groups,
     s_scores,
@@ -209,6 +223,6 @@ def select_decode_kernel(
     b_sum = sum_entries(program_acts + o_row, p_indices, W_dec, 0, k, o_d, D, tl.float32, BE, BD)
     if b_dec is not None:
         b_sum += tl.load(b_dec + o_d, mask=m_d, other=0.0).to(tl.float32)
-    if base is not None:
-        b_sum += tl.load(base + i_n * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+    if prediction is not None:
+        b_sum += tl.load(prediction + i_n * D + o_d, mask=m_d, other=0.0).to(tl.float32)
     tl.store(x_hat + i_n * D + o_d, b_sum.to(x_hat.dtype.element_ty), mask=m_d)

@@ -172,14 +172,14 @@ TILES: dict[str, TileTable] = {
             GatherTile(rows=32, row_bytes=128, num_warps=4),
         ),
     ),
-    "sampled_product": TileTable(
+    "sddmm": TileTable(
         default=Chosen(GatherTile(rows=8, row_bytes=512, num_warps=1), measured=None),
         alternatives=(
             GatherTile(rows=16, row_bytes=512, num_warps=2),
             GatherTile(rows=16, row_bytes=512, num_warps=4),
         ),
     ),
-    "latent_outer": TileTable(
+    "scatter_outer": TileTable(
         default=Chosen(GatherTile(rows=8, row_bytes=1024, num_warps=2), measured=None),
         alternatives=(
             GatherTile(rows=8, row_bytes=512, num_warps=1),

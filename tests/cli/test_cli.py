@@ -225,10 +225,10 @@ def test_a_run_is_boosted_on_other_text_and_compared(run, material, tmp_path):
     assert main(arguments) == 0
     assert ReSAE.load(out).hook_points == tiny.NAMES
     assert main([*arguments, "--resume"]) == 0
-    base, boosted = RunText.load(run), RunText.load(out)
+    base_stack, boosted = RunText.load(run), RunText.load(out)
     for path in (material / "text.txt", tmp_path / "other.txt"):
         assert boosted.overlap(rows_of_text(path, 24)[20:60]).new is False
-    assert base.overlap(rows_of_text(tmp_path / "other.txt", 24)).new is True
+    assert base_stack.overlap(rows_of_text(tmp_path / "other.txt", 24)).new is True
     assert main(["eval", str(run), str(out), "--out", str(tmp_path / "both")]) == 0
     report = json.loads((tmp_path / "both" / "report.json").read_text())
     assert {r["method"] for r in report["replacement"]} == {"resae", "boost", "affine_only"}
@@ -268,7 +268,7 @@ def test_generate_edits_latents_and_shows_them(run, tmp_path, capsys):
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     lines = printed[0].splitlines()
-    assert "— and latents edited, error left out, effects carried —" in lines
+    assert "— and latents edited, error left out, effects transported —" in lines
     name = tiny.NAMES[1]
     assert f"{name}: clamp latents 5 value 30 of layer 1, generated: 5 changes" in lines
     assert any(x.startswith(f"{tiny.NAMES[2]}: what arrives there moved") for x in lines)

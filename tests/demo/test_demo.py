@@ -218,11 +218,11 @@ def test_the_boost_helps_where_it_was_trained_and_its_base_is_untouched(everythi
         assert rows[BOOST_DOMAIN, "after", layer]["change"] < 0
         kept = abs(rows["rest", "after", layer]["change"])
         assert kept < abs(rows["rest", "after, TopK alone", layer]["change"]) + 0.01
-    base = ReSAE.load(everything / "stacks" / "boost_base_k8")
+    base_stack = ReSAE.load(everything / "stacks" / "boost_base_k8")
     boosted = ReSAE.load(everything / "stacks" / "boost_k8")
     for layer in range(3):
-        kept = boosted.sae(layer).base.state_dict()
-        assert all(torch.equal(t, kept[n]) for n, t in base.sae(layer).state_dict().items())
+        kept = boosted.sae(layer).frozen.state_dict()
+        assert all(torch.equal(t, kept[n]) for n, t in base_stack.sae(layer).state_dict().items())
 
 
 def test_unknown_methods_are_refused_before_any_work(capsys):

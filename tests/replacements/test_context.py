@@ -149,9 +149,9 @@ def test_online_takes_the_residual_against_what_was_put_in_or_by_name_what_was_t
     def at(layer):
         def function(running):
             seen = put if loop == "closed" else before
-            base = stack.predictor(layer, seen)
-            code = stack.sae(layer).encode(running, base=base)
-            x_hat = stack.sae(layer).decode(*code, base=stack.predictor(layer, put))
+            prediction = stack.predictor(layer, seen)
+            code = stack.sae(layer).encode(running, prediction=prediction)
+            x_hat = stack.sae(layer).decode(*code, prediction=stack.predictor(layer, put))
             before.append(running)
             put.append(x_hat)
             return x_hat
@@ -484,8 +484,8 @@ def test_with_the_error_kept_latents_get_the_gradient_of_their_directions(neox, 
 
             def function(h):
                 seen = chain if loop == "closed" else before
-                code = sae.encode(h, base=stack.predictor(layer, seen))
-                x_hat = sae.decode(*code, base=stack.predictor(layer, chain))
+                code = sae.encode(h, prediction=stack.predictor(layer, seen))
+                x_hat = sae.decode(*code, prediction=stack.predictor(layer, chain))
                 acts.append(code.acts)
                 before.append(h)
                 chain.append(x_hat)
@@ -561,7 +561,7 @@ def passes(run, batches, number):
         pytest.param({"loop": "open"}, id="open"),
         pytest.param({"mode": "teacher_forced"}, id="teacher-forced"),
         pytest.param({"mode": "error_added"}, id="error-added"),
-        pytest.param({"transport_bytes": 1 << 20, "interventions": EDITS}, id="carried-edits"),
+        pytest.param({"transport_bytes": 1 << 20, "interventions": EDITS}, id="transported-edits"),
         pytest.param({"interventions": {"edits": EDITS, "keep_error": True}}, id="edits"),
     ],
 )
@@ -1229,7 +1229,8 @@ def test_a_boosted_stack_is_replaced_read_and_edited_like_any_other():
     put = {p: (lambda _, value=v: value) for p, v in zip(points, expected, strict=True)}
     with replacement(lm, stack, mode="teacher_forced", loop="closed"):
         torch.testing.assert_close(lm.logits(ids), lm.replace(ids, put), atol=1e-4, rtol=1e-4)
-    # One token at a time, where an ordinary stack may take the fused step, with carried tables too.
+    # One token at a time, where an ordinary stack may take the fused step, with transported tables
+    # too.
     edits = [{"layer": tiny.LAYERS[1], "action": "clamp", "latents": [70], "value": 9.0}]
     for options in ({}, {"transport_bytes": 1 << 30}, {"interventions": edits}):
         with replacement(lm, stack, on_codes=arrived.__setitem__, **options):
@@ -1248,9 +1249,9 @@ def test_a_boosted_stack_is_replaced_read_and_edited_like_any_other():
     with torch.no_grad():
         few = [x[0, :4] for x in expected]
         codes = stack.encode(few)
-        carried = tiny.stack(lm).transported(1 << 30)
+        transported = tiny.stack(lm).transported(1 << 30)
         past = few[:1]
-        x_hat, code = stack.step(1, few[1], past, past, codes=codes[:1], carried=carried)
-        plain = stack.sae(1)(few[1], base=stack.predictor(1, past))
+        x_hat, code = stack.step(1, few[1], past, past, codes=codes[:1], transported=transported)
+        plain = stack.sae(1)(few[1], prediction=stack.predictor(1, past))
     assert torch.equal(code.indices, plain.code.indices)
     assert torch.equal(x_hat, plain.x_hat)

@@ -63,7 +63,7 @@ def test_one_graph_serves_every_step_and_call(lm):
     "options",
     [
         pytest.param({}, id="maps"),
-        pytest.param({"transport_bytes": 1 << 20}, id="carried"),
+        pytest.param({"transport_bytes": 1 << 20}, id="propagated"),
         pytest.param(
             {"interventions": [{"layer": 1, "action": "add", "latents": 3, "value": 2.0}]},
             id="edited",

@@ -15,7 +15,7 @@ from resae.replacements.edits import (
     StrongestLatents,
     predicted_effects,
 )
-from resae_kernels import TopK, transport
+from resae_kernels import SparseCode, transport
 
 EVERYTHING = {
     "edits": [
@@ -67,7 +67,9 @@ def test_a_description_survives_the_way_through_json_and_a_file(tmp_path):
     for source in (parsed, text, tmp_path / "edits.json", str(tmp_path / "edits.json")):
         assert Interventions.parse(source) == parsed
     alone = Interventions.parse([{"layer": 0, "action": "ablate", "latents": 3}])
-    assert alone == Interventions((Edit(0, "ablate", (3,)),), keep_error=False, effects="carried")
+    assert alone == Interventions(
+        (Edit(0, "ablate", (3,)),), keep_error=False, effects="propagated"
+    )
     assert Interventions.parse([]) == Interventions()
 
 
@@ -82,7 +84,7 @@ def edit(**changes):
         pytest.param({"edit": []}, "unknown key 'edit'; there are edits, effects", id="top-key"),
         pytest.param({}, "no 'edits'", id="no-edits"),
         pytest.param({"edits": 3}, "edits=3, expected a list", id="edits-no-list"),
-        pytest.param({"edits": [], "effects": "gone"}, "carried or frozen", id="effects"),
+        pytest.param({"edits": [], "effects": "gone"}, "propagated or frozen", id="effects"),
         pytest.param({"edits": [], "keep_error": 1}, "expected true or false", id="keep-error"),
         pytest.param([3], "edit 1: got 3, expected keys", id="no-dict"),
         pytest.param(edit() + edit(latent=3), "edit 2: unknown key 'latent'", id="key"),
@@ -182,7 +184,7 @@ def test_ablating_is_clamping_to_zero_and_scaling_by_one_is_nothing(stack):
 
 def test_latent_zero_is_told_from_padding(stack):
     """Padding slots hold act 0 and index 0: they must neither count as latent 0 nor lose it."""
-    code = TopK(torch.tensor([[[2.0, 0.0, 0.0]]]), torch.tensor([[[5, 0, 0]]]))
+    code = SparseCode(torch.tensor([[[2.0, 0.0, 0.0]]]), torch.tensor([[[5, 0, 0]]]))
     new, _, active = edited(stack, code, *edit(latents=0, value=1.0))
     assert new[0, 0, [0, 5]].tolist() == [1.0, 2.0]
     assert active.counts[0].changed == {0: 1}
@@ -291,11 +293,13 @@ def test_predicted_effects_are_those_of_transported_dictionaries_and_exact_for_t
     stack = tiny.stack(tiny.pythia(), kind).double()
     saes = [stack.sae(layer) for layer in range(3)]
     zeros = torch.zeros(4, 32, dtype=torch.float64)  # residuals are given: nothing to subtract
-    held = [sae.encode(torch.randn_like(zeros), base=zeros) for sae in saes]
+    held = [sae.encode(torch.randn_like(zeros), prediction=zeros) for sae in saes]
     latents, dz = torch.tensor([5, 40]), torch.randn(2, 4, 2, dtype=torch.float64)
     changes = [Change(dz[i], saes[i].W_dec[latents]) for i in range(2)]
     moved = [
-        TopK(torch.cat([code.acts, dz[i]], -1), torch.cat([code.indices, latents.expand(4, 2)], -1))
+        SparseCode(
+            torch.cat([code.acts, dz[i]], -1), torch.cat([code.indices, latents.expand(4, 2)], -1)
+        )
         for i, code in enumerate(held[:2])
     ]
     after, before = stack.decode([*moved, held[2]]), stack.decode(held)
@@ -327,9 +331,9 @@ def test_nothing_is_predicted_before_the_first_edit_nor_without_maps(stack):
 
 def test_the_strongest_latents_of_all_passes_are_kept_in_order():
     keep = StrongestLatents(2)
-    first = TopK(torch.tensor([[[1.0, -5.0, 3.0]]]), torch.tensor([[[10, 11, 12]]]))
+    first = SparseCode(torch.tensor([[[1.0, -5.0, 3.0]]]), torch.tensor([[[10, 11, 12]]]))
     keep("a", first)
-    keep("a", TopK(first.acts * 2, first.indices))
+    keep("a", SparseCode(first.acts * 2, first.indices))
     acts, indices = keep.codes["a"]
     assert acts.tolist() == [[[-5.0, 3.0], [-10.0, 6.0]]]
     assert indices.tolist() == [[[11, 12]] * 2]
@@ -347,7 +351,7 @@ def lm(request):
     return tiny.FAMILIES[request.param]()
 
 
-def strong(effects="carried", keep_error=False, at="all"):
+def strong(effects="propagated", keep_error=False, at="all"):
     """Edits at two layers that are felt: latents by force, so that they fire everywhere."""
     return {
         "edits": [
@@ -394,7 +398,7 @@ def test_no_edits_change_no_bit_and_with_the_error_kept_the_model_is_itself(lm):
     assert not torch.allclose(logits(lm, stack, ids, interventions=strong()), replaced, atol=0.1)
 
 
-@pytest.mark.parametrize("effects", ["carried", "frozen"])
+@pytest.mark.parametrize("effects", ["propagated", "frozen"])
 @pytest.mark.parametrize("keep_error", [False, True])
 @pytest.mark.parametrize("loop", ["closed", "open"])
 def test_what_goes_in_is_the_formula_by_hand(lm, loop, effects, keep_error):
@@ -407,8 +411,8 @@ def test_what_goes_in_is_the_formula_by_hand(lm, loop, effects, keep_error):
 
         def function(h):
             seen = chain if loop == "closed" else streams
-            code = sae.encode(h, base=stack.predictor(layer, seen))
-            x_hat, z = sae.decode(*code, base=stack.predictor(layer, chain)), dense(code)
+            code = sae.encode(h, prediction=stack.predictor(layer, seen))
+            x_hat, z = sae.decode(*code, prediction=stack.predictor(layer, chain)), dense(code)
             new = z.clone()
             if layer == 0:
                 new[..., [3, 8]] = 6.0
@@ -417,7 +421,7 @@ def test_what_goes_in_is_the_formula_by_hand(lm, loop, effects, keep_error):
             codes.append(new)
             streams.append(h)
             delta = (new - z) @ sae.W_dec + shift[layer]
-            chain.append(x_hat + delta if effects == "carried" else x_hat)
+            chain.append(x_hat + delta if effects == "propagated" else x_hat)
             return (h if keep_error else x_hat) + delta
 
         return function
@@ -430,20 +434,20 @@ def test_what_goes_in_is_the_formula_by_hand(lm, loop, effects, keep_error):
     torch.testing.assert_close(out, by_hand, atol=1e-3, rtol=1e-3)
     for mine, expected in zip(read, codes, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
-    other = "frozen" if effects == "carried" else "carried"
+    other = "frozen" if effects == "propagated" else "propagated"
     options["interventions"] = strong(other, keep_error)
     different = logits(lm, stack, ids, **options)
     assert torch.allclose(different, by_hand, atol=1e-3) == keep_error
 
 
-@pytest.mark.parametrize("effects", ["carried", "frozen"])
+@pytest.mark.parametrize("effects", ["propagated", "frozen"])
 @pytest.mark.parametrize("keep_error", [False, True])
 @pytest.mark.parametrize("kind", ["previous", "all_previous"])
 def test_carried_dictionaries_predict_edits_as_the_maps_do(
     lm, kind, effects, keep_error, monkeypatch
 ):
-    """By the codes that are carried: edited ones, vectors too, or, frozen, those before the edit;
-    to the logits of six tokens at once, and to those of single ones with a cache."""
+    """By the codes that are transported: edited ones, vectors too, or, frozen, those before the
+    edit; to the logits of six tokens at once, and to those of single ones with a cache."""
     stack, ids = tiny.stack(lm, kind), tiny.ids(1, 6)
     asked = strong(effects, keep_error)
     asked["edits"] += [
@@ -474,7 +478,7 @@ def test_carried_dictionaries_predict_edits_as_the_maps_do(
         torch.testing.assert_close(by_tables[name], by_maps[name], atol=2e-3, rtol=2e-3)
     for mine, expected in zip(read[1 << 20], read[0], strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
-    other = asked | {"effects": "frozen" if effects == "carried" else "carried"}
+    other = asked | {"effects": "frozen" if effects == "propagated" else "propagated"}
     codes = []
     with replacement(
         lm,

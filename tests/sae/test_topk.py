@@ -40,11 +40,11 @@ def test_forward_is_encode_then_decode_with_base_on_both_sides():
     sae = small()
     sae.b_dec.data.normal_()
     sae.encoder.bias.data.normal_()
-    x, base = torch.randn(5, 8), torch.randn(5, 8)
-    x_hat, code = sae(x, base=base)
-    dense = torch.relu((x - base - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    x, prediction = torch.randn(5, 8), torch.randn(5, 8)
+    x_hat, code = sae(x, prediction=prediction)
+    dense = torch.relu((x - prediction - sae.b_dec) @ sae.W_enc + sae.b_enc)
     kept = torch.zeros_like(dense).scatter(1, code.indices, dense.gather(1, code.indices))
-    torch.testing.assert_close(x_hat, kept @ sae.W_dec + sae.b_dec + base)
+    torch.testing.assert_close(x_hat, kept @ sae.W_dec + sae.b_dec + prediction)
     assert set(code.indices[0].tolist()) == set(dense[0].topk(3).indices.tolist())
 
 
@@ -58,21 +58,25 @@ def test_k_can_be_lowered_at_inference():
 def test_on_a_cpu_codes_are_screened_and_the_same():
     sae = small(k=4, d_in=64, d_sae=640)
     sae.b_dec.data.normal_()
-    x, base = torch.randn(30, 64), torch.randn(30, 64)
+    x, prediction = torch.randn(30, 64), torch.randn(30, 64)
     weight, bias = sae.encoder.weight, sae.encoder.bias
-    trained = topk_encode(x, weight, bias, 4, pre_bias=sae.b_dec, base=base)
+    trained = topk_encode(x, weight, bias, 4, pre_bias=sae.b_dec, prediction=prediction)
     with torch.no_grad():
-        found = sae.screened.explain(x, 4, pre_bias=sae.b_dec, base=base)
+        found = sae.screened.encode_with_info(x, 4, pre_bias=sae.b_dec, prediction=prediction)
         assert found.rows_screened == 30
-        for code in (found.code, sae.encode(x, base=base), copy.deepcopy(sae).encode(x, base=base)):
+        for code in (
+            found.code,
+            sae.encode(x, prediction=prediction),
+            copy.deepcopy(sae).encode(x, prediction=prediction),
+        ):
             assert torch.equal(code.indices, trained.indices)
             torch.testing.assert_close(code.acts, trained.acts)
         sae.screening = "certain"
-        assert torch.equal(sae.encode(x, base=base).indices, trained.indices)
+        assert torch.equal(sae.encode(x, prediction=prediction).indices, trained.indices)
         assert sae.screened.margin == "certain"
         sae.screening = None
         assert sae.screened is None
-        assert torch.equal(sae.encode(x, base=base).acts, trained.acts)
+        assert torch.equal(sae.encode(x, prediction=prediction).acts, trained.acts)
     assert set(sae.state_dict()) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 
 
@@ -152,15 +156,15 @@ def test_aux_of_no_more_dead_latents_than_k_is_that_of_their_topk(with_base):
     sae = small().double()
     sae.b_dec.data.normal_()
     sae.encoder.bias.data.normal_()
-    x, error, base = torch.randn(3, 9, 8, dtype=torch.float64)
-    offset = base if with_base else None
+    x, error, prediction = torch.randn(3, 9, 8, dtype=torch.float64)
+    offset = prediction if with_base else None
     dead = torch.arange(20) % 4 == 0
     parameters = list(sae.parameters())
 
-    loss = auxk_loss(sae, x, error, dead, k_aux=5, base=offset)
+    loss = auxk_loss(sae, x, error, dead, k_aux=5, prediction=offset)
     found = [loss, *torch.autograd.grad(loss, parameters)]
     weight, bias = sae.encoder.weight[dead], sae.encoder.bias[dead]
-    code = topk_encode(x, weight, bias, 5, pre_bias=sae.b_dec, base=offset)
+    code = topk_encode(x, weight, bias, 5, pre_bias=sae.b_dec, prediction=offset)
     rebuilt = sparse_decode(*code, sae.W_dec[dead])
     loss = (error - rebuilt).square().sum() / error.square().sum()
     expected = [loss, *torch.autograd.grad(loss, parameters)]
@@ -288,11 +292,11 @@ def test_prefixes_are_the_reconstructions_of_fewer_latents(gain):
     sae = PrefixSAE(small(k=5).config).double()
     sae.config = replace(sae.config, prefix_gain=gain)
     sae.b_dec.data.normal_()
-    x, base = torch.randn(2, 7, 8, dtype=torch.float64)
-    code = sae.encode(x, base=base)
-    found = sae.decode_prefixes(code, (1, 2, 5), base=base)
+    x, prediction = torch.randn(2, 7, 8, dtype=torch.float64)
+    code = sae.encode(x, prediction=prediction)
+    found = sae.decode_prefixes(code, (1, 2, 5), prediction=prediction)
     for j, x_hat in zip((1, 2, 5), found, strict=True):
-        torch.testing.assert_close(x_hat, sae.at_k(j)(x, base=base).x_hat)
+        torch.testing.assert_close(x_hat, sae.at_k(j)(x, prediction=prediction).x_hat)
 
 
 def test_fewer_latents_share_the_parameters():
@@ -326,26 +330,26 @@ def test_with_a_prefix_gain_fewer_latents_are_the_same_ones_with_larger_acts(tmp
 
 def boosted(keep=0.25, threshold=0.0):
     torch.manual_seed(4)
-    base, boost = small(k=3), small(k=2, d_sae=10, seed=5)
-    for sae in (base, boost):
+    prediction, boost = small(k=3), small(k=2, d_sae=10, seed=5)
+    for sae in (prediction, boost):
         sae.encoder.bias.data.normal_()
         sae.b_dec.data.normal_()
-    return BoostedSAE(base, boost, keep=keep, threshold=threshold)
+    return BoostedSAE(prediction, boost, keep=keep, threshold=threshold)
 
 
 def test_a_boosted_autoencoder_is_the_sum_of_both_without_the_second_ones_bias():
     sae = boosted().eval()
     assert (sae.config.d_in, sae.config.d_sae, sae.config.k) == (8, 30, 5)
-    x, base = torch.randn(2, 6, 8)
-    x_hat, code = sae(x, base=base)
-    own = sae.boost.encode(x, base=base)
-    expected = sae.base(x, base=base).x_hat + sparse_decode(*own, sae.boost.W_dec)
+    x, prediction = torch.randn(2, 6, 8)
+    x_hat, code = sae(x, prediction=prediction)
+    own = sae.boost.encode(x, prediction=prediction)
+    expected = sae.frozen(x, prediction=prediction).x_hat + sparse_decode(*own, sae.boost.W_dec)
     torch.testing.assert_close(x_hat, expected)
     dense = torch.zeros(6, 30).scatter_add(1, code.indices, code.acts)
-    torch.testing.assert_close(x_hat, dense @ sae.W_dec + sae.b_dec + base)
+    torch.testing.assert_close(x_hat, dense @ sae.W_dec + sae.b_dec + prediction)
     shuffled = torch.randperm(5)
     acts, indices = (part[:, shuffled] for part in code)
-    torch.testing.assert_close(sae.decode(acts, indices, base=base), expected)
+    torch.testing.assert_close(sae.decode(acts, indices, prediction=prediction), expected)
     assert not sae.boost.b_dec.any()
 
 
@@ -380,7 +384,7 @@ def test_training_reaches_the_boost_alone():
     sae = boosted()
     x = torch.randn(50, 8)
     (sae(x).x_hat - x).square().sum().backward()
-    assert all(parameter.grad is None for parameter in sae.base.parameters())
+    assert all(parameter.grad is None for parameter in sae.frozen.parameters())
     assert sae.boost.b_dec.grad is None
     assert float(sae.boost.encoder.weight.grad.norm()) > 0
     sae.remove_parallel_gradient()
@@ -395,13 +399,13 @@ def test_a_boosted_autoencoder_is_rescaled_and_comes_back(tmp_path):
     sae.rescale_(3.5)
     torch.testing.assert_close(sae(3.5 * x).x_hat, 3.5 * x_hat)
     assert torch.equal(sae(3.5 * x).code.indices, code.indices)
-    assert not any(parameter.requires_grad for parameter in sae.base.parameters())
+    assert not any(parameter.requires_grad for parameter in sae.frozen.parameters())
     sae.save(tmp_path)
     loaded = BoostedSAE.load(tmp_path)
     assert torch.equal(loaded(x).x_hat, sae(x).x_hat)
     assert loaded.keep == sae.keep
     alone = TopKSAE.load(tmp_path)  # as if there were no boost
-    assert torch.equal(alone(x).x_hat, sae.base(x).x_hat)
+    assert torch.equal(alone(x).x_hat, sae.frozen(x).x_hat)
     with pytest.raises(ValueError, match=r"at_k: k=2.*3 \+ 2"):
         sae.at_k(2)
 

@@ -78,8 +78,8 @@ def test_perfect_autoencoders_give_the_stream_in_either_loop(lm, xs, kind):
 def test_closed_loop_encodes_what_the_chain_has_left(lm, xs):
     stack = tiny.stack(lm)
     out = stack(xs, loop="closed")
-    base = stack.predictor(1, out.x_hats)
-    code = stack.sae(1).encode(xs[1], base=base)
+    prediction = stack.predictor(1, out.x_hats)
+    code = stack.sae(1).encode(xs[1], prediction=prediction)
     assert torch.equal(code.indices, out.codes[1].indices)
     opened = stack.encode(xs, loop="open")[1]
     assert not torch.equal(opened.indices, code.indices)
@@ -237,15 +237,15 @@ def test_an_autoencoder_of_residuals_knows_it_and_asks_for_the_prediction(lm, xs
     for sae in saes:
         assert sae.config.input_kind == "affine_residual"
         for call in (sae.encode, sae):
-            with pytest.raises(ValueError, match="residual of an activation.*base="):
+            with pytest.raises(ValueError, match="residual of an activation.*prediction="):
                 call(xs[1])
-        sae(xs[1], base=stack.predictor(1, xs))
+        sae(xs[1], prediction=stack.predictor(1, xs))
     first = [made.sae(0) for made in stacks] + [tiny.stack(lm, "none").sae(1)]
     first.append(TopKSAE.load(tmp_path / tiny.NAMES[0]))
     for sae in first:
         assert sae.config.input_kind == "activation"
         sae.encode(xs[0])
-    code = TopKSAE.load(tmp_path / tiny.NAMES[1]).encode(xs[1], base=stack.predictor(1, xs))
+    code = TopKSAE.load(tmp_path / tiny.NAMES[1]).encode(xs[1], prediction=stack.predictor(1, xs))
     assert torch.equal(code.indices, stack.encode(xs)[1].indices)
 
 
@@ -263,7 +263,7 @@ def test_a_boosted_stack_is_not_shared_and_opens_where_it_was_recorded_as_such(l
         content.get("metadata", {}).pop("kind", None)
         (tmp_path / name).write_text(json.dumps(content))
     loaded = ReSAE.load(tmp_path)
-    assert [sae.kind for sae in loaded.distinct()] == ["boosted"] * 3
+    assert [sae.kind for sae in loaded.unique_saes()] == ["boosted"] * 3
 
 
 def test_what_capture_returns_is_encoded_by_hook_point(lm):
@@ -316,8 +316,8 @@ def test_reprs_say_sizes_layers_and_screening(lm):
         "d_in=32, d_sae=64, k=4, input_kind='affine_residual', screening='statistical'",
     ):
         assert part in text
-    base, boost = (TopKSAE(SAEConfig(8, M, 2)) for M in (20, 10))
-    text = repr(BoostedSAE(base, boost, threshold=0.25))
+    prediction, boost = (TopKSAE(SAEConfig(8, M, 2)) for M in (20, 10))
+    text = repr(BoostedSAE(prediction, boost, threshold=0.25))
     assert "d_in=8, d_sae=30, k=4, input_kind='activation', threshold=0.25" in text
 
 
@@ -340,7 +340,7 @@ def shared_stack(lm):
 
 def test_a_shared_dictionary_is_one_through_scaling_and_disk(lm, xs, tmp_path):
     stack = shared_stack(lm)
-    assert len(stack.distinct()) == 1
+    assert len(stack.unique_saes()) == 1
     assert len(list(stack.parameters())) == 4
     factors = [0.5, 4.0, 3.0]
     before = stack(xs).x_hats
@@ -375,8 +375,8 @@ def test_dictionaries_of_different_sizes_are_one_chain(lm, xs, tmp_path, kind):
     with torch.no_grad():
         few = [x[:4] for x in xs]
         x_hats, codes = stack(few, loop="closed")
-        past, carried = x_hats[:2], stack.transported(1 << 30)
-        x_hat, _ = stack.step(2, few[2], past, past, codes=codes[:2], carried=carried)
+        past, transported = x_hats[:2], stack.transported(1 << 30)
+        x_hat, _ = stack.step(2, few[2], past, past, codes=codes[:2], transported=transported)
     torch.testing.assert_close(x_hat, x_hats[2], atol=1e-4, rtol=1e-4)
 
 
@@ -408,9 +408,9 @@ def test_cheap_maps_are_a_chain_of_their_dense_ones(lm, xs, tmp_path, form):
     with torch.no_grad():
         few = [x[:4] for x in xs]
         x_hats, codes = stack(few, loop="closed")
-        carried = stack.transported(1 << 30)
+        transported = stack.transported(1 << 30)
         past = x_hats[:2]
-        x_hat, _ = stack.step(2, few[2], past, past, codes=codes[:2], carried=carried)
+        x_hat, _ = stack.step(2, few[2], past, past, codes=codes[:2], transported=transported)
     plain, _ = stack.step(2, few[2], past, past)
     torch.testing.assert_close(x_hat, plain, atol=1e-4, rtol=1e-4)
 

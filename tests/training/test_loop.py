@@ -554,11 +554,13 @@ def test_the_loss_over_prefixes_is_the_mean_of_the_errors_at_each(xs, kind):
     found = stack_loss(stack, config, batch, dead)
     expected = 0.0
     for layer, x in enumerate(batch):
-        base = stack.predictor(layer, batch)
-        target = x if base is None else x - base
+        prediction = stack.predictor(layer, batch)
+        target = x if prediction is None else x - prediction
         for j in (1, 3, 4):
-            acts, indices = stack.sae(layer).encode(x, base=base, k=j)
-            x_hat = stack.sae(layer).decode(acts * (4 / j) ** (1 / 8), indices, base=base)
+            acts, indices = stack.sae(layer).encode(x, prediction=prediction, k=j)
+            x_hat = stack.sae(layer).decode(
+                acts * (4 / j) ** (1 / 8), indices, prediction=prediction
+            )
             error = (x - x_hat).square().sum()
             expected = expected + error / (target - target.mean(0)).square().sum() / 3
     torch.testing.assert_close(found.loss, expected)
@@ -610,7 +612,7 @@ def test_boosting_leaves_the_base_its_bits_and_helps_on_the_new_data(xs, tmp_pat
     loaded = ReSAE.load(tmp_path / "boost")
     assert loaded.boosted
     before = base.state_dict()
-    after = {name.replace(".base.", "."): t for name, t in loaded.state_dict().items()}
+    after = {name.replace(".frozen.", "."): t for name, t in loaded.state_dict().items()}
     assert all(torch.equal(t, after[name]) for name, t in before.items())
     for layer in range(3):
         assert float(loaded.sae(layer).threshold) > 0
