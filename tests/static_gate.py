@@ -101,7 +101,7 @@ def usage(cuobjdump: Path, nvdisasm: Path, cubin: bytes) -> dict[str, int | str]
             for command in (
                 [cuobjdump, "-res-usage", file.name],
                 # Its analysis of the flow of data takes a quarter of the time and prints nothing.
-                [nvdisasm, "-no-dataflow", "-c", file.name],
+                [nvdisasm, "--no-dataflow", "-c", file.name],
             )
         )
     found: dict[str, int | str] = {
