@@ -268,7 +268,7 @@ def test_generate_edits_latents_and_shows_them(run, tmp_path, capsys):
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     lines = printed[0].splitlines()
-    assert "— and latents edited, error left out, effects transported —" in lines
+    assert "— and latents edited, error left out, effects propagated —" in lines
     name = tiny.NAMES[1]
     assert f"{name}: clamp latents 5 value 30 of layer 1, generated: 5 changes" in lines
     assert any(x.startswith(f"{tiny.NAMES[2]}: what arrives there moved") for x in lines)
