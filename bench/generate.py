@@ -1,4 +1,4 @@
-"""What replacing layers costs while a model writes: tokens per second against plain generation.
+"""Cost of replacing layers during generation: tokens per second against plain generation.
 
     python bench/generate.py --out DIR [--setting NAME …] [--batch B …] [--compile]
 
@@ -73,7 +73,7 @@ GPU_SETTINGS = tuple(name for name in SETTINGS if name not in CPU_SETTINGS)
 
 
 def pythia(width: int, layers: int) -> GPTNeoXConfig:
-    """Of https://huggingface.co/EleutherAI/pythia-160m and -1.4b."""
+    """Config of https://huggingface.co/EleutherAI/pythia-160m and -1.4b."""
     return GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=width,

@@ -1,10 +1,12 @@
 """Chained affine back-projection: x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l.
 
-Codes of L layers → reconstructions of L layers. Sequential algorithm: a sparse decode per layer and
-2·N·D² FLOPs per source. Transported algorithm: dictionaries transported through the maps
-beforehand, `D_{m←l} = W_dec_l A_{l+1} … A_m`, so that x̂_m is one gather over all codes up to m and
-no dense
-product: for few tokens, at the price of L(L−1)/2 further `[M, D]` tables.
+Codes of L layers → reconstructions of L layers, by one of two algorithms:
+
+sequential   a sparse decode per layer and a GEMM of 2·N·D² FLOPs per source
+transported  dictionaries transported through the maps beforehand, `D_{m←l} = W_dec_l A_{l+1} … A_m`
+             (L(L−1)/2 further `[M, D]` tables), so that x̂_m is one gather over all codes up to m,
+             without a GEMM: for few tokens
+
 ReSAE, arXiv 2605.27819.
 """
 
@@ -27,8 +29,8 @@ from resae_kernels.precision import gemm
 from resae_kernels.types import SparseCode, Transported, accumulation_dtype
 
 TRANSPORTED_TOKENS = 32
-"""Tokens times layers before the last up to which gathering transported rows beats the products,
-which read all of A but once for all tokens (from a cost model, not measured)."""
+"""Tokens × (layers − 1) up to which gathering transported rows beats the GEMMs, which read A once
+for all tokens (from a cost model, not measured)."""
 
 
 def affine_chain(
@@ -51,7 +53,8 @@ def affine_chain(
             in order, to layer l. s = 1: from the previous layer; s = l: from all previous ones.
         c: one `[D]` per layer but the first.
         b_dec: one `[D]` per layer.
-        transported: from `transport(W_dec, A, c, b_dec=b_dec)`: allows that algorithm.
+        transported: result of `transport(W_dec, A, c, b_dec=b_dec)`; the transported algorithm
+            needs it.
         algorithm: "sequential", "transported", or None: transported where `transported` is given
             and the tokens are few (N · (L − 1) ≤ TRANSPORTED_TOKENS), otherwise sequential.
         implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
@@ -66,9 +69,9 @@ def affine_chain(
     Note:
         Sequential: gradients reach every floating input through each output. Transported: they
         reach the acts and the transported dictionaries and constants, not W_dec, A, c and b_dec.
-        Name the algorithm where gradients of more than the acts are wanted. Under autocast the acts
-        are cast to W_dec's dtype and products stay in it. Decodes take the algorithm of
-        `sparse_decode`'s rule.
+        Pass algorithm="sequential" if you need more gradients than those of the acts. Under
+        autocast the acts are cast to W_dec's dtype and GEMMs stay in it. Each decode chooses
+        between gather and dense by the rule of `sparse_decode`.
     """
     codes = [SparseCode(*code) for code in codes]
     flat = [t for code in codes for t in code]
@@ -80,9 +83,8 @@ def affine_chain(
         _check(codes, W_dec, A, c, b_dec)
     if algorithm not in (None, "sequential", "transported"):
         raise ValueError(
-            f"affine_chain: algorithm={algorithm!r}, expected 'sequential', 'transported' "
-            "or None (by the "
-            f"number of tokens)"
+            f"affine_chain: algorithm={algorithm!r}, expected 'sequential', 'transported' or None "
+            f"(by the number of tokens)"
         )
     if algorithm == "transported" and transported is None:
         raise ValueError(
@@ -110,7 +112,7 @@ def affine_chain(
             )
             for m in range(len(codes))
         ]
-    op = _chain if signature else torch.ops.resae.affine_chain  # eager calls pass the dispatcher by
+    op = _chain if signature else torch.ops.resae.affine_chain  # eager calls skip the dispatcher
     x_hats = op(
         [code.acts.to(W_dec[0].dtype).reshape(N, code.acts.shape[-1]) for code in codes],
         [code.indices.reshape(N, code.indices.shape[-1]) for code in codes],
@@ -133,9 +135,9 @@ def transport(
     *,
     b_dec: Sequence[Tensor],  # L × [D]
 ) -> Transported:
-    """Carry every dictionary to every later layer (formula: `reference.transport`).
+    """Transport every dictionary to every later layer (formula: `reference.transport`).
 
-    L(L−1)/2 new tables `[M, D]`, 2·M·D² FLOPs each, folded in fp32 and rounded once; the table of
+    L(L−1)/2 new tables `[M, D]`, 2·M·D² FLOPs each, summed in fp32 and rounded once; the table of
     a layer itself is W_dec's own memory. For inference: detached, and the transported tables do not
     follow later changes of W_dec, A or c.
     """

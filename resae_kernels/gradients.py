@@ -1,9 +1,9 @@
-"""Sums that gradients consist of, each an op with a gradient of its own.
+"""Sparse sums of the gradients, each an op with a gradient of its own.
 
-`scatter_outer` sums a dictionary's gradient latent by latent over the codes sorted by latent, so
-that each row is one ordered sum: deterministic, no atomics, no `[N, M]`. `sddmm` is the
-gradient of the acts: ⟨grad[n], W[indices[n,j]]⟩ (SDDMM). Gao et al. 2024 (arXiv 2406.04093),
-appendix on sparse kernels.
+`scatter_outer`, a scatter-add of outer products, is the gradient of a dictionary. It sums over the
+codes sorted by latent, so that each row is one ordered sum: deterministic, no atomics, no `[N, M]`.
+`sddmm`, a sampled dense-dense matrix multiplication, is the gradient of the acts:
+⟨grad[n], W[indices[n,j]]⟩. Gao et al. 2024 (arXiv 2406.04093), appendix on sparse kernels.
 """
 
 import torch
@@ -35,8 +35,9 @@ def scatter_outer(
     implementation: str = "",
     algorithm: str = "",
 ) -> Tensor:
-    """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j] · rows[n]`, `[M, D]`: the gradient of a
-    dictionary (rows = gradient of the decode) or of an encoder (rows = residual)."""
+    """Scatter-add of outer products, `out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j] · rows[n]`,
+    `[M, D]`: the gradient of a dictionary (rows = gradient of the decode) or of an encoder (rows =
+    residual)."""
     return torch.ops.resae.scatter_outer(
         acts, indices, rows, M, implementation=implementation, algorithm=algorithm
     )
@@ -100,7 +101,8 @@ def _scatter_outer_backward(ctx, grad):
 
 
 def scatter_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") -> Tensor:
-    """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`: the gradient of an encoder bias."""
+    """Scatter-add of the acts, `out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`: the
+    gradient of an encoder bias."""
     if acts.device.type == "cpu" and implementation != "triton":
         return sums.scatter_sum(acts, indices, M)  # no need to sort the codes
     ones = acts.new_ones(acts.shape[0], 1)
@@ -171,7 +173,7 @@ def _sddmm_setup(ctx, inputs, keyword_only_inputs, output) -> None:
 
 
 def _sddmm_backward(ctx, grad):
-    """For gradients of gradients. The product is linear in the rows on either side."""
+    """For gradients of gradients. The SDDMM is linear in the rows on either side."""
     rows, indices, W = ctx.saved_tensors
     need_rows, _, need_W = ctx.needs_input_grad
     grad = grad.contiguous()

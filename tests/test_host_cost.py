@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def calls(N=2, k=2, gradient=False):
-    """By op: a call of it by Triton."""
+    """A call by Triton of each op, by its name."""
     x, weight = torch.randn(N, 4, requires_grad=gradient), torch.randn(8, 4)
     acts, indices = torch.rand(N, k, requires_grad=gradient), torch.zeros(N, k, dtype=torch.int64)
     b_dec = torch.randn(4)

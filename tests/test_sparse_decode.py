@@ -666,7 +666,7 @@ SUMS = ("dense_sum", "dense_outer", "dense_sddmm")
 
 
 def dense_sums_used(monkeypatch, run) -> list[str]:
-    """Which of the three products `run` takes, in order."""
+    """Names of the dense sums that `run` uses, in order."""
     used = []
     for name in SUMS:
         function = getattr(dense_form, name)
@@ -1248,7 +1248,7 @@ def test_index_outside_the_dictionary_is_refused_in_16_bits_too(index):
 
 
 def test_gathered_dot_without_the_private_op_is_the_same(monkeypatch):
-    """Where torch has moved the op that copies no row, rows are gathered."""
+    """Rows are gathered where torch has moved the op that copies none."""
     x, W = torch.randn(7, 12), torch.randn(20, 12)
     tokens, latents = torch.randint(7, (50,)), torch.randint(20, (50,))
     expected = (x.double()[tokens] * W.double()[latents]).sum(-1).float()
@@ -1283,7 +1283,7 @@ def test_one_token_on_a_cpu_is_decoded_as_any_other():
 
 @pytest.mark.skipif(native.unavailable() is not None, reason="without the compiled library")
 def test_many_tokens_of_a_sparse_code_take_one_compiled_call(monkeypatch):
-    """Those of a code that pays in the dense form do not."""
+    """Codes for which the dense algorithm pays do not."""
     N, M = dense_form.DENSE_TOKENS, 4096
     acts, indices, W = torch.rand(N, 2), torch.randint(M, (N, 2)), torch.randn(M, 6)
     with monkeypatch.context() as patch:

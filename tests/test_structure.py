@@ -263,7 +263,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 HEAVY = {"torch._dynamo", "torch._inductor", "sympy", "transformers", "datasets", "matplotlib"}
-"""What importing costs as much as torch, or nearly; `triton` a tenth of it."""
+"""Modules whose import costs about as much as torch's; `triton` costs a tenth of it."""
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from resae_kernels import (
 )
 from resae_kernels.step import FEW_TOKENS
 
-PRODUCT = "bare product"
-"""Provider of the encode's scores alone, `x @ weight.T + bias`: timed, but no answer to check."""
+GEMM = "encoder GEMM"
+"""Name of the provider of the scores alone, `x @ weight.T + bias`: timed, without an answer to
+check."""
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 """Largest relative error of a tensor of a forward op, in the norm, by dtype."""
@@ -94,9 +95,9 @@ class Spec(NamedTuple):
     more_inputs: Callable[[Case, Inputs], Inputs] = lambda _case, _inputs: {}
     """Inputs of this op alone, made from the common ones."""
     scores: bool = False
-    """Computes every score: the encoder GEMM alone is timed beside it."""
+    """True: the op computes every score, so the encoder GEMM alone is timed too."""
     gradients: bool = False
-    """Is called with gradients enabled."""
+    """True: providers are called with gradients enabled."""
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
@@ -136,7 +137,7 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
     if spec.scores:
         x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
         scores = x.new_empty(case.N, case.M)
-        named[PRODUCT] = lambda: [torch.addmm(bias, x, weight.T, out=scores)]
+        named[GEMM] = lambda: [torch.addmm(bias, x, weight.T, out=scores)]
     for name, peer in peers.items():
         made = peer(case, inputs)
         if made is not None:
@@ -259,7 +260,7 @@ def _encode_providers(case: Case, inputs: Inputs) -> dict[str, Provider]:
     return {
         **{n: partial(_encode, case, inputs, e) for n, e in _encoders(case, inputs).items()},
         "reference": partial(_encode, case, inputs, reference.topk_encode),
-        "product + torch.topk": partial(_encode, case, inputs, _dense_topk),
+        "GEMM + torch.topk": partial(_encode, case, inputs, _dense_topk),
     }
 
 
@@ -350,7 +351,7 @@ def _decode_providers(case: Case, inputs: Inputs) -> dict[str, Provider]:  # noq
     return {
         "resae": partial(_decode, inputs, sparse_decode),
         "reference": partial(_decode, inputs, reference.sparse_decode),
-        "dense product": partial(_decode, inputs, _dense_decode),
+        "dense GEMM": partial(_decode, inputs, _dense_decode),
     }
 
 
@@ -460,8 +461,8 @@ def _train_inputs(case: Case, inputs: Inputs) -> Inputs:
 
 
 def _check_gradients(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]) -> None:
-    """At most twice as far from the float64 gradients as plain PyTorch is in the same dtype, in the
-    norm; half a unit in the last place is always allowed."""
+    """Require gradients at most twice as far from the float64 ones as those of plain PyTorch in the
+    same dtype, in the norm; half a unit in the last place is always allowed."""
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     wide |= {key: [t.double() for t in inputs[key]] for key in ("W_dec", "b_dec")}
     exact = train_step(wide, case, _dense_topk, _dense_decode)
