@@ -48,7 +48,7 @@ Row = dict[str, Any]
 DENSE = "dense PyTorch"
 PROVIDERS = (GEMM, "GEMM + torch.topk", "dense GEMM", DENSE, "resae sequential")
 PROVIDERS += ("resae transported",)
-"""Providers beside "resae": the float64-capable reference is left out, it takes minutes here."""
+"""Providers besides "resae". The reference is omitted: it takes minutes at these shapes."""
 MODELS = ("pythia-1.4b 64k", "gemma-2-9b", "pythia-1.4b", "gemma-2-9b 128k")
 """Settings of bench/generate.py."""
 WITH_PEERS = ("encode N=8192", "encode N=1 ", "decode N=8192", "forward N=1 ", "train N=8192")
@@ -219,14 +219,15 @@ class Target(NamedTuple):
     """Provider; or "roof", the bound by copy bandwidth and GEMM rate; or "µs"."""
 
     def ms(self, rows: Sequence[Row]) -> float | None:
-        """None where what it refers to was not measured."""
+        """Milliseconds of the target; None if its reference was not measured."""
         if self.of == "µs":
             return self.factor / 1e3
-        ours = next((row for row in rows if row["provider"].startswith("resae")), None)
         if self.of == "roof":
-            return ours and self.factor * device_ms(ours) * ours["percent_of_roof"] / 100
-        other = next((row for row in rows if row["provider"] == self.of), None)
-        return other and self.factor * device_ms(other)
+            ours = [row for row in rows if row["provider"].startswith("resae")]
+            times = [device_ms(row) * row["percent_of_roof"] / 100 for row in ours]
+        else:
+            times = [device_ms(row) for row in rows if row["provider"] == self.of]
+        return self.factor * times[0] if times else None
 
     @property
     def text(self) -> str:
@@ -255,7 +256,10 @@ NEXT = {
     ("encode", True): "`resae tune`: `gemm_many_tokens_16bit` (the library's GEMM, or our own that "
     "leaves the group maxima), `select` (which can find the maxima itself), `group_max`",
     ("decode", False): "tile `decode_few`: narrower slices of D, all k rows in one tile",
-    ("decode", True): "tile `decode` and GATHER_REGISTERS (loads in flight); the dense form where "
+    (
+        "decode",
+        True,
+    ): "tile `decode` and GATHER_REGISTERS (loads in flight); the dense algorithm where "
     "M/k is small (DENSE_RATIO)",
     ("train", True): "one launch for the gradients of W_dec, too; tile `scatter_outer` (8/512/1); "
     "tile `sddmm`; PIECE",

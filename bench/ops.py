@@ -149,7 +149,9 @@ def trained_on_embedded(
         stack = train(config, source, calibration, Path(folder))
     assert stack is not None  # nothing asks it to stop
     unseen = [source.join(capture_tokens(lm, ids, points)) for ids in held_out.batches(16)]
-    return stack.sae(0).requires_grad_(False), torch.cat(unseen)
+    sae = stack.sae(0).requires_grad_(False)
+    assert isinstance(sae, TopKSAE)
+    return sae, torch.cat(unseen)
 
 
 def embedded(train_tokens: int) -> Callable[[Case, torch.device], Inputs]:
@@ -544,7 +546,7 @@ def main() -> int:
         "commit": commit(),
         "data": Path(options.data).name,
         "peers": peer_versions(),
-        "roofs": {d: {"copy_gb_per_s": r.copy / 1e9, "tflop_per_s": r.product / 1e12}
+        "roofs": {d: {"copy_gb_per_s": r.copy / 1e9, "tflop_per_s": r.gemm / 1e12}
                   for d, r in roofs.items()},
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,7 @@ def algorithms(clock: Clock, shrink: int) -> Iterator[Answer]:
 
 
 def dense_latent(clock: Clock, shrink: int) -> Iterator[Answer]:
-    """A training step where half of all tokens activate latent 0, beside an ordinary one."""
+    """A training step where half of all tokens activate latent 0, against an ordinary one."""
     case = Case("train", 8192 // shrink, 2048 // shrink, 16384 // shrink, 32 // shrink, "bfloat16")
     inputs = make_inputs(case, clock.device)
     ordinary = median(clock, lambda: train_step(inputs, case, topk_encode), 5)

@@ -142,7 +142,9 @@ def trained(x: Tensor, M: int, k: int, train_tokens: int) -> TopKSAE:
     with tempfile.TemporaryDirectory() as folder:
         stack = train(config, InMemory(x, config.batch_tokens), calibration, Path(folder))
     assert stack is not None  # nothing asks it to stop
-    return stack.sae(0)
+    sae = stack.sae(0)
+    assert isinstance(sae, TopKSAE)
+    return sae
 
 
 def main() -> int:

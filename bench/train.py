@@ -1,4 +1,4 @@
-"""Training beside its peers: tokens per second, memory, and what is left unexplained.
+"""Training against its peers: tokens per second, memory, and FVU.
 
     python bench/train.py --out DIR          (a CPU: the embedded model; a GPU: the step at scale)
     python bench/train.py --out DIR --dry    (a few steps of everything)
@@ -452,7 +452,7 @@ def dense_update(
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for sae in saes:
-            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -768,7 +768,8 @@ def largest_allocation(call: Callable[[], object]) -> int:
     try:
         call()
         torch.cuda.synchronize()
-        events = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+        traces: Any = torch.cuda.memory._snapshot()
+        events = traces["device_traces"][torch.cuda.current_device()]
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
     return max((event["size"] for event in events if event["action"] == "alloc"), default=0)
@@ -909,7 +910,7 @@ def _order(item: tuple[tuple[str, str, int], Any]) -> tuple[str, int, int]:
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Per case: ours beside the fastest peer."""
+    """Per case: ours against the fastest peer."""
     said = []
     for part, layers in dict.fromkeys(_case(row) for row in rows):
         case = [row for row in rows if _case(row) == (part, layers)]

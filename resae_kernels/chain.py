@@ -11,6 +11,7 @@ ReSAE, arXiv 2605.27819.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def affine_chain(
     return [x_hat.reshape(*leading, x_hat.shape[-1]) for x_hat in x_hats]
 
 
-_PASSED: set = set()
+_PASSED: set[Any] = set()
 
 
 def transport(
@@ -174,7 +175,13 @@ def transport(
     )
 
 
-def _check(codes, W_dec, A, c, b_dec) -> None:
+def _check(
+    codes: Sequence[SparseCode],
+    W_dec: Sequence[Tensor],
+    A: Sequence[Tensor],
+    c: Sequence[Tensor],
+    b_dec: Sequence[Tensor],
+) -> None:
     op = "affine_chain"
     L = len(W_dec)
     if L == 0:
@@ -250,11 +257,15 @@ def _map_sources(sources: list[Tensor], A: Tensor) -> Tensor:
     return gemm(recent, A)
 
 
-def _chain_fake(acts, indices, W_dec, A, c, b_dec, *, implementation=""):  # noqa: ARG001
+def _chain_fake(
+    acts: list[Tensor], _indices: object, W_dec: list[Tensor], *_: object, **_options: object
+) -> list[Tensor]:
     return [a.new_empty(a.shape[0], W_dec[0].shape[1]) for a in acts]
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: list[Tensor]
+) -> None:
     acts, indices, W_dec, A, _, _ = inputs
     ctx.implementation = keyword_only_inputs["implementation"]
     ctx.set_materialize_grads(False)
@@ -263,7 +274,7 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.save_for_backward(*acts, *indices, *W_dec, *A, *output)
 
 
-def _backward(ctx, grads):
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     L = ctx.layers
     saved = list(ctx.saved_tensors)
     acts, indices, W_dec = saved[:L], saved[L : 2 * L], saved[2 * L : 3 * L]

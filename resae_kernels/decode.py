@@ -101,7 +101,7 @@ def sparse_decode(
     return out.reshape(*leading, out.shape[-1])
 
 
-_PASSED: set = set()
+_PASSED: set[Any] = set()
 
 
 def _decode_past_dispatcher(
@@ -352,16 +352,27 @@ def _reconstruct(
     return total.to(dtype), total.square().sum(-1)
 
 
-def _decode_fake(acts, indices, W_dec, bias, prediction, *, implementation="", algorithm=""):  # noqa: ARG001
+def _decode_fake(
+    acts: list[Tensor], _indices: object, W_dec: list[Tensor], *_: object, **_options: object
+) -> Tensor:
     return acts[0].new_empty(acts[0].shape[0], W_dec[0].shape[1])
 
 
-def _error_fake(acts, indices, W_dec, target, bias, prediction, *, implementation=""):  # noqa: ARG001
+def _error_fake(
+    _acts: object,
+    _indices: object,
+    _W_dec: object,
+    target: Tensor,
+    *_: object,
+    **_options: object,
+) -> tuple[Tensor, Tensor]:
     acc_dtype = accumulation_dtype(target.dtype)
     return target.new_empty(target.shape), target.new_empty(target.shape[0], dtype=acc_dtype)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
     del output
     acts, indices, W_dec, _, _ = inputs
     ctx.options = dict(keyword_only_inputs)
@@ -370,7 +381,7 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.save_for_backward(*acts, *indices, *W_dec)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     n = len(ctx.saved_tensors) // 3
     acts, indices, W_dec = (ctx.saved_tensors[i * n : (i + 1) * n] for i in range(3))
     if grad is None:
@@ -389,7 +400,12 @@ def _backward(ctx, grad):
     )
 
 
-def _error_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+def _error_setup(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor],
+) -> None:
     acts, indices, W_dec, *_ = inputs
     ctx.options = dict(keyword_only_inputs)
     ctx.set_materialize_grads(False)
@@ -397,7 +413,9 @@ def _error_setup(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.save_for_backward(*acts, *indices, *W_dec, output[0])
 
 
-def _error_backward(ctx, grad_error, grad_squared):
+def _error_backward(
+    ctx: Any, grad_error: Tensor | None, grad_squared: Tensor | None
+) -> tuple[Any, ...]:
     *codes, error = ctx.saved_tensors
     n = len(codes) // 3
     acts, indices, W_dec = (codes[i * n : (i + 1) * n] for i in range(3))
@@ -422,11 +440,11 @@ def _error_backward(ctx, grad_error, grad_squared):
     )
 
 
-def _needed(ctx, n: int) -> list[tuple[bool, bool]]:
+def _needed(ctx: Any, n: int) -> list[tuple[bool, bool]]:
     """Per dictionary, whether acts and whether W_dec need a gradient."""
     need_acts, _, need_W = ctx.needs_input_grad[:3]
 
-    def flag(need, i: int) -> bool:
+    def flag(need: Any, i: int) -> bool:
         return bool(need[i]) if isinstance(need, (list, tuple)) else bool(need)
 
     return [(flag(need_acts, i), flag(need_W, i)) for i in range(n)]

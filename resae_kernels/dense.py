@@ -15,7 +15,7 @@ from resae_kernels.triton import decode as triton_decode
 from resae_kernels.types import accumulation_dtype
 
 DENSE_RATIO = {"cpu": (3, 3), "cuda": (24, 144)}
-"""M/k up to which the dense algorithm is taken, by device type, for wide and for 16-bit dtypes.
+"""M/k up to which the dense algorithm is taken, by device type, for 32-bit and for 16-bit dtypes.
 
 CUDA: NOT measured, from a cost model of one large GPU: rows gathered at 5.5 TB/s from its L2 cache
 take 144·k/M of the time of a bf16 GEMM at 790 TFLOP/s, 24·k/M of an fp32 one at 67.

@@ -14,7 +14,7 @@ from resae_kernels.triton import runtime
 LIBRARY = torch.library.Library("resae", "DEF")
 
 
-def register(schema: str, implementation: Callable, fake: Callable) -> None:
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `resae::<schema>` with one implementation for every device and its fake function."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -28,7 +28,7 @@ _has_triton = cache(lambda: find_spec("triton") is not None)  # it has wheels fo
 
 def triton_signature(
     implementation: str | None, first: Tensor, *others: Tensor | None
-) -> tuple | None:
+) -> tuple[Any, ...] | None:
     """Shapes, dtypes and devices of the arguments of an eager call that runs by Triton; None where
     the call has to go through the dispatcher, or is not for Triton.
 
@@ -52,7 +52,7 @@ def triton_signature(
     return tuple(found)
 
 
-def check_once(passed: set, key: tuple, check: Callable[[], object]) -> None:
+def check_once(passed: set[Any], key: tuple[Any, ...], check: Callable[[], object]) -> None:
     """Run the checks of an op unless arguments with this key have passed them before."""
     if key in passed:
         return

@@ -9,6 +9,8 @@ of g through `weight`, and dweight sums g · residual per latent (`scatter_outer
 by latent: deterministic, no `[N, M]`). Gao et al. 2024 (arXiv 2406.04093), section 2.2.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -117,7 +119,7 @@ def topk_encode(
     return SparseCode(acts.reshape(code_shape), indices.reshape(code_shape))
 
 
-_PASSED: set = set()
+_PASSED: set[Any] = set()
 
 
 def _encode_past_dispatcher(
@@ -128,7 +130,7 @@ def _encode_past_dispatcher(
     pre_bias: Tensor | None,
     prediction: Tensor | None,
     sorted: bool,
-    signature: tuple,
+    signature: tuple[Any, ...],
 ) -> SparseCode:
     """The code of an eager call by Triton, its arguments checked once per signature."""
     arguments = x, weight, bias, k, pre_bias, prediction
@@ -254,11 +256,13 @@ def encode_rows(
     return encode_in_chunks(x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes)
 
 
-def _encode_fake(x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes, implementation):  # noqa: ARG001
+def _encode_fake(
+    x: Tensor, _weight: object, _bias: object, k: int, *_: object
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
-def setup_context(ctx, inputs, output) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save the tensors that `backward` needs; they do not depend on how the code was found."""
     x, weight, bias, _, pre_bias, prediction, _, _, ctx.implementation = inputs
     acts, indices = output
@@ -286,7 +290,7 @@ def _combined(total: Tensor, weight: Tensor) -> Tensor:
     return (torch.stack([coarse, fine]) @ weight).to(total.dtype).sum(0).to(weight.dtype)
 
 
-def backward(ctx, grad_acts, grad_indices):
+def backward(ctx: Any, grad_acts: Tensor | None, grad_indices: object) -> tuple[Any, ...]:
     """Gradients of the inputs of `encode_rows`, in their order."""
     del grad_indices  # integers carry no gradient
     if grad_acts is None:
@@ -347,16 +351,16 @@ def _residual_rows(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None
         return triton_encode.launch_residual(x, pre_bias, prediction)
 
 
-def _residual_fake(x, pre_bias, prediction):  # noqa: ARG001
+def _residual_fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _residual_setup(ctx, inputs, output) -> None:
+def _residual_setup(ctx: Any, inputs: object, output: object) -> None:
     del inputs, output
     ctx.set_materialize_grads(False)
 
 
-def _residual_backward(ctx, grad):
+def _residual_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """For gradients of gradients."""
     if grad is None:
         return None, None, None

@@ -118,12 +118,12 @@ class _State(NamedTuple):
     """A copy, and the versions of the weight and bias of which it was made."""
 
     copy: ScreeningCopy
-    versions: tuple
+    versions: tuple[Any, ...]
     """Address and version of each tensor."""
     samples: list[tuple[Any, Any]]
     """A view of entries of each tensor, and their values when the copy was made."""
 
-    def is_current(self, versions: tuple) -> bool:
+    def is_current(self, versions: tuple[Any, ...]) -> bool:
         if versions != self.versions:
             return False
         return not any((now != then).any() for now, then in self.samples)
@@ -191,11 +191,11 @@ class ScreenedEncoder:
         self._lock = threading.Lock()
         self._state: _State | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """State without the copy: a copied or unpickled encoder makes its own."""
         return {n: v for n, v in self.__dict__.items() if n != "_lock"} | {"_state": None}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def encode(
@@ -429,7 +429,7 @@ class ScreenedEncoder:
             assert state is not None
             yield state
 
-    def _versions(self) -> tuple:
+    def _versions(self) -> tuple[Any, ...]:
         weight, bias = self.weight, self.bias
         if bias is None:
             return layout_of(weight), weight._version
@@ -540,7 +540,7 @@ class PreparedStep:
                 return None
         if torch.is_grad_enabled() and self._requires_gradient(x, prediction):
             return None
-        state = self._encoder._state
+        state = self._encoder._state  # pyright: ignore[reportPrivateUsage]
         if state is None or not self._is_current(state):
             return None
         struct, *kept = state.copy.held  # type: ignore[union-attr]
@@ -571,7 +571,7 @@ class PreparedStep:
         )
 
 
-def layout_of(tensor: Tensor) -> tuple:
+def layout_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     """Address, shape and strides: assigning `.data` changes nothing else that torch reports."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
@@ -602,9 +602,20 @@ class _WithGradient(torch.autograd.Function):
     found."""
 
     @staticmethod
-    def forward(x, weight, bias, k, pre_bias, prediction, sorted, screened, implementation):  # noqa: ARG004
+    def forward(
+        x: Tensor,
+        _weight: object,
+        _bias: object,
+        k: int,
+        pre_bias: Tensor | None,
+        prediction: Tensor | None,
+        sorted: bool,
+        screened: tuple[ScreenedEncoder, _Counts],
+        _implementation: str,
+    ) -> tuple[Tensor, Tensor]:
         encoder, info = screened
-        return encoder._encode(x, k, pre_bias, prediction, sorted, info)
+        encode = encoder._encode  # pyright: ignore[reportPrivateUsage]
+        return encode(x, k, pre_bias, prediction, sorted, info)
 
     setup_context = staticmethod(setup_context)
     backward = staticmethod(backward)  # type: ignore[assignment]

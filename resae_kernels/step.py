@@ -9,6 +9,7 @@ screens by the compiled library, code and x̂ are one call.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ def online_step(
     return OnlineStep(out.x_hat.view(x.shape), code)
 
 
-_PASSED: set = set()
+_PASSED: set[Any] = set()
 
 
 def _step_past_dispatcher(
@@ -138,7 +139,7 @@ def _step_past_dispatcher(
     prediction: Tensor | None,
     k: int,
     out: StepWorkspace | None,
-    signature: tuple,
+    signature: tuple[Any, ...],
 ) -> OnlineStep:
     """The step of an eager call by Triton, its arguments checked once per signature."""
     N, (M, D), shape = x.shape[:-1].numel(), weight.shape, x.shape
@@ -176,7 +177,7 @@ def _encoder_of(weight: Tensor, bias: Tensor | None) -> ScreenedEncoder:
     return held
 
 
-def _layouts(weight: Tensor, bias: Tensor | None) -> tuple:
+def _layouts(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     return layout_of(weight), None if bias is None else layout_of(bias)
 
 
@@ -229,7 +230,17 @@ def _step_on_cpu(
     return OnlineStep(step[0], SparseCode(*step[1:]))
 
 
-def _check(x, weight, bias, k, W_dec, b_dec, prediction, codes, transported) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    prediction: Tensor | None,
+    codes: Sequence[SparseCode],
+    transported: Transported | None,
+) -> None:
     op = "online_step"
     checks.check_floating(op, "x", x)
     if weight.ndim != 2:
@@ -347,7 +358,7 @@ def _step(
         result.copy_(value)
 
 
-def _step_fake(*_inputs, **_options) -> None:
+def _step_fake(*_inputs: object, **_options: object) -> None:
     return None
 
 

@@ -106,7 +106,7 @@ def test_signatures_are_of_what_triton_may_be_given_at_once():
     assert triton_signature("torch", x) is None
     assert triton_signature("triton", x, None) == ((x.shape, x.dtype, x.device), None)
     assert triton_signature("triton", x, x[0].requires_grad_()) is None
-    assert triton_signature("triton", torch._neg_view(x)) is None
+    assert triton_signature("triton", torch._neg_view(x)) is None  # pyright: ignore
     with torch._subclasses.FakeTensorMode():
         assert triton_signature("triton", torch.zeros(2)) is None
 
@@ -114,8 +114,8 @@ def test_signatures_are_of_what_triton_may_be_given_at_once():
 def test_the_dense_form_goes_past_the_dispatcher_too(device):  # noqa: ARG001
     acts, indices = torch.rand(3, 2), torch.randint(4, (3, 2))
     W_dec = torch.randn(4, 5)
-    for form in ("gather", "dense"):
-        out = sparse_decode(acts, indices, W_dec, algorithm=form, implementation="triton")
+    for algorithm in ("gather", "dense"):
+        out = sparse_decode(acts, indices, W_dec, algorithm=algorithm, implementation="triton")
         torch.testing.assert_close(out, decode.decode_rows([acts], [indices], [W_dec], None, None))
 
 

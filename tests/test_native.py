@@ -314,7 +314,7 @@ def offset(t: Tensor) -> Tensor:
 
 
 def negated(t: Tensor) -> Tensor:
-    return torch._neg_view(-t)
+    return torch._neg_view(-t)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def expanded(t: Tensor) -> Tensor:

@@ -336,4 +336,4 @@ def test_a_mistyped_name_is_an_error_as_of_any_module():
     with pytest.raises(AttributeError, match="module 'resae' has no attribute 'Resae'"):
         resae.Resae  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'Resae' from 'resae'"):
-        from resae import Resae  # noqa: F401
+        from resae import Resae  # noqa: F401  # pyright: ignore

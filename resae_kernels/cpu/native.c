@@ -2,7 +2,7 @@
 
    Plain C with AVX-512 (VNNI) and, where the processor has it, AMX; called through ctypes with
    addresses of tensors, so that it depends on no version of Python or torch. `native.py` declares
-   the functions and says where they run; `screened.py` has the mathematics of the bounds.
+   the functions and lists where they run; `screened.py` has the mathematics of the bounds.
 
    Letters: N tokens, D width, M latents, k active. M' is M up to a multiple of 32, D' is D up to a
    multiple of 64. A panel is 16 consecutive latents, one AVX-512 register of scores. */
@@ -707,7 +707,7 @@ __attribute__((target("amx-tile,amx-int8"))) static void screen_by_amx(const job
     uint8_t rows[16];
   } config = {.palette = 1};
   for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
-  /* The compiler's own declaration of the next line says that it reads 8 bytes. */
+  /* The compiler declares that the next line reads 8 bytes. */
   __asm__ volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
   int32_t products[4][16][16] __attribute__((aligned(64))); /* [row tile · 2 + panel] */
@@ -929,7 +929,7 @@ static int allocate(workspace *to, const job *w, i64 n, i64 parts) {
   return OK;
 }
 
-/* Form and quantise n residuals; true if an entry of one wants its dimension as a column. The
+/* Form and quantise n residuals; true if an entry of one needs its dimension as a column. The
    largest entries, over the root mean square of the rest of their row, go into `relative [D]`. */
 static int prepare(const job *w, block *b, i64 first_row, int amx, float *relative) {
   const copy *c = w->c;

@@ -8,7 +8,7 @@ VNNI, and multiplies by AMX where there is that too. Threads are torch's.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int64, c_uint8, c_void_p
 from functools import cache
 from typing import Any
 
@@ -443,8 +443,8 @@ def screened_encode(
     accept_outliers: bool,
     acts: Tensor,
     indices: Tensor,
-    left: ctypes.Array,
-    relative: ctypes.Array,
+    left: ctypes.Array[c_uint8],
+    relative: ctypes.Array[c_float],
 ) -> tuple[int, int, int]:
     """Write the codes of `x − prediction − pre_bias` `[N, D]` into acts and indices `[N, k]`: the
     status, the number of exact scores, and of rows left to the exact path, which are 1 in `left

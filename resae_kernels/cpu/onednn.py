@@ -6,6 +6,9 @@ core; other makes were not measured). It is called through an op that torch keep
 and that has no gradient.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -54,7 +57,13 @@ class OneDNNLinear(TorchFunctionMode):
     Results differ in rounding: for reading a model's activations, not where its exact bits count.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         del types
         if func is nn.functional.linear and not kwargs and not torch.is_grad_enabled():
             x, weight, *bias = args

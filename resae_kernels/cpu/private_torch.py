@@ -14,7 +14,7 @@ from torch import Tensor
 from resae_kernels import memory
 
 
-def _found(path: str, otherwise: Callable) -> Any:
+def _found(path: str, otherwise: Callable[..., Any]) -> Any:
     """`torch.<path>`, or `otherwise` where this torch has no such thing."""
     try:
         return reduce(getattr, path.split("."), torch)

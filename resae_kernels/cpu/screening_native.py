@@ -1,6 +1,6 @@
 """Screening by the compiled library (`native.c`): a whole encode is one call.
 
-The mathematics is in `screened.py`. Beside float32, weights and activations may be bfloat16
+The mathematics is in `screened.py`. Besides float32, weights and activations may be bfloat16
 or float16: scores are summed in float32 and rounded to their dtype before they are compared, so the
 bounds are widened by that rounding.
 """

@@ -73,7 +73,7 @@ class Timer(NamedTuple):
 
     eager: Callable[[], float]
     graph: Callable[[], float] | None = None
-    """Replay of a CUDA graph, free of Python; None on a CPU, or where `not_captured` says why."""
+    """Replay of a CUDA graph, free of Python; None on a CPU, or with the reason `not_captured`."""
     not_captured: str | None = None
 
 

@@ -207,7 +207,7 @@ def _encode(case: Case, inputs: Inputs, function: Callable[..., SparseCode]) -> 
     )
 
 
-def _dense_topk(x, weight, bias, k, *, pre_bias):
+def _dense_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, pre_bias: Tensor) -> SparseCode:
     """Encode in plain PyTorch: the whole GEMM, then `torch.topk`."""
     acts, indices = F.linear(x - pre_bias, weight, bias).relu().topk(k, dim=-1)
     return SparseCode(acts, indices)
@@ -233,7 +233,16 @@ def _step(case: Case, inputs: Inputs, function: Callable[..., OnlineStep]) -> Se
     return [code.acts, x_hat]
 
 
-def _dense_step(x, weight, bias, k, W_dec, *, b_dec, prediction):
+def _dense_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    W_dec: Tensor,
+    *,
+    b_dec: Tensor,
+    prediction: Tensor,
+) -> OnlineStep:
     code = _dense_topk(x - prediction, weight, bias, k, pre_bias=b_dec)
     return OnlineStep(_dense_decode(*code, W_dec, bias=b_dec) + prediction, code)
 
@@ -250,7 +259,9 @@ def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., SparseCode]
     return found | {"resae exact" if found else "resae": topk_encode}
 
 
-def _screened(held: ScreenedEncoder, x, weight, bias, k, *, pre_bias) -> SparseCode:
+def _screened(
+    held: ScreenedEncoder, x: Tensor, weight: Tensor, bias: Tensor, k: int, *, pre_bias: Tensor
+) -> SparseCode:
     if weight.requires_grad:  # in training it is another one every time
         held = ScreenedEncoder(weight, bias, margin=held.margin)
     return held.encode(x, k, pre_bias=pre_bias)
@@ -330,13 +341,13 @@ def _decode(inputs: Inputs, function: Callable[..., Tensor]) -> Sequence[Tensor]
     return [function(acts, indices, inputs["W_dec"][0], bias=inputs["b_dec"][0])]
 
 
-def _dense_decode(acts, indices, W_dec, *, bias):
+def _dense_decode(acts: Tensor, indices: Tensor, W_dec: Tensor, *, bias: Tensor) -> Tensor:
     """The code scattered into `[N, M]`, times the dictionary."""
     dense = acts.new_zeros(len(acts), len(W_dec)).scatter_add_(1, indices, acts)
     return dense @ W_dec + bias
 
 
-def _chain(inputs: Inputs, function: Callable, **options: Any) -> Sequence[Tensor]:
+def _chain(inputs: Inputs, function: Callable[..., Any], **options: Any) -> Sequence[Tensor]:
     return function(
         inputs["codes"],
         inputs["W_dec"],
@@ -399,7 +410,10 @@ def _train_work(case: Case, per_weight: int = 4) -> tuple[float, float]:
 
 
 def train_step(
-    inputs: Inputs, case: Case, encode: Callable, decode: Callable | None = None
+    inputs: Inputs,
+    case: Case,
+    encode: Callable[..., Any],
+    decode: Callable[..., Any] | None = None,
 ) -> Sequence[Tensor]:
     """Forward and backward of one autoencoder's squared error; the gradients, no optimiser.
 

@@ -223,7 +223,9 @@ def _widened(value: Any) -> Any:
     return value.double() if value.is_floating_point() else value
 
 
-def _check(kernel, case: Case, tile, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def _check(
+    kernel: str, case: Case, tile: Any, outputs: Sequence[Tensor], expected: Sequence[Tensor]
+) -> None:
     for got, want in zip(outputs, expected, strict=True):
         error = relative_error(got, want)
         if not error < TOLERANCE[case.dtype]:

@@ -1,3 +1,4 @@
+# pyright: basic
 """Sparse decode in Triton, its squared error, and the two sums of its backward.
 
 The decode gathers rows of `W_dec`; the gradient of the acts is an SDDMM with the same rows;

@@ -1,3 +1,4 @@
+# pyright: basic
 """Encoder GEMM of at most 16 tokens in Triton, bound by reading `weight` once.
 
 The type of a tile names the kernel:

@@ -1,3 +1,4 @@
+# pyright: basic
 """Encoder GEMM in Triton whose epilogue also writes the largest score of each group of latents.
 
 scores[n, m] = Σ_d x[n, d] · weight[m, d] + bias[m], 16-bit inputs, sums in fp32, one rounding.

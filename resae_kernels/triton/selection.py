@@ -1,3 +1,4 @@
+# pyright: basic
 """Exact selection of the k best of each row of scores in Triton, by the largest scores of groups.
 
 The k best latents lie in the k groups of consecutive latents with the largest maxima: were one

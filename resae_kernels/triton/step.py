@@ -1,3 +1,4 @@
+# pyright: basic
 """Online step in Triton: at most four launches; the residual has its own from three tokens on.
 
 A gather over the earlier codes (where there are any); scores and group maxima; then, per token and

@@ -5,7 +5,7 @@ at a time, and the variant of the kernel. The type of a tile names its kernel.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -281,7 +281,7 @@ def sizes(tile: Any) -> str:
 
 
 @contextmanager
-def override_tiles(tiles: Mapping[str, Any]) -> Iterator[None]:
+def override_tiles(tiles: Mapping[str, Any]) -> Generator[None]:
     """Launch these kernels with these tiles inside the block, instead of the active ones."""
     before = dict(_overrides)
     _overrides.update(tiles)

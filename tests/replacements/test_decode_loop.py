@@ -1,7 +1,7 @@
 import pytest
 import tiny
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
