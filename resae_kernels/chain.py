@@ -27,7 +27,13 @@ from resae_kernels.dispatch import (
 )
 from resae_kernels.gradients import code_gradients
 from resae_kernels.precision import gemm
-from resae_kernels.types import SparseCode, Transported, accumulation_dtype
+from resae_kernels.types import (
+    ChainAlgorithm,
+    Implementation,
+    SparseCode,
+    Transported,
+    accumulation_dtype,
+)
 
 TRANSPORTED_TOKENS = 32
 """Tokens × (layers − 1) up to which gathering transported rows beats the GEMMs, which read A once
@@ -42,8 +48,8 @@ def affine_chain(
     *,
     b_dec: Sequence[Tensor],  # L × [D]
     transported: Transported | None = None,
-    algorithm: str | None = None,
-    implementation: str | None = None,
+    algorithm: ChainAlgorithm | None = None,
+    implementation: Implementation | None = None,
 ) -> list[Tensor]:
     """Reconstructions of all layers from their codes (formula: `reference.affine_chain`).
 

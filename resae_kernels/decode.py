@@ -31,7 +31,12 @@ from resae_kernels.dispatch import (
 )
 from resae_kernels.gradients import code_gradients
 from resae_kernels.triton import decode as triton_decode
-from resae_kernels.types import ReconstructionError, accumulation_dtype
+from resae_kernels.types import (
+    DecodeAlgorithm,
+    Implementation,
+    ReconstructionError,
+    accumulation_dtype,
+)
 
 
 def sparse_decode(
@@ -41,8 +46,8 @@ def sparse_decode(
     *,
     bias: Tensor | None = None,  # [D]
     prediction: Tensor | None = None,  # [..., D]
-    algorithm: str | None = None,
-    implementation: str | None = None,
+    algorithm: DecodeAlgorithm | None = None,
+    implementation: Implementation | None = None,
 ) -> Tensor:
     """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ prediction)` (formula: `reference.sparse_decode`).
 
@@ -188,7 +193,7 @@ def reconstruction_error(
     *,
     bias: Tensor | None = None,  # [D]
     prediction: Tensor | None = None,  # [..., D]
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> ReconstructionError:
     """Error `sparse_decode(…) − target` and its squares summed over D; the reconstruction itself is
     never written (formula: `reference.reconstruction_error`).

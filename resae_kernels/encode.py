@@ -28,7 +28,7 @@ from resae_kernels.dispatch import (
 from resae_kernels.gradients import encoder_gradients, scatter_outer, scatter_sum
 from resae_kernels.precision import residual
 from resae_kernels.triton import encode as triton_encode
-from resae_kernels.types import SparseCode, accumulation_dtype
+from resae_kernels.types import Implementation, SparseCode, accumulation_dtype
 
 
 def topk_encode(
@@ -42,7 +42,7 @@ def topk_encode(
     sorted: bool = True,
     workspace_bytes: int | None = None,
     check_nan: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> SparseCode:
     """The k largest positive pre-activations of each token (formula: `reference.topk_encode`).
 

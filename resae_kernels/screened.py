@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -35,13 +35,12 @@ from resae_kernels.cpu.private_torch import int8_linear_unavailable
 from resae_kernels.cpu.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
 from resae_kernels.cpu.screening_native import NativeCopy
 from resae_kernels.encode import backward, check_arguments, fits, setup_context, topk_encode
-from resae_kernels.types import SparseCode
+from resae_kernels.types import Margin, ScreeningImplementation, SparseCode
 
 log = logging.getLogger(__name__)
 
 ROW_REASON = "not finite, all zero, or too many candidates"
-MARGINS = ("statistical", "certain")
-IMPLEMENTATIONS = ("native", "torch")
+MARGINS, IMPLEMENTATIONS = get_args(Margin), get_args(ScreeningImplementation)
 
 
 LEAST_LATENTS = 16
@@ -166,9 +165,9 @@ class ScreenedEncoder:
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        margin: str = "statistical",
+        margin: Margin = "statistical",
         seed: int = 0,
-        implementation: str | None = None,
+        implementation: ScreeningImplementation | None = None,
     ):
         if margin not in MARGINS:
             raise ValueError(f"ScreenedEncoder: margin={margin!r}, expected {' or '.join(MARGINS)}")

@@ -23,7 +23,7 @@ from resae_kernels.screened import ScreenedEncoder, layout_of
 from resae_kernels.triton import step as triton_step
 from resae_kernels.triton.encode_few import FEW_TOKENS
 from resae_kernels.triton.step import StepWorkspace, workspace_layout
-from resae_kernels.types import OnlineStep, SparseCode, Transported
+from resae_kernels.types import Implementation, OnlineStep, SparseCode, Transported
 
 
 def online_step(
@@ -39,7 +39,7 @@ def online_step(
     transported: Transported | None = None,
     encoder: ScreenedEncoder | None = None,
     out: StepWorkspace | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> OnlineStep:
     """Code and reconstruction of one layer while the model runs (formula:
     `reference.online_step`).

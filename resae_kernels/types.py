@@ -1,9 +1,15 @@
 """Results of the ops, and the dtype in which an op accumulates."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Implementation = Literal["torch", "triton"]
+DecodeAlgorithm = Literal["gather", "dense"]
+ChainAlgorithm = Literal["sequential", "transported"]
+Margin = Literal["statistical", "certain"]
+ScreeningImplementation = Literal["native", "torch"]
 
 
 class SparseCode(NamedTuple):

@@ -1,4 +1,4 @@
-"""bench/host.py without its clock: eager Triton calls go past the dispatcher, checked once."""
+"""bench/host.py without its clock: eager Triton calls skip the dispatcher, checked once."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ def dispatched(call) -> set[str]:
 
 
 @pytest.mark.parametrize("op", calls())
-def test_eager_calls_pass_the_dispatcher_by_and_gradients_do_not(op, device):  # noqa: ARG001
+def test_eager_calls_skip_the_dispatcher_and_gradients_do_not(op, device):  # noqa: ARG001
     assert dispatched(calls()[op]) == set()
     assert op in dispatched(calls(gradient=True)[op])
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_signatures_are_of_what_triton_may_be_given_at_once():
         assert triton_signature("triton", torch.zeros(2)) is None
 
 
-def test_the_dense_form_goes_past_the_dispatcher_too(device):  # noqa: ARG001
+def test_the_dense_algorithm_skips_the_dispatcher_too(device):  # noqa: ARG001
     acts, indices = torch.rand(3, 2), torch.randint(4, (3, 2))
     W_dec = torch.randn(4, 5)
     for algorithm in ("gather", "dense"):

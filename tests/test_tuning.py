@@ -108,8 +108,9 @@ def test_tiles_are_looked_up_at_every_launch(kernel):
 def test_representative_shapes_are_of_the_kernel_they_tune(kernel):
     for case in module.TUNABLES[kernel].cases:
         assert case.op != "encode" or selection_layout(case.M, case.k) is not None
-        assert (case.N <= FEW_TOKENS) == ("2_tokens" in kernel or "16_tokens" in kernel)
-        assert (case.N <= GEMV_TOKENS) == ("two" in kernel) or kernel == "decode_few"
+        few = kernel == "decode_few" or "2_tokens" in kernel or "16_tokens" in kernel
+        assert (case.N <= FEW_TOKENS) == few
+        assert (case.N <= GEMV_TOKENS) == ("2_tokens" in kernel) or kernel == "decode_few"
         if "bit" in kernel:
             assert kernel.endswith({"float32": "32bit", "bfloat16": "16bit"}[case.dtype])
 

@@ -25,6 +25,7 @@ from resae_kernels.files import write_atomically
 from resae_kernels.profiling.clock import Clock, Timer
 from resae_kernels.profiling.specs import Case, Inputs, make_inputs, relative_error
 from resae_kernels.triton import tiles as kernel_tiles
+from resae_kernels.types import Implementation
 
 MARGIN = 0.02
 """The shipped tile stays unless another takes this share less time: repeated runs differ by it."""
@@ -38,13 +39,13 @@ TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 2e-2}
 class Tunable(NamedTuple):
     """A kernel that can be tuned: the op that launches it, and the cases to time."""
 
-    run: Callable[[Case, Inputs, str], Sequence[Tensor]]
+    run: Callable[[Case, Inputs, Implementation], Sequence[Tensor]]
     """Calls the op by "triton" or "torch"; returns the outputs to compare."""
     cases: tuple[Case, ...]
     """Shapes at which this kernel takes most of the op's time."""
 
 
-def _encode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
+def _encode(case: Case, inputs: Inputs, implementation: Implementation) -> Sequence[Tensor]:
     code = topk_encode(
         inputs["x"],
         inputs["weight"],
@@ -56,14 +57,14 @@ def _encode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]
     return [code.acts]  # of two scores that differ by a rounding either may be the last one taken
 
 
-def _decode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
+def _decode(case: Case, inputs: Inputs, implementation: Implementation) -> Sequence[Tensor]:  # noqa: ARG001
     acts, indices = inputs["codes"][0]
     W_dec, b_dec = inputs["W_dec"][0], inputs["b_dec"][0]
     decode = partial(sparse_decode, algorithm="gather", implementation=implementation)
     return [decode(acts, indices, W_dec, bias=b_dec)]
 
 
-def _sddmm(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
+def _sddmm(case: Case, inputs: Inputs, implementation: Implementation) -> Sequence[Tensor]:  # noqa: ARG001
     return [
         torch.ops.resae.sddmm(
             inputs["x"],
@@ -75,7 +76,7 @@ def _sddmm(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
     ]
 
 
-def _scatter_outer(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
+def _scatter_outer(case: Case, inputs: Inputs, implementation: Implementation) -> Sequence[Tensor]:
     acts, indices = inputs["codes"][0]
     return [
         torch.ops.resae.scatter_outer(
@@ -319,7 +320,7 @@ def active_tiles(device: torch.device) -> str:
     for kernel in kernel_tiles.TILES:
         chosen, source = kernel_tiles.active_tile(kernel, device)
         measured = chosen.measured or "not measured"
-        lines.append(f"{kernel:<22}{_fields(chosen.tile):<58}{source:<9}{measured}")
+        lines.append(f"{kernel:<23}{_fields(chosen.tile):<58}{source:<9}{measured}")
     return "\n".join(lines)
 
 
