@@ -73,7 +73,7 @@ class NativeCopy:
         every = max(1, M // SAMPLES)
         samples = weight[::every, D // 2].clone()
         self.is_live = weight is given and live_bias is bias
-        """Whether the library reads the weight and bias themselves, or contiguous copies."""
+        """True if the library reads the weight and bias themselves, not contiguous copies."""
         self._tensors = (
             samples,
             live_bias,
