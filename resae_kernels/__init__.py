@@ -19,10 +19,10 @@ from resae_kernels.step import StepWorkspace, online_step
 from resae_kernels.types import OnlineStep, ReconstructionError, SparseCode, Transported
 
 __all__ = [
+    "EncodeInfo",
     "OnlineStep",
     "ReconstructionError",
     "ScreenedEncoder",
-    "EncodeInfo",
     "SparseCode",
     "StepWorkspace",
     "Transported",

@@ -332,7 +332,7 @@ def test_every_kernel_is_measured_and_the_faster_tile_stored(monkeypatch):
     assert "* N=5 D=40 M=16 k=5 float32" in lines[-1]
     assert "0.500" in lines[-1]
     assert kernel_tiles.tile("scatter_outer", DEVICE) == faster
-    assert f"{'scatter_outer':<22}rows=8 row_bytes=512" in module.active_tiles(DEVICE)
+    assert f"{'scatter_outer':<23}rows=8 row_bytes=512" in module.active_tiles(DEVICE)
 
 
 def test_a_damaged_file_stops_tuning_before_it_starts(monkeypatch):
