@@ -184,7 +184,8 @@ class ScreenedEncoder:
             )
         if implementation is not None and (reason := unavailable(implementation)) is not None:
             raise ValueError(f"ScreenedEncoder: implementation={implementation!r}, but {reason}")
-        self.weight, self.bias, self.margin, self._seed = weight, bias, margin, seed
+        self.weight, self.bias, self._seed = weight, bias, seed
+        self.margin: Margin = margin
         self._asked = implementation
         self._outlier_dimensions: tuple[int, ...] = ()
         self._lock = threading.Lock()

@@ -23,6 +23,7 @@ from resae_kernels import (
     transport,
 )
 from resae_kernels.step import FEW_TOKENS
+from resae_kernels.types import Margin
 
 GEMM = "encoder GEMM"
 """Name of the provider of the scores alone, `x @ weight.T + bias`: timed, without an answer to
@@ -252,7 +253,8 @@ def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., SparseCode]
     x, weight, bias = inputs["x"], inputs["weight"].detach(), inputs["bias"].detach()
     weight = weight.requires_grad_(SPECS[case.op].gradients)
     found: dict[str, Callable[..., SparseCode]] = {}
-    for name, margin in (("resae", "statistical"), ("resae certain", "certain")):
+    margins: dict[str, Margin] = {"resae": "statistical", "resae certain": "certain"}
+    for name, margin in margins.items():
         held = ScreenedEncoder(weight, bias, margin=margin)
         if held.encode_with_info(x, case.k).rows_screened:
             found[name] = partial(_screened, held)
