@@ -703,7 +703,8 @@ class _WithGradient(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         encoder, info = screened
         encode = encoder._encode  # pyright: ignore[reportPrivateUsage]
-        return encode(x, k, pre_bias, prediction, sorted, info)
+        acts, indices = encode(x, k, pre_bias, prediction, sorted, info)
+        return acts, indices
 
     setup_context = staticmethod(setup_context)
     backward = staticmethod(backward)  # type: ignore[assignment]
@@ -713,7 +714,7 @@ class _WithoutGradient(torch.autograd.Function):
     """A threshold code as it is, whose backward raises as that of `threshold_encode`."""
 
     @staticmethod
-    def forward(code, *inputs):  # noqa: ARG004
+    def forward(code: tuple[Tensor, ...], *_: object) -> tuple[Tensor, ...]:
         return code
 
     setup_context = staticmethod(keep_nothing)

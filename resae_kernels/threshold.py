@@ -10,6 +10,7 @@ Inference only: the outputs cannot be differentiated.
 """
 
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from resae_kernels.cpu.selection import select_above
 from resae_kernels.dispatch import LIBRARY, implementation_for, register
 from resae_kernels.encode import check_arguments
 from resae_kernels.triton.encode import launch_encode
-from resae_kernels.types import ThresholdCode
+from resae_kernels.types import Implementation, ThresholdCode
 
 OP = "threshold_encode"
 
@@ -36,7 +37,7 @@ def threshold_encode(
     prediction: Tensor | None = None,  # [..., D]
     sorted: bool = True,
     workspace_bytes: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> ThresholdCode:
     """The positive pre-activations above their latents' thresholds (formula:
     `reference.threshold_encode`).
@@ -155,30 +156,21 @@ def _select_above(
 
 
 def _encode_fake(
-    x,
-    weight,  # noqa: ARG001
-    bias,  # noqa: ARG001
-    threshold,  # noqa: ARG001
-    max_active,
-    pre_bias,  # noqa: ARG001
-    prediction,  # noqa: ARG001
-    sorted,  # noqa: ARG001
-    workspace_bytes,  # noqa: ARG001
-    implementation,  # noqa: ARG001
-):
+    x: Tensor, _weight: object, _bias: object, _threshold: object, max_active: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = x.shape[0], max_active
     indices = x.new_empty(shape, dtype=torch.int64)
     return x.new_empty(shape), indices, x.new_empty(shape[0], dtype=torch.int32)
 
 
-def setup_context(ctx, inputs, output) -> None:
+def setup_context(ctx: Any, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keep nothing: there is no gradient."""
     del inputs
     _, indices, n_active = output
     ctx.mark_non_differentiable(indices, n_active)
 
 
-def backward(ctx, *gradients):
+def backward(ctx: object, *gradients: object) -> NoReturn:
     """Raise RuntimeError."""
     del ctx, gradients
     raise RuntimeError(

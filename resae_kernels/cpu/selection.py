@@ -29,7 +29,7 @@ def select_above(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest of the positive `scores [n, M]` above `threshold [M]`, ordered and padded as by
     `select`, and how many are above, `[n]` int32. NaN is above every threshold."""
-    n, M = scores.shape
+    n = scores.shape[0]
     if native.takes(scores, threshold):
         n_active = torch.empty(n, dtype=torch.int32)
         return *native.select(scores, k, sorted, threshold, n_active), n_active

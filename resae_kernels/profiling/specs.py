@@ -33,6 +33,8 @@ check."""
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 """Largest relative error of a tensor of a forward op, in the norm, by dtype."""
+MARGINS: dict[str, Margin] = {"resae": "statistical", "resae certain": "certain"}
+"""Margins of the screened encode, by the name of their provider."""
 NEAR_TIE = 1e-5
 """Relative difference of scores below which float32 may confuse them."""
 
@@ -255,8 +257,7 @@ def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., SparseCode]
     x, weight, bias = inputs["x"], inputs["weight"].detach(), inputs["bias"].detach()
     weight = weight.requires_grad_(SPECS[case.op].gradients)
     found: dict[str, Callable[..., SparseCode]] = {}
-    margins: dict[str, Margin] = {"resae": "statistical", "resae certain": "certain"}
-    for name, margin in margins.items():
+    for name, margin in MARGINS.items():
         held = ScreenedEncoder(weight, bias, margin=margin)
         if held.encode_with_info(x, case.k).rows_screened:
             found[name] = partial(_screened, held)
@@ -419,23 +420,37 @@ def _threshold(inputs: Inputs, function: Callable[..., Sequence[Tensor]]) -> Seq
     return function(*(inputs[name] for name in names), pre_bias=inputs["b_dec"][0])
 
 
-def _dense_jumprelu(x, weight, bias, threshold, max_active, *, pre_bias):  # noqa: ARG001
+def _dense_jumprelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    _max_active: int,
+    *,
+    pre_bias: Tensor,
+) -> Sequence[Tensor]:
     """JumpReLU in plain PyTorch, `[N, M]`."""
     scores = F.linear(x - pre_bias, weight, bias)
     return [scores.relu() * (scores > threshold)]
 
 
 def _screened_threshold(
-    held: ScreenedEncoder, x, weight, bias, threshold, max_active, *, pre_bias
+    held: ScreenedEncoder,
+    x: Tensor,
+    _weight: object,
+    _bias: object,
+    threshold: Tensor,
+    max_active: int,
+    *,
+    pre_bias: Tensor,
 ) -> ThresholdCode:
-    del weight, bias  # of `held`
     return held.threshold_encode(x, threshold, max_active, pre_bias=pre_bias)
 
 
 def _threshold_providers(case: Case, inputs: Inputs) -> dict[str, Provider]:  # noqa: ARG001
     x, weight, bias = inputs["x"], inputs["weight"].detach(), inputs["bias"].detach()
     found: dict[str, Callable[..., Sequence[Tensor]]] = {}
-    for name, margin in (("resae", "statistical"), ("resae certain", "certain")):
+    for name, margin in MARGINS.items():
         held = ScreenedEncoder(weight, bias, margin=margin)
         limits = inputs["threshold"], inputs["max_active"]
         if held.threshold_encode_with_info(x, *limits).rows_screened:

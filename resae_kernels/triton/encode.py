@@ -66,10 +66,10 @@ def launch_encode(
     rows = rows_per_chunk(N, max(1, workspace_bytes // (row_elements * x.itemsize)))
     acts = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
-    everything: tuple[Tensor, ...] = (acts, indices)
+    everything = [acts, indices]
     if threshold is not None:
         threshold = threshold.contiguous()
-        everything += (torch.empty(N, dtype=torch.int32, device=x.device),)
+        everything.append(torch.empty(N, dtype=torch.int32, device=x.device))
     scores = x.new_empty(rows, stride)[:, :M]
     with torch.cuda.device_of(x):
         for start in range(0, N, rows):
@@ -78,7 +78,7 @@ def launch_encode(
             whole = n == N  # slices of everything cost microseconds
             rest = prediction if prediction is None or whole else prediction[chunk]
             part, held = (x, scores) if whole else (x[chunk], scores[:n])
-            code = everything if whole else tuple(t[chunk] for t in everything)
+            code = everything if whole else [t[chunk] for t in everything]
             # Chosen by N, not by the rows of a chunk: the last chunk is computed as the others are.
             if layout is not None and N <= encode_few.FEW_TOKENS:
                 best = _small_gemm(N, part, weight, bias, pre_bias, rest, held, layout)
@@ -89,8 +89,9 @@ def launch_encode(
                 for to, found in zip(code, select(held, k, sorted), strict=True):
                     to.copy_(found)
             else:
-                launch_select(held, best, *code[:2], layout, sorted, threshold, *code[2:])
-    return everything
+                count = None if threshold is None else code[2]
+                launch_select(held, best, code[0], code[1], layout, sorted, threshold, count)
+    return tuple(everything)
 
 
 def _residual(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None) -> Tensor:
