@@ -366,7 +366,7 @@ def test_triton_selection_of_special_values(device, dtype, columns):
     assert scores.device.type == device.type
     tile = tiles.SelectTile(keys_per_thread=16, columns=columns)
     for by_value in (True, False):
-        with tiles.forced_tiles({"select": tile}):
+        with tiles.override_tiles({"select": tile}):
             triton_selection.launch_select(
                 scores, None, acts, indices, layout, by_value, threshold, n_active
             )
