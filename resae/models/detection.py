@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resae.models.families import Family
+from resae.models.families import Family, text_config
 
 log = logging.getLogger(__name__)
 
@@ -30,37 +30,35 @@ TOKENS = 8
 """Length of the one row of random tokens."""
 
 
-def detect(model: nn.Module, config: Any, name: str) -> Family:
+def detect(model: Any, name: str) -> Family:
     """The entry that fits a model without one; a log line says which.
 
     The sum is checked by passes over `TOKENS` random tokens, one per candidate and two more,
     without gradient and in evaluation mode; a model on the meta device has the most likely entry,
     unchecked. Neither the model nor the state of the random number generators changes.
 
-    Args:
-        config: that of the text model.
-
     Raises:
         ValueError: nothing fits; the message has the entry to write, as far as it was found.
     """
-    candidates = _candidates(model, config)
+    candidates = _candidates(model)
     if not candidates:
         entry = Family(blocks="?", attn_out="?", mlp_out="?")
         reason = "no list of blocks has an attention and an MLP in each block"
-        raise ValueError(_to_write(config, name, entry, reason))
-    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(_to_write(model, name, entry, reason))
+    if all(parameter.is_meta for parameter in model.parameters()):
         return candidates[0]
-    family, error, bound = _closest(model, config, name, candidates)
-    if not error <= bound:  # also where the error is NaN
+    family, error = _closest(model, name, candidates)
+    if not error <= 1:  # also where the error is NaN
         reason = (
-            f"resid_post differs from resid_pre + attn_out + mlp_out by {error:.2g} of their size"
+            f"resid_post differs from resid_pre + attn_out + mlp_out by {error:.2g} times the "
+            f"error of rounding"
         )
-        raise ValueError(_to_write(config, name, family, reason))
+        raise ValueError(_to_write(model, name, family, reason))
     log.warning(
         "model %s: architecture %r has no entry in FAMILIES; its blocks fit %s",
         name,
-        config.model_type,
-        entry_text(config.model_type, family),
+        model.config.model_type,
+        entry_text(model.config.model_type, family),
     )
     return family
 
@@ -72,23 +70,25 @@ def entry_text(model_type: str, family: Family) -> str:
     return f'"{model_type}": Family({", ".join(f"{k}={v!r}" for k, v in fields.items())})'
 
 
-def _to_write(config: Any, name: str, family: Family, reason: str) -> str:
+def _to_write(model: Any, name: str, family: Family, reason: str) -> str:
+    kind = model.config.model_type
     return (
-        f"model {name}: architecture {config.model_type!r} has no entry in "
+        f"model {name}: architecture {kind!r} has no entry in "
         f"resae.models.families.FAMILIES and fits no known shape ({reason}); add "
-        f"{entry_text(config.model_type, family)} with the right submodules"
+        f"{entry_text(kind, family)} with the right submodules"
     )
 
 
-def _candidates(model: nn.Module, config: Any) -> list[Family]:
+def _candidates(model: Any) -> list[Family]:
     """Entries that the names of submodules allow, the most likely one first."""
-    root = _inside_wrappers(model)
+    config, root = text_config(model.config), _inside_wrappers(model)
     lists = [
         (path, blocks)
         for path, blocks in root.named_modules()
         if isinstance(blocks, nn.ModuleList) and "." in path and len(blocks)
     ]
     layers = getattr(config, "num_hidden_layers", None)
+    nested = config is not model.config  # the text model is in one with vision
     scale = "residual_multiplier" if hasattr(config, "residual_multiplier") else None
     found = []
     for path, blocks in lists:
@@ -101,7 +101,8 @@ def _candidates(model: nn.Module, config: Any) -> list[Family]:
             continue
         if inside.isdisjoint(AFTER_MLP):  # then the norm is that of the MLP's input
             attention.sort(key=lambda name: name in AFTER_ATTENTION)
-        found += [Family(path, a, m, scale=scale) for a, m in product(attention, mlp)]
+        base = path.partition(".")[0] if nested else None
+        found += [Family(path, a, m, scale=scale, base=base) for a, m in product(attention, mlp)]
     return found
 
 
@@ -112,10 +113,9 @@ def _inside_wrappers(model: nn.Module) -> nn.Module:
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
 
 
-def _closest(
-    model: nn.Module, config: Any, name: str, candidates: list[Family]
-) -> tuple[Family, float, float]:
-    """The candidate whose sum is closest, its relative error, and the error of rounding."""
+def _closest(model: Any, name: str, candidates: list[Family]) -> tuple[Family, float]:
+    """The candidate whose sum is closest, and its error (of `_error`)."""
+    config = text_config(model.config)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(int(config.vocab_size), (1, TOKENS), generator=generator)
     ids = ids.to(next(model.parameters()).device)
@@ -125,16 +125,20 @@ def _closest(
         for family in candidates:
             try:
                 parts = _parts(model, root, family, ids)
-            except (TypeError, RuntimeError, ValueError, KeyError, IndexError) as error:
+            except KeyError:  # blocks that a pass over text does not reach, as a vision tower's
+                continue
+            except (TypeError, RuntimeError, ValueError, IndexError) as error:
                 reason = f"a pass over {TOKENS} tokens failed: {error}".splitlines()[0]
-                raise ValueError(_to_write(config, name, family, reason)) from error
+                raise ValueError(_to_write(model, name, family, reason)) from error
             scale = 1.0 if family.scale is None else float(getattr(config, family.scale))
-            post = parts[0][3]
-            family = replace(family, flat_mlp=parts[0][2].ndim < post.ndim)
+            family = replace(family, flat_mlp=parts[0][2].ndim < parts[0][3].ndim)
             results.append((_error(parts, scale), family))
+        if not results:
+            reason = f"a pass over {TOKENS} tokens does not reach its blocks"
+            raise ValueError(_to_write(model, name, candidates[0], reason))
         error, family = min(results, key=lambda result: result[0])
         parallel = _is_parallel(model, root, family, ids)
-    return replace(family, parallel=parallel), error, 2 * torch.finfo(post.dtype).eps
+    return replace(family, parallel=parallel), error
 
 
 def _parts(
@@ -171,15 +175,21 @@ def _parts(
 
 
 def _error(parts: list[tuple[Tensor, ...]], scale: float) -> float:
-    """Largest difference between resid_post and the sum over blocks, relative to the parts."""
+    """Largest difference between resid_post and the sum over blocks, as a multiple of what rounding
+    may do; at most a tenth of what attention or MLP adds counts as that."""
     errors = []
-    for pre, attention, mlp, post in parts:
+    for pre, attention, mlp, post in (tuple(t.cpu() for t in block) for block in parts):
         if not pre.numel() == attention.numel() == mlp.numel() == post.numel():
             return float("inf")
-        terms = [pre, scale * attention.double(), scale * mlp.double()]
-        terms = [term.double().cpu().reshape(post.shape) for term in terms]
-        size = sum(float(term.norm()) for term in terms)
-        errors.append(float((post.double().cpu() - sum(terms)).norm()) / size)
+        attention, mlp = (scale * added.reshape(post.shape) for added in (attention, mlp))
+        # In the dtype of the model and both orders: in bfloat16 a sum of higher precision differs
+        # from resid_post by more than a small addition that was overlooked.
+        sums = ((pre + attention) + mlp, pre + (attention + mlp))
+        error = min(float((post - total).double().norm()) for total in sums)
+        size = sum(float(term.double().norm()) for term in (pre, attention, mlp))
+        smaller = min(float(added.double().norm()) for added in (attention, mlp))
+        rounding = min(2 * torch.finfo(post.dtype).eps * size, 0.1 * smaller)
+        errors.append(error / rounding if error else 0.0)
     return max(errors)
 
 

@@ -121,6 +121,11 @@ RECURRENT = ("falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlst
 """Model types whose blocks carry a state from token to token instead of attending."""
 
 
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def family_of(config: Any, name: str) -> Family | None:
     """The entry of a model's architecture; None: it has none.
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from resae.assets import TINY_PYTHIA
 from resae.models.detection import detect
-from resae.models.families import family_of
+from resae.models.families import family_of, text_config
 from resae.models.points import SITES, HookPoint
 from resae.models.splice import (
     EAGER,
@@ -63,8 +63,7 @@ class HookedLM:
     Raises:
         TypeError: no module with a config.
         ValueError: no decoder-only model; an architecture that has no entry in `FAMILIES` and
-            fits no known shape; a model without the blocks that its entry names, or with a part of
-            its weights offloaded.
+            fits no known shape; or a model without the blocks that its entry names.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, name: str | None = None):
@@ -79,7 +78,7 @@ class HookedLM:
         self.config: Any = text_config(whole)
         """Config of the text model, also of a model that reads images too."""
         self.name = name or getattr(whole, "name_or_path", "") or whole.model_type
-        self.family = family_of(whole, self.name) or detect(model, self.config, self.name)
+        self.family = family_of(whole, self.name) or detect(model, self.name)
         self._root = _root_of(model, self.family.blocks, self.name)
         self.blocks: Any = self._root.get_submodule(self.family.blocks)
         self._base = self.family.base or self.family.blocks.rpartition(".")[0]
@@ -169,6 +168,16 @@ class HookedLM:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def require_weights(self) -> None:
+        """Raise ValueError if the first weights are on the meta device. Offloaded blocks are no
+        hindrance: accelerate fetches them when their turn comes."""
+        if self.device.type == "meta":
+            raise ValueError(
+                f"model {self.name}: its first weights are on no device but offloaded or not "
+                f"loaded, so that it cannot be told where it runs; give a device_map that keeps "
+                f"its embeddings on a device, or load it with HookedLM.from_pretrained"
+            )
 
     def require_context(self, tokens: int) -> None:
         """Raise ValueError if the model was not made for rows of so many tokens. Some families fail
@@ -273,6 +282,7 @@ class HookedLM:
             around: called as `around(forward, *args, **kwargs)` in place of each forward pass of
                 the whole model; returns what `forward(*args, **kwargs)` returns.
         """
+        self.require_weights()
         with ExitStack() as stack:
             if around is not None:
                 stack.callback(add_function(self._root, self._base, "around", 0, around))
@@ -403,11 +413,6 @@ def type_name(value: object) -> str:
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
     """Keys and values among the keyword arguments of a pass; None: there are none."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-
-
-def text_config(config: Any) -> Any:
-    """The part of a config that describes the text model."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _described(config: Any, tokenizer: Any, name: str) -> HookedLM:
