@@ -6,20 +6,12 @@ import pytest
 import tiny
 import torch
 import transformers
-from models.test_families import COMMON, CONFIGS, made
+from families import CONFIGS, UNLISTED, made
 from torch import nn
 
 from resae import FAMILIES, HookedLM
 from resae.models.detection import TOKENS, detect, entry_text
 from resae.models.families import Family
-
-UNLISTED = {"exaone": COMMON, "phimoe": COMMON | {"num_local_experts": 2}, "jais2": COMMON}
-
-
-def model_of(kind: str, **options) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **UNLISTED[kind] | options)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.fixture
@@ -60,7 +52,7 @@ def test_whether_blocks_are_parallel_and_the_mlp_flat_is_found_by_a_pass(unlist)
 @pytest.mark.parametrize("kind", UNLISTED)
 def test_a_model_that_nobody_listed_has_hook_points(kind):
     assert kind not in FAMILIES
-    lm = HookedLM(model_of(kind))
+    lm = made(kind)
     points = [
         lm.hook_point(f"blocks.1.hook_{s}")
         for s in ("resid_pre", "attn_out", "mlp_out", "resid_post")
@@ -71,7 +63,7 @@ def test_a_model_that_nobody_listed_has_hook_points(kind):
 
 
 def test_looking_leaves_the_model_and_random_numbers_as_they_were():
-    model = model_of("exaone", attention_dropout=0.5).train()
+    model = made("exaone", attention_dropout=0.5).model.train()
     model.model.layers[1].eval()
     rows = []
     handle = model.model.embed_tokens.register_forward_hook(
@@ -92,7 +84,7 @@ def test_looking_leaves_the_model_and_random_numbers_as_they_were():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_addition_that_is_overlooked_is_noticed_however_small(dtype):
-    model = model_of("exaone").to(dtype)
+    model = made("exaone").model.to(dtype)
     with torch.no_grad():
         for block in model.model.layers:  # additions of a hundredth of the stream
             block.self_attn.v_proj.weight.mul_(0.3)
@@ -107,11 +99,11 @@ def test_what_fits_no_shape_is_an_error_with_the_entry_to_write(unlist):
     unlist("bloom")
     with pytest.raises(ValueError, match=r"add \"bloom\": Family\(blocks='transformer.h', attn"):
         made("bloom")
-    mixed = model_of("exaone")
+    mixed = made("exaone").model
     del mixed.model.layers[1].mlp
     with pytest.raises(ValueError, match=r"no list of blocks .*\"exaone\": Family\(blocks='\?'"):
         HookedLM(mixed)
-    broken = model_of("exaone")
+    broken = made("exaone").model
     broken.model.layers[0].mlp.down_proj = nn.Linear(7, 32)
     with pytest.raises(ValueError, match=r"a pass over 8 tokens failed.*add \"exaone\": Family"):
         HookedLM(broken)
@@ -124,7 +116,7 @@ def test_a_vision_tower_is_no_language_model(unlist):
 
 
 def test_shapes_alone_have_the_likely_entry(tmp_path):
-    model = model_of("exaone")
+    model = made("exaone").model
     model.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     shapes, loaded = (
@@ -172,7 +164,7 @@ def test_other_kinds_of_models_are_refused_in_one_line(kind, reason, tmp_path):
 @pytest.mark.filterwarnings("ignore")  # deprecated in torch
 @pytest.mark.parametrize("kind", ["llama", "exaone"])
 def test_a_model_of_quantised_linear_layers_is_hooked(kind):
-    model = made("llama").model if kind == "llama" else model_of(kind)
+    model = made(kind).model
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
     assert not isinstance(quantised.model.layers[0].mlp.down_proj, nn.Linear)
     lm = HookedLM(quantised)
