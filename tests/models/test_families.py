@@ -116,3 +116,20 @@ def test_a_config_whose_blocks_add_something_else_is_refused(kind, option):
 
 def test_an_entry_says_what_its_blocks_are():
     assert FAMILIES["mistral"] == Family("model.layers", "self_attn", "mlp")
+
+
+@pytest.mark.filterwarnings("ignore")  # of accelerate
+@pytest.mark.parametrize("kind", ["bloom", "exaone", "falcon", "gemma3", "opt"])
+def test_a_block_that_accelerate_fetches_when_its_turn_comes_is_hooked_to_the_bits(kind):
+    accelerate = pytest.importorskip("accelerate")
+    lm = made(kind)
+    expected, logits, stack = at_all_sites(lm), lm.logits(tiny.ids()), tiny.stack(lm, layers=(0, 1))
+    with replacement(lm, stack):
+        replaced = lm.logits(tiny.ids())
+    accelerate.cpu_offload(lm.blocks[1], execution_device=torch.device("cpu"))
+    assert next(lm.blocks[1].parameters()).is_meta
+    lm = HookedLM(lm.model)
+    assert all(torch.equal(new, expected[key]) for key, new in at_all_sites(lm).items())
+    with replacement(lm, stack):
+        assert torch.equal(lm.logits(tiny.ids()), replaced)
+    assert torch.equal(lm.logits(tiny.ids()), logits)
