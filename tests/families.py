@@ -54,6 +54,7 @@ CONFIGS: dict[str, dict] = {
     "codegen": OLD | {"rotary_dim": 4},
     "cohere": COMMON,
     "cohere2": COMMON,
+    "cwm": COMMON,
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "ernie4_5": COMMON,

@@ -49,7 +49,7 @@ FAMILIES: dict[str, Family] = {
     **{
         name: Family(blocks="model.layers", attn_out="self_attn", mlp_out="mlp")
         for name in (
-            *("apertus", "arcee", "deepseek_v2", "deepseek_v3", "ernie4_5", "gemma", "glm"),
+            *("apertus", "arcee", "cwm", "deepseek_v2", "deepseek_v3", "ernie4_5", "gemma", "glm"),
             *("gpt_oss", "helium", "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo"),
             *("olmoe", "persimmon", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
             *("seed_oss", "smollm3", "starcoder2"),
