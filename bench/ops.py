@@ -128,14 +128,15 @@ def trained_on_embedded(
         EMBEDDED, lm, context_tokens=128, held_out_rows=held_out_rows
     )
     captured = (capture_tokens(lm, ids, points) for ids in rows.batches(16))
-    moments = sum_moments("none", captured, tokens=20_000, d_in=lm.d_model, n_layers=len(points))
+    tokens = min(20_000, train_tokens)
+    moments = sum_moments("none", captured, tokens=tokens, d_in=lm.d_model, n_layers=len(points))
     config = TrainConfig(
         layers=(points[-1].name,),
         k=(k,),
         d_sae=M,
         predictor="none",
         train_tokens=train_tokens,
-        buffer_tokens=32_768,
+        buffer_tokens=min(32_768, train_tokens),
     )
     source = SideBySide(
         ActivationBatches(

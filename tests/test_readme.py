@@ -199,7 +199,11 @@ def check_tool(words: list[str]) -> None:
         extras = re.fullmatch(r"\.\[(.+)\]", word)
         if extras:
             assert set(extras[1].split(",")) <= set(project()["optional-dependencies"]), word
-        elif re.fullmatch(r"[a-z][\w/-]*(\.py)?", word) and before != "-o" and word not in WORDS:
+        elif (
+            re.fullmatch(r"(\./)?[a-z][\w/-]*(\.py)?", word)
+            and before != "-o"
+            and word not in WORDS
+        ):
             assert (ROOT / word).exists(), word
 
 

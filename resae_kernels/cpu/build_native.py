@@ -13,7 +13,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "native.c"
 LIBRARY = HERE / "_native.so"
 FLAGS = (
@@ -71,8 +71,12 @@ else:
                 reason = compile_library()
                 if reason is not None:
                     LIBRARY.unlink(missing_ok=True)
-                    self.app.display_warning(f"resae is built without its CPU library: {reason}")
+                    self.app.display_warning(
+                        f"resae_kernels is built without its CPU library: {reason}"
+                    )
                     return
                 build_data["pure_python"] = False
                 build_data["tag"] = f"py3-none-linux_{platform.machine()}"
-                build_data["artifacts"].append(f"resae_kernels/cpu/{LIBRARY.name}")
+                # The package is a folder of the project `resae`, and the whole of `resae-kernels`.
+                library = LIBRARY.relative_to(Path(self.root).resolve())
+                build_data["artifacts"].append(f"/{library.as_posix()}")
