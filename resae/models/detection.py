@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from resae.models.families import Family, text_config
+from resae.models.splice import EAGER
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _closest(model: Any, name: str, candidates: list[Family]) -> tuple[Family, f
     ids = ids.to(next(model.parameters()).device)
     root = _inside_wrappers(model)
     results: list[tuple[float, Family]] = []
-    with _evaluation(model), torch.no_grad():
+    with _evaluation(model), EAGER, torch.no_grad():
         for family in candidates:
             try:
                 parts = _parts(model, root, family, ids)

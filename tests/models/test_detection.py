@@ -82,6 +82,13 @@ def test_looking_leaves_the_model_and_random_numbers_as_they_were():
     handle.remove()
 
 
+def test_looking_compiles_nothing():
+    graphs = []
+    compiled = torch.compile(made("exaone").model, backend=lambda graph, _: graphs.append(graph))
+    assert HookedLM(compiled).family == Family("model.layers", "self_attn", "mlp")
+    assert not graphs
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_addition_that_is_overlooked_is_noticed_however_small(dtype):
     model = made("exaone").model.to(dtype)
