@@ -2,8 +2,8 @@
 
 Each is a `torch.library` custom op in the namespace `resae` with a fake function and autograd, and
 so is `reconstruction_error`, a decode and its squared error in one. `online_step` joins encode and
-decode for one layer of a running model (inference only); `ScreenedEncoder` holds what makes the
-encode fast on a CPU. `reference` says in plain PyTorch what they compute.
+decode for one layer of a running model (inference only); `ScreenedEncoder` makes the encode fast on
+a CPU. `reference` specifies all of them in plain PyTorch.
 """
 
 from resae_kernels import reference
@@ -11,7 +11,7 @@ from resae_kernels.chain import affine_chain, transport
 from resae_kernels.decode import reconstruction_error, sparse_decode
 from resae_kernels.dropin import accelerate
 from resae_kernels.encode import topk_encode
-from resae_kernels.screened import ScreenedEncoder, Screening
+from resae_kernels.screened import EncodeInfo, ScreenedEncoder
 from resae_kernels.step import StepWorkspace, online_step
 from resae_kernels.types import OnlineStep, ReconstructionError, SparseCode, Transported
 
@@ -19,10 +19,10 @@ __version__ = "0.1.0"
 """Version of this package and of `resae`: both are built with it."""
 
 __all__ = [
+    "EncodeInfo",
     "OnlineStep",
     "ReconstructionError",
     "ScreenedEncoder",
-    "Screening",
     "SparseCode",
     "StepWorkspace",
     "Transported",

@@ -9,7 +9,7 @@ from ops import PEERS, as_provider, dense_code
 from resae.cli import main
 from resae_kernels.profiling import Case, Clock, Roofs, make_inputs, profile, table, trace
 from resae_kernels.profiling.measuring import LEAST_ROUNDS, ratio
-from resae_kernels.profiling.specs import OPS, PRODUCT, SPECS, check, providers
+from resae_kernels.profiling.specs import GEMM, OPS, SPECS, check, providers
 
 CPU = torch.device("cpu")
 SMALL = [Case(op, 6, 32, 64, 4, L=3 if op == "chain" else 1) for op in OPS]
@@ -25,7 +25,7 @@ def short_measurements(monkeypatch):
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.op)
 def test_every_provider_is_checked_and_timed_hot_and_cold(case):
-    roofs = Roofs(copy=1e10, product=1e11)
+    roofs = Roofs(copy=1e10, gemm=1e11)
     rows = profile(case, device=CPU, roofs=roofs, clock=Clock(CPU), rounds=2)
     names = {row["provider"] for row in rows}
     assert any(name.startswith("resae") for name in names)
@@ -72,16 +72,14 @@ def test_training_inputs_hold_no_near_ties():
 
 
 @pytest.mark.parametrize("op", ["encode", "forward", "step", "decode"])
-def test_times_are_multiples_of_the_bare_product_where_there_is_one(op):
+def test_times_are_multiples_of_the_encoder_gemm_where_there_is_one(op):
     case = next(case for case in SMALL if case.op == op)
-    rows = profile(
-        case, device=CPU, roofs=Roofs(copy=1e10, product=1e11), clock=Clock(CPU), rounds=1
-    )
-    products = {row["cache"]: row["ms_p50"] for row in rows if row["provider"] == PRODUCT}
-    assert set(products) == (set() if op == "decode" else {"hot", "cold"})
+    rows = profile(case, device=CPU, roofs=Roofs(copy=1e10, gemm=1e11), clock=Clock(CPU), rounds=1)
+    gemms = {row["cache"]: row["ms_p50"] for row in rows if row["provider"] == GEMM}
+    assert set(gemms) == (set() if op == "decode" else {"hot", "cold"})
     for row in rows:
-        expected = row["ms_p50"] / products[row["cache"]] if products else None
-        assert row["x_product"] == (expected and pytest.approx(expected))
+        expected = row["ms_p50"] / gemms[row["cache"]] if gemms else None
+        assert row["x_gemm"] == (expected and pytest.approx(expected))
 
 
 class StandInGpu:
@@ -132,7 +130,7 @@ def test_what_cannot_be_captured_is_a_row_with_the_reason():
         assert row["graph_ms_p50"] is None
         assert row["not_captured"].startswith("RuntimeError: operation not permitted when stream")
         assert row["ms_p50"] == pytest.approx(1.0)
-        assert row["x_product"] == pytest.approx(1.0)
+        assert row["x_gemm"] == pytest.approx(1.0)
     line = table(rows).splitlines()[2]
     assert "| RuntimeError: operation not permitted when stream is capturing | 2 |" in line
 
@@ -148,7 +146,7 @@ def test_a_ratio_compares_graphs_with_graphs_and_eager_with_eager():
 def test_long_cases_get_fewer_rounds_and_the_table_says_how_many(monkeypatch):
     monkeypatch.setattr("resae_kernels.profiling.measuring.CASE_SECONDS", 0.0)
     rows = profile(
-        SMALL[0], device=CPU, roofs=Roofs(copy=1e10, product=1e11), clock=Clock(CPU), rounds=9
+        SMALL[0], device=CPU, roofs=Roofs(copy=1e10, gemm=1e11), clock=Clock(CPU), rounds=9
     )
     assert {row["rounds"] for row in rows} == {LEAST_ROUNDS}
     assert all(f" | {LEAST_ROUNDS} | " in line for line in table(rows).splitlines()[2:])
@@ -215,7 +213,7 @@ def test_work_of_a_worked_example():
     moved, computed = Case("encode", N=2, D=3, M=5, k=1).work()
     assert moved == (5 * 3 + 2 * 3) * 4 + 2 * (4 + 8)
     assert computed == 2 * 2 * 3 * 5
-    assert Roofs(copy=moved, product=computed / 2).seconds(Case("encode", 2, 3, 5, 1)) == 2.0
+    assert Roofs(copy=moved, gemm=computed / 2).seconds(Case("encode", 2, 3, 5, 1)) == 2.0
 
 
 @pytest.mark.parametrize(

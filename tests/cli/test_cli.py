@@ -467,7 +467,7 @@ def test_a_missing_logger_is_named_before_anything_runs(name, material, monkeypa
 
 
 def same_text(run, other):
-    """Whether two runs record the same text."""
+    """True if two runs record the same text."""
     names = ("held_out.safetensors", "trained_text.safetensors")
     records = [[load_tensors(folder / name, name) for name in names] for folder in (run, other)]
     return all(

@@ -36,7 +36,7 @@ def one_of(rank, size, port, arguments, victim, how, folder):
             (folder / "died").write_text(str(time.time()))
             if how is None:
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise how
+            raise how  # pyright: ignore[reportGeneralTypeIssues]
         return step(state, *rest)
 
     training.train_step = fatal
