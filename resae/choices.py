@@ -18,7 +18,7 @@ FORMS = {
 WAYS = ("data", "layers")
 """Ways of parallelism: by data (each batch is shared out) or by layers."""
 
-OPS = ("encode", "decode", "forward", "train", "train+adam", "step", "chain")
+OPS = ("encode", "decode", "forward", "train", "train+adam", "step", "chain", "threshold")
 """Ops that `resae profile` times."""
 
 GPUS = ("h200", "h100", "a100")
