@@ -133,11 +133,10 @@ class _SAELens(Accelerated):
 class _SAELensTopK(_SAELens):
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         me: Any = self
-        weight, bias, W_dec = super().weights()
-        if me.cfg.rescale_acts_by_decoder_norm:  # scores count times the norm, rows of norm 1
-            norm = W_dec.norm(dim=-1)
-            weight, bias, W_dec = weight * norm[:, None], bias * norm, W_dec / norm[:, None]
-        return weight, bias, W_dec
+        if not me.cfg.rescale_acts_by_decoder_norm:
+            return super().weights()
+        norm = me.W_dec.norm(dim=-1)  # scores count times the norm, rows of norm 1
+        return me.W_enc.T * norm[:, None], me.b_enc * norm, me.W_dec / norm[:, None]
 
     def reads_all_scores(self, x: Tensor) -> bool:
         me: Any = self
