@@ -144,6 +144,7 @@ def test_only_the_registry_asks_which_kind_an_autoencoder_is():
 
 KERNEL_FLOORS = [
     {"step", "dropin"},
+    {"accelerated"},
     {"screened", "chain"},
     {"threshold"},
     {"encode", "decode"},
