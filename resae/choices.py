@@ -25,7 +25,7 @@ GPUS = ("h200", "h100", "a100")
 """Machines of its cost model."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Of weights and activations, by their names in torch."""
+"""Data types of weights and activations, by their names in torch."""
 
 
 def check_form(kind: str, form: str, rank: int | None, what: str = "affine fit") -> None:

@@ -1,4 +1,4 @@
-"""Where a long piece of work reports to."""
+"""Output of progress and errors of long-running work."""
 
 import logging
 
@@ -9,7 +9,7 @@ class Console:
     """Reports to the logger `resae`; the command line has one that prints."""
 
     traceback = False
-    """Whether an error shows where it happened."""
+    """Print errors with their traceback."""
 
     def say(self, line: str = "") -> None:
         """Report a line that stays."""

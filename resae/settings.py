@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Shown(NamedTuple):
-    """How the command line shows a setting, where not as `--name NAME`."""
+    """Display of a setting on the command line, where it is not `--name NAME`."""
 
     metavar: str
     positional: bool = False

@@ -110,7 +110,7 @@ def _print_effects(
     asked: "Interventions",
     loop: "Loop",
 ) -> None:
-    """What the edits did to later layers in the text just written, beside what was predicted."""
+    """Print measured and predicted effects of the edits on later layers in the generated text."""
     import torch
 
     from resae.evaluation.effects import edit_effects

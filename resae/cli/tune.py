@@ -19,7 +19,7 @@ class Options:
     """Tuning."""
 
     device: Annotated[str, device_name] = "cuda"
-    """Which GPU: cuda, cuda:1."""
+    """GPU to use: cuda, cuda:1."""
     rounds: Annotated[int, whole(1)] = 20
     """Calls per tile and shape."""
     show: bool = False

@@ -25,7 +25,7 @@ def capture_tokens(lm: HookedLM, input_ids: Tensor, points: Sequence[HookPoint])
 def _captured(
     lm: HookedLM, input_ids: Tensor, points: Sequence[HookPoint]
 ) -> tuple[list[int], list[Tensor]]:
-    """How many tokens of each row are not special, and their activations in the model's dtype."""
+    """Number of non-special tokens of each row, and their activations in the model's dtype."""
     input_ids = input_ids.to(lm.device)
     keep = ~lm.is_special(input_ids)
     with OneDNNLinear():
@@ -45,7 +45,7 @@ class RowActivations(Protocol):
     """Activations of rows in their order: from a model, or from disk."""
 
     def reader(self, row: int) -> Read:
-        """What reads from this row on, for one epoch."""
+        """A reader of one epoch, from this row on."""
         ...
 
 

@@ -44,19 +44,19 @@ class WithRows:
 
 
 class Position(NamedTuple):
-    """Where an iteration of activation batches stands: enough to go on with the same bits."""
+    """Position in the activation batches: enough to continue with bitwise the same batches."""
 
     epoch: int = 0
     row: int = 0
     """First row of the buffer in use."""
     fill: int = 0
-    """How many buffers came before: seeds the shuffle."""
+    """Number of buffers before this one; seeds the shuffle."""
     batch: int = 0
     """Batches of this buffer already used."""
 
 
 class ActivationSource(Protocol):
-    """What training reads: endless batches, from any recorded position."""
+    """Source of training batches: endless, from any recorded position."""
 
     def batches(self, start: Position) -> Iterator[tuple[list[Tensor], Position]]:
         """L activations `[N, D]`, and the position after them."""
@@ -201,7 +201,7 @@ class ActivationBatches:
 
 
 def _reading_again(ahead: deque[tuple[list[int], list[Tensor]]], read: Read) -> Read:
-    """What was read ahead, and then what `read` goes on with."""
+    """Yield the rows that were read ahead, then those that `read` continues with."""
 
     def again(n: int) -> tuple[list[int], list[Tensor]]:
         if not ahead:
@@ -219,7 +219,7 @@ class _Fill(NamedTuple):
     """A buffer, and where the rows stand after it."""
 
     tokens: int
-    """Of the epoch in which it began."""
+    """Rows read in the epoch in which the buffer began."""
     xs: list[Tensor]
     epoch: int
     row: int

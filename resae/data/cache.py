@@ -120,7 +120,7 @@ class ActivationCache:
             )
 
     def reader(self, row: int) -> Read:
-        """What reads from this row on (`RowActivations`)."""
+        """A reader from this row on (`RowActivations`)."""
         at = row
 
         def read(n: int) -> tuple[list[int], list[Tensor]]:
@@ -249,7 +249,7 @@ class _Shard:
 
 
 def _fingerprint(lm: HookedLM) -> str:
-    """Of some numbers from every parameter: other weights under the same name are noticed."""
+    """Hash of some numbers from every parameter: other weights under the same name are noticed."""
     digest = hashlib.sha256()
     for name, parameter in lm.model.named_parameters():
         flat = parameter.detach().flatten()

@@ -102,7 +102,7 @@ BOOST_K = 4
 
 
 class Plan:
-    """What is done and what comes, with a time that corrects itself by the speed met so far.
+    """Stages done and stages to come, with the remaining time corrected by the speed so far.
 
     Stages are given with the seconds they took where they were measured; `at(fraction)` reports how
     far the current one is.
@@ -148,7 +148,7 @@ class _Run(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """What a stack was trained on and what was held out, for `resae eval`."""
+    """Trained text and held-out rows of a stack, which `resae eval` reads."""
 
     trained: TrainedText
     held_out: torch.Tensor

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one compared method is trained."""
+    """Training settings of one compared method."""
 
     name: str
     predictor: str

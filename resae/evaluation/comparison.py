@@ -166,8 +166,8 @@ def evaluate(
 
 
 def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str, float]:
-    """What replacing all layers costs on token batches `[B, T]`, closed loop, in nats per token:
-    `online` and `teacher_forced`, rows of `evaluate` without the rest of it."""
+    """ΔCE of replacing all layers on token batches `[B, T]`, closed loop, in nats per token: modes
+    `online` and `teacher_forced`, equal to the rows of `evaluate`."""
     sums = {"clean": _Sums(), "online": _Sums(), "teacher_forced": _Sums()}
     for ids in batches:
         ids = ids.to(lm.device)
@@ -199,7 +199,7 @@ def collapse_difference(lm: HookedLM, stack: ReSAE, input_ids: Tensor) -> float:
 
 
 def forward_passes(methods: Sequence[Method]) -> int:
-    """How many passes `evaluate` makes over each batch: its cost."""
+    """Number of forward passes that `evaluate` makes over each batch."""
     variants = _variants(methods, tuple(methods[0].stack.hook_points))
     return len(variants) + 2 * len({v.layers for v in variants}) + 3
 

@@ -23,15 +23,15 @@ def edit_effects(
     prompt_tokens: int | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """What edits really do to the stream that arrives at later selected layers, beside what the
-    transported directions predict (`resae.predicted_effects`).
+    """Compare the measured effects of edits on the stream at later selected layers with those that
+    the transported directions predict (`resae.predicted_effects`).
 
     The tokens are run twice, replaced without and with the edits, error and all else alike.
 
     Args:
         input_ids: `[B, T]`, no padding.
-        prompt_tokens: so many tokens of each row are the prompt, the rest continue the cache as
-            generated ones; default: all.
+        prompt_tokens: length of the prompt in each row; later tokens continue the KV cache as
+            generated ones do. Default: the whole row is the prompt.
         options: further ones of `replacement`.
 
     Returns:
@@ -74,8 +74,8 @@ def _arrivals(
     interventions: Interventions,
     options: dict[str, Any],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What arrives at each selected layer, before anything is put in there, and what of it the
-    edits of earlier layers are predicted to have added: `[B, T, D]` each."""
+    """The stream at each selected layer before its replacement, and the predicted change in it
+    from edits of earlier layers: `[B, T, D]` each."""
     arrived: list[list[Tensor]] = [[] for _ in stack.hook_points]
     predicted: list[list[Tensor]] = [[] for _ in stack.hook_points]
     record = {

@@ -13,7 +13,7 @@ METHOD_OF_PREDICTOR = {
 
 
 def method_name(stack: ReSAE) -> str:
-    """What rows call a stack that says nothing else of itself."""
+    """Default method name of a stack in result rows."""
     if stack.boosted:
         return "boost"
     if stack.shared:
@@ -22,7 +22,7 @@ def method_name(stack: ReSAE) -> str:
 
 
 def predictor_name(kind: str, form: str) -> str:
-    """What rows call a stack, or the maps alone, with this prediction."""
+    """Method name of a stack, or of the maps alone, with this predictor, in result rows."""
     name = METHOD_OF_PREDICTOR[kind]
     return name if form == "full" else f"{name}_{form}"
 

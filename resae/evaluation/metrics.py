@@ -1,4 +1,4 @@
-"""What results are made of: pure functions of tensors, and streaming sums in float64.
+"""Metrics: pure functions of tensors, and streaming sums in float64.
 
 fvu                Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean over the whole set, per dimension
 explained variance 1 − fvu
@@ -76,7 +76,7 @@ def recovered(ablated: float, replaced: float, original: float) -> float:
 
 @dataclass(frozen=True)
 class Redundancy:
-    """How much the dictionaries of different layers repeat each other."""
+    """Redundancy between the dictionaries of different layers."""
 
     mean_max_cos: float
     share_over_0_5: float
@@ -87,7 +87,7 @@ class Redundancy:
 
 
 HISTOGRAM_EDGES = [round(-0.2 + 0.02 * i, 2) for i in range(61)]
-"""Of `max_cosines`: −0.2 to 1 in steps of 0.02."""
+"""Bin edges for `max_cosines`: −0.2 to 1 in steps of 0.02."""
 
 
 def max_cosines(dictionaries: Sequence[Tensor]) -> Tensor:

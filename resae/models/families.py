@@ -1,4 +1,4 @@
-"""Where each model family of transformers keeps what the hook points name: one entry per family."""
+"""Submodules behind the hook points, per model family of transformers: one entry per family."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """Where one HF architecture keeps what the hook points name; paths are relative to a block."""
+    """Submodules behind the hook points of one HF architecture; paths are relative to a block."""
 
     blocks: str
     """Path from the causal LM to its list of blocks."""

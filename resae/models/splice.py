@@ -104,7 +104,7 @@ class _Splice:
             setattr(self.parent, self.name, self.module)
 
     def _meanwhile(self) -> dict[str, Any]:
-        """What was set, as by `model.eval()`, was set on the stand-in."""
+        """Attributes set since, as by `model.eval()`: they were set on the stand-in."""
         ours = ("forward", "__deepcopy__", "__reduce_ex__")
         return {name: value for name, value in vars(self.stand_in).items() if name not in ours}
 

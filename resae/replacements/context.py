@@ -50,13 +50,13 @@ class _Pass:
     keep: Tensor | None
     """`[B, T, 1]` bool, where the stream is left alone; None: nowhere."""
     tokens: PassTokens | None
-    """Where edits look for their places; None without edits."""
+    """Tokens of this pass, among which edits look for theirs; None without edits."""
     seen: list[Tensor]
     """Running stream at the selected layers passed so far; of two passes the clean one at all."""
     x_hats: list[Tensor]
     """Reconstructions of the selected layers passed so far; of two passes of all."""
     changes: list[Change | None]
-    """What edits added at each selected layer."""
+    """Change added by edits at each selected layer."""
     codes: list[SparseCode] = field(default_factory=list)
     """Codes of the layers passed so far, where dictionaries are transported."""
     tally: Tensor | None = None
@@ -70,7 +70,7 @@ class _ThreadState:
         self.current: _Pass | None = None
         """The pass that this thread runs; None outside a pass."""
         self.capturing = False
-        """Whether this thread runs the clean pass of a mode of two passes."""
+        """True while this thread runs the clean pass of a mode of two passes."""
         # [2, 3] per layer, (prefill, decode) by (calls, tokens, left): tensors, so that counting
         # waits for no GPU, recompiles nothing and goes on in a replayed graph. Each thread has its
         # own: an addition to a tensor is not atomic. (`inference_mode` would make tensors that

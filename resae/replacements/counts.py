@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class PassCounts(NamedTuple):
-    """What happened at one hook point in the passes of one kind."""
+    """Counts at one hook point in the passes of one kind."""
 
     calls: int = 0
     """Forward passes."""
@@ -17,7 +17,7 @@ class PassCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """What happened at one hook point since the replacement began."""
+    """Counts at one hook point since the replacement began."""
 
     hook_point: str
     prefill: PassCounts

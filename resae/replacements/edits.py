@@ -53,7 +53,7 @@ class Edit:
     action: str
     """`ablate`, `clamp`, `scale` or `add` (formulas above)."""
     latents: tuple[int, ...] = ()
-    """Which latents; none where a vector is added."""
+    """Indices of the latents; empty where a vector is added."""
     value: float | None = None
     """v: what to clamp to, scale by or add; none for `ablate`."""
     vector: tuple[float, ...] | None = None
@@ -120,7 +120,7 @@ class Edit:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, without the fields that say nothing."""
+        """A dictionary for `from_dict`, without the fields that are at their defaults."""
         entry: dict[str, Any] = {"layer": self.layer, "action": self.action}
         if self.latents:
             entry["latents"] = list(self.latents)
@@ -137,9 +137,9 @@ class Interventions:
 
     edits: tuple[Edit, ...] = ()
     keep_error: bool = False
-    """Whether h + Δ goes into the stream instead of x̂ + Δ."""
+    """Write h + Δ into the stream instead of x̂ + Δ."""
     effects: Effects = "propagated"
-    """Whether later layers predict from x̂ + Δ (`propagated`) or from x̂ (`frozen`)."""
+    """Input of later layers' predictions: x̂ + Δ (`propagated`) or x̂ (`frozen`)."""
 
     def __post_init__(self) -> None:
         if self.effects not in EFFECTS:
@@ -181,7 +181,7 @@ class Interventions:
             raise ValueError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `parse` reads; fit for JSON."""
+        """A dictionary for `parse`, which JSON can hold."""
         edits = [edit.to_dict() for edit in self.edits]
         return {"edits": edits, "keep_error": self.keep_error, "effects": self.effects}
 
@@ -236,7 +236,8 @@ class PassTokens:
     positions: Tensor
     """`[B, T]` int64, place in the row, padding not counted."""
     starts: bool | Tensor
-    """Whether no cache precedes them (bool `[]` on the device with a static cache: no waiting)."""
+    """True if no KV cache precedes them; with a static cache a bool `[]` on the device, which is
+    not waited for."""
     attended: Tensor | None
     """`[B, T]` bool, not padding; None: all."""
     left_alone: Tensor | None
@@ -246,7 +247,7 @@ class PassTokens:
     def of_pass(
         cls, tokens: Tensor, kwargs: dict[str, Any], left_alone: Tensor | None
     ) -> "PassTokens":
-        """Of a pass over `tokens [B, T, ...]` with these keyword arguments of an HF model."""
+        """Describe a pass over `tokens [B, T, ...]` with these keyword arguments of an HF model."""
         B, T = tokens.shape[:2]
         cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         past = 0 if cache is None else cache.get_seq_length()
@@ -281,7 +282,7 @@ class PassTokens:
 
 
 class Change(NamedTuple):
-    """What edits add to the stream at one layer: `Δ = amounts @ directions`."""
+    """Change of the stream by edits at one layer: `Δ = amounts @ directions`."""
 
     amounts: Tensor
     """`[..., E]`: z' − z of each edited latent, then 1 where a vector is added."""
@@ -295,7 +296,7 @@ class Change(NamedTuple):
 
 
 class EditCount(NamedTuple):
-    """How often an edit changed something."""
+    """Number of changes that an edit made."""
 
     edit: Edit
     hook_point: str
@@ -332,7 +333,7 @@ class ActiveEdits:
             layer: _LayerEdits(edits, stack, layer) for layer, edits in of_layer.items()
         }
         self.changes: list[Change | None] = [None] * stack.n_layers
-        """What was added at each selected layer in the forward pass that ended last."""
+        """Changes added at each selected layer in the last completed forward pass."""
 
     def at(
         self, layer: int, code: SparseCode, tokens: PassTokens
@@ -478,7 +479,7 @@ def _zeros(lengths: Sequence[int], device: torch.device) -> list[Tensor]:
 
 
 def predicted_effects(stack: ReSAE, changes: Sequence[Change | None]) -> list[Tensor | None]:
-    """How x̂ of every selected layer changes when the codes of later layers stay as they are:
+    """Predicted change of x̂ of every selected layer, the codes of later layers held fixed:
     `Σ_{l≤m} amounts_l @ (directions_l A_{l+1} … A_m)`, the transported directions.
 
     Exact for the chain (effects "propagated", codes of later layers held); for the model's own

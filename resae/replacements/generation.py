@@ -25,7 +25,7 @@ class Generated(NamedTuple):
     ids: list[int]
     """All tokens, of BOS and prompt too."""
     edits: list[EditCount]
-    """What interventions changed."""
+    """Number of changes that each edit made."""
 
 
 def prompt_ids(lm: HookedLM, prompt: str, max_new_tokens: int) -> list[int]:

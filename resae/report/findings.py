@@ -1,4 +1,4 @@
-"""What the rows of a demo report say, in sentences: also where a claim does not hold.
+"""Findings from the rows of a demo report, in sentences: also where a claim does not hold.
 
 findings        of the paper's claims
 extra_findings  of the further methods, each held against what it promises
@@ -122,8 +122,8 @@ def _redundancy_sentence(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
-    """Of the further methods that are in the report; `boost_k` active latents have the second
-    autoencoders of SAE Boost."""
+    """Findings for the further methods that are in the report. `boost_k`: active latents of the
+    second autoencoders of SAE Boost."""
     sentences = []
     rows = report["replacement"]
     everything = max(len(row["layers"]) for row in rows)

@@ -34,13 +34,13 @@ class SAEConfig:
     k: int
     """Active latents per token."""
     prefix_gain: float = 0.0
-    """Of the j strongest latents alone every act counts (k / j) ** prefix_gain times: fewer latents
-    have to carry a part of what the others would have added."""
+    """Exponent of the scale of activations when only the j strongest latents are decoded:
+    (k / j) ** prefix_gain. It makes up for a part of what the other latents would have added."""
     input_kind: InputKind = "activation"
     """`activation`: x itself; `affine_residual`: x minus a prediction, which `encode` then needs. A
     `ReSAE` sets it."""
     screening: Screening | None = "statistical"
-    """How latents are ruled out by an 8-bit product when encoding on a CPU, before the rest are
+    """Method that rules latents out by an 8-bit product when encoding on a CPU, before the rest are
     scored in float32. `statistical`: a latent of the TopK is missed with probability below 1e-12
     per row (proof: `resae_kernels.screened`); `certain`: never, at more candidates; None: no
     screening, the whole float32 product."""
@@ -62,7 +62,7 @@ class SAEConfig:
 
 
 class SAEOutput(NamedTuple):
-    """What one autoencoder makes of N tokens."""
+    """Output of one autoencoder for N tokens."""
 
     x_hat: Tensor
     """`[..., D]`, reconstruction, `prediction` included."""
@@ -94,7 +94,7 @@ class Autoencoder(nn.Module, ABC):
     dictionaries: ClassVar[int] = 1
     """Number of dictionaries that a decode gathers from; of several, `W_dec` is a copy."""
     follows_acts: ClassVar[bool] = False
-    """Whether `follow` is called with the acts of every batch in training."""
+    """True if training calls `follow` with the acts of every batch."""
     config: SAEConfig
     W_dec: Tensor
     """Dictionary `[M, D]`, one direction per row."""
@@ -123,13 +123,13 @@ class Autoencoder(nn.Module, ABC):
 
     @property
     def step_weights(self) -> StepWeights | None:
-        """What `resae_kernels.online_step` fuses into one call, where encode and decode are one
-        TopK and one gather; None: they are not."""
+        """Arguments of `resae_kernels.online_step`, if encode and decode are one TopK and one
+        gather; otherwise None."""
         return None
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """What encodes on a CPU in place of `resae_kernels.topk_encode`, if anything."""
+        """Encoder used on a CPU in place of `resae_kernels.topk_encode`, or None."""
         return None
 
     def set_input_kind(self, kind: InputKind) -> None:

@@ -98,7 +98,7 @@ class TopKSAE(Autoencoder):
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """What encodes on a CPU; its `encode_with_info` tells which path a call takes."""
+        """Encoder used on a CPU; its `encode_with_info` tells which path a call takes."""
         if self.screening is None:
             return None
         held, weight, bias = self._screened, self.encoder.weight, self.encoder.bias

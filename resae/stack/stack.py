@@ -54,7 +54,7 @@ Activations = Sequence[Tensor] | Mapping[HookPoint, Tensor] | Mapping[str, Tenso
 
 
 class StackOutput(NamedTuple):
-    """What a stack makes of L activations."""
+    """Output of a stack for L activations."""
 
     x_hats: list[Tensor]
     """L reconstructions `[..., D]`."""
@@ -158,19 +158,19 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         return [self.sae(self._of_layer.index(i)) for i in range(len(self.saes))]
 
     def sae_index(self, layer: int) -> int:
-        """Where in `unique_saes()` and `saes` the autoencoder of a layer is."""
+        """Index of a layer's autoencoder in `unique_saes()` and `saes`."""
         return self._of_layer[layer]
 
     @property
     def shared(self) -> bool:
-        """Whether all layers have one dictionary (MLSAE); biases may differ by a factor each."""
+        """True if all layers have one dictionary (MLSAE); biases may differ by a factor each."""
         # Held while they are compared: a boosted autoencoder's W_dec is a copy made at each call.
         dictionaries = [self.sae(layer).W_dec for layer in range(self.n_layers)]
         return self.n_layers > 1 and len({id(W_dec) for W_dec in dictionaries}) == 1
 
     @property
     def chained(self) -> bool:
-        """Whether reconstructions depend on those of earlier layers."""
+        """True if reconstructions depend on those of earlier layers."""
         return self.predictor.kind != "none"
 
     def active_total(self, layer: int) -> int:
@@ -181,7 +181,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
 
     @property
     def boosted(self) -> bool:
-        """Whether autoencoders have a second one beside them (SAE Boost)."""
+        """True if every autoencoder is a boosted one: a frozen and a trained one (SAE Boost)."""
         return any(sae.dictionaries > 1 for sae in self.unique_saes())
 
     def at_k(self, k: int) -> "ReSAE":
@@ -527,7 +527,7 @@ class _PreparedLayer:
             places.append((stack.predictor._buffers, (f"A_{layer}", f"c_{layer}")))
         self._found = [(place, n, place.get(n)) for place, names in places for n in names]
         self.is_whole = all(found is not None for *_, found in self._found)
-        """Whether all objects are where modules keep theirs: parametrised ones are made anew at
+        """True if all objects are where modules keep theirs: parametrised ones are made anew at
         each use."""
         self._step = step
         self._predict = predict

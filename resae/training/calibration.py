@@ -15,7 +15,7 @@ from resae.storage import load_tensors, save_tensors
 
 
 class Calibration(NamedTuple):
-    """What is fixed before training, in raw units of the activations."""
+    """Maps, scales and means fixed before training, in raw units of the activations."""
 
     predictor: AffinePredictor
     scale: list[float]
@@ -48,8 +48,8 @@ def calibrate(
 
 
 def boost_calibration(base_stack: ReSAE, moments: Moments) -> Calibration:
-    """What boosting a stack needs: its own maps, and scales rounded to powers of two, which bring
-    its weights into units of training and back without changing a bit."""
+    """Calibration for boosting a stack: its own maps, and scales rounded to powers of two, which
+    bring its weights into units of training and back without changing a bit."""
     return Calibration(
         base_stack.predictor,
         [2.0 ** round(math.log2(s)) for s in moments.scale()],

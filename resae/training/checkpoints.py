@@ -78,8 +78,7 @@ def named_in_whole(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor
 
 
 def trained_tensors(stack: ReSAE) -> dict[str, Tensor]:
-    """What training may change, by name, each once: all but the maps, which are the
-    calibration's."""
+    """Trainable tensors by name, each once: all but the maps, which belong to the calibration."""
     named = chain(stack.named_parameters(), stack.named_buffers())
     return {name: tensor for name, tensor in named if not name.startswith("predictor.")}
 

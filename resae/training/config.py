@@ -88,7 +88,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainConfig(TrainingSettings):
-    """What is trained, and how. Defaults are those measured on the embedded model."""
+    """Settings of the training loop. Defaults were chosen by measurements on the embedded model."""
 
     layers: tuple[str, ...]
     """Hook points, in the order of the forward pass; at those in `NO_GAIN` raw SAEs (predictor
@@ -100,14 +100,15 @@ class TrainConfig(TrainingSettings):
     predictor: str = "previous"
     """`none`, `identity`, `previous` or `all_previous`."""
     form: str = "full"
-    """Of the maps of the last two: `full`, `scalar`, `diagonal` or `low_rank`."""
+    """Map type for predictors `previous` and `all_previous`: `full`, `scalar`, `diagonal` or
+    `low_rank`."""
     rank: int | None = None
-    """Of the form `low_rank`."""
+    """Rank of maps of type `low_rank`."""
     calibration_tokens: int = 100_000
     """Tokens that the affine maps are fitted on; without maps, scales and means are measured on a
     buffer at most."""
     ridge: float = 1e-4
-    """Of the affine fit, relative to the mean eigenvalue of the sources' covariance."""
+    """Ridge of the affine fit, relative to the mean eigenvalue of the sources' covariance."""
     seed: int = 0
     """Fixes initial directions and the order of the data."""
 
@@ -275,7 +276,7 @@ class MapSettings:
     """Affine maps."""
 
     predictor: Annotated[str | None, KINDS] = None
-    """What predicts a layer from others; None: previous."""
+    """Predictor of a layer from others; None: previous."""
     form: Annotated[str | None, tuple(FORMS)] = None
     """Form of the maps of the predictors previous and all_previous; None: full."""
     rank: Annotated[int | None, whole(1)] = None
@@ -334,7 +335,7 @@ class Placement(Machine):
     """Machine."""
 
     model_device: Annotated[str | None, device_name] = None
-    """Where the language model runs, if not with the autoencoders: cpu, cuda:1, or auto: spread
+    """Device of the language model, if not that of the autoencoders: cpu, cuda:1, or auto: spread
     over all devices (accelerate)."""
     parallel: Annotated[str, WAYS] = "data"
     """Work of each process, where torchrun starts several: all autoencoders on a share of every
@@ -409,7 +410,7 @@ class RunConfig(Source, Dictionaries, MapSettings, TrainingSettings, Files, Plac
         return make(cls, read_file(Path(path), cls) | changes)
 
     def for_model(self, layers: tuple[str, ...], d_in: int) -> TrainConfig:
-        """What the training loop gets, for hook points of these names and of width `d_in`.
+        """Settings of the training loop, for hook points of these names and of width `d_in`.
 
         Raises:
             ValueError: settings that do not fit together.

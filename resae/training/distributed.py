@@ -142,7 +142,7 @@ class Ranks:
         return [torch.cat(parts) for parts in received]
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Those of rank 0 to all."""
+        """Broadcast rank 0's tensors to every rank."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
@@ -172,7 +172,7 @@ class Ranks:
     # -- agreement ---------------------------------------------------------------------------------
 
     def any(self, *flags: bool) -> list[bool]:
-        """Which flags are up on any rank. On the CPU: no device is waited for."""
+        """Logical or of each flag over the ranks. On the CPU: waits for no device."""
         if self.size == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)

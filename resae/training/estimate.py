@@ -1,4 +1,4 @@
-"""What a training run will take, before anything runs: an estimate from sizes alone.
+"""Estimate of time and memory of a training run, from sizes alone, before anything runs.
 
 Memory of weights, gradients, Adam's moments, the buffer and checkpoints is exact; activations of a
 step are counted in streams `[N, D]`. Time is a cost model, never a measurement: the larger of FLOPs
@@ -48,13 +48,13 @@ class Device:
 
 
 class ModelSizes(NamedTuple):
-    """Of a language model, up to its last selected layer where it says so."""
+    """Sizes of a language model."""
 
     name: str
     d_model: int
     parameters: int
     flops_per_token: float
-    """Of a forward pass that stops at the last selected layer."""
+    """FLOPs of a forward pass that stops at the last selected layer."""
     weights_read: int
     """Parameters that such a pass reads."""
 
@@ -78,7 +78,7 @@ class Phase(NamedTuple):
 
     name: str
     tokens: int
-    """That go through it in all, on all ranks."""
+    """Total tokens over all ranks."""
     flops: float
     """Per token."""
     bytes: float
@@ -92,12 +92,12 @@ class Plan(NamedTuple):
 
     phases: list[Phase]
     tokens_per_second: float
-    """Of training, on all ranks, calibration left out."""
+    """Training speed over all ranks, without the calibration."""
     hours: float
     device_memory: dict[str, int]
     host_memory: dict[str, int]
     disk: dict[str, int]
-    """Of all ranks together."""
+    """Bytes of all ranks together."""
     settings: dict[str, Any]
 
     def table(self) -> str:

@@ -40,7 +40,7 @@ from resae.training.step import TrainState, train_step
 
 
 class Progress(NamedTuple):
-    """What the log says of an interval."""
+    """One entry of the log."""
 
     step: int
     steps: int
@@ -196,7 +196,7 @@ def train(
 
 @torch.no_grad()
 def _residuals(maps: AffinePredictor, xs: Sequence[Tensor]) -> list[Tensor]:
-    """What the maps leave of L activations `[N, D]`."""
+    """Residuals of L activations `[N, D]`: each minus its prediction by the maps."""
     predictions = [maps(layer, xs) for layer in range(len(xs))]
     return [
         x if prediction is None else x - prediction
@@ -237,7 +237,7 @@ def _of_all_ranks(
 
 
 class _Pace:
-    """How fast it goes since this process began."""
+    """Training speed since this process began."""
 
     def __init__(self, config: TrainConfig, first_step: int):
         self.config = config
@@ -260,7 +260,7 @@ class _Pace:
 
 
 class _Batch(NamedTuple):
-    """What was trained on, until it is known that the loss is finite."""
+    """A batch whose loss has not yet been checked for NaN."""
 
     step: int
     loss: Tensor

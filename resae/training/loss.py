@@ -18,7 +18,7 @@ from resae.training.config import TrainConfig
 
 
 class LayerMetrics(NamedTuple):
-    """Of one layer and one batch, on the residual target."""
+    """Metrics of one layer and one batch, on the residual target."""
 
     fvu: float
     l0: float
@@ -30,16 +30,15 @@ Measured = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class StackLoss(NamedTuple):
-    """What one batch says of all layers; scalars are still on the device."""
+    """Loss of one batch over all layers, and its metrics; scalars are still on the device."""
 
     loss: Tensor
     measured: list[Measured]
     """Per layer `(fvu, l0, dead fraction, auxk)`, detached."""
     fired: list[Tensor]
-    """Of each of `stack.saes` the latents that fired, in any order, repeated as often as they
-    did."""
+    """Per SAE of `stack.saes`: indices of latents that fired (unordered, with repeats)."""
     acts: list[Tensor]
-    """Of each of `stack.saes` what its trained part made of the tokens, `[N, k]`, detached."""
+    """Per SAE of `stack.saes`: activations of its trained part, `[N, k]`, detached."""
 
 
 def stack_loss(

@@ -170,7 +170,7 @@ class _Pipeline:
         self.out = Path(config.out)
         self.calibrated = self.out / "calibration.safetensors"
         self.record: dict[str, Any] = {}
-        """What the run to go on with recorded; empty for a new one."""
+        """`run.json` of the run to resume; empty for a new run."""
 
     def run(self, command: str, stopping: Stopping) -> Run:
         self._say_devices()
@@ -230,7 +230,7 @@ class _Pipeline:
         return maps, base_stack
 
     def _settle(self, shapes: HookedLM, base_stack: ReSAE | None) -> TrainConfig:
-        """What the training loop gets; of a resumed run as it goes on with it."""
+        """Settings of the training loop; for a resumed run those that it continues with."""
         points = self._points(shapes)
         names = tuple(point.name for point in points)
         if base_stack is not None and list(names) != base_stack.hook_points:

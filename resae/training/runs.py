@@ -26,7 +26,7 @@ RECORDED = (
 def record_of(
     config: RunConfig | FitConfig, rows: TokenRows, affine: Any, device: str, command: str
 ) -> dict[str, Any]:
-    """What a run or a fit records of itself. `config` repeats it: `resae train --config FILE`, or
+    """Record of a run or a fit. `config` repeats it: `resae train --config FILE`, or
     `RunConfig.load(FILE)`."""
     settings = asdict(config)
     settings.pop("resume", None)

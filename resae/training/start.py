@@ -47,8 +47,8 @@ def _optimizer(stack: ReSAE, config: TrainConfig) -> torch.optim.Optimizer:
 def state_of_rank(
     state: TrainState, config: TrainConfig, ranks: Ranks, device: str
 ) -> tuple[TrainState, TrainConfig]:
-    """What one rank trains, and how. By layers: ordinary autoencoders of its layers, whose
-    activations will be what the maps leave."""
+    """Training state and settings of one rank. By layers: ordinary autoencoders of its layers,
+    trained on the residuals of the maps."""
     ranks.broadcast_(state.stack.state_dict().values())
     own = ranks.own(len(config.layers))
     if not ranks.by_layers:
