@@ -7,13 +7,13 @@ without importing torch.
 KINDS = ("none", "identity", "previous", "all_previous")
 """Predictors: what a layer is predicted from."""
 
-FORMS = {
+MAP_TYPES = {
     "full": ("A",),
     "scalar": ("alpha",),
     "diagonal": ("diagonal",),
     "low_rank": ("U", "V", "skip"),
 }
-"""Form of the maps → what is stored of each."""
+"""Map type → names of the tensors that one map of it has."""
 
 WAYS = ("data", "layers")
 """Ways of parallelism: by data (each batch is shared out) or by layers."""
@@ -28,17 +28,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Data types of weights and activations, by their names in torch."""
 
 
-def check_form(kind: str, form: str, rank: int | None, what: str = "affine fit") -> None:
-    """Raise ValueError unless a predictor of this kind can have this form."""
-    if form not in FORMS:
-        raise ValueError(f"{what}: unknown form {form!r}; choose one of {', '.join(FORMS)}")
-    if form != "full" and kind not in ("previous", "all_previous"):
+def check_map_type(kind: str, map_type: str, rank: int | None, what: str = "affine fit") -> None:
+    """Raise ValueError unless a predictor of this kind can have maps of this type."""
+    if map_type not in MAP_TYPES:
+        raise ValueError(f"{what}: unknown map_type {map_type!r}; choose {', '.join(MAP_TYPES)}")
+    if map_type != "full" and kind not in ("previous", "all_previous"):
         raise ValueError(
-            f"{what}: form={form!r} for predictor {kind!r}; only 'previous' and 'all_previous' "
-            f"have forms"
+            f"{what}: map_type={map_type!r} for predictor {kind!r}; only 'previous' and "
+            f"'all_previous' have a map type"
         )
-    if (form == "low_rank") != (rank is not None) or (rank is not None and rank < 1):
+    if (map_type == "low_rank") != (rank is not None) or (rank is not None and rank < 1):
         raise ValueError(
-            f"{what}: form={form!r} with rank={rank}; expected a rank of at least 1 for "
+            f"{what}: map_type={map_type!r} with rank={rank}; expected a rank of at least 1 for "
             f"'low_rank', and none for the others"
         )

@@ -2,7 +2,7 @@
 
 import logging
 
-log = logging.getLogger("resae")
+_logger = logging.getLogger("resae")
 
 
 class Console:
@@ -11,24 +11,24 @@ class Console:
     traceback = False
     """Print errors with their traceback."""
 
-    def say(self, line: str = "") -> None:
+    def log(self, line: str = "") -> None:
         """Report a line that stays."""
-        log.info("%s", line)
+        _logger.info("%s", line)
 
-    def show(self, line: str) -> None:
+    def progress(self, line: str) -> None:
         """Report progress, which the next such line replaces."""
-        log.debug("%s", line)
+        _logger.debug("%s", line)
 
-    def complain(self, line: str) -> None:
+    def error(self, line: str) -> None:
         """Report why the process ends."""
-        log.error("%s", line)
+        _logger.error("%s", line)
 
 
 class SilentConsole(Console):
     """Reports nothing: for all processes of a training but the first."""
 
-    def say(self, line: str = "") -> None:
+    def log(self, line: str = "") -> None:
         pass
 
-    def show(self, line: str) -> None:
+    def progress(self, line: str) -> None:
         pass

@@ -26,6 +26,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, ge
 
 T = TypeVar("T")
 
+RENAMED = {"form": "map_type"}
+"""Names of settings in files of earlier versions → names now."""
+
 
 class Shown(NamedTuple):
     """Display of a setting on the command line, where it is not `--name NAME`."""
@@ -102,6 +105,11 @@ def _docstrings(cls: type) -> dict[str, str]:
     return _READ[cls]
 
 
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a file, under their current names."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
 def read_file(path: Path, cls: type) -> dict[str, Any]:
     """Settings of `cls` from a TOML or JSON file, or from the record that a run wrote.
 
@@ -124,7 +132,7 @@ def read_file(path: Path, cls: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"--config: {path} holds no settings; expected name = value")
     known = {setting.name: setting for setting in settings_of(cls)}
-    values = {name.replace("-", "_"): value for name, value in content.items()}
+    values = current_names({name.replace("-", "_"): v for name, v in content.items()})
     if unknown := sorted(values.keys() - known.keys()):
         near = get_close_matches(unknown[0], known, n=1) or list(known)
         raise ValueError(

@@ -83,7 +83,7 @@ def locked(folder: Path) -> Iterator[None]:
     nothing was written into is removed again.
 
     Raises:
-        BlockingIOError: another process is writing there; the message says which.
+        BlockingIOError: another process is writing there; the message names it.
         OSError: the folder cannot be made or written.
     """
     path = folder.resolve() / LOCK

@@ -1,5 +1,5 @@
-"""The whole method on the embedded model and corpus: fit, train, replace, measure, and say what
-holds.
+"""The whole method on the embedded model and corpus: fit, train, replace, measure, and check the
+claims.
 
 Raw SAEs, raw SAEs with the total latents of a ReSAE reconstruction, identity residuals and ReSAE
 are trained on the same activations in the same order with the same seeds, and evaluated on the same
@@ -101,16 +101,16 @@ BOOST_DOMAIN = "csrc"
 BOOST_K = 4
 
 
-class Plan:
+class ProgressEstimate:
     """Stages done and stages to come, with the remaining time corrected by the speed so far.
 
     Stages are given with the seconds they took where they were measured; `at(fraction)` reports how
     far the current one is.
     """
 
-    def __init__(self, stages: dict[str, float], show: Callable[[str], None]):
+    def __init__(self, stages: dict[str, float], progress: Callable[[str], None]):
         self._stages = stages
-        self._show = show
+        self._progress = progress
         self._began = time.perf_counter()
         self._done = 0.0
         self._current = ""
@@ -129,7 +129,7 @@ class Plan:
         pace = (spent + 5.0) / (expected + 5.0)
         left = (total - expected) * pace
         number = list(self._stages).index(self._current) + 1
-        self._show(
+        self._progress(
             f"[{number}/{len(self._stages)}] {self._current:<42} {fraction:4.0%}  "
             f"{spent:4.0f} s, about {left:.0f} s left  {detail}"
         )
@@ -174,34 +174,34 @@ class _Comparison(NamedTuple):
 
 
 def run_demo(
-    out: Path, config: DemoConfig, *, say: Callable[[str], None], show: Callable[[str], None]
+    out: Path, config: DemoConfig, *, log: Callable[[str], None], progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Run everything into `out`; returns what is written to `out/report.json`.
 
     Args:
-        say: for lines that stay. show: for progress that may overwrite itself.
+        log: for lines that stay. progress: for progress that may overwrite itself.
     """
     lm = HookedLM.from_pretrained(EMBEDDED)
     main, *others = _comparisons(config, lm)
     points, names = main.points, [point.name for point in main.points]
     stages = _stages(config, [main, *others])
-    say(
+    log(
         f"{len(main.runs) + 2 * ('boost' in config.methods)} stacks of {len(names)} autoencoders "
         f"({config.d_sae} latents; k = {', '.join(map(str, config.k))}) for {', '.join(names)} of "
         f"a {lm.n_layers}-layer Pythia of width {lm.d_model}"
     )
     for other in others:
-        say(f"{len(other.runs)} stacks for {', '.join(point.name for point in other.points)}")
-    say(
+        log(f"{len(other.runs)} stacks for {', '.join(point.name for point in other.points)}")
+    log(
         f"{config.train_tokens:,} training tokens{_longer(config, main)}, "
         f"{config.held_out_rows * config.context_tokens:,} held out; "
         f"about {sum(stages.values()) / 60:.0f} minutes"
     )
-    say(
+    log(
         f"what comes: {_CAPTURE}, {_FIT}, train each stack, {_EVALUATE}, {_GENERATE}; then a page "
         f"with figures"
     )
-    plan = Plan(stages, show)
+    plan = ProgressEstimate(stages, progress)
 
     plan.stage(_CAPTURE)
     rows, held_out = train_and_held_out(
@@ -280,7 +280,7 @@ _BOOST_DATA = "capture activations of one domain and the rest"
 _BOOST_BASE, _BOOST_TRAIN = "train on the rest", "boost on the domain"
 
 
-def _at(stage: str, where: str) -> str:
+def _stage_name(stage: str, where: str) -> str:
     """Name of a stage of a comparison at other hook points."""
     return f"{where}: {stage}" if where else stage
 
@@ -336,9 +336,9 @@ def _stages(config: DemoConfig, comparisons: Sequence[_Comparison]) -> dict[str,
     stages: dict[str, float] = {}
     for where, _, runs in comparisons[1:]:
         layers = len(runs[0].settings.layers) / 3
-        stages[_at(_CAPTURE, where)] = 6.0 * tokens
-        stages |= {_at(_training_stage(run), where): _training_seconds(run) for run in runs}
-        stages[_at(_EVALUATE, where)] = 18 * layers * held_out_rows
+        stages[_stage_name(_CAPTURE, where)] = 6.0 * tokens
+        stages |= {_stage_name(_training_stage(run), where): _training_seconds(run) for run in runs}
+        stages[_stage_name(_EVALUATE, where)] = 18 * layers * held_out_rows
     main = comparisons[0]
     ways = 18 * len(config.k) + 3
     training: dict[str, float] = {}
@@ -365,7 +365,7 @@ def _training_seconds(run: _Run) -> float:
 
 
 def _capture(
-    lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint], tokens: int, plan: Plan
+    lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint], tokens: int, plan: ProgressEstimate
 ) -> list[torch.Tensor]:
     pieces: list[list[torch.Tensor]] = []
     held = 0
@@ -398,8 +398,8 @@ def _settings(
         prefixes=prefixes if recipe.nested else None,
         lr=recipe.lr,
         predictor=recipe.predictor,
-        form=recipe.form,
-        rank=max(1, lm.d_model // LOW_RANK) if recipe.form == "low_rank" else None,
+        map_type=recipe.map_type,
+        rank=max(1, lm.d_model // LOW_RANK) if recipe.map_type == "low_rank" else None,
         loop=recipe.loop,
         shared=recipe.shared,
         train_tokens=config.train_tokens * recipe.length,
@@ -439,7 +439,7 @@ def _train_all(
     config: DemoConfig,
     folder: Path,
     lm: HookedLM,
-    plan: Plan,
+    plan: ProgressEstimate,
     text: _Text,
 ) -> tuple[list[Method], list[dict[str, Any]]]:
     """Train every stack of a comparison; returns the methods to evaluate and the curves."""
@@ -448,7 +448,7 @@ def _train_all(
     last = (comparison.points[-1].name,)
     for run in comparison.runs:
         recipe, k, settings = run
-        plan.stage(_at(_training_stage(run), comparison.where))
+        plan.stage(_stage_name(_training_stage(run), comparison.where))
         stored = [x[: settings.train_tokens] for x in xs]
         source = StoredActivations(stored, batch_tokens=config.batch_tokens, seed=config.seed)
         calibration = _calibration(recipe, moments, settings)
@@ -472,16 +472,16 @@ def _elsewhere(
     config: DemoConfig,
     folder: Path,
     lm: HookedLM,
-    plan: Plan,
+    plan: ProgressEstimate,
     text: _Text,
 ) -> list[dict[str, Any]]:
     """The comparison at other hook points: rows of Δ CE, and of its ratio to that of raw SAEs."""
     where, points, _ = comparison
-    plan.stage(_at(_CAPTURE, where))
+    plan.stage(_stage_name(_CAPTURE, where))
     xs = _capture(lm, rows, points, comparison.tokens, plan)
     moments, folder = _moments(xs, config), folder / where
     methods, _ = _train_all(comparison, moments, xs, config, folder, lm, plan, text)
-    plan.stage(_at(_EVALUATE, where))
+    plan.stage(_stage_name(_EVALUATE, where))
     report = evaluate(lm, methods, batches, on_batch=lambda done: plan.at(done / len(batches)))
     measured = report["replacement"]
     raw = {row["mode"]: row["delta_ce"] for row in measured if row["method"] == "raw"}
@@ -497,8 +497,8 @@ def _elsewhere(
 
 
 def _calibration(recipe: Recipe, moments: Moments, settings: TrainConfig) -> Calibration:
-    form, rank = settings.form, settings.rank
-    return calibrate(recipe.predictor, moments, ridge=settings.ridge, form=form, rank=rank)
+    map_type, rank = settings.map_type, settings.rank
+    return calibrate(recipe.predictor, moments, ridge=settings.ridge, map_type=map_type, rank=rank)
 
 
 def _train(
@@ -507,12 +507,12 @@ def _train(
     source: StoredActivations,
     folder: Path,
     lm: HookedLM,
-    plan: Plan,
+    plan: ProgressEstimate,
 ) -> tuple[ReSAE, list[dict[str, Any]]]:
     """One stack and its training curve."""
     log: list[dict[str, Any]] = []
 
-    def note(p: Progress) -> None:
+    def record(p: Progress) -> None:
         plan.at(p.step / p.steps, f"fvu {' '.join(f'{m.fvu:.3f}' for m in p.layers)}")
         curve = [{"fvu": m.fvu} for m in p.layers]
         log.append({"step": p.step, "tokens": p.tokens, "layers": curve})
@@ -525,7 +525,7 @@ def _train(
         identity=ModelIdentity.of(lm),
         keep_checkpoints=1,
         log_steps=10,
-        on_progress=note,
+        on_progress=record,
     )
     assert stack is not None  # nothing asks it to stop
     return stack, log
@@ -545,7 +545,7 @@ def _hop_rows(
     first_with: dict[Any, _Run] = {}  # many methods have the maps of an earlier one
     for run in runs:
         if run.recipe.predictor != "none":
-            first_with.setdefault((run.recipe.predictor, run.recipe.form), run)
+            first_with.setdefault((run.recipe.predictor, run.recipe.map_type), run)
     for recipe, _, settings in first_with.values():
         method, maps = recipe.name, _calibration(recipe, moments, settings).predictor
         shares = routing_shares(maps, moments)
@@ -559,7 +559,7 @@ def _hop_rows(
 
 
 def _boost(
-    lm: HookedLM, points: Sequence[HookPoint], config: DemoConfig, out: Path, plan: Plan
+    lm: HookedLM, points: Sequence[HookPoint], config: DemoConfig, out: Path, plan: ProgressEstimate
 ) -> tuple[list[Method], list[dict[str, Any]]]:
     """SAE Boost where it is meant for: raw SAEs that never saw one domain of the corpus, and beside
     them small ones trained on that domain alone.
@@ -696,7 +696,7 @@ def _samples(
 
 
 def _fvu_tables(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """`mlsae` and `hierarchical`: FVU per layer and k beside that of raw SAEs of the same k."""
+    """`mlsae` and `hierarchical`: FVU per layer and k, with that of raw SAEs of the same k."""
 
     def of(method: str) -> dict[tuple[int, str], float]:
         return {(r["k"], r["layer"]): r["fvu_stream"] for r in rows if r["method"] == method}

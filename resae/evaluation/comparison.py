@@ -136,7 +136,7 @@ def evaluate(
                 "mode": v.mode,
                 "layers": list(v.layers),
                 "k": v.method.k,
-                "active_total": v.method.stack.active_total(names.index(v.layers[-1])),
+                "active_total": v.method.stack.upstream_l0(names.index(v.layers[-1])),
                 "ce_clean": ce_clean,
                 "ce": ce,
                 "delta_ce": ce - ce_clean,

@@ -12,9 +12,9 @@ LABELS = {
     "resae": "ReSAE",
     "all_previous": "all previous layers",
     **{
-        f"{kind}_{form}": f"{label}, {form.replace('_', ' ')}"
+        f"{kind}_{map_type}": f"{label}, {map_type.replace('_', ' ')}"
         for kind, label in (("resae", "ReSAE"), ("all_previous", "all previous layers"))
-        for form in ("scalar", "diagonal", "low_rank")
+        for map_type in ("scalar", "diagonal", "low_rank")
     },
     "mlsae": "MLSAE, one dictionary",
     "hierarchical": "HierarchicalTopK",

@@ -18,13 +18,13 @@ def method_name(stack: ReSAE) -> str:
         return "boost"
     if stack.shared:
         return "mlsae"
-    return predictor_name(stack.predictor.kind, stack.predictor.form)
+    return predictor_name(stack.predictor.kind, stack.predictor.map_type)
 
 
-def predictor_name(kind: str, form: str) -> str:
+def predictor_name(kind: str, map_type: str) -> str:
     """Method name of a stack, or of the maps alone, with this predictor, in result rows."""
     name = METHOD_OF_PREDICTOR[kind]
-    return name if form == "full" else f"{name}_{form}"
+    return name if map_type == "full" else f"{name}_{map_type}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Method:
     k: int | None
     """Nominal active latents per layer; None without autoencoders."""
     subsets: tuple[tuple[str, ...], ...] = ()
-    """Further sets of layers to replace teacher-forced, beside all of them."""
+    """Further sets of layers to replace teacher-forced, in addition to all of them."""
 
     @property
     def loops(self) -> tuple[Loop | None, ...]:

@@ -115,7 +115,7 @@ def cosine_histogram(dictionaries: Sequence[Tensor]) -> list[int]:
 
 
 def redundancy(dictionaries: Sequence[Tensor], seed: int = 0) -> Redundancy:
-    """Summary of `max_cosines`, beside the floor of random directions."""
+    """Summary of `max_cosines`, with the floor of random directions."""
     generator = torch.Generator().manual_seed(seed)
     random = [torch.randn(W.shape, generator=generator) for W in dictionaries]
     cosines = max_cosines(dictionaries)

@@ -15,7 +15,7 @@ class Family:
     mlp_out: str
     """Submodule whose output the MLP adds to the stream."""
     parallel: str | None = None
-    """Config flag which, when true, says that the block has no `resid_mid`."""
+    """Config flag which, when true, means that the block has no `resid_mid`."""
 
 
 FAMILIES: dict[str, Family] = {

@@ -4,7 +4,7 @@
     blocks.{i}.hook_attn_out      what attention adds to it
     blocks.{i}.hook_resid_mid     the stream between attention and MLP (not in parallel blocks)
     blocks.{i}.hook_mlp_out       what the MLP adds
-    blocks.{i}.hook_resid_post    the stream the block leaves
+    blocks.{i}.hook_resid_post    the stream after the block
 
 `resid_post ≈ resid_pre + attn_out + mlp_out` up to rounding, in every family: what is added is read
 after any post-norm. A family is one entry of `FAMILIES`. Weights stay the raw HF weights. Blocks
@@ -157,8 +157,8 @@ class HookedLM:
         return next(self.model.parameters()).device
 
     def require_context(self, tokens: int) -> None:
-        """Raise ValueError if the model was not made for rows of so many tokens. Some families fail
-        beyond their context, others go on with positions that they never saw in training."""
+        """Raise ValueError if the model was not made for rows of this length. Some families fail
+        beyond their context, others continue with positions that they never saw in training."""
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and tokens > limit:
             raise ValueError(
@@ -251,7 +251,7 @@ class HookedLM:
         Functions at one point run in the order in which they came, each on what the one before it
         left. While inside, stand-ins replace the modules concerned in their parents; on exit, in
         whatever order and after whatever error, the modules themselves are back. A model works
-        under `torch.compile`, be it compiled before or inside. A copy of the model made inside, by
+        under `torch.compile`, compiled before or inside. A copy of the model made inside, by
         `copy.deepcopy` or by pickling, is a plain one.
 
         Args:
@@ -279,7 +279,7 @@ class HookedLM:
             path = f"{block}.{inside[point.site]}" if point.site in inside else block
             return [(self.blocks, path, "after", point.order, on_output(function))]
         # No module returns resid_mid: it is the block's input plus attn_out, and is changed by
-        # changing attn_out, since the block goes on with that same sum.
+        # changing attn_out, since the block continues with that same sum.
         thread = threading.local()
 
         def remember(resid_pre: Tensor) -> None:

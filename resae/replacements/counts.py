@@ -11,8 +11,8 @@ class PassCounts(NamedTuple):
     """Forward passes."""
     replaced: int = 0
     """Tokens whose activation was replaced."""
-    left: int = 0
-    """Tokens left alone: special tokens and padding."""
+    skipped: int = 0
+    """Tokens not replaced: special tokens and padding."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,6 @@ class LayerCounts:
         return self.prefill.replaced + self.decode.replaced
 
     @property
-    def left(self) -> int:
-        """Tokens left alone: special tokens and padding."""
-        return self.prefill.left + self.decode.left
+    def skipped(self) -> int:
+        """Tokens not replaced: special tokens and padding."""
+        return self.prefill.skipped + self.decode.skipped

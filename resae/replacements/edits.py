@@ -4,16 +4,17 @@ At a selected layer the stream is h, `prediction` what the chain of maps predict
 
     z = TopK_k(relu((h − prediction − b_dec) W_enc + b_enc))      x̂ = prediction + b_dec + z W_dec
     ablate   z_j → 0            clamp   z_j → v, also where latent j is not active
-    scale    z_j → v · z_j      add     z_j → z_j + v, or a vector u beside the code
+    scale    z_j → v · z_j      add     z_j → z_j + v, or a vector u added to x̂
 
 The edits of a layer, in their order, give z', and so `Δ = (z' − z) W_dec + Σ u`. Into the stream
 goes x̂ + Δ, or h + Δ where the error h − x̂ is kept.
 
-Effects "propagated": later layers predict from x̂ + Δ, so that their codes hold what the maps do not
-foresee of the edit. Effects "frozen": from x̂, as though there were no edit; all of its effect meets
-their codes as news. Either way the code that is reported is z'. In an open loop codes are taken
-against the stream before replacement, in which Δ of that layer is not: it meets later codes as news
-whatever is said, and "propagated" adds to their x̂ what the maps foresee of it once more.
+Effects "propagated": later layers predict from x̂ + Δ, so that their codes encode only the part of
+the edit's effect that the maps do not predict. Effects "frozen": later layers predict from x̂, as if
+there were no edit, and their codes must encode its whole effect. The reported code is always z'.
+In open loop, predictions come from the stream before replacement, which lacks Δ of that layer:
+ later codes must encode its whole effect in both cases, and "propagated" adds the predicted
+effect to their x̂ a second time.
 
 Only the edited latents are touched: Δ is a sum over E of them, never `[N, M]`.
 """
@@ -41,7 +42,7 @@ PLACES = ("all", "prompt", "last_prompt", "generated")
 Effects = Literal["propagated", "frozen"]
 
 
-# -- what is asked for -----------------------------------------------------------------------------
+# -- descriptions of edits -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Edit:
     at: str | tuple[int, ...] = "all"
     """Tokens: `all`; `prompt`, those of a pass that starts without cache; `last_prompt`, the last
     of them; `generated`, those of passes that continue a cache; or positions in the row, counted
-    from 0 without padding. Never padding, nor special tokens that replacement leaves alone."""
+    from 0 without padding. Never padding, nor special tokens that are not replaced."""
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -89,9 +90,9 @@ class Edit:
             raise ValueError(f"at={list(self.at)}; expected positions, counting from 0")
 
     def __str__(self) -> str:
-        what = "a vector" if self.vector is not None else f"latents {_listed(self.latents)}"
+        what = "a vector" if self.vector is not None else f"latents {_join(self.latents)}"
         value = "" if self.value is None else f" value {self.value:g}"
-        place = self.at if isinstance(self.at, str) else f"positions {_listed(self.at)}"
+        place = self.at if isinstance(self.at, str) else f"positions {_join(self.at)}"
         return f"{self.action} {what}{value} of layer {self.layer}, {place}"
 
     @classmethod
@@ -99,7 +100,7 @@ class Edit:
         """Read `{"layer": 3, "action": "clamp", "latents": 17, "value": 5.0, "at": "generated"}`.
 
         Raises:
-            ValueError: not such a dict; the message says which entry and what is expected.
+            ValueError: not such a dict; the message names the entry and what is expected.
         """
         entry = _keys(entry, {"layer", "action"}, {"latents", "value", "vector", "at"})
         layer, at = entry["layer"], entry.get("at", "all")
@@ -153,7 +154,7 @@ class Interventions:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not such a description; the message says where and what is expected.
+            ValueError: not such a description; the message names the place and what is expected.
         """
         if isinstance(source, cls):
             return source
@@ -222,7 +223,7 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
     return values
 
 
-def _listed(numbers: Iterable[object]) -> str:
+def _join(numbers: Iterable[object]) -> str:
     return ", ".join(map(str, numbers))
 
 
@@ -387,7 +388,7 @@ class ActiveEdits:
         idle = []
         for edit, _, changed in self.counts:
             quiet = [latent for latent, tokens in changed.items() if not tokens]
-            which = f" (only {_listed(quiet)})" if len(quiet) < len(changed) else ""
+            which = f" (only {_join(quiet)})" if len(quiet) < len(changed) else ""
             if quiet:
                 idle.append(f"{edit}{which}")
         if idle:
@@ -475,7 +476,7 @@ def _zeros(lengths: Sequence[int], device: torch.device) -> list[Tensor]:
         return [torch.zeros(n, dtype=torch.int64, device=device) for n in lengths]
 
 
-# -- what the maps say of an edit ------------------------------------------------------------------
+# -- predicted effects of an edit ------------------------------------------------------------------
 
 
 def predicted_effects(stack: ReSAE, changes: Sequence[Change | None]) -> list[Tensor | None]:

@@ -124,8 +124,8 @@ def generate(
     return Generated(lm.tokenizer.decode(new), len(new), counts, out[0].tolist(), edits)
 
 
-# What a model's own generation_config may say without changing what the fast loop writes: what
-# `generate` says itself or what is no matter of tokens; and, of the most likely token, cut-offs.
+# Settings of a model's own generation_config that do not change the tokens of the fast loop: those
+# that `generate` sets itself, and those that are not about tokens; if greedy, cut-offs too.
 _WITHOUT_EFFECT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length"),
     *("max_new_tokens", "do_sample", "temperature", "top_k", "use_cache", "cache_implementation"),

@@ -14,7 +14,7 @@ from resae_kernels import SparseCode, sparse_decode
 
 
 class BoostedSAE(Autoencoder):
-    """A frozen autoencoder and a second one of the same input, trained on what the first leaves:
+    """A frozen autoencoder and a second one of the same input, trained on the error of the first:
     x̂ = x̂_frozen + z_boost W_boost, without decoder bias.         SAE Boost (arXiv 2507.12990)
 
     The code is that of the frozen one, then that of the boost with indices M_frozen higher: to all

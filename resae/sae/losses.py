@@ -1,4 +1,4 @@
-"""Loss terms of one autoencoder beside its reconstruction error, and sums of batches in pieces."""
+"""Loss terms of one autoencoder besides its reconstruction error, and sums of batches in pieces."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -40,8 +40,8 @@ def auxk_loss(
     prediction: Tensor | None = None,
     reduce: Reduce = no_reduce,
 ) -> Tensor:
-    """AuxK loss: error of the k_aux strongest dead latents at reconstructing the residual error of
-    the live ones; 0 if none is dead.
+    """AuxK loss: error of the k_aux strongest dead latents at reconstructing the error of the live
+    ones; 0 if none is dead.
 
     `Σ‖e − ê‖² / Σ‖e‖²` with `e` the detached error and `ê` the decode of the dead latents' code, no
     bias. The code is the TopK of the dead latents alone, so the gradient reaches the encoder.

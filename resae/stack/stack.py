@@ -87,9 +87,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     ):
         super().__init__()
         _require_types(hook_points, predictor, saes)
-        self._hub_mixin_config = (
-            None  # resae.json says everything; the mixin need not write its own
-        )
+        self._hub_mixin_config = None  # resae.json has everything; the mixin need not write its own
         if len(saes) != len(hook_points):
             raise ValueError(
                 f"ReSAE: {len(saes)} autoencoders for {len(hook_points)} hook points; give one each"
@@ -123,14 +121,14 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         k = [self.sae(i).config.k for i in range(self.n_layers)]
         return (
             f"model={model!r}, hook_points={self.hook_points}, "
-            f"predictor={self.predictor.kind!r}, form={self.predictor.form!r}, "
+            f"predictor={self.predictor.kind!r}, map_type={self.predictor.map_type!r}, "
             f"d_in={self.d_in}, k={k}, shared={self.shared}, boosted={self.boosted}"
         )
 
     def _hold(self, saes: Sequence[Autoencoder]) -> None:
         distinct = list(dict.fromkeys(saes))
         self.saes = nn.ModuleList(distinct)
-        self._of_layer = [distinct.index(sae) for sae in saes]
+        self._sae_of_layer = [distinct.index(sae) for sae in saes]
 
     @property
     def n_layers(self) -> int:
@@ -149,17 +147,17 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
 
     def sae(self, layer: int) -> Autoencoder:
         """The autoencoder of selected layer `layer` (its position in `hook_points`)."""
-        module = self.saes[self._of_layer[layer]]
+        module = self.saes[self._sae_of_layer[layer]]
         assert isinstance(module, Autoencoder)
         return module
 
     def unique_saes(self) -> list[Autoencoder]:
         """The autoencoders, each once, where `saes` of several layers are one."""
-        return [self.sae(self._of_layer.index(i)) for i in range(len(self.saes))]
+        return [self.sae(self._sae_of_layer.index(i)) for i in range(len(self.saes))]
 
     def sae_index(self, layer: int) -> int:
         """Index of a layer's autoencoder in `unique_saes()` and `saes`."""
-        return self._of_layer[layer]
+        return self._sae_of_layer[layer]
 
     @property
     def shared(self) -> bool:
@@ -173,7 +171,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         """True if reconstructions depend on those of earlier layers."""
         return self.predictor.kind != "none"
 
-    def active_total(self, layer: int) -> int:
+    def upstream_l0(self, layer: int) -> int:
         """Active latents that x̂ of selected layer `layer` is made of: those of all layers whose
         code reaches it through the maps."""
         layers = range(layer + 1) if self.chained else (layer,)
@@ -200,8 +198,8 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         """L codes → L reconstructions `[..., D]`, back through the chain of maps."""
         if not self.chained:
             return [self.sae(i).decode(*code) for i, code in enumerate(codes)]
-        # Dense products are what a cheap form saves, one dictionary what a boosted SAE has not.
-        if self.predictor.form != "full" or self.boosted:
+        # A cheap map type is there to save dense products; a boosted SAE has two dictionaries.
+        if self.predictor.map_type != "full" or self.boosted:
             x_hats: list[Tensor] = []
             for i, code in enumerate(codes):
                 x_hats.append(self.sae(i).decode(*code, prediction=self.predictor(i, x_hats)))
@@ -240,8 +238,8 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         self,
         layer: int,
         x: Tensor,
-        seen: Sequence[Tensor],
-        put_in: Sequence[Tensor],
+        predictor_inputs: Sequence[Tensor],
+        reconstructions: Sequence[Tensor],
         *,
         codes: Sequence[SparseCode] = (),
         transported: Transported | None = None,
@@ -252,27 +250,34 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         on a CPU one call of the compiled library.
 
         Args:
-            seen: the activations `[..., D]` of earlier selected layers that the residual is taken
-                against: the reconstructions (closed loop), or the activations they replaced (open).
-            put_in: the reconstructions of earlier selected layers.
+            predictor_inputs: tensors `[..., D]` of earlier selected layers from which this layer is
+                predicted: the reconstructions (closed loop), or the activations that they
+                replaced (open).
+            reconstructions: the reconstructions of earlier selected layers.
             codes, transported: the codes of all earlier selected layers, and the dictionaries from
-                `transported`, by which up to 16 tokens are predicted in place of `put_in`; on a CPU
-                where they are at most D active latents: more rows than a map has take longer.
+                `transported`, by which up to 16 tokens are predicted in place of `reconstructions`;
+                on a CPU only for at most D active latents: gathering more rows than a map has
+                takes longer.
         """
         prepared = self._prepared.get(layer)
-        if prepared is not None and seen is put_in and transported is None and _is_inference():
-            step = prepared(x, seen)
+        if (
+            prepared is not None
+            and predictor_inputs is reconstructions
+            and transported is None
+            and _is_inference()
+        ):
+            step = prepared(x, predictor_inputs)
             if step is not None:
                 return step
         sae, N = self.sae(layer), x.shape[:-1].numel()
         few = N <= FEW_TOKENS and not torch.is_grad_enabled()
-        weights = sae.step_weights if few and seen is put_in else None
+        weights = sae.step_weights if few and predictor_inputs is reconstructions else None
         if weights is not None:
             on_cpu = x.is_cpu and not torch.compiler.is_compiling()
             encoder = sae.screened if on_cpu else None
             by_maps = transported is None or (on_cpu and _maps_are_faster(N, x.shape[-1], codes))
             if encoder is not None and by_maps:
-                step = self._step_at_once(layer, x, seen, sae, encoder)
+                step = self._step_at_once(layer, x, predictor_inputs, sae, encoder)
                 if step is not None:
                     return step
             if not by_maps:
@@ -280,24 +285,24 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                     x, *weights, codes=codes, transported=transported, encoder=encoder
                 )
             if x.is_cuda:
-                prediction = self.predictor(layer, seen)
+                prediction = self.predictor(layer, predictor_inputs)
                 return online_step(x, *weights, b_dec=sae.b_dec, prediction=prediction)
-        prediction = self.predictor(layer, seen)
+        prediction = self.predictor(layer, predictor_inputs)
         code = sae.encode(x, prediction=prediction)
-        if seen is not put_in:
-            prediction = self.predictor(layer, put_in)
+        if predictor_inputs is not reconstructions:
+            prediction = self.predictor(layer, reconstructions)
         return sae.decode(*code, prediction=prediction), code
 
     def _step_at_once(
         self,
         layer: int,
         x: Tensor,
-        seen: Sequence[Tensor],
+        predictor_inputs: Sequence[Tensor],
         sae: Autoencoder,
         encoder: ScreenedEncoder,
     ) -> tuple[Tensor, SparseCode] | None:
-        """`online_step`, prediction included, as one call of the compiled library; None: not the
-        way for these tensors."""
+        """`online_step`, prediction included, as one call of the compiled library; None if the
+        library does not take these tensors."""
         affine = predict = None
         if layer and self.chained:
             affine = self.predictor.one_map(layer) if x.numel() <= FEW_ENTRIES else None
@@ -309,7 +314,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         prepared = _PreparedLayer(self, layer, sae, step, predict)
         if prepared.is_whole:
             self._prepared[layer] = prepared
-        return prepared(x, seen)
+        return prepared(x, predictor_inputs)
 
     def transported(
         self, max_bytes: int, *, vectors: Sequence[Tensor] | None = None
@@ -319,7 +324,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         there are no maps, or autoencoders are boosted.
 
         Args:
-            vectors: per layer `[V, D]`, what may be added to the stream beside its latents:
+            vectors: per layer `[V, D]`, vectors that may be added to the stream:
                 transported as rows M … M + V − 1 of its tables.
         """
         own = [self.sae(i).W_dec.detach() for i in range(self.n_layers)]
@@ -379,7 +384,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                 "format_version": FORMAT_VERSION,
                 "hook_points": self.hook_points,
                 "predictor": self.predictor.kind,
-                "form": self.predictor.form,
+                "map_type": self.predictor.map_type,
                 "shared": self.shared,
                 "boosted": self.boosted,
                 "d_in": self.d_in,
@@ -399,7 +404,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         return ModelCard(
             f"---\n{header}\n---\n\n# TopK autoencoders of {self.n_layers} layers of {model}\n\n"
             f"Layers {', '.join(self.hook_points)}; {self.d_sae} latents per layer, "
-            f"k = {k}; affine predictor `{self.predictor.kind}`, {self.predictor.form} (ReSAE, "
+            f"k = {k}; affine predictor `{self.predictor.kind}`, {self.predictor.map_type} (ReSAE, "
             "arXiv 2605.27819).\n\n"
             f"{_screening_on_card(self.sae(0).config.screening)}\n\n"
             "```python\nfrom resae import ReSAE\n\n"
@@ -497,8 +502,8 @@ def _share(saes: Sequence[Autoencoder], folder: Path) -> None:
     for sae in saes[1:]:
         if not sae.share_dictionary(first):
             raise ValueError(
-                f"stack {folder}: resae.json says that all layers share one dictionary, but their "
-                f"files hold different ones; restore them"
+                f"stack {folder}: resae.json states that all layers share one dictionary, but "
+                f"their files hold different ones; restore them"
             )
 
 
@@ -532,12 +537,14 @@ class _PreparedLayer:
         self._step = step
         self._predict = predict
 
-    def __call__(self, x: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, SparseCode] | None:
-        """As `ReSAE.step`; None: something is not what it was."""
+    def __call__(
+        self, x: Tensor, predictor_inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, SparseCode] | None:
+        """As `ReSAE.step`; None if an object was exchanged."""
         for place, name, found in self._found:
             if place.get(name) is not found:
                 return None
-        step = self._step(x, None if self._predict is None else self._predict(seen))
+        step = self._step(x, None if self._predict is None else self._predict(predictor_inputs))
         return None if step is None else (step[0], SparseCode(step[1], step[2]))
 
 
@@ -555,7 +562,7 @@ class AffineOnly:
         self.n_layers = stack.n_layers
         self.require_model = stack.require_model
 
-    def active_total(self, layer: int) -> int:  # noqa: ARG002
+    def upstream_l0(self, layer: int) -> int:  # noqa: ARG002
         return 0
 
     def __call__(self, xs: Activations, *, loop: Loop = "open") -> StackOutput:  # noqa: ARG002
@@ -569,10 +576,10 @@ class AffineOnly:
         self,
         layer: int,
         x: Tensor,
-        seen: Sequence[Tensor],  # noqa: ARG002
-        put_in: Sequence[Tensor],
+        predictor_inputs: Sequence[Tensor],  # noqa: ARG002
+        reconstructions: Sequence[Tensor],
     ) -> tuple[Tensor, None]:
-        prediction = self.predictor(layer, put_in)
+        prediction = self.predictor(layer, reconstructions)
         return x if prediction is None else prediction, None
 
 

@@ -37,11 +37,11 @@ class Calibration(NamedTuple):
 
 
 def calibrate(
-    kind: str, moments: Moments, *, ridge: float, form: str = "full", rank: int | None = None
+    kind: str, moments: Moments, *, ridge: float, map_type: str = "full", rank: int | None = None
 ) -> Calibration:
     """Maps, scales and means from the moments of the calibration tokens."""
     return Calibration(
-        fit_predictor(kind, moments, ridge=ridge, form=form, rank=rank),
+        fit_predictor(kind, moments, ridge=ridge, map_type=map_type, rank=rank),
         moments.scale(),
         [moments.mean(layer).float() for layer in range(len(moments.sums))],
     )

@@ -19,7 +19,7 @@ from resae.arguments import (
     writable,
 )
 from resae.arguments import device as device_name
-from resae.choices import DTYPES, FORMS, KINDS, WAYS, check_form
+from resae.choices import DTYPES, KINDS, MAP_TYPES, WAYS, check_map_type
 from resae.data.config import Machine, Source
 from resae.settings import Shown, make, read_file
 
@@ -99,7 +99,7 @@ class TrainConfig(TrainingSettings):
     """M, latents: one number for every layer, or one per layer."""
     predictor: str = "previous"
     """`none`, `identity`, `previous` or `all_previous`."""
-    form: str = "full"
+    map_type: str = "full"
     """Map type for predictors `previous` and `all_previous`: `full`, `scalar`, `diagonal` or
     `low_rank`."""
     rank: int | None = None
@@ -129,7 +129,7 @@ class TrainConfig(TrainingSettings):
             raise ValueError(
                 f"TrainConfig: unknown predictor {self.predictor!r}; choose {', '.join(KINDS)}"
             )
-        check_form(self.predictor, self.form, self.rank, "TrainConfig")
+        check_map_type(self.predictor, self.map_type, self.rank, "TrainConfig")
         if self.loop not in ("open", "closed"):
             raise ValueError(f"TrainConfig: loop={self.loop!r}, expected 'open' or 'closed'")
         equal_k = len(set(self.k)) == 1
@@ -277,10 +277,10 @@ class MapSettings:
 
     predictor: Annotated[str | None, KINDS] = None
     """Predictor of a layer from others; None: previous."""
-    form: Annotated[str | None, tuple(FORMS)] = None
-    """Form of the maps of the predictors previous and all_previous; None: full."""
+    map_type: Annotated[str | None, tuple(MAP_TYPES)] = None
+    """Map type of the predictors previous and all_previous; None: full."""
     rank: Annotated[int | None, whole(1)] = None
-    """Rank of the maps of the form low_rank."""
+    """Rank of maps of type low_rank."""
     calibration_tokens: Annotated[int | None, whole(2)] = None
     """Tokens that the maps are fitted on; without maps, scales and means are measured on a buffer
     at most; None: 100000."""

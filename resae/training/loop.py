@@ -33,7 +33,7 @@ from resae.training.checkpoints import (
     trained_tensors,
 )
 from resae.training.config import TrainConfig
-from resae.training.distributed import ALONE, Ranks
+from resae.training.distributed import SINGLE_PROCESS, Ranks
 from resae.training.loss import LayerMetrics, Measured
 from resae.training.start import initial_state, require_divisible, state_of_rank
 from resae.training.step import TrainState, train_step
@@ -83,18 +83,19 @@ def train(
     on_progress: Callable[[Progress], None] | None = None,
     on_checkpoint: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> ReSAE | None:
     """Train, log and checkpoint into `out`; save the finished stack there and return it.
 
     Args:
         source: batches of L raw activations `[batch_tokens / ranks, D]`.
         identity: the model, as recorded with the stack.
-        resume: go on from the newest readable checkpoint of `out`, a folder that exists (from step
-            0 if there is no checkpoint); with more `train_tokens` than before see `resumed_config`.
+        resume: continue from the newest readable checkpoint of `out`, a folder that exists (from
+            step 0 without a checkpoint); with more `train_tokens` than before see
+            `resumed_config`.
         checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
-        keep_checkpoints: so many stay, and one more while it is written: the newest, and of two or
-            more one from before the learning rate falls.
+        keep_checkpoints: number of newest checkpoints to keep (one more while it is written); of
+            two or more, one is from before the learning rate falls.
         eval_steps: interval at which `delta_ce` measures a copy of the stack, for raw activations,
             on `device` (in the place that gradients take in a step); the run is the same without.
         on_checkpoint: called on every rank before a checkpoint is written: what belongs to it and
@@ -126,7 +127,7 @@ def train(
     begun = initial_state(config, calibration, identity, "cpu" if ranks.by_layers else device)
     state, step_config = state_of_rank(begun, config, ranks, device)
     maps = begun.stack.predictor.to(device)
-    own, first = ranks.own(len(config.layers)), ranks.rank == 0
+    own, first = ranks.local_layers(len(config.layers)), ranks.rank == 0
     checkpoints, logged = out / "checkpoints", out / "log.jsonl"
     if first:
         out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,7 @@ def train(
             remove_partial(out)
         else:
             logged.unlink(missing_ok=True)
-    ranks.meet()  # nobody reads before
+    ranks.barrier()  # nobody reads before
     if resume:
         left_behind = load_newest(checkpoints, state, config, ranks)
         if first:
@@ -151,7 +152,7 @@ def train(
         raw, state.position = next(batches)
         xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
         if ranks.by_layers:
-            xs = ranks.to_owners(_residuals(maps, xs))
+            xs = ranks.gather_by_layer(_residuals(maps, xs))
         loss, measured = train_step(state, step_config, xs, ranks)
         last = state.step == config.steps
         due = last or state.step % checkpoint_steps == 0
@@ -165,11 +166,11 @@ def train(
         asked = recent if due or report else recent[:-1]
         bad = next((b for b in asked if not bool(b.loss.isfinite())), None)
         unchecked = batch
-        stop, diverged = ranks.any(not last and should_stop(), bad is not None)
+        stop, diverged = ranks.any_rank(not last and should_stop(), bad is not None)
         if (stop or due) and not diverged:
             finite = all(bool(p.isfinite().all()) for p in state.stack.parameters())
             bad = None if finite and bool(loss.isfinite()) else batch
-            (diverged,) = ranks.any(bad is not None)
+            (diverged,) = ranks.any_rank(bad is not None)
         if diverged:
             raise ValueError(_diverged(recent, bad, out, config, ranks))
         if report:
@@ -190,7 +191,7 @@ def train(
     stack = _in_raw_units(state, begun, calibration, ranks)
     if stack is not None:
         stack.to("cpu").save_pretrained(out)
-    ranks.meet()  # nobody reads before
+    ranks.barrier()  # nobody reads before
     return ReSAE.load(out) if stack is None else stack.eval()
 
 
@@ -210,7 +211,7 @@ def _in_raw_units(
     """A copy of the whole stack as it is now, for raw activations, on rank 0; None elsewhere."""
     state.optimizer.zero_grad(set_to_none=True)  # makes room for the copy
     if ranks.by_layers:
-        held = ranks.collect(named_in_whole(trained_tensors(state.stack), ranks))
+        held = ranks.gather_to_rank0(named_in_whole(trained_tensors(state.stack), ranks))
         for name, tensor in trained_tensors(begun.stack).items() if held else ():
             tensor.data.copy_(held[name])
     if ranks.rank > 0:
@@ -232,7 +233,7 @@ def _of_all_ranks(
     table[list(own)] = torch.stack([torch.stack([v.double() for v in row]) for row in measured])
     if ranks.by_data:
         table[:, 1:3] /= ranks.size  # of means over tokens, equally many on each rank
-    total, *rows = ranks.sum(torch.cat([loss.double().view(1), table.flatten()])).tolist()
+    total, *rows = ranks.all_reduce(torch.cat([loss.double().view(1), table.flatten()])).tolist()
     return total, [LayerMetrics(*rows[i : i + 4]) for i in range(0, len(rows), 4)]
 
 
@@ -270,13 +271,13 @@ class _Batch(NamedTuple):
 def _diverged(
     recent: Sequence[_Batch], bad: _Batch | None, out: Path, config: TrainConfig, ranks: Ranks
 ) -> str:
-    """Save the batch that it happened on, each rank its share, and say so."""
-    step = max(step for (step,) in ranks.every([-1 if bad is None else bad.step]))
+    """Save the batch with the bad loss, each rank its share; returns the error message."""
+    step = max(step for (step,) in ranks.all_gather_ints([-1 if bad is None else bad.step]))
     batch = next(b for b in recent if b.step == step)
     path = out / f"nan_batch{f'.rank{ranks.rank}' if ranks.size > 1 else ''}.safetensors"
     tensors = dict(zip(config.layers, batch.raw, strict=True))
     save_tensors(path, {**tensors, "step": torch.tensor(batch.step)})
-    if any(ranks.any(not all(bool(x.isfinite().all()) for x in batch.raw))):
+    if any(ranks.any_rank(not all(bool(x.isfinite().all()) for x in batch.raw))):
         remedy = "hold NaN or inf; look there, or load the model in float32 or bfloat16"
     else:
         remedy = f"are finite: train with a lower lr (now {config.peak_lr:g}) or clip_norm"

@@ -11,7 +11,7 @@ from resae.data.batches import Position
 from resae.sae.losses import Reduce, no_reduce
 from resae.stack.stack import ReSAE
 from resae.training.config import TrainConfig
-from resae.training.distributed import ALONE, Ranks
+from resae.training.distributed import SINGLE_PROCESS, Ranks
 from resae.training.loss import Measured, StackLoss, stack_loss
 
 
@@ -30,7 +30,7 @@ class TrainState:
 
 
 def train_step(
-    state: TrainState, config: TrainConfig, xs: Sequence[Tensor], ranks: Ranks = ALONE
+    state: TrainState, config: TrainConfig, xs: Sequence[Tensor], ranks: Ranks = SINGLE_PROCESS
 ) -> tuple[Tensor, list[Measured]]:
     """One optimiser step on a batch of L activations `[N, D]`, already divided by their RMS.
 
@@ -42,26 +42,26 @@ def train_step(
         several ranks this one's part.
     """
     stack, tokens = state.stack, len(xs[0])
-    dead = [since >= config.dead_tokens for since in state.tokens_since_fired]
+    dead = [idle_tokens >= config.dead_tokens for idle_tokens in state.tokens_since_fired]
     pieces = list(zip(*(x.tensor_split(config.accumulation_steps) for x in xs), strict=True))
     autocast = torch.autocast(xs[0].device.type, torch.bfloat16, enabled=config.autocast)
     state.optimizer.zero_grad(set_to_none=True)
-    for since in state.tokens_since_fired:
-        since += tokens * (ranks.size if ranks.by_data else 1)
+    for idle_tokens in state.tokens_since_fired:
+        idle_tokens += tokens * (ranks.size if ranks.by_data else 1)
     reduces = _batch_reduces(state, config, pieces, dead, autocast, ranks)
     parts = []
     for piece in pieces:
         with autocast:
             part = stack_loss(stack, config, piece, dead, reduce=next(reduces))
-        for since, latents in zip(state.tokens_since_fired, part.fired, strict=True):
-            since[latents] = 0
+        for idle_tokens, latents in zip(state.tokens_since_fired, part.fired, strict=True):
+            idle_tokens[latents] = 0
         if len(parts) + 1 < len(pieces):
             part.loss.backward()
         else:
             with ranks.summed_gradients(stack.parameters()):
                 part.loss.backward()
         parts.append((len(piece[0]) / tokens, part._replace(loss=part.loss.detach())))
-    ranks.least_(state.tokens_since_fired)
+    ranks.all_reduce_min_(state.tokens_since_fired)
     for sae in stack.unique_saes():
         sae.remove_parallel_gradient()
     if config.clip_norm is not None:
@@ -73,7 +73,7 @@ def train_step(
         sae.normalize_decoder()
     for i, sae in enumerate(stack.unique_saes()):
         if sae.follows_acts:
-            sae.follow(ranks.whole(torch.cat([part.acts[i] for _, part in parts])))
+            sae.follow(ranks.all_gather_cat(torch.cat([part.acts[i] for _, part in parts])))
     state.step += 1
     return _sum_of_parts(parts)
 

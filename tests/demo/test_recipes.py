@@ -1,4 +1,4 @@
-from resae.choices import FORMS, KINDS
+from resae.choices import KINDS, MAP_TYPES
 from resae.demo.recipes import (
     ELSEWHERE,
     EXTRA_METHODS,
@@ -19,5 +19,5 @@ def test_every_recipe_is_one_method_that_can_be_trained_and_has_a_label():
     assert set(EXTRA_METHODS) == extra == set(METHOD_GROUPS["all"])
     for recipe in recipes:
         assert recipe.predictor in KINDS
-        assert recipe.form in FORMS
+        assert recipe.map_type in MAP_TYPES
         assert recipe.name in LABELS or recipe in LR_RECIPES  # the grid: a name says it all
