@@ -188,7 +188,8 @@ class Autoencoder(nn.Module, ABC):
         Args:
             x, error: `[N, D]`, the activation and `x − x̂`.
             dead: `[M]` bool, of `trainable`.
-            reduce: of a batch in pieces; the losses of the pieces add up to that of the batch.
+            reduce: reduction of the loss's normaliser, called at most once: from the sum over
+                these tokens to the sum over the batch that they are a piece of.
         """
 
     def follow(self, acts: Tensor) -> None:

@@ -22,7 +22,7 @@ class TopKWeights(Protocol):
 
 
 Reduce = Callable[[Tensor], Tensor]
-"""Makes of a sum over a piece of a batch the sum over the whole batch."""
+"""Reduction of a sum over a piece of a batch to the sum over the whole batch."""
 
 
 def no_reduce(sum_of_piece: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def auxk_loss(
 
     Args:
         x: `[N, D]`. error: `[N, D]`, x − x̂. dead: `[M]` bool. prediction: as in `encode`.
-        reduce: of a batch in pieces; the losses of the pieces add up to that of the batch.
+        reduce: of the normaliser `Σ‖e‖²`; the losses of the pieces add up to that of the batch.
 
     Note:
         The gradients of `encoder.weight` and `W_dec` are sparse: added to those of the main loss
