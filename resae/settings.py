@@ -4,7 +4,7 @@ keys of a settings file.
 A field is one setting. Its docstring is its help text; its annotation gives the values:
 
     steps: Annotated[int, whole(1)] = 50          read by a function of `resae.arguments`
-    loop: Annotated[str, ("open", "closed")]      one of several words
+    loop: Annotated[str, Loop]                    one of a closed set of words (`resae.choices`)
     shared: bool = False                          a flag
     model: Annotated[str, filled, Shown("MODEL", positional=True)]
 
@@ -21,6 +21,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from enum import EnumType
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -71,8 +72,8 @@ def _setting(field: Any, owner: type, cls: type) -> Setting:
     for extra in get_args(annotation)[1:] if get_origin(annotation) is Annotated else ():
         if isinstance(extra, Shown):
             shown = extra
-        elif isinstance(extra, tuple):
-            choices = extra
+        elif isinstance(extra, tuple | EnumType):
+            choices = tuple(map(str, extra))
         else:
             assert callable(extra), f"{cls.__name__}.{field.name}: {extra!r} in its annotation"
             parse = extra

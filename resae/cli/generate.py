@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from resae.arguments import filled, real, whole
 from resae.arguments import seed as seed_number
+from resae.choices import Loop
 from resae.cli.terminal import TerminalConsole
 from resae.data.config import Machine
 from resae.settings import Shown
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from resae.models.hooked import HookedLM
     from resae.replacements.edits import Interventions, StrongestLatents
     from resae.replacements.generation import Generated
-    from resae.stack.stack import Loop, ReSAE
+    from resae.stack.stack import ReSAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Options(Machine):
     """Sampling temperature; 0: the most likely token."""
     seed: Annotated[int, seed_number] = 0
     """Seed of the sampling."""
-    loop: Annotated[Literal["closed", "open"], ("closed", "open")] = "closed"
+    loop: Annotated[str, Loop] = "closed"
     """Residuals are taken against predictions from reconstructions (closed) or from the activations
     that they replaced (open)."""
     intervene: Annotated[str | None, filled, Shown("FILE|JSON")] = None
@@ -108,7 +109,7 @@ def _print_effects(
     stack: "ReSAE",
     written: "Generated",
     asked: "Interventions",
-    loop: "Loop",
+    loop: str,
 ) -> None:
     """Print measured and predicted effects of the edits on later layers in the generated text."""
     import torch

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resae.choices import Loop, Mode
 from resae.evaluation.methods import Method
 from resae.evaluation.metrics import (
     HISTOGRAM_EDGES,
@@ -25,8 +26,8 @@ from resae.evaluation.metrics import (
 )
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
-from resae.replacements.context import Mode, replacement
-from resae.stack.stack import Loop, ReSAE
+from resae.replacements.context import replacement
+from resae.stack.stack import ReSAE
 
 
 @dataclass
@@ -168,13 +169,13 @@ def evaluate(
 def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str, float]:
     """ΔCE of replacing all layers on token batches `[B, T]`, closed loop, in nats per token: modes
     `online` and `teacher_forced`, equal to the rows of `evaluate`."""
-    sums = {"clean": _Sums(), "online": _Sums(), "teacher_forced": _Sums()}
+    sums: dict[str, _Sums] = {"clean": _Sums(), "online": _Sums(), "teacher_forced": _Sums()}
     for ids in batches:
         ids = ids.to(lm.device)
         counted = ~lm.is_special(ids)[:, :-1]
         clean = lm.logits(ids)
         sums["clean"].add(clean, clean, ids, counted)
-        modes: tuple[Mode, ...] = ("online", "teacher_forced")
+        modes = (Mode.ONLINE, Mode.TEACHER_FORCED)
         for mode in modes:
             with replacement(lm, stack, mode=mode, loop="closed"):
                 sums[mode].add(lm.logits(ids), clean, ids, counted)
@@ -205,12 +206,12 @@ def forward_passes(methods: Sequence[Method]) -> int:
 
 
 def _variants(methods: Sequence[Method], everything: tuple[str, ...]) -> list[_Variant]:
-    modes: tuple[Mode, ...] = ("teacher_forced", "online", "error_added")
+    modes = (Mode.TEACHER_FORCED, Mode.ONLINE, Mode.ERROR_ADDED)
     variants = []
     for method in methods:
         for loop in method.loops:
             variants += [_Variant(method, mode, loop, everything) for mode in modes]
-            variants += [_Variant(method, "teacher_forced", loop, s) for s in method.subsets]
+            variants += [_Variant(method, Mode.TEACHER_FORCED, loop, s) for s in method.subsets]
     return variants
 
 
@@ -239,7 +240,7 @@ class _Reconstruction:
 
     def __init__(self, method: Method, loop: Loop | None):
         self.method = method
-        self.loop: Loop | None = loop
+        self.loop = loop
         layers = range(method.stack.n_layers)
         self.stream = [VarianceUnexplained() for _ in layers]
         self.target = [VarianceUnexplained() for _ in layers]
@@ -253,7 +254,7 @@ class _Reconstruction:
 
     def add(self, xs: Sequence[Tensor]) -> None:
         stack = self.method.stack
-        loop: Loop = self.loop or "open"
+        loop = self.loop or Loop.OPEN
         x_hats, codes = stack(xs, loop=loop)
         for layer, x in enumerate(xs):
             self.stream[layer].add(x, x_hats[layer])

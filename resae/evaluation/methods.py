@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from resae.stack.stack import AffineOnly, Loop, ReSAE
+from resae.choices import Loop, PredictorKind
+from resae.stack.stack import AffineOnly, ReSAE
 
-METHOD_OF_PREDICTOR = {
-    "none": "raw",
-    "identity": "identity",
-    "previous": "resae",
-    "all_previous": "all_previous",
+METHOD_OF_PREDICTOR: dict[str, str] = {
+    PredictorKind.NONE: "raw",
+    PredictorKind.IDENTITY: "identity",
+    PredictorKind.PREVIOUS: "resae",
+    PredictorKind.ALL_PREVIOUS: "all_previous",
 }
 
 
@@ -41,6 +42,4 @@ class Method:
     @property
     def loops(self) -> tuple[Loop | None, ...]:
         """The loops that differ for this method; None where there is but one."""
-        return (
-            ("open", "closed") if isinstance(self.stack, ReSAE) and self.stack.chained else (None,)
-        )
+        return tuple(Loop) if isinstance(self.stack, ReSAE) and self.stack.chained else (None,)

@@ -22,24 +22,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from resae.choices import Loop, Mode
 from resae.models.hooked import HookedLM, cache_of, type_name
 from resae.models.points import HookPoint
 from resae.replacements.counts import LayerCounts, PassCounts
 from resae.replacements.decode_loop import DEFERRED
 from resae.replacements.edits import ActiveEdits, Change, Interventions, PassTokens
-from resae.stack.stack import AffineOnly, Loop, ReSAE
+from resae.stack.stack import AffineOnly, ReSAE
 from resae.threads import PerThread
 from resae_kernels import SparseCode, Transported
 from resae_kernels.step import FEW_TOKENS
 
-Mode = Literal["online", "teacher_forced", "error_added"]
-MODES = ("online", "teacher_forced", "error_added")
 OnCodes = Callable[[str, SparseCode], object]
 
 
@@ -100,8 +99,8 @@ class Replacement:
         self,
         lm: HookedLM,
         stack: ReSAE | AffineOnly,
-        mode: Mode,
-        loop: Loop,
+        mode: str,
+        loop: str,
         write_points: Sequence[HookPoint],
         replace_special: bool,
         clean: Sequence[Tensor] | None,
@@ -112,8 +111,8 @@ class Replacement:
     ):
         self._lm = lm
         self._stack = stack
-        self._mode: Mode = mode
-        self._loop: Loop = loop
+        self._mode = str(mode)  # plain, as torch.compile compares it
+        self._loop = str(loop)
         self._points = [lm.hook_point(name) for name in stack.hook_points]
         self._writes = [point in write_points for point in self._points]
         self._last = self._points.index(max(write_points))
@@ -449,8 +448,8 @@ def replacement(
     lm: HookedLM | nn.Module,
     stack: ReSAE | AffineOnly,
     *,
-    mode: Mode = "online",
-    loop: Loop = "closed",
+    mode: Mode | str = "online",
+    loop: Loop | str = "closed",
     layers: Sequence[str | int] | None = None,
     replace_special: bool = False,
     clean: Sequence[Tensor] | None = None,
@@ -515,10 +514,8 @@ def replacement(
         )
     lm = lm if isinstance(lm, HookedLM) else HookedLM(lm)
     stack.require_model(lm)
-    if mode not in MODES:
-        raise ValueError(f"replacement: mode={mode!r}, expected one of {', '.join(MODES)}")
-    if loop not in ("open", "closed"):
-        raise ValueError(f"replacement: loop={loop!r}, expected 'open' or 'closed'")
+    Mode.check(mode, "replacement: mode")
+    Loop.check(loop, "replacement: loop")
     asked = Interventions() if interventions is None else Interventions.parse(interventions)
     keep_error = keep_error or asked.keep_error
     wants_codes = asked.edits or on_codes is not None

@@ -25,22 +25,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from resae.choices import Action, Effects, Place
 from resae.models.hooked import cache_of
 from resae.stack.stack import ReSAE
 from resae.storage import load_json
 from resae.threads import PerThread
 from resae_kernels import SparseCode, transport
-
-ACTIONS = ("ablate", "clamp", "scale", "add")
-EFFECTS = ("propagated", "frozen")
-PLACES = ("all", "prompt", "last_prompt", "generated")
-Effects = Literal["propagated", "frozen"]
-
 
 # -- descriptions of edits -------------------------------------------------------------------------
 
@@ -51,7 +46,7 @@ class Edit:
 
     layer: int | str
     """Block number, or hook point as the stack names it."""
-    action: str
+    action: Action | str
     """`ablate`, `clamp`, `scale` or `add` (formulas above)."""
     latents: tuple[int, ...] = ()
     """Indices of the latents; empty where a vector is added."""
@@ -59,14 +54,13 @@ class Edit:
     """v: what to clamp to, scale by or add; none for `ablate`."""
     vector: tuple[float, ...] | None = None
     """u, `[D]`: for `add`, in place of latents and value."""
-    at: str | tuple[int, ...] = "all"
+    at: Place | str | tuple[int, ...] = "all"
     """Tokens: `all`; `prompt`, those of a pass that starts without cache; `last_prompt`, the last
     of them; `generated`, those of passes that continue a cache; or positions in the row, counted
     from 0 without padding. Never padding, nor special tokens that are not replaced."""
 
     def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise ValueError(f"unknown action {self.action!r}; there are {', '.join(ACTIONS)}")
+        Action.check(self.action, "action")
         if self.vector is not None and (self.action != "add" or self.latents):
             raise ValueError(
                 f"{self.action} with a vector{' and latents' * bool(self.latents)}; a vector is "
@@ -84,8 +78,7 @@ class Edit:
         if not all(map(math.isfinite, (self.value or 0.0, *(self.vector or ())))):
             raise ValueError(f"{self.action}: value and vector must be finite")
         if isinstance(self.at, str):
-            if self.at not in PLACES:
-                raise ValueError(f"at={self.at!r}; expected {', '.join(PLACES)} or positions")
+            Place.check(self.at, "at", "positions")
         elif not self.at or min(self.at) < 0:
             raise ValueError(f"at={list(self.at)}; expected positions, counting from 0")
 
@@ -139,12 +132,11 @@ class Interventions:
     edits: tuple[Edit, ...] = ()
     keep_error: bool = False
     """Write h + Δ into the stream instead of x̂ + Δ."""
-    effects: Effects = "propagated"
+    effects: Effects | str = "propagated"
     """Input of later layers' predictions: x̂ + Δ (`propagated`) or x̂ (`frozen`)."""
 
     def __post_init__(self) -> None:
-        if self.effects not in EFFECTS:
-            raise ValueError(f"effects={self.effects!r}, expected {' or '.join(EFFECTS)}")
+        Effects.check(self.effects, "effects")
 
     @classmethod
     def parse(cls, source: Any) -> "Interventions":
@@ -262,7 +254,7 @@ class PassTokens:
         return cls(positions.expand(B, T), past == 0, attended, left_alone)
 
     def chosen(self, at: str | Tensor) -> Tensor:
-        """`[B, T, 1]` bool: the tokens at a place of `PLACES`, or at positions `[P]`, but for
+        """`[B, T, 1]` bool: the tokens at a `Place`, or at positions `[P]`, but for
         padding and tokens left alone."""
         if isinstance(at, Tensor):
             here = torch.isin(self.positions, at.to(self.positions.device))

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resae.choices import Loop
 from resae.models.hooked import HookedLM
 from resae.replacements.context import replacement
 from resae.replacements.counts import LayerCounts
 from resae.replacements.decode_loop import DecodeLoop
 from resae.replacements.edits import EditCount
-from resae.stack.stack import Loop, ReSAE
+from resae.stack.stack import ReSAE
 
 
 class Generated(NamedTuple):
@@ -59,7 +60,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.8,
     seed: int = 0,
-    loop: Loop = "closed",
+    loop: Loop | str = "closed",
     fast: bool = False,
     **options: Any,
 ) -> Generated:

@@ -7,20 +7,13 @@ A kind of autoencoder is one file with a class that derives from `Autoencoder`, 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from resae.choices import InputKind, Screening
 from resae.sae.losses import Reduce, no_reduce
 from resae_kernels import ScreenedEncoder, SparseCode
-
-InputKind = Literal["activation", "affine_residual"]
-
-
-Screening = Literal["statistical", "certain"]
-
-
-SCREENINGS = ("statistical", "certain", None)
 
 
 @dataclass(frozen=True)
@@ -36,21 +29,19 @@ class SAEConfig:
     prefix_gain: float = 0.0
     """Exponent of the scale of activations when only the j strongest latents are decoded:
     (k / j) ** prefix_gain. It makes up for a part of what the other latents would have added."""
-    input_kind: InputKind = "activation"
+    input_kind: InputKind | str = "activation"
     """`activation`: x itself; `affine_residual`: x minus a prediction, which `encode` then needs. A
     `ReSAE` sets it."""
-    screening: Screening | None = "statistical"
+    screening: Screening | str | None = "statistical"
     """Method that rules latents out by an 8-bit product when encoding on a CPU, before the rest are
     scored in float32. `statistical`: a latent of the TopK is missed with probability below 1e-12
     per row (proof: `resae_kernels.screened`); `certain`: never, at more candidates; None: no
     screening, the whole float32 product."""
 
     def __post_init__(self) -> None:
-        if self.screening not in SCREENINGS:
-            raise ValueError(
-                f"SAEConfig: screening={self.screening!r}, expected 'statistical', 'certain' or "
-                f"None"
-            )
+        if self.screening is not None:
+            Screening.check(self.screening, "SAEConfig: screening", "None")
+        InputKind.check(self.input_kind, "SAEConfig: input_kind")
         for name in ("d_in", "d_sae", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SAEConfig: {name}={getattr(self, name)}, expected at least 1")
@@ -132,7 +123,7 @@ class Autoencoder(nn.Module, ABC):
         """Encoder used on a CPU in place of `resae_kernels.topk_encode`, or None."""
         return None
 
-    def set_input_kind(self, kind: InputKind) -> None:
+    def set_input_kind(self, kind: InputKind | str) -> None:
         """Set what it encodes: `ReSAE` does, for layers that are predicted."""
         self.config = replace(self.config, input_kind=kind)
 

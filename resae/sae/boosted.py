@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resae.sae.base import Autoencoder, InputKind, SAEConfig, describe_sizes
+from resae.choices import InputKind
+from resae.sae.base import Autoencoder, SAEConfig, describe_sizes
 from resae.sae.losses import Reduce, no_reduce
 from resae.sae.topk import TopKSAE
 from resae.storage import load_json
@@ -116,7 +117,7 @@ class BoostedSAE(Autoencoder):
     def extra_repr(self) -> str:
         return f"{describe_sizes(self.config)}, threshold={float(self.threshold):g}"
 
-    def set_input_kind(self, kind: InputKind) -> None:
+    def set_input_kind(self, kind: InputKind | str) -> None:
         super().set_input_kind(kind)
         self.frozen.set_input_kind(kind)
         self.boost.set_input_kind(kind)

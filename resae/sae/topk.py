@@ -15,7 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from resae.sae.base import Autoencoder, SAEConfig, Screening, StepWeights, describe_sizes
+from resae.choices import Screening
+from resae.sae.base import Autoencoder, SAEConfig, StepWeights, describe_sizes
 from resae.sae.losses import Reduce, auxk_loss, no_reduce
 from resae.storage import load_json, load_tensors, save_json, save_tensors
 from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, topk_encode
@@ -88,12 +89,12 @@ class TopKSAE(Autoencoder):
         return topk_encode(x, weight, bias, k, sorted=sorted, **offsets)
 
     @property
-    def screening(self) -> Screening | None:
+    def screening(self) -> Screening | str | None:
         """`config.screening`; may be set."""
         return self.config.screening
 
     @screening.setter
-    def screening(self, screening: Screening | None) -> None:
+    def screening(self, screening: Screening | str | None) -> None:
         self.config = replace(self.config, screening=screening)
 
     @property

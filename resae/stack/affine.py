@@ -15,9 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resae.choices import KINDS, MAP_TYPES
+from resae.choices import MapType, PredictorKind
 from resae.storage import load_tensors, save_tensors
 from resae_kernels.types import accumulation_dtype
+
+MAP_TENSORS: dict[str, tuple[str, ...]] = {
+    MapType.FULL: ("A",),
+    MapType.SCALAR: ("alpha",),
+    MapType.DIAGONAL: ("diagonal",),
+    MapType.LOW_RANK: ("U", "V", "skip"),
+}
+"""Map type → names of the tensors that one map of it has."""
 
 
 def sources_of(kind: str, layer: int) -> range:
@@ -34,7 +42,7 @@ class AffinePredictor(nn.Module):
     "none" there are no maps; "identity" holds `A = I` so that every kind runs the same code.
 
     Args:
-        A: per map the tensors of its type (`MAP_TYPES`): `A [s·D, D]`, `alpha [s]`,
+        A: per map the tensors of its type (`MAP_TENSORS`): `A [s·D, D]`, `alpha [s]`,
             `diagonal [s, D]`, or `U [s·D, r]`, `V [r, D]`, `skip [s]`.
     """
 
@@ -47,13 +55,13 @@ class AffinePredictor(nn.Module):
         map_type: str = "full",
     ):
         super().__init__()
-        check_kind(kind)
+        PredictorKind.check(kind, "AffinePredictor: kind")
         self.kind = kind
         self.map_type = map_type
         self.n_maps = len(A)
         for layer, (A_l, c_l) in enumerate(zip(A, c, strict=True), start=1):
             parts = A_l if isinstance(A_l, tuple) else (A_l,)
-            for name, part in zip(MAP_TYPES[map_type], parts, strict=True):
+            for name, part in zip(MAP_TENSORS[map_type], parts, strict=True):
                 self.register_buffer(f"{name}_{layer}", part)
             self.register_buffer(f"c_{layer}", c_l)
 
@@ -73,7 +81,7 @@ class AffinePredictor(nn.Module):
 
     def _parts(self, layer: int) -> tuple[Tensor, ...]:
         # Not by get_buffer, which takes as long as a prediction for one token.
-        return tuple(getattr(self, f"{name}_{layer}") for name in MAP_TYPES[self.map_type])
+        return tuple(getattr(self, f"{name}_{layer}") for name in MAP_TENSORS[self.map_type])
 
     def _dense(self, layer: int) -> Tensor:
         parts = self._parts(layer)
@@ -130,7 +138,7 @@ class AffinePredictor(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """`A.1`, `c.1`, …: the maps by the names they have in files."""
         layers = range(1, self.n_maps + 1)
-        names = (*MAP_TYPES[self.map_type], "c")
+        names = (*MAP_TENSORS[self.map_type], "c")
         return {f"{name}.{i}": self.get_buffer(f"{name}_{i}") for name in names for i in layers}
 
     def save(self, path: Path) -> None:
@@ -140,9 +148,11 @@ class AffinePredictor(nn.Module):
     def load(cls, path: Path, kind: str) -> "AffinePredictor":
         """Read what `save` wrote; the names of the tensors give the map type."""
         tensors = load_tensors(path, "affine maps")
-        map_type = next((f for f, names in MAP_TYPES.items() if f"{names[0]}.1" in tensors), "full")
+        map_type = next(
+            (f for f, names in MAP_TENSORS.items() if f"{names[0]}.1" in tensors), "full"
+        )
         layers = sorted(int(name[2:]) for name in tensors if name.startswith("c."))
-        maps = [tuple(tensors[f"{name}.{i}"] for name in MAP_TYPES[map_type]) for i in layers]
+        maps = [tuple(tensors[f"{name}.{i}"] for name in MAP_TENSORS[map_type]) for i in layers]
         return cls(kind, maps, [tensors[f"c.{i}"] for i in layers], map_type=map_type)
 
 
@@ -165,15 +175,10 @@ def times_per_source(
     """A map times one factor per source. The rows of every part but V belong to one source after
     the other."""
     scaled = []
-    for name, part in zip(MAP_TYPES[map_type], parts, strict=True):
+    for name, part in zip(MAP_TENSORS[map_type], parts, strict=True):
         if name != "V":
             rows = torch.tensor(factors, dtype=torch.float64)
             rows = rows.repeat_interleave(len(part) // len(factors)).to(part)
             part = part * rows.reshape(-1, *[1] * (part.ndim - 1))
         scaled.append(part)
     return tuple(scaled)
-
-
-def check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"unknown predictor {kind!r}; choose one of {', '.join(KINDS)}")

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resae.choices import check_map_type
-from resae.stack.affine import AffinePredictor, apply_map, check_kind, sources_of, times_per_source
+from resae.choices import PredictorKind, check_map_type
+from resae.stack.affine import AffinePredictor, apply_map, sources_of, times_per_source
 
 
 class Moments:
     """Streamed first and second moments of the activations at L hook points, in float64."""
 
     def __init__(self, n_layers: int, d_in: int, kind: str = "all_previous"):
-        check_kind(kind)
+        PredictorKind.check(kind, "Moments: kind")
         self.kind = kind
         self.count = 0
         self.sums = [torch.zeros(d_in, dtype=torch.float64) for _ in range(n_layers)]
@@ -85,16 +85,17 @@ def fit_predictor(
     cheap map types the minimum of the same sum, penalty included, among the maps of that type.
 
     Args:
-        kind: one of `KINDS`; the moments must have been summed for it, or for "all_previous".
+        kind: one of `PredictorKind`; the moments must have been summed for it, or for
+            "all_previous".
         ridge: λ relative to the mean eigenvalue of the sources' covariance (each layer divided by
             its RMS).
-        map_type: one of `MAP_TYPES`. rank: r of "low_rank", at most D.
+        map_type: one of `MapType`. rank: r of "low_rank", at most D.
 
     Raises:
         ValueError: unknown kind or map type, negative ridge, no tokens, or a singular system at
             ridge 0.
     """
-    check_kind(kind)
+    PredictorKind.check(kind, "affine fit: predictor")
     check_map_type(kind, map_type, rank)
     if ridge < 0:
         raise ValueError(f"affine fit: ridge={ridge}, expected ≥ 0")

@@ -17,14 +17,14 @@ from dataclasses import asdict
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from resae.choices import KINDS
+from resae.choices import Loop, PredictorKind
 from resae.models.hooked import HookedLM, type_name
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
@@ -47,7 +47,6 @@ FORMAT_VERSION = 1
 FEW_ENTRIES = 2048
 """N·D up to which a prediction that reads the map for each token is faster than a call of torch's
 product (one core of an Intel Xeon, D = 128 and 768)."""
-Loop = Literal["open", "closed"]
 Activations = Sequence[Tensor] | Mapping[HookPoint, Tensor] | Mapping[str, Tensor]
 """One `[..., D]` per hook point: in the order of the forward pass, or by hook point, as
 `HookedLM.capture` returns them, or by its name."""
@@ -190,7 +189,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         stack = ReSAE(self.hook_points, self.predictor, saes, self.model_identity)
         return stack.train(self.training)
 
-    def encode(self, xs: Activations, *, loop: Loop = "open") -> list[SparseCode]:
+    def encode(self, xs: Activations, *, loop: Loop | str = "open") -> list[SparseCode]:
         """L activations `[..., D]` → L codes `[..., k_l]`; errors as of `forward`."""
         return self(xs, loop=loop).codes
 
@@ -213,7 +212,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             b_dec=[sae.b_dec for sae in saes],
         )
 
-    def forward(self, xs: Activations, *, loop: Loop = "open") -> StackOutput:
+    def forward(self, xs: Activations, *, loop: Loop | str = "open") -> StackOutput:
         """Codes and reconstructions of L activations `[..., D]` of a clean pass.
 
         Raises:
@@ -451,8 +450,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                 f"stack {folder}: format_version {description.get('format_version')}, this resae "
                 f"reads {FORMAT_VERSION}; update resae"
             )
-        if description["predictor"] not in KINDS:
-            raise ValueError(f"stack {folder}: unknown predictor {description['predictor']!r}")
+        PredictorKind.check(description["predictor"], f"stack {folder}: predictor")
         folders = [folder / name for name in description["hook_points"]]
         boosted = description.get("boosted", False)
         saes = [load_sae(path, "boosted" if boosted else None) for path in folders]
@@ -565,7 +563,7 @@ class AffineOnly:
     def upstream_l0(self, layer: int) -> int:  # noqa: ARG002
         return 0
 
-    def __call__(self, xs: Activations, *, loop: Loop = "open") -> StackOutput:  # noqa: ARG002
+    def __call__(self, xs: Activations, *, loop: Loop | str = "open") -> StackOutput:  # noqa: ARG002
         xs = _activations(xs, self.hook_points)
         x_hats: list[Tensor] = []
         for layer, x in enumerate(xs):
@@ -654,6 +652,6 @@ def _activations(xs: Activations, hook_points: Sequence[str]) -> list[Tensor]:
 
 
 def _check_loop(loop: str) -> str:
-    if loop not in ("open", "closed"):
-        raise ValueError(f"loop={loop!r}, expected 'open' or 'closed'")
+    if loop not in ("open", "closed"):  # as torch.compile reads it
+        Loop.check(loop, "loop")
     return loop

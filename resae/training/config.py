@@ -19,7 +19,14 @@ from resae.arguments import (
     writable,
 )
 from resae.arguments import device as device_name
-from resae.choices import DTYPES, KINDS, MAP_TYPES, WAYS, check_map_type
+from resae.choices import (
+    DTYPES,
+    Loop,
+    MapType,
+    Parallelism,
+    PredictorKind,
+    check_map_type,
+)
 from resae.data.config import Machine, Source
 from resae.settings import Shown, make, read_file
 
@@ -38,7 +45,7 @@ residuals over the first, in the demo (embedded model, blocks 1, 3 and 5, k = 8,
 class TrainingSettings:
     """Training."""
 
-    loop: Annotated[str, ("open", "closed")] = "open"
+    loop: Annotated[str, Loop] = "open"
     """Residuals are taken against predictions from true activations (open) or from reconstructions
     (closed)."""
     shared: bool = False
@@ -125,13 +132,9 @@ class TrainConfig(TrainingSettings):
                 raise ValueError(
                     f"TrainConfig: k={k} for d_sae={d_sae} latents; expected 1 ≤ k ≤ d_sae"
                 )
-        if self.predictor not in KINDS:
-            raise ValueError(
-                f"TrainConfig: unknown predictor {self.predictor!r}; choose {', '.join(KINDS)}"
-            )
+        PredictorKind.check(self.predictor, "TrainConfig: predictor")
         check_map_type(self.predictor, self.map_type, self.rank, "TrainConfig")
-        if self.loop not in ("open", "closed"):
-            raise ValueError(f"TrainConfig: loop={self.loop!r}, expected 'open' or 'closed'")
+        Loop.check(self.loop, "TrainConfig: loop")
         equal_k = len(set(self.k)) == 1
         equal_d_sae = len(set(self.d_saes)) == 1
         if self.shared and (self.predictor != "none" or not equal_k or not equal_d_sae):
@@ -275,9 +278,9 @@ class TrainConfig(TrainingSettings):
 class MapSettings:
     """Affine maps."""
 
-    predictor: Annotated[str | None, KINDS] = None
+    predictor: Annotated[str | None, PredictorKind] = None
     """Predictor of a layer from others; None: previous."""
-    map_type: Annotated[str | None, tuple(MAP_TYPES)] = None
+    map_type: Annotated[str | None, MapType] = None
     """Map type of the predictors previous and all_previous; None: full."""
     rank: Annotated[int | None, whole(1)] = None
     """Rank of maps of type low_rank."""
@@ -337,7 +340,7 @@ class Placement(Machine):
     model_device: Annotated[str | None, device_name] = None
     """Device of the language model, if not that of the autoencoders: cpu, cuda:1, or auto: spread
     over all devices (accelerate)."""
-    parallel: Annotated[str, WAYS] = "data"
+    parallel: Annotated[str, Parallelism] = "data"
     """Work of each process, where torchrun starts several: all autoencoders on a share of every
     batch (data), or the autoencoders of some layers (layers; open loop only)."""
 

@@ -26,7 +26,7 @@ from resae import (
     generate,
     replacement,
 )
-from resae.replacements.context import MODES
+from resae.choices import Mode
 from resae.sae.boosted import BoostedSAE
 
 
@@ -82,7 +82,7 @@ def logits(lm, stack, ids, **options):
         return lm.logits(ids)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", tuple(Mode))
 @pytest.mark.parametrize("loop", ["open", "closed"])
 def test_a_perfect_stack_changes_nothing(lm, mode, loop):
     ids = with_special(lm)
@@ -91,7 +91,7 @@ def test_a_perfect_stack_changes_nothing(lm, mode, loop):
     assert float((replaced - clean).norm() / clean.norm()) < 1e-3
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", tuple(Mode))
 def test_an_imperfect_stack_changes_something(lm, mode):
     ids = with_special(lm)
     assert not torch.allclose(logits(lm, tiny.stack(lm), ids, mode=mode), lm.logits(ids), atol=0.1)

@@ -2,8 +2,9 @@ import pytest
 import tiny
 import torch
 
+from resae.choices import PredictorKind
 from resae.evaluation.predictors import r2_per_layer, routing_shares
-from resae.stack.affine import KINDS, MAP_TYPES, AffinePredictor
+from resae.stack.affine import MAP_TENSORS, AffinePredictor
 from resae.stack.fit import Moments, fit_predictor
 
 
@@ -58,7 +59,7 @@ def test_streaming_in_any_batches_gives_the_same_fit():
     torch.testing.assert_close(whole.A[0], parts.A[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tuple(PredictorKind))
 def test_moments_for_one_kind_give_the_fit_of_all_moments(kind):
     xs, _ = planted(noise=0.5)
     full = fit_predictor(kind, moments_of(xs))
@@ -82,7 +83,7 @@ def test_none_predicts_nothing():
 
 def test_first_layer_is_never_predicted():
     xs, _ = planted()
-    for kind in KINDS:
+    for kind in tuple(PredictorKind):
         assert fit_predictor(kind, moments_of(xs))(0, xs) is None
 
 
@@ -126,7 +127,7 @@ def test_rescaled_maps_predict_rescaled_activations():
             torch.testing.assert_close(scaled(layer, moved), factors[layer] * fitted(layer, xs))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tuple(PredictorKind))
 def test_saved_maps_come_back(tmp_path, kind):
     xs, _ = planted()
     fitted = fit_predictor(kind, moments_of(xs))
@@ -144,7 +145,7 @@ def test_scale_is_the_rms():
 
 def test_bad_input_is_named():
     xs, _ = planted()
-    with pytest.raises(ValueError, match="unknown predictor 'linear'.*all_previous"):
+    with pytest.raises(ValueError, match="='linear', expected .*all_previous"):
         fit_predictor("linear", moments_of(xs))
     with pytest.raises(ValueError, match="ridge=-1"):
         fit_predictor("previous", moments_of(xs), ridge=-1)
@@ -247,7 +248,7 @@ def test_no_perturbation_of_a_map_type_is_better(map_type, rank):
             [
                 tuple(  # the skip is the scalar form's: fixed before the low rank is fitted
                     part + (0.01 * torch.randn_like(part) if name != "skip" else 0)
-                    for name, part in zip(MAP_TYPES[map_type], fitted._parts(layer), strict=True)
+                    for name, part in zip(MAP_TENSORS[map_type], fitted._parts(layer), strict=True)
                 )
                 for layer in (1, 2)
             ],
@@ -332,7 +333,7 @@ def test_routing_shares_are_the_energies_of_what_each_source_contributes():
 def test_forms_that_do_not_fit_are_named():
     moments = moments_of(three_layers())
     for kind, map_type, rank, message in [
-        ("previous", "sparse", None, "unknown map_type 'sparse'.*low_rank"),
+        ("previous", "sparse", None, "map_type='sparse', expected .*low_rank"),
         ("identity", "scalar", None, "only 'previous' and 'all_previous'"),
         ("previous", "low_rank", None, "rank=None; expected a rank"),
         ("previous", "scalar", 3, "none for the others"),
@@ -340,7 +341,7 @@ def test_forms_that_do_not_fit_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             fit_predictor(kind, moments, map_type=map_type, rank=rank)
-    assert set(MAP_TYPES) == {"full", *(map_type for map_type, _ in CHEAP)}
+    assert set(MAP_TENSORS) == {"full", *(map_type for map_type, _ in CHEAP)}
 
 
 # -- half precision --------------------------------------------------------------------------------

@@ -449,7 +449,7 @@ def test_calibration_comes_back(xs, tmp_path):
             r"d_sae=\(64, 64, 96\); a dictionary of all layers .* one k and d_sae",
             id="shared-d_sae",
         ),
-        pytest.param({"predictor": "magic"}, "unknown predictor 'magic'", id="predictor"),
+        pytest.param({"predictor": "magic"}, "predictor='magic', expected 'none'", id="predictor"),
         pytest.param({"loop": "round"}, "loop='round'", id="loop"),
         pytest.param({"shared": True}, "predictor 'none' and one k", id="shared-predicted"),
         pytest.param({"shared": True, "predictor": "none", "k": (4, 4, 5)}, "one k", id="shared-k"),
