@@ -108,7 +108,7 @@ def run(options: Options, console: TerminalConsole) -> int:
         left = (time.perf_counter() - began) * (len(batches) - done) / done
         console.progress(f"{done}/{len(batches)} batches, about {left:.0f} s left")
 
-    report = evaluate(lm, methods, batches, on_batch=progress)
+    report = evaluate(lm, methods, batches, on_batch=progress).to_dict()
     config = {
         "model": lm.name,
         "data": data,

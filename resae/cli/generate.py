@@ -120,9 +120,9 @@ def _print_effects(
     prompt = len(written.ids) - written.tokens
     for row in edit_effects(lm, stack, ids, asked, prompt_tokens=prompt, loop=loop):
         console.log(
-            f"{row['hook_point']}: change arriving here: cosine with prediction "
-            f"{row['cosine']:.3f}, predicted/actual norm {row['norm_ratio']:.3f} "
-            f"({row['tokens']} tokens)"
+            f"{row.hook_point}: change arriving here: cosine with prediction "
+            f"{row.cosine:.3f}, predicted/actual norm {row.norm_ratio:.3f} "
+            f"({row.tokens} tokens)"
         )
 
 

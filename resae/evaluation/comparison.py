@@ -24,6 +24,13 @@ from resae.evaluation.metrics import (
     recovered,
     redundancy,
 )
+from resae.evaluation.rows import (
+    Evaluation,
+    HistogramRow,
+    ReconstructionRow,
+    RedundancyRow,
+    ReplacementRow,
+)
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
 from resae.replacements.context import replacement
@@ -61,15 +68,12 @@ def evaluate(
     batches: Iterable[Tensor],
     *,
     on_batch: Callable[[int], None] | None = None,
-) -> dict[str, list[dict[str, Any]]]:
+) -> Evaluation:
     """Measure every method on the same token batches `[B, T]`; all stacks at the same hook points.
 
     Args:
         batches: held-out rows, kept in memory (tokens only).
         on_batch: called with the number of batches done.
-
-    Returns:
-        `replacement`, `reconstruction`, `redundancy`, `redundancy_histogram`: lists of flat rows.
 
     Raises:
         ValueError: no tokens, stacks of different layers or of another model, NaN in the result.
@@ -77,14 +81,7 @@ def evaluate(
     batches = [batch.to(lm.device) for batch in batches]
     if not batches:
         raise ValueError("evaluate: no held-out tokens; the dataset is empty or too short")
-    names = methods[0].stack.hook_points
-    for method in methods:
-        method.stack.require_model(lm)
-        if method.stack.hook_points != names:
-            raise ValueError(
-                f"evaluate: {method.name} has layers {', '.join(method.stack.hook_points)}, "
-                f"{methods[0].name} {', '.join(names)}; evaluate them apart"
-            )
+    names = _common_layers(lm, methods)
     points = lm.hook_points(names)
     variants = _variants(methods, tuple(names))
     layer_sets = sorted({v.layers for v in variants})
@@ -120,50 +117,56 @@ def evaluate(
         if on_batch is not None:
             on_batch(done)
 
-    ce_clean = clean_sums.ce / clean_sums.tokens
-    rows: list[dict[str, Any]] = []
-    for v in variants:
-        ce = v.sums.ce / v.sums.tokens
-        if ce != ce:
-            raise ValueError(
-                f"evaluate: cross-entropy of {v.method.name} ({v.mode}) is NaN; the stack or the "
-                f"model's activations hold NaN"
-            )
-        zero, mean = (ablated[kind, v.layers].ce / v.sums.tokens for kind in ("zero", "mean"))
-        rows.append(
-            {
-                "method": v.method.name,
-                "loop": v.loop,
-                "mode": v.mode,
-                "layers": list(v.layers),
-                "k": v.method.k,
-                "active_total": v.method.stack.upstream_l0(names.index(v.layers[-1])),
-                "ce_clean": ce_clean,
-                "ce": ce,
-                "delta_ce": ce - ce_clean,
-                "ce_recovered_zero": recovered(zero, ce, ce_clean),
-                "ce_recovered_mean": recovered(mean, ce, ce_clean),
-                "kl": v.sums.kl / v.sums.tokens,
-                "tokens": v.sums.tokens,
-            }
-        )
     compared = [(m, W_dec) for m in methods if len(W_dec := _dictionaries(m)) > 1]
-    return {
-        "replacement": rows,
-        "reconstruction": [row for r in reconstructions for row in r.rows()],
-        "redundancy": [
-            {"method": m.name, "k": m.k, **asdict(redundancy(W_dec))} for m, W_dec in compared
+    return Evaluation(
+        replacement=[
+            _replacement_row(v, clean_sums, ablated["zero", v.layers], ablated["mean", v.layers])
+            for v in variants
         ],
-        "redundancy_histogram": [
-            {
-                "method": m.name,
-                "k": m.k,
-                "edges": HISTOGRAM_EDGES,
-                "counts": cosine_histogram(W_dec),
-            }
-            for m, W_dec in compared
+        reconstruction=[row for r in reconstructions for row in r.rows()],
+        redundancy=[RedundancyRow(m.name, m.k, **asdict(redundancy(W))) for m, W in compared],
+        redundancy_histogram=[
+            HistogramRow(m.name, m.k, HISTOGRAM_EDGES, cosine_histogram(W)) for m, W in compared
         ],
-    }
+    )
+
+
+def _common_layers(lm: HookedLM, methods: Sequence[Method]) -> list[str]:
+    """Hook points of all methods. Raises ValueError where they differ, or for another model."""
+    names = methods[0].stack.hook_points
+    for method in methods:
+        method.stack.require_model(lm)
+        if method.stack.hook_points != names:
+            raise ValueError(
+                f"evaluate: {method.name} has layers {', '.join(method.stack.hook_points)}, "
+                f"{methods[0].name} {', '.join(names)}; evaluate them apart"
+            )
+    return names
+
+
+def _replacement_row(v: _Variant, clean: _Sums, zero: _Sums, mean: _Sums) -> ReplacementRow:
+    stack, tokens = v.method.stack, v.sums.tokens
+    ce, ce_clean = v.sums.ce / tokens, clean.ce / clean.tokens
+    if ce != ce:
+        raise ValueError(
+            f"evaluate: cross-entropy of {v.method.name} ({v.mode}) is NaN; the stack or the "
+            f"model's activations hold NaN"
+        )
+    return ReplacementRow(
+        method=v.method.name,
+        loop=None if v.loop is None else str(v.loop),
+        mode=str(v.mode),
+        layers=list(v.layers),
+        k=v.method.k,
+        active_total=stack.upstream_l0(stack.hook_points.index(v.layers[-1])),
+        ce_clean=ce_clean,
+        ce=ce,
+        delta_ce=ce - ce_clean,
+        ce_recovered_zero=recovered(zero.ce / tokens, ce, ce_clean),
+        ce_recovered_mean=recovered(mean.ce / tokens, ce, ce_clean),
+        kl=v.sums.kl / tokens,
+        tokens=tokens,
+    )
 
 
 def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -269,21 +272,21 @@ class _Reconstruction:
             assert fired is not None
             fired[code.indices[code.acts > 0].cpu()] = True
 
-    def rows(self) -> list[dict[str, Any]]:
-        rows = []
+    def rows(self) -> list[ReconstructionRow]:
+        rows: list[ReconstructionRow] = []
         for layer, name in enumerate(self.method.stack.hook_points):
             fired = self.fired[layer]
             rows.append(
-                {
-                    "method": self.method.name,
-                    "loop": self.loop,
-                    "k": self.method.k,
-                    "layer": name,
-                    "fvu_stream": self.stream[layer].fvu(),
-                    "fvu_target": None if fired is None else self.target[layer].fvu(),
-                    "l0": self.active[layer] / self.stream[layer].count,
-                    "dead_fraction": None if fired is None else float((~fired).double().mean()),
-                }
+                ReconstructionRow(
+                    method=self.method.name,
+                    loop=None if self.loop is None else str(self.loop),
+                    k=self.method.k,
+                    layer=name,
+                    fvu_stream=self.stream[layer].fvu(),
+                    fvu_target=None if fired is None else self.target[layer].fvu(),
+                    l0=self.active[layer] / self.stream[layer].count,
+                    dead_fraction=None if fired is None else float((~fired).double().mean()),
+                )
             )
         return rows
 

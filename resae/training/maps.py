@@ -12,6 +12,7 @@ from resae.data.rows import TokenRows
 from resae.evaluation.labels import LABELS
 from resae.evaluation.methods import predictor_name
 from resae.evaluation.predictors import r2_per_layer, routing_shares
+from resae.evaluation.rows import LayerPairRow
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
 from resae.settings import current_names
@@ -65,7 +66,7 @@ def fit_calibration(
     config: TrainConfig,
     console: Console,
     ranks: Ranks,
-) -> tuple[Calibration, list[dict[str, Any]]]:
+) -> tuple[Calibration, list[LayerPairRow]]:
     """The calibration by `batches` of L activations, and R² per pair of layers on those of held-out
     tokens, with the identity's for comparison; with several source layers also their shares. No R²
     without a predictor (no held-out rows are read then) or if `unseen` is empty."""
@@ -77,7 +78,7 @@ def fit_calibration(
         map_type=config.map_type,
         rank=config.rank,
     )
-    table: list[dict[str, Any]] = []
+    table: list[LayerPairRow] = []
     unseen = [] if config.predictor == "none" else [[x.cpu() for x in xs] for xs in unseen]
     if not unseen:
         return calibration, table
@@ -89,16 +90,14 @@ def fit_calibration(
         for i, r2 in enumerate(r2_per_layer(maps, unseen)):
             layer_pair = f"{points[i].name} → {points[i + 1].name}"
             method = predictor_name(maps.kind, maps.map_type)
-            row = {"method": method, "hop": layer_pair, "r2": r2}
+            of_sources = None
             if len(shares[i]) > 1:
-                row["shares"] = {
-                    point.name: share
-                    for point, share in zip(points[: i + 1], shares[i], strict=True)
-                }
-            table.append(row)
+                names = (point.name for point in points[: i + 1])
+                of_sources = dict(zip(names, shares[i], strict=True))
+            table.append(LayerPairRow(method, layer_pair, r2, of_sources))
     for row in table:
-        console.log(f"R² {row['hop']}  {LABELS[row['method']]}: {row['r2']:.4f}")
-        for source, share in row.get("shares", {}).items():
+        console.log(f"R² {row.hop}  {LABELS[row.method]}: {row.r2:.4f}")
+        for source, share in (row.shares or {}).items():
             console.log(f"   {share:6.1%} from {source}")
     return calibration, table
 

@@ -146,9 +146,10 @@ def fit_maps(
             lm, points, batches, unseen, fit, console, SINGLE_PROCESS
         )
         calibration.save(out / "calibration.safetensors")
+        table = [row.to_dict() for row in affine]
         text.save(out)
         fitted = {name: getattr(fit, name) for name in ("layers", *FITTED, "seed")}
-        save_json(out / "fit.json", record_of(config, rows, affine, device, command) | fitted)
+        save_json(out / "fit.json", record_of(config, rows, table, device, command) | fitted)
     return out
 
 
@@ -351,7 +352,7 @@ class _Pipeline:
         config: TrainConfig,
         maps: FittedMaps | None,
         base_stack: ReSAE | None,
-    ) -> tuple[Calibration, Any]:
+    ) -> tuple[Calibration, list[dict[str, Any]]]:
         """The calibration, and the rows of R² that are recorded of it."""
         # Nothing here may hold on to `source.sequential()`: it would keep the first buffer in
         # memory for the whole training.
@@ -368,14 +369,15 @@ class _Pipeline:
         if self.ranks.rank == 0:  # only rank 0 reports R²
             kept = self._open_cache(lm, held_out, "held_out", SINGLE_PROCESS)
             unseen = sequential(kept or ModelActivations(lm, held_out, points))
-        return fit_calibration(
+        calibration, table = fit_calibration(
             lm, points, source.sequential(), unseen, config, self.console, self.ranks
         )
+        return calibration, [row.to_dict() for row in table]
 
     def _begin(
         self,
         calibration: Calibration,
-        affine: Any,
+        affine: list[dict[str, Any]],
         config: TrainConfig,
         rows: TokenRows,
         held_out: TokenRows,

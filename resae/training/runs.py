@@ -25,7 +25,11 @@ RECORDED = (
 
 
 def record_of(
-    config: RunConfig | FitConfig, rows: TokenRows, affine: Any, device: str, command: str
+    config: RunConfig | FitConfig,
+    rows: TokenRows,
+    affine: list[dict[str, Any]],
+    device: str,
+    command: str,
 ) -> dict[str, Any]:
     """Record of a run or a fit. `config` repeats it: `resae train --config FILE`, or
     `RunConfig.load(FILE)`."""
