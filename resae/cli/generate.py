@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from resae.arguments import filled, real, whole
 from resae.arguments import seed as seed_number
@@ -66,7 +66,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     stack.require_model(shapes)
     prompt_ids(shapes, options.prompt, options.max_new_tokens)  # raises where they do not fit
     lm = load_model(shapes.name, options.dtype, device)
-    settings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
         "seed": options.seed,

@@ -5,7 +5,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-LABELS = {
+_OF_METHOD = {
     "raw": "raw SAEs",
     "raw_equal_total": "raw SAEs, equal total latents",
     "identity": "identity residual",
@@ -32,11 +32,12 @@ LABELS = {
 
 
 COMPARED = ("raw", "raw_equal_total", "raw_matched", "raw_wide", "identity", "resae")
-LABELS |= {
-    f"{name}_{suffix}": f"{LABELS[name]}, {text}"
+LABELS = _OF_METHOD | {
+    f"{name}_{suffix}": f"{_OF_METHOD[name]}, {text}"
     for name in COMPARED
     for suffix, text in (("best_lr", "best learning rate"), ("long", "more tokens"))
 }
+"""Name of a method in result rows → its label."""
 
 
 MODES = {

@@ -96,14 +96,14 @@ def max_cosines(dictionaries: Sequence[Tensor]) -> Tensor:
     if len(dictionaries) < 2:
         raise ValueError(f"redundancy: got {len(dictionaries)} dictionaries, expected at least 2")
     unit = []
-    for W in dictionaries:
-        W = W.detach().float()
-        norm = W.norm(dim=1, keepdim=True)
-        unit.append((W / norm.clamp_min(1e-30))[norm.squeeze(1) > 0])
+    for dictionary in dictionaries:
+        rows = dictionary.detach().float()
+        norm = rows.norm(dim=1, keepdim=True)
+        unit.append((rows / norm.clamp_min(1e-30))[norm.squeeze(1) > 0])
     largest = []
-    for layer, W in enumerate(unit):
+    for layer, directions in enumerate(unit):
         others = torch.cat([V for other, V in enumerate(unit) if other != layer])
-        largest += [(rows @ others.T).amax(1) for rows in W.split(4096)]
+        largest += [(rows @ others.T).amax(1) for rows in directions.split(4096)]
     return torch.cat(largest)
 
 

@@ -12,7 +12,7 @@ that return a tuple get a tuple back, with everything but its first element unto
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -244,7 +244,7 @@ class HookedLM:
         hooks: Mapping[HookPoint, Callable[[Tensor], Tensor | None]],
         *,
         around: Callable[..., Any] | None = None,
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """While inside, call `hooks[p](activation [B, T, D])` at each point of every forward pass,
         whichever thread runs it; a tensor it returns takes the activation's place.
 
@@ -382,6 +382,7 @@ def _tokenizer(path: str, name: str) -> Any:
     family, a tokenizer without words, or an error that names everything but the folder."""
     from transformers import AutoTokenizer
 
+    tokenizer: Any = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)

@@ -141,10 +141,10 @@ def in_this_thread(function: Callable[[Tensor], Tensor | None]):
     return lambda activation: function(activation) if hasattr(thread, "calling") else None
 
 
-def on_input(function: Callable[[Tensor], Tensor | None]):
+def on_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     """`function` applied to the stream that a block is called with, wherever it is passed."""
 
-    def before(args, kwargs):
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         new = function(args[0] if args else kwargs["hidden_states"])
         if new is None:
             return args, kwargs
@@ -153,10 +153,10 @@ def on_input(function: Callable[[Tensor], Tensor | None]):
     return before
 
 
-def on_output(function: Callable[[Tensor], Tensor | None]):
+def on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     """`function` applied to a tensor output, or to a tuple's first element."""
 
-    def after(output):
+    def after(output: Any) -> Any:
         if not isinstance(output, tuple):
             new = function(output)
             return output if new is None else new

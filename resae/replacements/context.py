@@ -17,7 +17,7 @@ where its result enters the stream. Codes can be read and edited on the way
 (`resae.replacements.edits`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -426,7 +426,7 @@ _CLAIMING = RLock()
 
 
 @contextmanager
-def _claimed(lm: HookedLM, write_points: Sequence[HookPoint]) -> Iterator[None]:
+def _claimed(lm: HookedLM, write_points: Sequence[HookPoint]) -> Generator[None]:
     """Hold hook points against other replacements. Raises ValueError if one is held already."""
     with _CLAIMING:
         replaced = _REPLACED.setdefault(lm.blocks, set())

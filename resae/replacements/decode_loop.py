@@ -14,7 +14,7 @@ changes, and the output of a step is used before the next step begins. Codes are
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +139,7 @@ class DecodeLoop:
             return written
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> Generator[None]:
         """Hold the keys and values for one text."""
         if not self._writing.acquire(blocking=False):
             raise RuntimeError(

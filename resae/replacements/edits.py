@@ -169,7 +169,8 @@ class Interventions:
                 where = f"interventions: edit {number}"
                 edits.append(entry if isinstance(entry, Edit) else Edit.from_dict(entry))
             where = "interventions"
-            return cls(**{**source, "edits": tuple(edits)})
+            settings: dict[str, Any] = {**source, "edits": tuple(edits)}
+            return cls(**settings)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 

@@ -58,13 +58,13 @@ class BoostedSAE(Autoencoder):
     def trainable(self) -> TopKSAE:
         return self.boost
 
-    @property
-    def W_dec(self) -> Tensor:
+    @property  # of two dictionaries, which are no one parameter
+    def W_dec(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """`[M_frozen + M_boost, D]`, a copy."""
         return torch.cat([self.frozen.W_dec, self.boost.W_dec])
 
     @property
-    def b_dec(self) -> Tensor:
+    def b_dec(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.frozen.b_dec
 
     def encode(

@@ -66,8 +66,9 @@ def auxk_loss(
         residual = x - sae.b_dec if prediction is None else x - prediction - sae.b_dec
         rebuilt = F.relu(F.linear(residual, weight, bias)) @ W_dec
     else:
-        offsets = {"pre_bias": sae.b_dec, "prediction": prediction}
-        code = topk_encode(x, weight, bias, k_aux, sorted=False, **offsets)
+        code = topk_encode(
+            x, weight, bias, k_aux, pre_bias=sae.b_dec, prediction=prediction, sorted=False
+        )
         rebuilt = sparse_decode(*code, W_dec)
     error_left = F.mse_loss(rebuilt.to(error.dtype), error, reduction="sum")
     return error_left / reduce(error.square().sum()).clamp_min(1e-12)

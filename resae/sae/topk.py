@@ -80,7 +80,7 @@ class TopKSAE(Autoencoder):
                 "pass zeros"
             )
         k = self.config.k if k is None else k
-        offsets = {"pre_bias": self.b_dec, "prediction": prediction}
+        offsets: dict[str, Any] = {"pre_bias": self.b_dec, "prediction": prediction}
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             screened = self.screened
             if screened is not None:

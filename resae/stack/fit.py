@@ -50,13 +50,13 @@ class Moments:
 
     def scale(self) -> list[float]:
         """RMS of each layer: the activations divided by it have a mean squared entry of 1."""
-        self._require_tokens(1)
+        self.require_tokens(1)
         d_in = len(self.sums[0])
         return [max(float(s / (self.count * d_in)) ** 0.5, 1e-12) for s in self.squares]
 
     def mean(self, layer: int) -> Tensor:
         """`[D]` float64, the mean activation."""
-        self._require_tokens(1)
+        self.require_tokens(1)
         return self.sums[layer] / self.count
 
     def covariance(self, i: int, j: int) -> Tensor:
@@ -64,7 +64,7 @@ class Moments:
         block = self.blocks[i, j] if (i, j) in self.blocks else self.blocks[j, i].T
         return block / self.count - torch.outer(self.mean(i), self.mean(j))
 
-    def _require_tokens(self, n: int) -> None:
+    def require_tokens(self, n: int) -> None:
         if self.count < n:
             raise ValueError(
                 f"affine fit: {self.count} calibration tokens, expected at least {n}; the dataset "
@@ -101,7 +101,7 @@ def fit_predictor(
         raise ValueError(f"affine fit: ridge={ridge}, expected ≥ 0")
     if kind == "none":
         return AffinePredictor(kind)
-    moments._require_tokens(2)
+    moments.require_tokens(2)
     scale = moments.scale()
     D = len(moments.sums[0])
     if rank is not None and rank > D:

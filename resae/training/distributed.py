@@ -12,7 +12,7 @@ Checkpoints and logs are written by rank 0, into a folder that all ranks see.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +106,7 @@ class Ranks:
             moments.count = sum(count for (count,) in self.all_gather_ints([moments.count]))
 
     @contextmanager
-    def summed_gradients(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    def summed_gradients(self, parameters: Iterable[nn.Parameter]) -> Generator[None]:
         """Context of a backward: afterwards the gradients are the sums over all ranks. Each
         gradient's all-reduce starts as soon as it has been accumulated."""
         if not self.by_data:

@@ -69,11 +69,12 @@ class Watch:
             return self
         self._terminate = signal.signal(signal.SIGTERM, self._on_terminate)
         door: list[Any] = [None, None]
+        server = None
         if self.rank == 0:
             server, address = _listen()
             door = [address, secrets.token_hex(16)]
         dist.broadcast_object_list(door, 0, device=torch.device("cpu"))
-        if self.rank == 0:
+        if server is not None:
             hearing = threading.Thread(target=self._hear_all, args=(server, door[1]), daemon=True)
         else:
             connection = _connect(door[0], door[1], self.rank)
