@@ -1,8 +1,12 @@
 """Output of progress and errors of long-running work."""
 
 import logging
+import time
 
 _logger = logging.getLogger("resae")
+
+PROGRESS_SECONDS = 10.0
+"""Seconds between two lines of progress where lines stay: in a log, a file, a notebook."""
 
 
 class Console:
@@ -10,18 +14,27 @@ class Console:
 
     traceback = False
     """Print errors with their traceback."""
+    _next_progress = 0.0
 
     def log(self, line: str = "") -> None:
         """Report a line that stays."""
         _logger.info("%s", line)
 
     def progress(self, line: str) -> None:
-        """Report progress, which the next such line replaces."""
-        _logger.debug("%s", line)
+        """Report progress, every 10 s at most."""
+        if self._progress_is_due():
+            _logger.info("%s", line)
 
     def error(self, line: str) -> None:
         """Report why the process ends."""
         _logger.error("%s", line)
+
+    def _progress_is_due(self) -> bool:
+        now = time.monotonic()
+        due = now >= self._next_progress
+        if due:
+            self._next_progress = now + PROGRESS_SECONDS
+        return due
 
 
 class SilentConsole(Console):

@@ -36,6 +36,4 @@ def test_a_headless_text_is_found_wherever_it_stands():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_docstring_is_headless(path):
-    if path.is_relative_to(ROOT / "resae_kernels"):
-        pytest.skip("resae_kernels follows")
     assert headless(path.read_text()) == [], path

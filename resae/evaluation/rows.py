@@ -113,7 +113,7 @@ class EffectRow:
     prediction is not zero."""
 
     hook_point: str
-    """Where the change arrives."""
+    """Hook point that the change arrives at."""
     tokens: int
     """Tokens that the prediction reaches."""
     cosine: float

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import resae.training.loop as training
 from resae import HookedLM, ReSAE
-from resae.cli import GC_THRESHOLD, TerminalConsole, main
+from resae.cli import COMMANDS, GC_THRESHOLD, TerminalConsole, main
 from resae.data import cache as activation_cache
 from resae.data.rows import TokenRows
 from resae.data.text_record import RunText
@@ -496,7 +496,7 @@ def test_a_missing_logger_is_named_before_anything_runs(name, material, monkeypa
 
 
 def same_text(run, other):
-    """Whether two runs record the same text."""
+    """True if two runs record the same text."""
     names = ("held_out.safetensors", "trained_text.safetensors")
     records = [[load_tensors(folder / name, name) for name in names] for folder in (run, other)]
     return all(
@@ -918,9 +918,7 @@ def test_nan_activations_stop_before_anything_is_written(material, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "fit", "train", "eval", "generate", "report", "profile", "tune"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_argument(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
