@@ -10,7 +10,7 @@ cannot encode without it. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`,
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from resae.sae.base import Autoencoder, SAEConfig, StepWeights, describe_sizes
 from resae.sae.losses import Reduce, auxk_loss, no_reduce
 from resae.storage import load_json, load_tensors, save_json, save_tensors
 from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, topk_encode
+
+if TYPE_CHECKING:
+    from resae_kernels.types import Margin
 
 
 class TopKSAE(Autoencoder):
@@ -105,7 +108,8 @@ class TopKSAE(Autoencoder):
         held, weight, bias = self._screened, self.encoder.weight, self.encoder.bias
         same = held is not None and held.weight is weight and held.bias is bias
         if held is None or not same or held.margin != self.screening:
-            held = self._screened = ScreenedEncoder(weight, bias, margin=self.screening)
+            margin = cast("Margin", str(self.screening))
+            held = self._screened = ScreenedEncoder(weight, bias, margin=margin)
         return held
 
     def decode(self, acts: Tensor, indices: Tensor, *, prediction: Tensor | None = None) -> Tensor:
