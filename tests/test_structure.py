@@ -27,12 +27,16 @@ FLOORS = [
     {"data", "sae"},
     {"models"},
     {*("arguments", "assets", "choices", "console", "environment", "lazy", "settings", "storage")}
-    | {"threads"},
+    | {"strict_json", "threads"},
 ]
 """Packages and single files of `resae`, from the top of the house down."""
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 SOURCES = sorted(p for p in (ROOT / "resae").rglob("*.py") if p != ROOT / "resae" / "__init__.py")
-ALLOWED = {"arguments": {"storage"}}
+ALLOWED = {
+    "arguments": {"storage"},
+    "settings": {"strict_json"},
+    "storage": {"strict_json"},
+}
 """Imports within the lowest floor."""
 
 

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class HookedLM:
         self.model = model
         self.tokenizer = tokenizer
         self.config: Any = model.config
+        self.revision: str | None = getattr(self.config, "_commit_hash", None)
+        """Commit of the hub repository that it was loaded from; None: of no repository."""
         self.name = name or getattr(self.config, "name_or_path", "") or self.config.model_type
         self.family = family_of(self.config, self.name)
         path = self.family.blocks
@@ -87,10 +90,14 @@ class HookedLM:
         *,
         dtype: torch.dtype | str = torch.float32,
         device: str | torch.device = "cpu",
+        revision: str | None = None,
+        tokenizer: bool = True,
     ) -> "HookedLM":
         """Load a model and its tokenizer by hub name, local path, or `embedded`.
 
         Args:
+            revision: branch, tag or commit of a hub repository; None: its main branch.
+            tokenizer: whether one is needed; without, there may be none.
             device: `auto` spreads a model that is too large for one over all devices
                 (`device_map="auto"` of transformers, which needs accelerate).
 
@@ -104,13 +111,13 @@ class HookedLM:
             raise ModuleNotFoundError('device "auto" needs accelerate; pip install accelerate')
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        path = str(TINY_PYTHIA) if name == EMBEDDED else name
+        path = _path_of(name, revision)
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, revision=revision)
             family_of(config, name)  # an unknown one is an error before gigabytes are read
-            tokenizer = _tokenizer(path, name)
+            words = _tokenizer(path, name, revision, needed=tokenizer)
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map="auto" if spread else None
+                path, dtype=dtype, device_map="auto" if spread else None, revision=revision
             )
         except OSError as error:
             raise _not_found(name, error) from None
@@ -119,14 +126,17 @@ class HookedLM:
                 f"model {name!r}: its weights are truncated or not safetensors ({error}); copy or "
                 f"download them again"
             ) from None
-        return cls((model if spread else model.to(device)).eval(), tokenizer, name)  # type: ignore[arg-type]
+        return cls((model if spread else model.to(device)).eval(), words, name)  # type: ignore[arg-type]
 
     @classmethod
-    def described(cls, name: str, *, tokenizer: bool = False) -> "HookedLM":
+    def described(
+        cls, name: str, *, tokenizer: bool | None = False, revision: str | None = None
+    ) -> "HookedLM":
         """The shapes of a model, from its config alone: on the meta device, without weights.
 
         Args:
-            tokenizer: whether to load the tokenizer too.
+            tokenizer: whether to load the tokenizer too; None: if there is one.
+            revision: branch, tag or commit of a hub repository; None: its main branch.
 
         Raises:
             FileNotFoundError: no such config, neither local nor on the hub.
@@ -134,15 +144,19 @@ class HookedLM:
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        path = str(TINY_PYTHIA) if name == EMBEDDED else name
+        path = _path_of(name, revision)
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, revision=revision)
             family_of(config, name)
-            words = _tokenizer(path, name) if tokenizer else None
+            words = None
+            if tokenizer is not False:
+                words = _tokenizer(path, name, revision, needed=bool(tokenizer))
         except OSError as error:
             raise _not_found(name, error) from None
         with torch.device("meta"):
-            return cls(AutoModelForCausalLM.from_config(config), words, name)
+            described = cls(AutoModelForCausalLM.from_config(config), words, name)
+        described.revision = getattr(config, "_commit_hash", None)
+        return described
 
     @property
     def d_model(self) -> int:
@@ -176,6 +190,15 @@ class HookedLM:
                 if value is not None:
                     ids.update(value if isinstance(value, (list, tuple)) else [value])
         return tuple(sorted(ids))
+
+    def require_vocabulary(self, ids: Tensor, what: str) -> None:
+        """Raise ValueError unless all of `ids` are tokens of the model; `what` names them."""
+        size = int(self.config.vocab_size)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(
+                f"{what}: token ids from {int(ids.min())} to {int(ids.max())}, but {self.name} has "
+                f"{size} tokens, 0 to {size - 1}; they belong to another tokenizer"
+            )
 
     def is_special(self, input_ids: Tensor) -> Tensor:
         """`[B, T]` bool: which tokens are BOS, EOS or padding."""
@@ -377,17 +400,34 @@ def _not_found(name: str, error: OSError) -> FileNotFoundError:
     )
 
 
-def _tokenizer(path: str, name: str) -> Any:
-    """The tokenizer of a model. Of a folder without one transformers makes, depending on the
-    family, a tokenizer without words, or an error that names everything but the folder."""
+def _path_of(name: str, revision: str | None) -> str:
+    """The folder or hub name of a model."""
+    if revision is not None and (name == EMBEDDED or Path(name).is_dir()):
+        raise ValueError(
+            f"model {name!r} is local and has no revision {revision!r}; leave --revision out, or "
+            f"give a hub name"
+        )
+    return str(TINY_PYTHIA) if name == EMBEDDED else name
+
+
+def _tokenizer(path: str, name: str, revision: str | None, *, needed: bool) -> Any:
+    """The tokenizer of a model; None: it has none, and none is needed. From a folder without one
+    transformers makes, depending on the family, a tokenizer without words, or an error that names
+    everything but the folder."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
         reason = "only special tokens"
     except ValueError as error:
-        empty, reason = True, str(error).strip().splitlines()[0]
+        tokenizer, empty, reason = None, True, str(error).strip().splitlines()[0]
+    except OSError:
+        if needed:
+            raise
+        return None
+    if empty and not needed:
+        return None
     if empty:
         raise ValueError(
             f"model {name!r} has no tokenizer ({reason}): save it there too, with "

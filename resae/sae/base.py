@@ -15,6 +15,7 @@ from resae.sae.losses import Reduce, no_reduce
 from resae_kernels import ScreenedEncoder, SparseCode
 
 InputKind = Literal["activation", "affine_residual"]
+INPUT_KINDS = ("activation", "affine_residual")
 
 
 Screening = Literal["statistical", "certain"]
@@ -50,6 +51,11 @@ class SAEConfig:
             raise ValueError(
                 f"SAEConfig: screening={self.screening!r}, expected 'statistical', 'certain' or "
                 f"None"
+            )
+        if self.input_kind not in INPUT_KINDS or not 0 <= self.prefix_gain <= 1:
+            raise ValueError(
+                f"SAEConfig: input_kind={self.input_kind!r}, prefix_gain={self.prefix_gain}; "
+                f"expected {' or '.join(INPUT_KINDS)}, and 0 to 1"
             )
         for name in ("d_in", "d_sae", "k"):
             if getattr(self, name) < 1:

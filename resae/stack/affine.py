@@ -9,7 +9,7 @@ The maps of the last two have a form: `full`, `scalar` α_lj·I, `diagonal`, or 
 skip_lj·I + U V: a stream keeps most of what it was, which no low rank alone could say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -138,12 +138,50 @@ class AffinePredictor(nn.Module):
 
     @classmethod
     def load(cls, path: Path, kind: str) -> "AffinePredictor":
-        """Read what `save` wrote; the names of the tensors say the form."""
+        """Read what `save` wrote; the names of the tensors say the form.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, or holds other maps than those of `kind`.
+        """
         tensors = load_tensors(path, "affine maps")
         form = next((f for f, names in FORMS.items() if f"{names[0]}.1" in tensors), "full")
-        layers = sorted(int(name[2:]) for name in tensors if name.startswith("c."))
+        layers = range(1, 1 + sum(name.startswith("c.") for name in tensors))
+        _require_maps(tensors, kind, form, layers, f"affine maps: {path}")
         maps = [tuple(tensors[f"{name}.{i}"] for name in FORMS[form]) for i in layers]
         return cls(kind, maps, [tensors[f"c.{i}"] for i in layers], form=form)
+
+
+def _require_maps(
+    tensors: Mapping[str, Tensor], kind: str, form: str, layers: Sequence[int], what: str
+) -> None:
+    """Raise ValueError unless these are the maps of `layers`, of one width and floating type."""
+    check_kind(kind)
+    names = (*FORMS[form], "c")
+    first = tensors.get("c.1", torch.zeros(1))
+    D = first.shape[0] if first.ndim == 1 else -1
+    U = tensors.get("U.1")
+    r = U.shape[1] if form == "low_rank" and U is not None and U.ndim == 2 else -1
+    for i in layers:
+        s = len(sources_of(kind, i))
+        shapes = {"A": (s * D, D), "alpha": (s,), "diagonal": (s, D), "skip": (s,)} | {
+            "U": (s * D, r),
+            "V": (r, D),
+            "c": (D,),
+        }
+        for name in names:
+            found = tensors.get(f"{name}.{i}")
+            if found is None or found.shape != shapes[name] or found.dtype != first.dtype:
+                got = "none" if found is None else f"{list(found.shape)} of {found.dtype}"
+                raise ValueError(
+                    f"{what} does not hold the maps of predictor {kind!r}, {form}: {name}.{i} is "
+                    f"{got}, expected {list(shapes[name])} of {first.dtype}; restore the file"
+                )
+    if not first.is_floating_point() or (kind == "none" and layers):
+        raise ValueError(
+            f"{what} holds {len(layers)} maps of {first.dtype}, expected "
+            f"{'none' if kind == 'none' else 'floating point'}; restore the file"
+        )
 
 
 def apply_map(parts: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ are folded in before saving.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -31,7 +31,8 @@ from resae.models.points import HookPoint
 from resae.sae.base import Autoencoder, SAEConfig
 from resae.sae.registry import load_sae, new_sae
 from resae.stack.affine import AffinePredictor
-from resae.storage import load_json, save_json
+from resae.storage import load_json, require_inside, safe_file_name, save_json
+from resae.strict_json import brief, require_fields
 from resae_kernels import (
     ScreenedEncoder,
     SparseCode,
@@ -440,27 +441,68 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             ValueError: a file is damaged or of an unknown format.
         """
         folder = Path(folder)
-        description = load_json(folder / "resae.json", "stack")
-        if description.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"stack {folder}: format_version {description.get('format_version')}, this resae "
-                f"reads {FORMAT_VERSION}; update resae"
-            )
-        if description["predictor"] not in KINDS:
-            raise ValueError(f"stack {folder}: unknown predictor {description['predictor']!r}")
+        description = _read_description(folder)
         folders = [folder / name for name in description["hook_points"]]
+        for path in folders:
+            require_inside(path, "stack")
         boosted = description.get("boosted", False)
         saes = [load_sae(path, "boosted" if boosted else None) for path in folders]
+        predictor = AffinePredictor.load(folder / "affine.safetensors", description["predictor"])
+        widths = {(sae.config.d_in, sae.W_dec.dtype) for sae in saes}
+        widths |= {(len(c), c.dtype) for c in predictor.c}
+        if len(widths) > 1:
+            raise ValueError(
+                f"stack {folder}: its autoencoders and maps are of several widths or types, "
+                f"{', '.join(f'{d_in} of {dtype}' for d_in, dtype in sorted(widths, key=str))}; "
+                f"restore the folder"
+            )
         # Earlier versions could record boosted autoencoders as shared, which they never are.
         if description.get("shared", False) and not boosted:
             _share(saes, folder)
         stack = cls(
             description["hook_points"],
-            AffinePredictor.load(folder / "affine.safetensors", description["predictor"]),
+            predictor,
             saes,
-            description["model"] and ModelIdentity(**description["model"]),
+            _identity_in(description, f"stack {folder}: model in resae.json"),
         )
         return stack.eval()
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """The content of resae.json, of the expected types."""
+    found = load_json(folder / "resae.json", "stack")
+    where = f"stack {folder}: resae.json"
+    require_fields(found, {"format_version": (int, None)}, where)
+    if found.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"stack {folder}: format_version {found.get('format_version')}, this resae reads "
+            f"{FORMAT_VERSION}; update resae"
+        )
+    kinds = {"hook_points": [str], "predictor": str, "model": (dict, None)}
+    flags = {"boosted": (bool, None), "shared": (bool, None)}
+    require_fields(found, kinds | flags, where)
+    names = found["hook_points"]
+    unsafe = [name for name in names if not safe_file_name(name)]
+    if unsafe or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{where}: hook_points={brief(unsafe or names)}, expected names such as "
+            f"blocks.1.hook_resid_post, each once: they are folders of the stack"
+        )
+    if found["predictor"] not in KINDS:
+        raise ValueError(f"stack {folder}: unknown predictor {brief(found['predictor'])}")
+    return found
+
+
+def _identity_in(description: dict[str, Any], where: str) -> ModelIdentity | None:
+    found = description.get("model")
+    if found is None:
+        return None
+    whole = ("d_model", "n_layers", "vocab_size")
+    kinds = dict.fromkeys(("name", "model_type"), str) | dict.fromkeys(whole, int)
+    require_fields(found, kinds | {"revision": (str, None)}, where)
+    return ModelIdentity(
+        **{f.name: found[f.name] for f in fields(ModelIdentity) if f.name in found}
+    )
 
 
 def new_stack(

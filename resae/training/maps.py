@@ -15,10 +15,10 @@ from resae.evaluation.predictors import r2_per_layer, routing_shares
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
 from resae.stack.fit import Moments
-from resae.storage import load_json
 from resae.training.calibration import Calibration, calibrate, sum_moments
 from resae.training.config import FITTED, RunConfig, TrainConfig
 from resae.training.distributed import Ranks
+from resae.training.runs import load_record
 
 
 def measure_moments(
@@ -104,6 +104,10 @@ def require_rank(config: TrainConfig, lm: HookedLM) -> None:
         )
 
 
+FIXED = {"model", "data", "text_column", "streaming", "context_tokens", "held_out_rows", "seed"}
+"""What else a record of maps says."""
+
+
 class FittedMaps(NamedTuple):
     """Maps that were fitted before, by `resae fit` or in a run, and their record."""
 
@@ -124,11 +128,17 @@ class FittedMaps(NamedTuple):
             raise FileNotFoundError(
                 f"--maps: {folder} holds no maps (no fit.json); make them with `resae fit`"
             )
-        record = load_json(file, "maps")
+        record = load_record(file, "maps")
         record |= record.get("train", {})
-        if not record.keys() >= {"layers", *FITTED}:
+        record.setdefault("rank", None)
+        if not record.keys() >= {"layers", *FITTED} or not record.keys() >= FIXED:
             raise ValueError(f"--maps: {file} was written by an earlier resae; fit the maps anew")
         calibration = Calibration.load(folder / "calibration.safetensors", record["predictor"])
+        if len(calibration.scale) != len(record["layers"]):
+            raise ValueError(
+                f"--maps: {file} names {len(record['layers'])} layers, the maps are of "
+                f"{len(calibration.scale)}; fit the maps anew"
+            )
         return cls(record, calibration)
 
     def complete(self, config: RunConfig) -> RunConfig:

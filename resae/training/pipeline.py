@@ -28,7 +28,7 @@ from resae.models.hooked import HookedLM
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
 from resae.stack.stack import ReSAE
-from resae.storage import is_unused, load_json, locked, save_json
+from resae.storage import is_unused, locked, save_json
 from resae.training.calibration import Calibration, boost_calibration
 from resae.training.checkpoints import resumed_config
 from resae.training.config import FITTED, FitConfig, RunConfig, TrainConfig
@@ -37,6 +37,7 @@ from resae.training.loggers import metric_loggers, require_loggers
 from resae.training.loop import Progress, train
 from resae.training.maps import FittedMaps, fit_calibration, measure_moments, require_rank
 from resae.training.runs import (
+    load_record,
     open_run,
     record_of,
     require_same_run,
@@ -245,7 +246,7 @@ class _Pipeline:
         require_rank(config, shapes)
         require_divisible(config, self.ranks)
         if self.config.resume:
-            self.record = load_json(self.out / "run.json", "run")
+            self.record = load_record(self.out / "run.json", "run")
             require_same_run(self.record, self.config, config, self.out)
             config = resumed_config(config, self.out)
         return config

@@ -9,6 +9,7 @@ from resae.data.texts import fingerprint
 from resae.environment import environment
 from resae.stack.stack import ReSAE
 from resae.storage import is_unused, load_json
+from resae.strict_json import require_fields
 from resae.training.config import FitConfig, RunConfig, TrainConfig
 
 RECORDED = (
@@ -41,6 +42,59 @@ def record_of(
     }
 
 
+_TEXT, _WHOLE = (str, None), (int, None)
+RECORD = {
+    "model": _TEXT,
+    "revision": _TEXT,
+    "data": _TEXT,
+    "data_revision": _TEXT,
+    "split": _TEXT,
+    "encoding": _TEXT,
+    "text_column": _TEXT,
+    "streaming": (bool, None),
+    "context_tokens": _WHOLE,
+    "held_out_rows": _WHOLE,
+    "dtype": _TEXT,
+    "held_out_split": _TEXT,
+    "data_fingerprint": (dict, None),
+    "config": (dict, None),
+    "train": (dict, None),
+    "affine": ([dict], None),
+}
+"""Entries of a record (run.json, fit.json) that are read, with their types."""
+OF_TRAINING = {
+    "seed": _WHOLE,
+    "train_tokens": _WHOLE,
+    "layers": ([str], None),
+    "predictor": _TEXT,
+    "form": _TEXT,
+    "rank": _WHOLE,
+    "calibration_tokens": _WHOLE,
+    "ridge": (float, None),
+}
+"""Entries of its `train` that are read; of fit.json they are beside the others."""
+
+
+def load_record(file: Path, what: str) -> dict[str, Any]:
+    """The record of a run or a fit, with entries of the expected types, those that are null left
+    out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged.
+    """
+    record = load_json(file, what)
+    where = f"{what}: {file}"
+    require_fields(record, RECORD | OF_TRAINING, where)
+    if record.get("train"):
+        train = require_fields(record["train"], OF_TRAINING, f"{where}: train")
+        record["train"] = {name: value for name, value in train.items() if value is not None}
+    for row in record.get("affine") or ():
+        require_fields(row, {"method": str, "hop": str, "r2": float}, f"{where}: affine")
+    known = RECORD | OF_TRAINING
+    return {n: v for n, v in record.items() if v is not None or n not in known}
+
+
 def open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
     """The record and the stack of a finished run.
 
@@ -54,7 +108,7 @@ def open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
         raise ValueError(
             f"the run in {folder} is not finished; go on with `resae train … --resume`"
         )
-    record = load_json(folder / "run.json", "run") if (folder / "run.json").exists() else {}
+    record = load_record(folder / "run.json", "run") if (folder / "run.json").exists() else {}
     return record, ReSAE.load(folder).to(device)
 
 
@@ -78,7 +132,7 @@ def require_same_run(
     names = (*RECORDED, "maps")
     began = {name: record.get(name) for name in names}
     fitted = ("layers", "predictor", "form", "rank")
-    began |= {name: record["train"].get(name) for name in fitted}
+    began |= {name: record.get("train", {}).get(name) for name in fitted}
     now = {name: getattr(config, name) for name in names}
     now |= {name: getattr(train, name) for name in fitted} | {"layers": list(train.layers)}
     changed = [name for name in began if began[name] != now[name]]
