@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from resae_kernels import reference
 from resae_kernels.chain import affine_chain, transport
 from resae_kernels.decode import reconstruction_error, sparse_decode
+from resae_kernels.dropin import accelerate
 from resae_kernels.encode import topk_encode
 from resae_kernels.screened import ScreenedEncoder, Screening
 from resae_kernels.step import StepWorkspace, online_step
@@ -25,6 +26,7 @@ __all__ = [
     "SparseCode",
     "StepWorkspace",
     "Transported",
+    "accelerate",
     "affine_chain",
     "online_step",
     "reconstruction_error",

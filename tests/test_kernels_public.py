@@ -18,6 +18,7 @@ DOCUMENTED = {
     "StepWorkspace",
     "SparseCode",
     "Transported",
+    "accelerate",
     "affine_chain",
     "online_step",
     "reconstruction_error",

@@ -147,7 +147,7 @@ def test_only_the_registry_asks_which_kind_an_autoencoder_is():
 
 
 KERNEL_FLOORS = [
-    {"step"},
+    {"step", "dropin"},
     {"screened", "chain"},
     {"encode", "decode"},
     {"gradients"},

@@ -1,0 +1,341 @@
+"""`accelerate`: autoencoders of other libraries, by themselves and with our ops inside. Runs on
+stand-ins (`foreign.py`) and, where they are installed, on the libraries themselves."""
+
+import copy
+import pickle
+
+import foreign
+import pytest
+import torch
+
+from resae_kernels import accelerate
+
+D, M, K, N = 64, 2048, 6, 40
+LIBRARIES = ["sae_lens", "sparsify", "dictionary_learning"]
+
+
+def library_sae(library: str, **config):
+    """An autoencoder of the installed library."""
+    if library == "sae_lens":
+        lens = pytest.importorskip("sae_lens")
+        normalize = "constant_norm_rescale" if config.pop("normalize", None) else "none"
+        settings = lens.TopKSAEConfig(
+            d_in=D, d_sae=M, k=K, normalize_activations=normalize, **config
+        )
+        return lens.TopKSAE(settings)
+    if library == "sparsify":
+        pytest.importorskip("sparsify")
+        from sparsify import SparseCoder, SparseCoderConfig
+
+        return SparseCoder(D, SparseCoderConfig(num_latents=M, k=K, **config))
+    trainers = pytest.importorskip("dictionary_learning.trainers.top_k")
+    return trainers.AutoEncoderTopK(D, M, K)
+
+
+def stand_in(library: str, **config):
+    if library == "sae_lens" and config.pop("normalize", None):
+        config["normalize"] = D**0.5
+    cls = {"sae_lens": foreign.TopKSAE, "sparsify": foreign.SparseCoder}
+    return cls.get(library, foreign.AutoEncoderTopK)(D, M, K, **config)
+
+
+@pytest.fixture(params=["stand-in", "library"])
+def make(request):
+    """`make(library, **config)`: an autoencoder with weights of one seed."""
+
+    def made(library, **config):
+        sae = (stand_in if request.param == "stand-in" else library_sae)(library, **config)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in sae.parameters():
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+        return sae
+
+    return made
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(1)
+    return torch.randn(N, D)
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def dense_of(encoded):
+    """Acts `[..., M]` of whatever `encode` returned."""
+    if not hasattr(encoded, "top_acts"):
+        return encoded
+    zeros = torch.zeros(*encoded.top_acts.shape[:-1], M)
+    return zeros.scatter_add(-1, encoded.top_indices, encoded.top_acts)
+
+
+def decoded(sae, encoded):
+    return sae.decode(*encoded[:2]) if hasattr(encoded, "top_acts") else sae.decode(encoded)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("shape", [(N, D), (2, N // 2, D), (1, D)], ids=str)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_encode_decode_and_forward_are_those_of_the_library(make, x, library, shape, grad):
+    sae = make(library)
+    x = x[: shape[:-1][0] * (shape[1] if len(shape) == 3 else 1)].reshape(shape)
+    if library == "dictionary_learning":
+        assert int(sae.k) == K
+    ours = accelerate(sae)
+    rows = x.reshape(-1, D)  # sparsify decodes no more dimensions
+    with torch.set_grad_enabled(grad):
+        encoded, expected = ours.encode(x), sae.encode(rows)
+        close(dense_of(encoded).view(-1, M), dense_of(expected))
+        close(decoded(ours, encoded).view(-1, D), decoded(sae, expected))
+        close(_flat(ours(x))[0].view(-1, D), _flat(sae(rows))[0])
+        for result, reference in zip(_flat(ours(rows)), _flat(sae(rows)), strict=True):
+            close(result, reference)
+
+
+def _flat(output):
+    """Of sparsify the reconstruction and the losses: the order within a code is its own."""
+    if hasattr(output, "sae_out"):
+        return output.sae_out, output.fvu, output.auxk_loss, output.multi_topk_fvu
+    return (output,)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_gradients_of_every_parameter_and_the_input_are_those_of_the_library(make, x, library):
+    sae = make(library)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weights = torch.randn(N, D)
+    (_flat(sae(theirs))[0] * weights).sum().backward()
+    expected = [theirs.grad, *(p.grad.clone() for p in sae.parameters() if p.grad is not None)]
+    sae.zero_grad()
+    (_flat(accelerate(sae)(ours))[0] * weights).sum().backward()
+    found = [ours.grad, *(p.grad for p in sae.parameters() if p.grad is not None)]
+    assert len(found) == len(expected) > 4
+    for gradient, reference in zip(found, expected, strict=True):
+        close(gradient, reference)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@torch.no_grad()
+def test_it_is_the_same_kind_of_object_and_the_original_stays(make, library):
+    sae = make(library)
+    ours = accelerate(sae)
+    assert isinstance(ours, type(sae))
+    assert type(ours) is not type(sae)
+    assert accelerate(ours) is ours
+    before, after = sae.state_dict(), ours.state_dict()
+    assert list(before) == list(after)
+    assert all(before[name].data_ptr() == after[name].data_ptr() for name in before)
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in sae.named_modules()]
+    assert "encode" not in vars(sae)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@torch.no_grad()
+def test_a_weight_that_changes_is_followed(make, x, library):
+    sae = make(library)
+    ours = accelerate(sae)
+    ours(x)
+    for parameter in sae.parameters():
+        parameter.mul_(1.5).add_(0.01)
+    close(_flat(ours(x))[0], _flat(sae(x))[0])
+    ours.load_state_dict(
+        {n: t / 2 for n, t in ours.state_dict().items() if t.is_floating_point()}, strict=False
+    )
+    close(_flat(ours(x))[0], _flat(sae(x))[0])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@torch.no_grad()
+def test_copies_are_accelerated_and_independent(make, x, library):
+    ours = accelerate(make(library))
+    expected = _flat(ours(x))[0].clone()
+    twin = copy.deepcopy(ours)
+    assert type(twin) is type(ours)
+    for parameter in twin.parameters():
+        parameter.zero_()
+    assert torch.equal(_flat(ours(x))[0], expected)
+
+
+@torch.no_grad()
+def test_a_pickled_one_comes_back_accelerated(make, x):
+    try:
+        stored = pickle.dumps(ours := accelerate(make("dictionary_learning")))
+    except (pickle.PicklingError, AttributeError) as error:  # the library's own class cannot
+        pytest.skip(str(error))
+    close(pickle.loads(stored)(x), ours(x))
+
+
+# -- dense acts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", ["sae_lens", "dictionary_learning"])
+@torch.no_grad()
+def test_acts_that_were_edited_are_decoded_as_they_are(make, x, library):
+    """By hand, in place, all away, a few negative, and too many for a code."""
+    sae = make(library)
+    ours = accelerate(sae)
+    acts = ours.encode(x)
+    half = acts / 2
+    acts[:, acts[0].argmax()] = 0
+    steered = acts.clone()
+    steered[3, 7] = -2.0
+    full = torch.rand(N, M)
+    for edited in (acts, half, steered, full, torch.zeros(N, M), full[:0], steered.view(2, -1, M)):
+        close(ours.decode(edited), sae.decode(edited))
+
+
+def test_gradients_reach_acts_that_were_edited(make, x):
+    sae = make("dictionary_learning")
+    ours = accelerate(sae)
+    acts, same = (ours.encode(x).detach().mul(2).requires_grad_() for _ in range(2))
+    ours.decode(acts).square().sum().backward()
+    sae.decode(same).square().sum().backward()
+    active = acts.detach() != 0
+    close(acts.grad[active], same.grad[active])
+
+
+# -- SAELens ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rescale_acts_by_decoder_norm": True},
+        {"apply_b_dec_to_input": False},
+        {"normalize": True},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_configurations_of_saelens(make, x, config):
+    sae = make("sae_lens", **config)
+    ours = accelerate(sae)
+    close(ours.encode(x), sae.encode(x))
+    close(ours.decode(ours.encode(x)), sae.decode(sae.encode(x)))
+    close(ours(x), sae(x))
+
+
+@pytest.mark.parametrize("name", ["input", "acts_pre", "acts_post", "recons", "output"])
+@torch.no_grad()
+def test_hooks_of_saelens_see_and_change_the_same(make, x, name):
+    """Each hook point is given the library's own tensor, and what it returns goes on."""
+    sae = make("sae_lens")
+    ours = accelerate(sae)
+    seen = []
+
+    def hook(_module, _inputs, output):
+        seen.append(output.clone())
+        return output * 0.5
+
+    getattr(sae, f"hook_sae_{name}").register_forward_hook(hook)
+    close(ours(x), sae(x))
+    assert len(seen) == 2
+    close(*seen)
+
+
+def test_the_error_term_of_saelens_gives_the_input_back(make, x):
+    ours = accelerate(make("sae_lens"))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        attribute = "_use_error_term" if hasattr(ours, "_use_error_term") else "use_error_term"
+        patch.setattr(ours, attribute, True)
+        close(ours(x), x)
+
+
+# -- sparsify --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_all_scores_of_sparsify_are_there_when_they_are_read(make, x):
+    sae = make("sparsify")
+    output, expected = accelerate(sae).encode(x), sae.encode(x)
+    assert isinstance(output, type(expected))
+    _, _, scores = output
+    close(scores, expected.pre_acts)
+    close(output.pre_acts, expected.pre_acts)
+    close(output[-1], expected.pre_acts)
+    assert len(output[:2]) == 2
+    assert len(output[1:]) == 2
+
+
+@pytest.mark.parametrize("config", [{"transcode": True}, {"skip_connection": True}], ids=str)
+@torch.no_grad()
+def test_transcoders_and_skips_of_sparsify(make, x, config):
+    sae = make("sparsify", **config)
+    close(accelerate(sae)(x, x.flip(0)).sae_out, sae(x, x.flip(0)).sae_out)
+    close(accelerate(sae)(x, x.flip(0)).fvu, sae(x, x.flip(0)).fvu)
+
+
+@torch.no_grad()
+def test_losses_of_sparsify_that_read_all_scores_are_its_own(make, x):
+    sae = make("sparsify")
+    dead = torch.arange(M) % 3 == 0
+    ours, theirs = accelerate(sae)(x, dead_mask=dead), sae(x, dead_mask=dead)
+    close(ours.auxk_loss, theirs.auxk_loss)
+    assert float(theirs.auxk_loss) != 0
+
+
+# -- dictionary_learning ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_options_of_dictionary_learning(make, x):
+    sae = make("dictionary_learning")
+    ours = accelerate(sae)
+    for option in ({"return_topk": True}, {"use_threshold": True}):
+        for result, reference in zip(
+            ours.encode(x, **option), sae.encode(x, **option), strict=True
+        ):
+            close(result, reference)
+    for result, reference in zip(
+        ours(x, output_features=True), sae(x, output_features=True), strict=True
+    ):
+        close(result, reference)
+
+
+@torch.no_grad()
+def test_k_of_dictionary_learning_may_change(make, x):
+    sae = make("dictionary_learning")
+    ours = accelerate(sae)
+    ours(x)
+    sae.k.fill_(2)
+    close(ours(x), sae(x))
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_unknown_classes_and_activations_are_refused(make):
+    with pytest.raises(TypeError, match="got torch.nn.*Linear, expected one of: sae_lens TopKSAE"):
+        accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="activation 'groupmax', expected 'topk'"):
+        accelerate(make("sparsify", activation="groupmax"))
+    with pytest.raises(ValueError, match="margin='no', expected"):
+        accelerate(make("sparsify"), margin="no")
+
+
+@torch.no_grad()
+def test_a_hooked_transformer_of_saelens_runs_with_it():
+    """Spliced in, its activations in the cache, and taken out again."""
+    lens = pytest.importorskip("sae_lens")
+    transformer_lens = pytest.importorskip("transformer_lens")
+    config = transformer_lens.HookedTransformerConfig(
+        n_layers=2, d_model=D, n_ctx=16, d_head=16, n_heads=4, d_vocab=50, act_fn="gelu", seed=0
+    )
+    model = lens.HookedSAETransformer(config)
+    sae = library_sae("sae_lens")
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    for parameter in sae.parameters():
+        parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    tokens = torch.arange(12).view(1, -1)
+    plain = model(tokens)
+    expected, cache = model.run_with_cache_with_saes(tokens, saes=[sae])
+    found, same = model.run_with_cache_with_saes(tokens, saes=[accelerate(sae)])
+    close(found, expected)
+    assert list(same) == list(cache)
+    for name in cache:
+        close(same[name], cache[name])
+    close(model.run_with_saes(tokens, saes=[accelerate(sae)], use_error_term=True), plain)
+    assert torch.equal(model(tokens), plain)
