@@ -291,7 +291,7 @@ def load_tensors(path: Path, what: str, *, finite: bool = True) -> dict[str, Ten
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(_truncated(path, what, f" ({error})")) from None
+        raise ValueError(_truncated(path, what, f" ({str(error)[:200]})")) from None
     for name, tensor in tensors.items():
         if finite and tensor.is_floating_point() and not _is_finite(tensor):
             raise ValueError(

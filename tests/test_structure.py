@@ -71,6 +71,7 @@ TESTED_BY = {
     "report/test_page.py": "evaluation.labels report.figures",
     "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.registry",
     "stack/test_affine.py": "evaluation.predictors stack.fit",
+    "stack/test_hub.py": "cli.push stack.card",
     "stack/test_stack.py": "models.identity",
     "test_arguments.py": "cli.options",
     "test_assets.py": "assets.build",
