@@ -64,9 +64,10 @@ class HookedLM:
         self.model = model
         self.tokenizer = tokenizer
         self.config: Any = model.config
-        self.revision: str | None = getattr(self.config, "_commit_hash", None)
-        """Commit of the hub repository that it was loaded from; None: of no repository."""
         self.name = name or getattr(self.config, "name_or_path", "") or self.config.model_type
+        local = Path(self.name).is_dir()
+        self.revision: str | None = None if local else getattr(self.config, "_commit_hash", None)
+        """Commit of the hub repository that it was loaded from; None: of no repository."""
         self.family = family_of(self.config, self.name)
         path = self.family.blocks
         self._root = _root_of(model, path, self.name)
@@ -154,9 +155,7 @@ class HookedLM:
         except OSError as error:
             raise _not_found(name, error) from None
         with torch.device("meta"):
-            described = cls(AutoModelForCausalLM.from_config(config), words, name)
-        described.revision = getattr(config, "_commit_hash", None)
-        return described
+            return cls(AutoModelForCausalLM.from_config(config), words, name)
 
     @property
     def d_model(self) -> int:

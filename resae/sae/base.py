@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from resae.sae.losses import Reduce, no_reduce
+from resae.strict_json import brief
 from resae_kernels import ScreenedEncoder, SparseCode
 
 InputKind = Literal["activation", "affine_residual"]
@@ -49,12 +50,12 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.screening not in SCREENINGS:
             raise ValueError(
-                f"SAEConfig: screening={self.screening!r}, expected 'statistical', 'certain' or "
+                f"SAEConfig: screening={brief(self.screening)}, expected 'statistical', 'certain' or "
                 f"None"
             )
         if self.input_kind not in INPUT_KINDS or not 0 <= self.prefix_gain <= 1:
             raise ValueError(
-                f"SAEConfig: input_kind={self.input_kind!r}, prefix_gain={self.prefix_gain}; "
+                f"SAEConfig: input_kind={brief(self.input_kind)}, prefix_gain={self.prefix_gain}; "
                 f"expected {' or '.join(INPUT_KINDS)}, and 0 to 1"
             )
         for name in ("d_in", "d_sae", "k"):

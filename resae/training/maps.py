@@ -174,7 +174,8 @@ class FittedMaps(NamedTuple):
             )
         # Without a split for validation the first rows are held out: which, these settings say.
         names = ("text_column", "streaming", "context_tokens", "held_out_rows", "seed")
-        other = [name for name in names if self.record[name] != getattr(config, name)]
+        self.record.setdefault("split", "train")  # of earlier versions
+        other = [name for name in (*names, "split") if self.record[name] != getattr(config, name)]
         if rows.skip and self.record["data"] == config.data and other:
             raise ValueError(
                 f"--maps: fitted with {', '.join(f'{n}={self.record[n]}' for n in other)} on this "

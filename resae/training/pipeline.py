@@ -134,12 +134,12 @@ def fit_maps(
         console.say(f"device: {describe_device(device)}")
         if not config.layers:
             raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
-        shapes = HookedLM.described(config.model, tokenizer=True)
+        shapes = HookedLM.described(config.model, tokenizer=None, revision=config.revision)
         points = shapes.hook_points(config.layers)
         fit = config.for_layers(tuple(point.name for point in points))
         require_rank(fit, shapes)
         rows, held_out = read_rows(config, shapes)
-        lm = load_model(config.model, config.dtype, device)
+        lm = load_model(config.model, config.dtype, device, config.revision)
         text = TrainedText()
         batches = _captured(lm, rows.noted(text.add), points)
         unseen = _captured(lm, held_out, points)
@@ -151,9 +151,12 @@ def fit_maps(
     return out
 
 
-def load_model(name: str, dtype: str, device: str) -> HookedLM:
-    """A model with its weights in `dtype`, by its name in torch, on a device."""
-    return HookedLM.from_pretrained(name, dtype=getattr(torch, dtype), device=device)
+def load_model(name: str, dtype: str, device: str, revision: str | None = None) -> HookedLM:
+    """A model with its weights in `dtype`, by its name in torch, on a device; with its tokenizer,
+    where it has one."""
+    return HookedLM.from_pretrained(
+        name, dtype=getattr(torch, dtype), device=device, revision=revision, tokenizer=False
+    )
 
 
 def _captured(lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]) -> Iterator[list[Tensor]]:
@@ -175,16 +178,15 @@ class _Pipeline:
 
     def run(self, command: str, stopping: Stopping) -> Run:
         self._say_devices()
-        shapes = HookedLM.described(self.config.model, tokenizer=True)
+        model, revision = self.config.model, self.config.revision
+        shapes = HookedLM.described(model, tokenizer=None, revision=revision)
         maps, base_stack = self._earlier(shapes)
         train_config = self._settle(shapes, base_stack)
         rows, held_out = read_rows(self.config, shapes)
         require_same_text(self.record, self.config, rows)
         if maps is not None:
             maps.require_fit(self.config, train_config, shapes, rows)
-        lm = load_model(
-            self.config.model, self.config.dtype, self.config.model_device or self.device
-        )
+        lm = load_model(model, self.config.dtype, self.config.model_device or self.device, revision)
         text = self._trained_text()
         noted = rows if text is None else rows.noted(text.add)
         source = self._source(lm, rows, noted, train_config)

@@ -1,9 +1,10 @@
 """Run directories: what is recorded of a run, opening one, and going on with one."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from resae.data.config import Source
 from resae.data.rows import TokenRows
 from resae.data.texts import fingerprint
 from resae.environment import environment
@@ -14,7 +15,11 @@ from resae.training.config import FitConfig, RunConfig, TrainConfig
 
 RECORDED = (
     "model",
+    "revision",
     "data",
+    "data_revision",
+    "split",
+    "encoding",
     "text_column",
     "streaming",
     "context_tokens",
@@ -130,7 +135,8 @@ def require_same_run(
 ) -> None:
     """Refuse to resume with another model, dataset or predictor."""
     names = (*RECORDED, "maps")
-    began = {name: record.get(name) for name in names}
+    defaults = {f.name: f.default for f in fields(Source)}  # of settings that earlier runs had not
+    began = {name: record.get(name, defaults.get(name)) for name in names}
     fitted = ("layers", "predictor", "form", "rank")
     began |= {name: record.get("train", {}).get(name) for name in fitted}
     now = {name: getattr(config, name) for name in names}
@@ -153,14 +159,23 @@ def require_same_text(record: dict[str, Any], config: RunConfig, rows: TokenRows
         )
 
 
-def model_of(record: dict[str, Any], stack: ReSAE) -> str:
-    """Name of the model that a run was trained on.
+def model_of(
+    record: dict[str, Any], stack: ReSAE, model: str | None = None, revision: str | None = None
+) -> tuple[str, str | None]:
+    """Name and revision of the model that a run was trained on: the commit, where it is known.
+
+    Args:
+        model, revision: others that are asked for.
 
     Raises:
         ValueError: neither its record nor its stack has one.
     """
-    if "model" in record:
-        return record["model"]
-    if stack.model_identity is not None:
-        return stack.model_identity.name
-    raise ValueError("the stack does not say on which model it was trained; name it with --model")
+    identity = stack.model_identity
+    name = model or record.get("model") or (identity and identity.name)
+    if name is None:
+        raise ValueError(
+            "the stack does not say on which model it was trained; name it with --model"
+        )
+    if model is None and revision is None:
+        revision = (identity and identity.revision) or record.get("revision")
+    return name, revision
