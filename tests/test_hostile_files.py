@@ -3,6 +3,8 @@
 `python tests/test_hostile_files.py N` tries N mutations per reader; the tests try a few.
 """
 
+import gc
+import gzip
 import json
 import logging
 import os
@@ -14,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -24,6 +27,7 @@ from resae.data.activations import ModelActivations
 from resae.data.cache import ActivationCache
 from resae.data.rows import TokenRows
 from resae.data.text_record import RunText, TrainedText, save_held_out
+from resae.data.texts import load_texts
 from resae.replacements.edits import Interventions
 from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
@@ -183,6 +187,30 @@ def cache_reader(folder):
     return read
 
 
+def saved_reader(folder):
+    columns = {"text": [SENTENCE] * 8, "input_ids": [[1, 2, 3]] * 8, "messages": [CHAT] * 8}
+    datasets.Dataset.from_dict(columns).save_to_disk(folder / "saved")
+    return lambda: [list(load_texts(str(folder / "saved"), text_column=name)) for name in columns]
+
+
+def tables_reader(folder):
+    table = datasets.Dataset.from_dict({"text": [SENTENCE] * 8, "messages": [CHAT] * 8})
+    table.to_json(folder / "a.jsonl")
+    table.to_parquet(folder / "b.parquet")
+    table.remove_columns("messages").to_csv(folder / "c.csv")
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    return lambda: [list(load_texts(str(path))) for path in sorted(folder.iterdir())]
+
+
+def plain_reader(folder):
+    """One document that decides: each is refused by itself."""
+    (folder / "a.txt").write_text(SENTENCE * 20)
+    (folder / "b.txt.gz").write_bytes(gzip.compress(SENTENCE.encode() * 20))
+    return lambda: list(load_texts(str(folder)))
+
+
+SENTENCE = "In the beginning God created the heaven and the earth; schöne Bücher. "
+CHAT = [{"role": "user", "content": SENTENCE}, {"role": "assistant", "content": "Yes."}]
 READERS = {
     name.removesuffix("_reader"): reader
     for name, reader in list(globals().items())
@@ -191,19 +219,24 @@ READERS = {
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    logging.disable(logging.WARNING)
+def quiet(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+    logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # datasets leaves a .csv open on an error
 @pytest.mark.parametrize("reader", READERS)
 def test_a_mutated_file_is_read_or_refused_in_one_line(reader, tmp_path):
     read = READERS[reader](tmp_path)
     read()
-    refused, passed = try_mutations(tmp_path, read, count=40, seed=1)
+    few = reader in ("tables", "cache")  # these take longest
+    refused, _ = try_mutations(tmp_path, read, count=12 if few else 40, seed=1)
     if reader not in ("checkpoint", "cache"):  # these use an earlier one, or write it again
-        assert refused > passed
+        assert refused >= 4
+    gc.collect()
 
 
 # -- by hand -------------------------------------------------------------------------------------
@@ -345,9 +378,11 @@ def test_parts_of_other_widths_are_refused(folder):
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
+    datasets.disable_progress_bars()
     for reader in sys.argv[2:] or READERS:
-        with tempfile.TemporaryDirectory() as made:
+        with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as cache:
+            datasets.config.HF_DATASETS_CACHE = Path(cache)
             one = READERS[reader](Path(made))
             began = time.time()
             counts = try_mutations(Path(made), one, count=int(sys.argv[1]), seed=2)

@@ -121,8 +121,9 @@ class TokenRows:
         if all(isinstance(document, str) for document in documents):
             if not callable(self.tokenizer):
                 raise ValueError(
-                    "the model has no tokenizer: save it there too, with tokenizer.save_pretrained, "
-                    "or give data with a column of token ids (--text-column input_ids)"
+                    "the model has no tokenizer: save it there too, with "
+                    "tokenizer.save_pretrained, or give data with a column of token ids "
+                    "(--text-column input_ids)"
                 )
             return self.tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
         if all(_is_conversation(document) for document in documents):

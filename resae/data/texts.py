@@ -71,13 +71,15 @@ def load_texts(
             encoding of what has none. Of a stream the bytes and entries are looked at as they come.
     """
     path = Path(CORPUS if data == EMBEDDED else data).expanduser()
-    _require_options(data, data == EMBEDDED or path.exists(), revision, encoding)
+    saved = _is_saved(path)
+    text = path.exists() and data != EMBEDDED and not saved and _kind(path) != ".parquet"
+    _require_options(data, data == EMBEDDED or path.exists(), text, revision, encoding)
     if data == EMBEDDED and not streaming:
         return _embedded_texts(split, text_column, seed)
     local = data.startswith((".", "/", "~")) or _kind(path) in (".txt", *READERS)
     if not data or (local and not path.exists()):
         raise FileNotFoundError(_not_found(data, "no such file or folder"))
-    if _is_saved(path):
+    if saved:
         loaded = _load_saved(data, path, split, text_column)
         return _Column(
             data, loaded.shuffle(seed), text_column, _check_of(data, loaded, text_column)
@@ -87,7 +89,7 @@ def load_texts(
         _require_train_split(data, split)
     for file in files:
         if _kind(file) == ".parquet":
-            _require_options(data, False, None, encoding)
+            _require_options(data, True, False, revision, encoding)
         elif not (streaming and _kind(file) in READERS):
             _require_encoding(file, encoding)
     if files and _kind(files[0]) == ".txt":
@@ -98,14 +100,18 @@ def load_texts(
     options = {"revision": revision} if revision else {}
     options |= {"encoding": encoding} if encoding != "utf-8" else {}
     loaded = _load_dataset(data, path, split, streaming, files, options)
-    check = _check_of(data, loaded, text_column)
     if streaming:
+        check = _check_of(data, loaded, text_column)
         shuffled = loaded.shuffle(seed=seed, buffer_size=10_000)
         return _StreamedColumn(data, shuffled, text_column, check)
-    return _Column(data, loaded.shuffle(seed), text_column, check)
+    return _shuffled(data, loaded, text_column, seed)
 
 
-def _require_options(data: str, local: bool, revision: str | None, encoding: str) -> None:
+def _require_options(
+    data: str, local: bool, text: bool, revision: str | None, encoding: str
+) -> None:
+    """Raise ValueError for a revision of what is local, an unknown encoding, or one of what is not
+    local text."""
     if local and revision is not None:
         raise ValueError(
             f"dataset {data!r} is local and has no revision {revision!r}; leave --data-revision "
@@ -118,7 +124,7 @@ def _require_options(data: str, local: bool, revision: str | None, encoding: str
             f"unknown encoding {brief(encoding)}; expected one of Python's, such as utf-8, latin-1 "
             f"or cp1252 (--encoding)"
         ) from None
-    if not local and codecs.lookup(encoding).name != "utf-8":
+    if not text and codecs.lookup(encoding).name != "utf-8":
         raise ValueError(
             f"dataset {data!r}: --encoding is for local .txt, .json, .jsonl and .csv files; leave "
             f"it out"
@@ -287,14 +293,14 @@ def _is_saved(path: Path) -> bool:
 
 
 def _load_saved(data: str, path: Path, split: str, column: str) -> Any:
-    """One column of a folder that `datasets.save_to_disk` wrote, mapped into memory."""
+    """What `datasets.save_to_disk` wrote, mapped into memory; of its columns one is checked."""
     what = f"dataset {data!r}"
     if (path / "dataset_dict.json").is_file():
         found = load_json(path / "dataset_dict.json", what)
         splits = require_fields(found, {"splits": [str]}, what)["splits"]
         if split not in splits:
             raise FileNotFoundError(
-                f"{what} has no split {split!r} but {brief(', '.join(splits))} (--split)"
+                f"{what} has no split {split!r} but {brief(', '.join(splits))[1:-1]} (--split)"
             )
         if not safe_file_name(split):
             raise ValueError(f"{what}: split {brief(split)} is no name of a folder in it")
@@ -314,7 +320,6 @@ def _load_saved(data: str, path: Path, split: str, column: str) -> Any:
     try:
         loaded: Any = datasets.load_from_disk(str(path))
         _require_column(data, column, loaded.column_names)
-        loaded = loaded.select_columns([column])
         # What is mapped is not checked by reading it: wrong offsets would be read past the end.
         loaded.data.column(column).validate(full=True)
         return loaded
@@ -493,6 +498,11 @@ class _Column:
                 yield row.get(self._column)
         except (ValueError, DatasetsError) as error:
             raise ValueError(_damaged(self._data, error.__cause__ or error)) from None
+
+
+def _shuffled(data: str, loaded: Any, column: str, seed: int) -> _Column:
+    check = _check_of(data, loaded, column)
+    return _Column(data, loaded.select_columns([column]).shuffle(seed), column, check)
 
 
 class _StreamedColumn(_Column):

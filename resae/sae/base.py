@@ -50,8 +50,8 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.screening not in SCREENINGS:
             raise ValueError(
-                f"SAEConfig: screening={brief(self.screening)}, expected 'statistical', 'certain' or "
-                f"None"
+                f"SAEConfig: screening={brief(self.screening)}, expected 'statistical', 'certain' "
+                f"or None"
             )
         if self.input_kind not in INPUT_KINDS or not 0 <= self.prefix_gain <= 1:
             raise ValueError(

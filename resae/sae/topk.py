@@ -242,7 +242,9 @@ class TopKSAE(Autoencoder):
         d_sae = cfg.get("num_latents") or d_in * (cfg.get("expansion_factor") or 0)
         metadata = cfg.get("metadata") or {}
         require_fields(metadata, METADATA, f"SAE {folder}: metadata of cfg.json")
-        options = {name: metadata[name] for name in METADATA if name in metadata}
+        options = {name: v for name in METADATA if (v := metadata.get(name)) is not None}
+        if "screening" in metadata:  # null says: no screening
+            options["screening"] = metadata["screening"]
         config = SAEConfig(d_in, d_sae, cfg["k"], **options)
         # Compared before anything of these sizes is made.
         header = load_header(folder / "sae.safetensors", "SAE")
