@@ -163,7 +163,10 @@ def _checked(setting: Setting, value: Any, path: Path) -> Any:
     try:
         return setting.parse(text)
     except ArgumentTypeError as error:
-        raise ValueError(f"{what}: {error}") from None
+        reason = str(error)  # with the value, which may be long, in its middle
+        if len(reason) > 400:
+            reason = f"{reason[:100]} … {reason[-250:]}"
+        raise ValueError(f"{what}: {' '.join(reason.split())}") from None
 
 
 def _shown(value: Any) -> str:
