@@ -125,7 +125,8 @@ class TokenRows:
                     "tokenizer.save_pretrained, or give data with a column of token ids "
                     "(--text-column input_ids)"
                 )
-            return self.tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+            tokenizer: Any = self.tokenizer
+            return tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
         if all(_is_conversation(document) for document in documents):
             return self._encode([self._chat(document) for document in documents])
         return [self._without_ends(ids) for ids in documents]  # type: ignore[arg-type]
@@ -183,8 +184,9 @@ def special_tokens(lm: HookedLM) -> Any:
     """The tokenizer of a model, or the BOS and EOS of its config where it has none."""
     if lm.tokenizer is not None:
         return lm.tokenizer
-    ids = (getattr(lm.config, name, None) for name in SpecialTokens._fields)
-    return SpecialTokens(*(i[0] if isinstance(i, list) and i else i for i in ids))
+    ids: list[Any] = [getattr(lm.config, name, None) for name in SpecialTokens._fields]
+    bos, eos = ((i or [None])[0] if isinstance(i, list) else i for i in ids)
+    return SpecialTokens(bos, eos)
 
 
 def has_heads(lm: HookedLM) -> bool:

@@ -10,9 +10,10 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -213,19 +214,19 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> Any:
     """The bytes of a file, compressed or not."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix != ".zst":
         return path.open("rb")
     try:
-        import zstandard  # nobody else needs it
+        zstandard: Any = import_module("zstandard")  # nobody else needs it
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             f"{path}: reading .zst needs zstandard; pip install zstandard, or decompress the file"
         ) from None
-    return zstandard.open(path, "rb")  # type: ignore[return-value]
+    return zstandard.open(path, "rb")
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
@@ -348,7 +349,8 @@ def _load_dataset(
         name, _, configuration = (str(path), "", "") if path.is_dir() else data.partition(":")
         source = {"path": name, "name": configuration or None}
     try:
-        return datasets.load_dataset(**source, split=split, streaming=streaming, **options)
+        source |= {"split": split, "streaming": streaming, **options}
+        return datasets.load_dataset(**source)
     except OSError as error:  # not there, or the hub cannot be reached
         raise FileNotFoundError(_not_found(data, _first_line(error))) from None
     except (ValueError, RuntimeError, DatasetsError) as error:
@@ -430,7 +432,9 @@ def _holds(features: Any, column: str) -> str | None:
     inner = kind.value_type
     if types.is_integer(inner):
         return "ids"
-    names = {inner.field(i).name for i in range(inner.num_fields)} if types.is_struct(inner) else ()
+    if not types.is_struct(inner):
+        return None
+    names = {inner.field(i).name for i in range(inner.num_fields)}
     return "conversation" if any(names >= set(pair) for pair in MESSAGE_KEYS) else None
 
 

@@ -38,15 +38,12 @@ class Calibration(NamedTuple):
             ValueError: it is damaged, or holds other maps than those of `kind`.
         """
         predictor, tensors = AffinePredictor.load(path, kind), load_tensors(path, "calibration")
-        scale, mean = tensors.get("scale"), tensors.get("mean")
-        fits = scale is not None and mean is not None and scale.ndim == 1 and mean.ndim == 2
-        if fits:
-            L, D = mean.shape
-            widths = {len(c) for c in predictor.c} | {D}
-            maps = 0 if kind == "none" else L - 1
-            fits = len(scale) == L > 0 and predictor.n_maps == maps and widths == {D}
-            fits = fits and scale.is_floating_point() and mean.is_floating_point()
-        if not fits or not bool((scale > 0).all()):
+        scale, mean = (tensors.get(name, torch.zeros(0)) for name in ("scale", "mean"))
+        floating = scale.is_floating_point() and mean.is_floating_point()
+        fits = floating and scale.ndim == 1 and mean.ndim == 2 and len(scale) == len(mean) > 0
+        maps = 0 if kind == "none" else len(scale) - 1
+        widths = {len(c) for c in predictor.c} | {mean.shape[-1]}
+        if not fits or predictor.n_maps != maps or len(widths) > 1 or not bool((scale > 0).all()):
             found = {name: list(tensor.shape) for name, tensor in tensors.items()}
             raise ValueError(
                 f"calibration: {path} does not hold scales above 0 and means of {kind!r} maps, but "

@@ -165,7 +165,7 @@ def _read_metadata(checkpoint: Path) -> _Metadata:
         raise ValueError(f"positions = {brief(positions)}")
     if unknown := sorted(saved.keys() - hints.keys()):
         raise ValueError(f"settings of another version: {brief(unknown)}")
-    settings = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()}
+    settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()}
     return _Metadata(step, [Position(*p) for p in positions], TrainConfig(**settings))
 
 
