@@ -4,13 +4,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from resae.choices import DTYPES, FORMS, KINDS
 from resae.data.config import Source
 from resae.data.rows import TokenRows
 from resae.data.texts import fingerprint
 from resae.environment import environment
 from resae.stack.stack import ReSAE
 from resae.storage import is_unused, load_json
-from resae.strict_json import require_fields
+from resae.strict_json import brief, require_fields
 from resae.training.config import FitConfig, RunConfig, TrainConfig
 
 RECORDED = (
@@ -91,13 +92,23 @@ def load_record(file: Path, what: str) -> dict[str, Any]:
     record = load_json(file, what)
     where = f"{what}: {file}"
     require_fields(record, RECORD | OF_TRAINING, where)
+    _require_choices(record, where)
     if record.get("train"):
         train = require_fields(record["train"], OF_TRAINING, f"{where}: train")
+        _require_choices(train, f"{where}: train")
         record["train"] = {name: value for name, value in train.items() if value is not None}
     for row in record.get("affine") or ():
         require_fields(row, {"method": str, "hop": str, "r2": float}, f"{where}: affine")
     known = RECORD | OF_TRAINING
     return {n: v for n, v in record.items() if v is not None or n not in known}
+
+
+def _require_choices(record: dict[str, Any], where: str) -> None:
+    for name, choices in (("predictor", KINDS), ("form", FORMS), ("dtype", DTYPES)):
+        if record.get(name) is not None and record[name] not in choices:
+            raise ValueError(
+                f"{where}: {name} = {brief(record[name])}, expected one of {', '.join(choices)}"
+            )
 
 
 def open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
