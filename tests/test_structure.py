@@ -65,7 +65,7 @@ TESTED_BY = {
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
     "demo/test_demo.py": "demo.comparison",
     "evaluation/test_comparison.py": "evaluation.methods",
-    "models/test_hooked.py": "models.families models.points models.splice",
+    "models/test_hooked.py": "models.points models.splice",
     "replacements/test_context.py": "replacements.counts replacements.generation",
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_page.py": "evaluation.labels report.figures",

@@ -11,10 +11,13 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoConfig
 
-from resae import ReSAE
+from resae import HookedLM, ReSAE
 from resae.cli import main
+from resae.models.identity import ModelIdentity
 from resae.stack.card import model_card
+from resae.training.runs import model_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -187,3 +190,25 @@ def test_a_run_is_pushed_by_the_command(lm, hub, tmp_path, capsys):
     assert "0.7123" in text
     assert main(["push", str(tmp_path), "someone/run"]) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_is_asked_for_and_remembered_by_its_revision(lm, tmp_path, monkeypatch):
+    lm.model.save_pretrained(tmp_path)
+    read, asked = AutoConfig.from_pretrained, []
+
+    def from_hub(path, revision=None):
+        asked.append((path, revision))
+        config = read(tmp_path)
+        config._commit_hash = COMMIT
+        return config
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_hub)
+    described = HookedLM.described("someone/model", revision="v1")
+    assert asked == [("someone/model", "v1")]
+    assert described.revision == COMMIT
+    assert ModelIdentity.of(described).revision == COMMIT
+    assert model_of({"revision": "v1"}, of_hub(lm)) == ("tiny-neox", COMMIT)
+    assert model_of({}, of_hub(lm), "other") == ("other", None)
+    for name in ("embedded", str(tmp_path)):
+        with pytest.raises(ValueError, match="is local and has no revision 'v1'"):
+            HookedLM.described(name, revision="v1")
