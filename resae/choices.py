@@ -6,6 +6,8 @@ without importing torch.
 
 from enum import StrEnum
 
+from resae.strict_json import brief
+
 
 class Choice(StrEnum):
     """A word of a closed set. It equals the plain string, which is accepted in its place."""
@@ -22,7 +24,7 @@ class Choice(StrEnum):
         """
         if word not in tuple(cls):
             *most, last = [*map(repr, cls), *others]
-            raise ValueError(f"{what}={word!r}, expected {', '.join(most)} or {last}")
+            raise ValueError(f"{what}={brief(word)}, expected {', '.join(most)} or {last}")
 
 
 class PredictorKind(Choice):

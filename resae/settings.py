@@ -25,7 +25,10 @@ from enum import EnumType
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+from resae import strict_json
+
 T = TypeVar("T")
+MOST_TOML_BYTES = 1 << 20
 
 RENAMED = {"form": "map_type"}
 """Names of settings in files of earlier versions → names now."""
@@ -119,15 +122,10 @@ def read_file(path: Path, cls: type) -> dict[str, Any]:
         ValueError: not TOML or JSON, a setting that `cls` does not have, or a value that it does
             not take.
     """
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--config: no file {path}; give a .toml or .json file") from None
-    try:
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise ValueError(f"--config: {path} is not {kind} ({error})") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: no file {path}; give a .toml or .json file")
+    is_json = path.suffix == ".json"
+    content = strict_json.read(path, f"--config: {path}") if is_json else _read_toml(path)
     if isinstance(content, dict) and isinstance(content.get("config"), dict):
         content = content["config"]  # a record, which holds more than settings
     if not isinstance(content, dict):
@@ -135,22 +133,38 @@ def read_file(path: Path, cls: type) -> dict[str, Any]:
     known = {setting.name: setting for setting in settings_of(cls)}
     values = current_names({name.replace("-", "_"): v for name, v in content.items()})
     if unknown := sorted(values.keys() - known.keys()):
-        near = get_close_matches(unknown[0], known, n=1) or list(known)
+        near = get_close_matches(unknown[0][:100], known, n=1) or list(known)
+        names = ", ".join(unknown) if len(unknown) < 5 else f"{len(unknown)} names"
         raise ValueError(
-            f"--config: {path} sets {', '.join(unknown)}, which is no setting here; did you mean "
-            f"{' or '.join(near)}?"
+            f"--config: {path} sets {strict_json.brief(names)[1:-1]}, which is no setting "
+            f"here; did you mean {' or '.join(near)}?"
         )
     return {n: _checked(known[n], v, path) for n, v in values.items() if v is not None}
 
 
+def _read_toml(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MOST_TOML_BYTES:
+        raise ValueError(
+            f"--config: {path} is above {MOST_TOML_BYTES:,} bytes; is it the right one?"
+        )
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"--config: {path} is not TOML ({strict_json.brief(str(error))})"
+        ) from None
+
+
 def _checked(setting: Setting, value: Any, path: Path) -> Any:
     """The value of a file as its text on the command line would be read."""
-    what = f"--config: {path}: {setting.name} = {json.dumps(value)}"
+    what = f"--config: {path}: {setting.name} = {_shown(value)}"
     if setting.parse is None:
         if not isinstance(value, bool):
             raise ValueError(f"{what}: expected true or false")
         return value
     if setting.shown is not None and setting.shown.several:
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise ValueError(f"{what}: expected a list of names")
         return tuple(value)
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if isinstance(value, bool | dict) or (setting.choices and text not in setting.choices):
@@ -158,7 +172,17 @@ def _checked(setting: Setting, value: Any, path: Path) -> Any:
     try:
         return setting.parse(text)
     except ArgumentTypeError as error:
-        raise ValueError(f"{what}: {error}") from None
+        reason = str(error)  # with the value, which may be long, in its middle
+        if len(reason) > 400:
+            reason = f"{reason[:100]} … {reason[-250:]}"
+        raise ValueError(f"{what}: {' '.join(reason.split())}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON writes it, in a line."""
+    if isinstance(value, dict | list):
+        return strict_json.brief(value)
+    return json.dumps(value, default=str)[:100]
 
 
 def make(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -106,7 +106,7 @@ def test_files_give_the_same_settings(name, text, tmp_path):
         ("a.toml", 'style = "dotted"', ValueError, "expected thin, thick"),
         ("a.toml", "grid = 1", ValueError, "expected true or false"),
         ("a.toml", "width: 3", ValueError, "is not TOML"),
-        ("a.json", "{", ValueError, "is not JSON"),
+        ("a.json", "{", ValueError, "is not valid JSON"),
         ("a.json", "[1]", ValueError, "holds no settings"),
         ("a.toml", None, FileNotFoundError, "no file"),
     ],

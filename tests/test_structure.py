@@ -27,12 +27,16 @@ FLOORS = [
     {"data", "sae"},
     {"models"},
     {*("arguments", "assets", "choices", "console", "environment", "lazy", "settings", "storage")}
-    | {"threads"},
+    | {"strict_json", "threads"},
 ]
 """Packages and single files of `resae`, from the top of the house down."""
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 SOURCES = sorted(p for p in (ROOT / "resae").rglob("*.py") if p != ROOT / "resae" / "__init__.py")
-ALLOWED = {"arguments": {"storage"}}
+ALLOWED = {
+    "arguments": {"storage"},
+    "settings": {"strict_json"},
+    "storage": {"strict_json"},
+}
 """Imports within the lowest floor."""
 
 
@@ -67,6 +71,7 @@ TESTED_BY = {
     "report/test_page.py": "evaluation.labels report.figures",
     "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.registry",
     "stack/test_affine.py": "evaluation.predictors stack.fit",
+    "stack/test_hub.py": "cli.push stack.card",
     "stack/test_stack.py": "models.identity",
     "test_arguments.py": "cli.options",
     "test_assets.py": "assets.build",

@@ -1,5 +1,4 @@
-"""The command line: `resae demo | fit | train | eval | generate | report | profile | tune |
-completion`.
+"""The command line: `resae COMMAND`, of `COMMANDS`.
 
 One file per command: its settings are the class `Options`, from which its options are made, and
 `run` does the work. Only this package prints. Bad input ends in one line, what was wrong and what
@@ -29,6 +28,7 @@ COMMANDS = {
     "eval": "replace layers on held-out text and measure the cost",
     "generate": "continue a prompt with and without the layers replaced",
     "report": "draw report.json as a page with figures",
+    "push": "upload the stack of a run to the Hugging Face hub, with a model card",
     "profile": "time one op at one shape against roofs and alternatives",
     "tune": "measure which tile sizes of the GPU kernels are fastest on your GPU, and use them "
     "from then on",

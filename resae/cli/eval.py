@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 HELD_OUT_DEFAULTS: dict[str, Any] = {
     "data": None,
+    "data_revision": None,
+    "split": "train",
+    "encoding": "utf-8",
     "text_column": "text",
     "streaming": False,
     "context_tokens": 128,
@@ -52,6 +55,16 @@ class Options(Machine):
     """Other text; None: the held-out part of the training's."""
     text_column: Annotated[str | None, filled] = None
     """Column of the data that holds the text; None: as in the run."""
+    split: Annotated[str | None, filled] = None
+    """Split of the data to evaluate on; None: validation where there is one, otherwise rows that
+    the run held out."""
+    data_revision: Annotated[str | None, filled] = None
+    """Branch, tag or commit of a hub dataset; None: as in the run."""
+    encoding: Annotated[str | None, filled] = None
+    """Encoding of local text files; None: as in the run."""
+    revision: Annotated[str | None, filled] = None
+    """Branch, tag or commit of the model on the hub; None: the commit that the run was trained
+    on."""
     streaming: bool | None = None
     """Read the data while it downloads."""
     context_tokens: Annotated[int | None, whole(2)] = None
@@ -88,7 +101,8 @@ def run(options: Options, console: TerminalConsole) -> int:
     methods = _methods(runs, options.k)
     record = runs[0][1]
     quiet_libraries()
-    shapes = HookedLM.described(options.model or model_of(record, runs[0][2]), tokenizer=True)
+    name, revision = model_of(record, runs[0][2], options.model, options.revision)
+    shapes = HookedLM.described(name, tokenizer=None, revision=revision)
     for folder, _, stack in runs:
         stack.require_model(shapes)
         if stack.hook_points != runs[0][2].hook_points:
@@ -99,7 +113,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     ids, data, overlaps = _unseen(
         options, [(folder, record) for folder, record, _ in runs], shapes, console
     )
-    lm = load_model(shapes.name, options.dtype, device)
+    lm = load_model(name, options.dtype, device, revision)
     batches = list(ids.split(MODEL_ROWS))
     console.log(f"{forward_passes(methods)} passes over {ids.numel():,} held-out tokens of {data}")
     began = time.perf_counter()
@@ -207,11 +221,11 @@ def _rows_to_evaluate(
     import torch
 
     from resae.cli.libraries import quiet_libraries
-    from resae.data.rows import read_rows
+    from resae.data.rows import has_heads, read_rows, rows_of_split
     from resae.data.text_record import held_out_by_all, in_rows_of
 
     folder, record = runs[0]
-    given = options.data is not None
+    given = options.data is not None or options.split is not None
     chosen = {name: getattr(options, name) for name in HELD_OUT_DEFAULTS}
     for name, default in HELD_OUT_DEFAULTS.items():
         if chosen[name] is None and (given or name not in ROW_SHAPE):
@@ -220,10 +234,10 @@ def _rows_to_evaluate(
         raise ValueError(f"{folder} does not record a text to evaluate on; name it with --data")
     kept = None if given or len(texts) < len(runs) else held_out_by_all(texts)
     if kept is not None:
-        headed = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id) != (None, None)
+        lm.require_vocabulary(kept, f"rows that {folder} held out")
         context = chosen["context_tokens"] or kept.shape[1]
         lm.require_context(context)
-        kept = in_rows_of(kept, context, headed)
+        kept = in_rows_of(kept, context, has_heads(lm))
         kept = kept[: chosen["held_out_rows"]]
         if len(kept) and len(kept) >= (chosen["held_out_rows"] or 0):
             return kept, chosen["data"]
@@ -238,7 +252,9 @@ def _rows_to_evaluate(
     seed = record.get("train", {}).get("seed", 0)
     quiet_libraries(chosen["data"])
     source = Source(model=lm.name, seed=seed, **chosen)
-    return torch.stack(list(read_rows(source, lm)[1])), chosen["data"]
+    of_split = options.split is not None
+    rows = rows_of_split(source, lm) if of_split else read_rows(source, lm)[1]
+    return torch.stack(list(rows)), chosen["data"]
 
 
 def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -44,6 +44,9 @@ class Options(Machine):
     """Write the same text with a static cache and, on a GPU, a compiled step."""
     model: Annotated[str | None, filled] = None
     """Another path of the same model."""
+    revision: Annotated[str | None, filled] = None
+    """Branch, tag or commit of the model on the hub; None: the commit that the run was trained
+    on."""
 
 
 def run(options: Options, console: TerminalConsole) -> int:
@@ -62,10 +65,11 @@ def run(options: Options, console: TerminalConsole) -> int:
     if asked is not None:
         ActiveEdits(asked, stack, stack.hook_points)  # raises for latents that there are not
     quiet_libraries()
-    shapes = HookedLM.described(options.model or model_of(record, stack), tokenizer=True)
+    name, revision = model_of(record, stack, options.model, options.revision)
+    shapes = HookedLM.described(name, tokenizer=True, revision=revision)
     stack.require_model(shapes)
     prompt_ids(shapes, options.prompt, options.max_new_tokens)  # raises where they do not fit
-    lm = load_model(shapes.name, options.dtype, device)
+    lm = load_model(name, options.dtype, device, revision)
     settings: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,

@@ -63,7 +63,7 @@ def _plan(options: Options, console: TerminalConsole) -> int:
     from resae.training.estimate import Device, ModelSizes, estimate_run
 
     quiet_libraries()
-    lm = HookedLM.described(options.model)
+    lm = HookedLM.described(options.model, revision=options.revision)
     if options.boost is not None or not options.layers:
         raise ValueError("--plan: name the layers; a boost is planned like an SAE of its own")
     lm.require_context(options.context_tokens)

@@ -11,6 +11,7 @@ of the same settings never runs the model. Reading maps the file and takes the r
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,7 +27,8 @@ from resae.choices import DTYPES
 from resae.data.activations import MODEL_ROWS, ModelActivations, RowReader
 from resae.models.hooked import HookedLM
 from resae.models.identity import ModelIdentity
-from resae.storage import load_json, save_json, save_tensors
+from resae.storage import load_header, load_json, save_json, save_tensors
+from resae.strict_json import brief, require_fields
 
 log = logging.getLogger(__name__)
 
@@ -153,16 +155,28 @@ class ActivationCache:
                 )
             return
         found = load_json(path, "activation cache")
+        where = f"activation cache: {path}"
+        require_fields(found, {"shards": (dict, None), "rows_in_all": (int, None)}, where)
         differing = [name for name in self._settings if found.get(name) != self._index[name]]
         if differing:
+            found = {name: brief(found.get(name)).strip("'") for name in differing}
             says = "; ".join(
-                f"{name}: {found.get(name)}, here {self._index[name]}" for name in differing
+                f"{name}: {there}, here {self._index[name]}" for name, there in found.items()
             )
             raise ValueError(
                 f"activation cache {self.folder} is of other activations ({says}); use the same "
                 f"settings, or another folder"
             )
-        self._index |= {"rows_in_all": found["rows_in_all"], "shards": found["shards"]}
+        whole = {"rows": int, "tokens": int, "bytes": int}
+        require_fields(found, {"shards": dict}, where)
+        for name, shard in found["shards"].items():
+            require_fields(shard, whole, f"{where}: {brief(name)}")
+            if not re.fullmatch(r"shard_\d{5}\.safetensors", name, re.ASCII):
+                raise ValueError(
+                    f"{where} names a file {brief(name)}, expected shard_00000.safetensors and so "
+                    f"on; choose another folder"
+                )
+        self._index |= {"rows_in_all": found.get("rows_in_all"), "shards": found["shards"]}
         for left_over in self.folder.glob(".shard_*"):
             left_over.unlink()
         for name, shard in list(self._index["shards"].items()):
@@ -188,7 +202,7 @@ class ActivationCache:
         if name in self._index["shards"]:
             try:
                 self._open = (number, _Shard(self.folder / name, names))
-            except SafetensorError as error:
+            except (SafetensorError, ValueError) as error:
                 self._forget(name, f"is damaged ({error})")
         if name not in self._index["shards"]:
             if not self._write(number, name):
@@ -236,9 +250,15 @@ class _Shard:
     """One mapped file."""
 
     def __init__(self, path: Path, names: list[str]):
+        header = load_header(path, "activation cache")
+        ends = {tuple(header.shapes.get(name, ())[:1]) for name in names}
+        if header.shapes.keys() != {*names, ROWS} or len(ends) != 1:
+            raise ValueError("it holds other tensors than one per hook point")
         file: Any = safe_open(path, framework="pt")
         self.counts: list[int] = file.get_tensor(ROWS).tolist()
         self._starts = [0, *accumulate(self.counts)]
+        if min(self.counts, default=0) < 0 or ends != {(self._starts[-1],)}:
+            raise ValueError("its rows and tokens do not agree")
         self._slices = [file.get_slice(name) for name in names]
 
     def read(self, first: int, n: int) -> tuple[list[int], list[Tensor]]:

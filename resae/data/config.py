@@ -23,7 +23,17 @@ class Source:
     1,3,5. At hook_mlp_out and hook_attn_out predicting a layer from others gained nothing in the
     demo, and lost a third more than raw SAEs (predictor none) of equal total latents."""
     text_column: Annotated[str, filled] = "text"
-    """Column of the data that holds the text."""
+    """Column of the data that holds strings; or lists of token ids (input_ids), for which no
+    tokenizer is needed; or conversations (messages), which go through the chat template."""
+    split: Annotated[str, filled] = "train"
+    """Split of the data to train on, for example train[:10%]; held out are rows of the split
+    validation where there is one."""
+    data_revision: Annotated[str | None, filled] = None
+    """Branch, tag or commit of a hub dataset; None: its main branch."""
+    encoding: Annotated[str, filled] = "utf-8"
+    """Encoding of local .txt, .json, .jsonl and .csv files, for example latin-1."""
+    revision: Annotated[str | None, filled] = None
+    """Branch, tag or commit of the model on the hub; None: its main branch."""
     streaming: bool = False
     """Read the data while it downloads."""
     context_tokens: Annotated[int, whole(2)] = 128

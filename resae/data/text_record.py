@@ -96,7 +96,7 @@ class TrainedText:
     def load(cls, folder: Path, rank: int | None = None, ranks: int = 1) -> "TrainedText | None":
         """The text of a run, of all ranks or of one; None where it was not recorded."""
         pattern = "trained_text*.safetensors" if rank is None else _name(rank, ranks)
-        files = [load_tensors(path, "trained text") for path in sorted(folder.glob(pattern))]
+        files = [_load_hashes(path) for path in sorted(folder.glob(pattern))]
         if not files or (rank is None and len(files) < int(files[0]["ranks"])):
             return None
         whole = cls()
@@ -142,6 +142,20 @@ def _windows(rows: np.ndarray) -> np.ndarray:
     return (hashes ^ hashes >> np.uint64(29)).flatten()
 
 
+def _load_hashes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `TrainedText.save` wrote."""
+    tensors = load_tensors(path, "trained text")
+    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    count = tensors["hashes"].numel() if "hashes" in tensors else -1
+    shapes = {"hashes": (count,), "limit": (1,), "ranks": ()}
+    if found != {name: (shape, torch.int64) for name, shape in shapes.items()} or count > KEPT:
+        raise ValueError(
+            f"trained text: {path} does not hold at most {KEPT:,} hashes and their limit; restore "
+            f"the file"
+        )
+    return tensors
+
+
 def _signed(hashes: np.ndarray) -> Tensor:
     return torch.from_numpy(hashes.view(np.int64))
 
@@ -163,7 +177,13 @@ class RunText(NamedTuple):
         trained, path = TrainedText.load(folder), folder / "held_out.safetensors"
         if trained is None or not path.exists():
             return None
-        return cls(load_tensors(path, "held-out rows")["rows"].long(), trained)
+        rows = load_tensors(path, "held-out rows").get("rows")
+        whole = rows is not None and rows.dtype in (torch.int32, torch.int64)
+        if rows is None or not whole or rows.ndim != 2 or (rows < 0).any():
+            raise ValueError(
+                f"held-out rows: {path} does not hold rows [R, T] of token ids; restore the file"
+            )
+        return cls(rows.long(), trained)
 
     def overlap(self, rows: Tensor) -> Overlap | None:
         """Share of rows `[R, T]` that was trained on; held-out rows do not count as trained on.

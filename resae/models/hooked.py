@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,9 @@ class HookedLM:
         self.config: Any = text_config(whole)
         """Config of the text model, also of a model that reads images too."""
         self.name = name or getattr(whole, "name_or_path", "") or whole.model_type
+        local = Path(self.name).is_dir()
+        self.revision: str | None = None if local else getattr(whole, "_commit_hash", None)
+        """Commit of the hub repository that it was loaded from; None: of no repository."""
         self.family = family_of(whole, self.name) or detect(model, self.name)
         self._root = _root_of(model, self.family.blocks, self.name)
         self.blocks: Any = self._root.get_submodule(self.family.blocks)
@@ -100,10 +104,14 @@ class HookedLM:
         *,
         dtype: torch.dtype | str = torch.float32,
         device: str | torch.device = "cpu",
+        revision: str | None = None,
+        tokenizer: bool = True,
     ) -> "HookedLM":
         """Load a model and its tokenizer by hub name, local path, or `embedded`.
 
         Args:
+            revision: branch, tag or commit of a hub repository; None: its main branch.
+            tokenizer: whether one is needed; without, there may be none.
             device: `auto` spreads a model that is too large for one over all devices
                 (`device_map="auto"` of transformers, which needs accelerate).
 
@@ -117,14 +125,14 @@ class HookedLM:
             raise ModuleNotFoundError('device "auto" needs accelerate; pip install accelerate')
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        path = str(TINY_PYTHIA) if name == EMBEDDED else name
+        path = _path_of(name, revision)
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, revision=revision)
             if family_of(config, name) is None:  # an error before gigabytes are read
                 _described(config, None, name)
-            tokenizer = _tokenizer(path, name)
+            words = _tokenizer(path, name, revision, needed=tokenizer)
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map="auto" if spread else None
+                path, dtype=dtype, device_map="auto" if spread else None, revision=revision
             )
         except OSError as error:
             raise _not_found(name, error) from None
@@ -133,14 +141,17 @@ class HookedLM:
                 f"model {name!r}: its weights are truncated or not safetensors ({error}); copy or "
                 f"download them again"
             ) from None
-        return cls((model if spread else model.to(device)).eval(), tokenizer, name)  # type: ignore[arg-type]
+        return cls((model if spread else model.to(device)).eval(), words, name)  # type: ignore[arg-type]
 
     @classmethod
-    def described(cls, name: str, *, tokenizer: bool = False) -> "HookedLM":
+    def described(
+        cls, name: str, *, tokenizer: bool | None = False, revision: str | None = None
+    ) -> "HookedLM":
         """The shapes of a model, from its config alone: on the meta device, without weights.
 
         Args:
-            tokenizer: whether to load the tokenizer too.
+            tokenizer: whether to load the tokenizer too; None: if there is one.
+            revision: branch, tag or commit of a hub repository; None: its main branch.
 
         Raises:
             FileNotFoundError: no such config, neither local nor on the hub.
@@ -148,11 +159,13 @@ class HookedLM:
         """
         from transformers import AutoConfig
 
-        path = str(TINY_PYTHIA) if name == EMBEDDED else name
+        path = _path_of(name, revision)
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, revision=revision)
             family_of(config, name)
-            words = _tokenizer(path, name) if tokenizer else None
+            words = None
+            if tokenizer is not False:
+                words = _tokenizer(path, name, revision, needed=bool(tokenizer))
         except OSError as error:
             raise _not_found(name, error) from None
         return _described(config, words, name)
@@ -199,6 +212,15 @@ class HookedLM:
                 if value is not None:
                     ids.update(value if isinstance(value, (list, tuple)) else [value])
         return tuple(sorted(ids))
+
+    def require_vocabulary(self, ids: Tensor, what: str) -> None:
+        """Raise ValueError unless all of `ids` are tokens of the model; `what` names them."""
+        size = int(self.config.vocab_size)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(
+                f"{what}: token ids from {int(ids.min())} to {int(ids.max())}, but {self.name} has "
+                f"{size} tokens, 0 to {size - 1}; they belong to another tokenizer"
+            )
 
     def is_special(self, input_ids: Tensor) -> Tensor:
         """`[B, T]` bool: which tokens are BOS, EOS or padding."""
@@ -438,18 +460,35 @@ def _not_found(name: str, error: OSError) -> FileNotFoundError:
     )
 
 
-def _tokenizer(path: str, name: str) -> Any:
-    """The tokenizer of a model. Of a folder without one transformers makes, depending on the
-    family, a tokenizer without words, or an error that names everything but the folder."""
+def _path_of(name: str, revision: str | None) -> str:
+    """The folder or hub name of a model."""
+    if revision is not None and (name == EMBEDDED or Path(name).is_dir()):
+        raise ValueError(
+            f"model {name!r} is local and has no revision {revision!r}; leave --revision out, or "
+            f"give a hub name"
+        )
+    return str(TINY_PYTHIA) if name == EMBEDDED else name
+
+
+def _tokenizer(path: str, name: str, revision: str | None, *, needed: bool) -> Any:
+    """The tokenizer of a model; None: it has none, and none is needed. From a folder without one
+    transformers makes, depending on the family, a tokenizer without words, or an error that names
+    everything but the folder."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
         reason = "only special tokens"
     except ValueError as error:
-        empty, reason = True, str(error).strip().splitlines()[0]
+        tokenizer, empty, reason = None, True, str(error).strip().splitlines()[0]
+    except OSError:
+        if needed:
+            raise
+        return None
+    if empty and not needed:
+        return None
     if empty:
         raise ValueError(
             f"model {name!r} has no tokenizer ({reason}): save it there too, with "

@@ -14,9 +14,16 @@ class ModelIdentity:
     d_model: int
     n_layers: int
     vocab_size: int
+    revision: str | None = None
+    """Commit of the hub repository; None: a local folder, or not known."""
 
     @classmethod
     def of(cls, lm: HookedLM) -> "ModelIdentity":
         return cls(
-            lm.name, lm.config.model_type, lm.d_model, lm.n_layers, int(lm.config.vocab_size)
+            lm.name,
+            lm.config.model_type,
+            lm.d_model,
+            lm.n_layers,
+            int(lm.config.vocab_size),
+            lm.revision,
         )

@@ -19,7 +19,6 @@ effect to their x̂ a second time.
 Only the edited latents are touched: Δ is a sum over E of them, never `[N, M]`.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from resae.choices import Action, Effects, Place
 from resae.models.hooked import cache_of
 from resae.stack.stack import ReSAE
 from resae.storage import load_json
+from resae.strict_json import brief, parse
 from resae.threads import PerThread
 from resae_kernels import SparseCode, transport
 
@@ -69,7 +69,7 @@ class Edit:
         if self.vector is None and not self.latents:
             raise ValueError(f"{self.action} without latents; name at least one")
         if len(set(self.latents)) < len(self.latents) or min(self.latents, default=0) < 0:
-            raise ValueError(f"latents={list(self.latents)}; give each once, counting from 0")
+            raise ValueError(f"latents={brief(self.latents)}; give each once, counting from 0")
         wanted = self.action != "ablate" and self.vector is None
         if wanted != (self.value is not None):
             raise ValueError(
@@ -80,7 +80,7 @@ class Edit:
         if isinstance(self.at, str):
             Place.check(self.at, "at", "positions")
         elif not self.at or min(self.at) < 0:
-            raise ValueError(f"at={list(self.at)}; expected positions, counting from 0")
+            raise ValueError(f"at={brief(self.at)}; expected positions, counting from 0")
 
     def __str__(self) -> str:
         what = "a vector" if self.vector is not None else f"latents {_join(self.latents)}"
@@ -99,7 +99,7 @@ class Edit:
         layer, at = entry["layer"], entry.get("at", "all")
         if not _is_integer(layer) and not isinstance(layer, str):
             raise ValueError(
-                f"layer={layer!r}; expected a block number or the name of a hook point"
+                f"layer={brief(layer)}; expected a block number or the name of a hook point"
             )
         value, vector = entry.get("value"), entry.get("vector")
         return cls(
@@ -151,10 +151,7 @@ class Interventions:
         if isinstance(source, cls):
             return source
         if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
-            try:
-                source = json.loads(source)
-            except ValueError as error:
-                raise ValueError(f"interventions: not valid JSON ({error})") from None
+            source = parse(source, "interventions: the text")
         elif isinstance(source, (str, Path)):
             source = load_json(Path(source), "interventions")
         where = "interventions"
@@ -163,7 +160,9 @@ class Interventions:
                 source = {"edits": source}
             source = _keys(source, {"edits"}, {"keep_error", "effects"})
             if not isinstance(source.get("keep_error", False), bool):
-                raise ValueError(f"keep_error={source['keep_error']!r}, expected true or false")
+                raise ValueError(
+                    f"keep_error={brief(source['keep_error'])}, expected true or false"
+                )
             edits = []
             for number, entry in enumerate(_list("edits", source["edits"]), start=1):
                 where = f"interventions: edit {number}"
@@ -182,11 +181,11 @@ class Interventions:
 
 def _keys(entry: Any, required: set[str], optional: set[str]) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"got {entry!r}, expected keys and values")
+        raise ValueError(f"got {brief(entry)}, expected keys and values")
     known = f"there are {', '.join(sorted(required | optional))}"
     for key in entry:
         if key not in required | optional:
-            raise ValueError(f"unknown key {key!r}; {known}")
+            raise ValueError(f"unknown key {brief(key)}; {known}")
     for key in sorted(required):
         if key not in entry:
             raise ValueError(f"no {key!r}; {known}")
@@ -199,20 +198,20 @@ def _is_integer(value: Any) -> bool:
 
 def _number(name: str, value: Any) -> float:
     if not _is_integer(value) and not isinstance(value, float):
-        raise ValueError(f"{name}={value!r}, expected a number")
+        raise ValueError(f"{name}={brief(value)}, expected a number")
     return float(value)
 
 
 def _list(name: str, value: Any) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name}={value!r}, expected a list")
+        raise ValueError(f"{name}={brief(value)}, expected a list")
     return value
 
 
 def _integers(name: str, value: Any) -> tuple[int, ...]:
     values = (value,) if _is_integer(value) else tuple(_list(name, value))
     if not all(map(_is_integer, values)):
-        raise ValueError(f"{name}={value!r}, expected whole numbers")
+        raise ValueError(f"{name}={brief(value)}, expected whole numbers")
     return values
 
 

@@ -42,6 +42,8 @@ class SAEConfig:
         if self.screening is not None:
             Screening.check(self.screening, "SAEConfig: screening", "None")
         InputKind.check(self.input_kind, "SAEConfig: input_kind")
+        if not 0 <= self.prefix_gain <= 1:
+            raise ValueError(f"SAEConfig: prefix_gain={self.prefix_gain}, expected 0 to 1")
         for name in ("d_in", "d_sae", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SAEConfig: {name}={getattr(self, name)}, expected at least 1")

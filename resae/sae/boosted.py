@@ -10,7 +10,8 @@ from resae.choices import InputKind
 from resae.sae.base import Autoencoder, SAEConfig, describe_sizes
 from resae.sae.losses import Reduce, no_reduce
 from resae.sae.topk import TopKSAE
-from resae.storage import load_json
+from resae.storage import load_json, require_inside
+from resae.strict_json import require_fields
 from resae_kernels import SparseCode, sparse_decode
 
 
@@ -152,6 +153,20 @@ class BoostedSAE(Autoencoder):
         """Read what `save` wrote, for use; errors as of `TopKSAE.load`, which reads the frozen
         one alone."""
         folder = Path(folder)
-        metadata = load_json(folder / "boost" / "cfg.json", "SAE")["metadata"]
+        where = f"SAE {folder / 'boost'}: cfg.json"
+        require_inside(folder / "boost", "SAE")
+        cfg = load_json(folder / "boost" / "cfg.json", "SAE")
+        metadata = require_fields(cfg, {"metadata": dict}, where)["metadata"]
+        require_fields(metadata, {"keep": float, "threshold": float}, where)
         frozen, boost = TopKSAE.load(folder), TopKSAE.load(folder / "boost")
+        if not 0 < metadata["keep"] <= 1 or metadata["threshold"] < 0:
+            raise ValueError(
+                f"{where}: keep={metadata['keep']}, threshold={metadata['threshold']}; expected "
+                f"above 0 up to 1, and 0 or more"
+            )
+        if (frozen.config.d_in, frozen.W_dec.dtype) != (boost.config.d_in, boost.W_dec.dtype):
+            raise ValueError(
+                f"{where}: of width {boost.config.d_in} and {boost.W_dec.dtype}, the frozen one is "
+                f"of {frozen.config.d_in} and {frozen.W_dec.dtype}; restore the folder"
+            )
         return cls(frozen, boost, keep=metadata["keep"], threshold=metadata["threshold"]).eval()

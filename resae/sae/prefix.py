@@ -15,6 +15,7 @@ from torch import Tensor
 from resae.sae.base import SAEConfig
 from resae.sae.topk import TopKSAE
 from resae.storage import load_json
+from resae.strict_json import brief, require_fields
 from resae_kernels import SparseCode, sparse_decode
 
 
@@ -57,8 +58,20 @@ class PrefixSAE(TopKSAE):
     def load(cls, folder: str | Path) -> Self:
         """As `TopKSAE.load`, with the prefixes that `save` wrote."""
         sae = super().load(folder)
-        metadata = load_json(Path(folder) / "cfg.json", "SAE")["metadata"]
-        sae.prefixes = tuple(metadata.get("prefixes") or sae.prefixes)
+        where = f"SAE {folder}: metadata of cfg.json"
+        metadata = load_json(Path(folder) / "cfg.json", "SAE").get("metadata") or {}
+        require_fields(metadata, {"prefixes": ([int], None)}, where)
+        prefixes = tuple(metadata.get("prefixes") or sae.prefixes)
+        if (
+            list(prefixes) != sorted(set(prefixes))
+            or prefixes[0] < 1
+            or prefixes[-1] != sae.config.k
+        ):
+            raise ValueError(
+                f"{where}: prefixes={brief(prefixes)}, expected rising numbers from 1 on that end "
+                f"with k={sae.config.k}"
+            )
+        sae.prefixes = prefixes
         return sae
 
     def save(self, folder: Path, **metadata: Any) -> None:

@@ -8,6 +8,7 @@ from resae.sae.boosted import BoostedSAE
 from resae.sae.prefix import PrefixSAE
 from resae.sae.topk import TopKSAE
 from resae.storage import load_json
+from resae.strict_json import brief, require_fields
 
 KINDS: dict[str, type[Autoencoder]] = {cls.kind: cls for cls in (TopKSAE, PrefixSAE, BoostedSAE)}
 
@@ -33,10 +34,13 @@ def load_sae(folder: str | Path, kind: str | None = None) -> Autoencoder:
         ValueError: a file is damaged, or of a kind that this version does not know.
     """
     file = Path(folder) / "cfg.json"
-    metadata = load_json(file, "SAE").get("metadata") if file.is_file() else None
-    name = (metadata or {}).get("kind") or kind or TopKSAE.kind
+    cfg = load_json(file, "SAE") if file.is_file() else {}
+    require_fields(cfg, {"metadata": (dict, None)}, f"SAE {folder}: cfg.json")
+    metadata = cfg.get("metadata") or {}
+    require_fields(metadata, {"kind": (str, None)}, f"SAE {folder}: metadata of cfg.json")
+    name = metadata.get("kind") or kind or TopKSAE.kind
     if name not in KINDS:
         raise ValueError(
-            f"SAE {folder}: kind {name!r}, expected one of {', '.join(KINDS)}; update resae"
+            f"SAE {folder}: kind {brief(name)}, expected one of {', '.join(KINDS)}; update resae"
         )
     return KINDS[name].load(folder)

@@ -18,11 +18,20 @@ from torch import Tensor, nn
 from resae.choices import Screening
 from resae.sae.base import Autoencoder, SAEConfig, StepWeights, describe_sizes
 from resae.sae.losses import Reduce, auxk_loss, no_reduce
-from resae.storage import load_json, load_tensors, save_json, save_tensors
+from resae.storage import FLOATS, load_header, load_json, load_tensors, save_json, save_tensors
+from resae.strict_json import brief, require_fields
 from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, topk_encode
 
 if TYPE_CHECKING:
     from resae_kernels.types import Margin
+
+CFG = {"d_in": int, "k": int, "activation": (str, None), "metadata": (dict, None)} | {
+    "num_latents": (int, None),
+    "expansion_factor": (int, None),
+}
+"""Entries of cfg.json that are read."""
+METADATA = {"prefix_gain": (float, None), "input_kind": (str, None), "screening": (str, None)}
+"""Settings of `SAEConfig` among its metadata."""
 
 
 class TopKSAE(Autoencoder):
@@ -227,30 +236,35 @@ class TopKSAE(Autoencoder):
         """
         folder = Path(folder)
         _require_sparsify(folder)
-        cfg = load_json(folder / "cfg.json", "SAE")
-        activation = cfg.get("activation", "topk")
+        cfg = require_fields(load_json(folder / "cfg.json", "SAE"), CFG, f"SAE {folder}: cfg.json")
+        activation = cfg.get("activation") or "topk"
         if activation != "topk" or any(map(cfg.get, ("transcode", "skip_connection", "signed"))):
             raise ValueError(
                 f"SAE {folder}: a transcoder, skip connection, signed latents or activation "
-                f"{activation!r}; expected a plain TopK autoencoder"
+                f"{brief(activation)}; expected a plain TopK autoencoder"
             )
-        absent = [name for name in ("d_in", "k") if name not in cfg]
-        if absent:
-            raise ValueError(
-                f"SAE {folder}: cfg.json has no {', '.join(absent)}; expected sparsify's cfg.json"
-            )
-        d_sae = cfg.get("num_latents") or cfg["d_in"] * cfg.get("expansion_factor", 0)
+        d_in = cfg["d_in"]
+        d_sae = cfg.get("num_latents") or d_in * (cfg.get("expansion_factor") or 0)
         metadata = cfg.get("metadata") or {}
-        known = ("prefix_gain", "input_kind", "screening")
-        options = {name: metadata[name] for name in known if name in metadata}
-        sae = cls(SAEConfig(cfg["d_in"], d_sae, cfg["k"], **options))
-        tensors = load_tensors(folder / "sae.safetensors", "SAE")
-        expected = {name: list(t.shape) for name, t in sae.state_dict().items()}
-        found = {name: list(t.shape) for name, t in tensors.items()}
-        if found != expected:
+        require_fields(metadata, METADATA, f"SAE {folder}: metadata of cfg.json")
+        options = {name: v for name in METADATA if (v := metadata.get(name)) is not None}
+        if "screening" in metadata:  # null says: no screening
+            options["screening"] = metadata["screening"]
+        config = SAEConfig(d_in, d_sae, cfg["k"], **options)
+        # Compared before anything of these sizes is made.
+        header = load_header(folder / "sae.safetensors", "SAE")
+        expected = {"encoder.weight": [d_sae, d_in], "encoder.bias": [d_sae]} | {
+            "W_dec": [d_sae, d_in],
+            "b_dec": [d_in],
+        }
+        if header.shapes != expected or not set(header.dtypes.values()) <= set(FLOATS):
+            found = {name: [header.dtypes[name], *s] for name, s in header.shapes.items()}
             raise ValueError(
-                f"SAE {folder}: tensors {found} do not fit cfg.json, expected {expected}"
+                f"SAE {folder}: tensors {brief(found)} do not fit cfg.json, expected floating "
+                f"point of {expected}"
             )
+        sae = cls(config)
+        tensors = load_tensors(folder / "sae.safetensors", "SAE")
         sae.to(tensors["W_dec"].dtype).load_state_dict(tensors)
         return sae.eval()
 

@@ -9,7 +9,7 @@ The maps of the last two have a type: `full`, `scalar` α_lj·I, `diagonal`, or 
 skip_lj·I + U V (the skip, because a residual stream mostly stays the same from layer to layer).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -146,14 +146,52 @@ class AffinePredictor(nn.Module):
 
     @classmethod
     def load(cls, path: Path, kind: str) -> "AffinePredictor":
-        """Read what `save` wrote; the names of the tensors give the map type."""
+        """Read what `save` wrote; the names of the tensors give the map type.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, or holds other maps than those of `kind`.
+        """
         tensors = load_tensors(path, "affine maps")
         map_type = next(
             (f for f, names in MAP_TENSORS.items() if f"{names[0]}.1" in tensors), "full"
         )
-        layers = sorted(int(name[2:]) for name in tensors if name.startswith("c."))
+        layers = range(1, 1 + sum(name.startswith("c.") for name in tensors))
+        _require_maps(tensors, kind, map_type, layers, f"affine maps: {path}")
         maps = [tuple(tensors[f"{name}.{i}"] for name in MAP_TENSORS[map_type]) for i in layers]
         return cls(kind, maps, [tensors[f"c.{i}"] for i in layers], map_type=map_type)
+
+
+def _require_maps(
+    tensors: Mapping[str, Tensor], kind: str, map_type: str, layers: Sequence[int], what: str
+) -> None:
+    """Raise ValueError unless these are the maps of `layers`, of one width and floating type."""
+    PredictorKind.check(kind, f"{what}: predictor")
+    names = (*MAP_TENSORS[map_type], "c")
+    first = tensors.get("c.1", torch.zeros(1))
+    D = first.shape[0] if first.ndim == 1 else -1
+    U = tensors.get("U.1")
+    r = U.shape[1] if map_type == "low_rank" and U is not None and U.ndim == 2 else -1
+    for i in layers:
+        s = len(sources_of(kind, i))
+        shapes = {"A": (s * D, D), "alpha": (s,), "diagonal": (s, D), "skip": (s,)} | {
+            "U": (s * D, r),
+            "V": (r, D),
+            "c": (D,),
+        }
+        for name in names:
+            found = tensors.get(f"{name}.{i}")
+            if found is None or found.shape != shapes[name] or found.dtype != first.dtype:
+                got = "none" if found is None else f"{list(found.shape)} of {found.dtype}"
+                raise ValueError(
+                    f"{what} does not hold the maps of predictor {kind!r}, {map_type}: {name}.{i} "
+                    f"is {got}, expected {list(shapes[name])} of {first.dtype}; restore the file"
+                )
+    if not first.is_floating_point() or (kind == "none" and layers):
+        raise ValueError(
+            f"{what} holds {len(layers)} maps of {first.dtype}, expected "
+            f"{'none' if kind == 'none' else 'floating point'}; restore the file"
+        )
 
 
 def apply_map(parts: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:

@@ -13,14 +13,14 @@ are folded in before saving.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
@@ -31,7 +31,9 @@ from resae.models.points import HookPoint
 from resae.sae.base import Autoencoder, SAEConfig
 from resae.sae.registry import load_sae, new_sae
 from resae.stack.affine import AffinePredictor
-from resae.storage import load_json, save_json
+from resae.stack.card import model_card
+from resae.storage import load_json, require_inside, safe_file_name, save_json
+from resae.strict_json import brief, require_fields
 from resae_kernels import (
     ScreenedEncoder,
     SparseCode,
@@ -44,6 +46,8 @@ from resae_kernels.screened import PreparedStep
 from resae_kernels.step import FEW_TOKENS
 
 FORMAT_VERSION = 1
+FILES = ["resae.json", "affine.safetensors", "*/cfg.json", "*/sae.safetensors"]
+"""Files of a stack, all that is downloaded of a repository."""
 FEW_ENTRIES = 2048
 """N·D up to which a prediction that reads the map for each token is faster than a call of torch's
 product (one core of an Intel Xeon, D = 128 and 768)."""
@@ -393,30 +397,55 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             },
         )
 
-    def generate_model_card(self, *_arguments: Any, **_options: Any) -> ModelCard:
-        """The README that `save_pretrained` and `push_to_hub` put beside the weights. It names no
-        licence: that is for the owner of the weights to choose."""
-        identity = self.model_identity
-        model = "an unnamed model" if identity is None else identity.name
-        k = ", ".join(str(self.sae(i).config.k) for i in range(self.n_layers))
-        header = ModelCardData(library_name="resae").to_yaml()
-        return ModelCard(
-            f"---\n{header}\n---\n\n# TopK autoencoders of {self.n_layers} layers of {model}\n\n"
-            f"Layers {', '.join(self.hook_points)}; {self.d_sae} latents per layer, "
-            f"k = {k}; affine predictor `{self.predictor.kind}`, {self.predictor.map_type} (ReSAE, "
-            "arXiv 2605.27819).\n\n"
-            f"{_screening_on_card(self.sae(0).config.screening)}\n\n"
-            "```python\nfrom resae import ReSAE\n\n"
-            'stack = ReSAE.from_pretrained("<this repository>")\n```\n'
-        )
+    def generate_model_card(self, *_arguments: Any, **options: Any) -> ModelCard:
+        """The README that `save_pretrained` and `push_to_hub` put beside the weights
+        (`resae.stack.card.model_card`, whose options these are)."""
+        return model_card(self, **options)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        report: Mapping[str, Any] | None = None,
+        license: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload weights and a model card to a repository of the hub, which is made where there is
+        none.
+
+        Args:
+            repo_id: `owner/name`.
+            report: the content of `report.json`, for a table of what replacing all layers costs.
+            license: of the weights, as the hub names licences; None: the card names none.
+            options: those of `huggingface_hub.ModelHubMixin.push_to_hub`: `private`, `branch`,
+                `commit_message`, `token`, `create_pr`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ValueError: a report of other layers, of another model or damaged; before anything is
+                uploaded.
+            OSError: the hub cannot be reached, or refuses.
+        """
+        card = {"report": report, "license": license, "repo_id": repo_id}
+        self.generate_model_card(**card)
+        try:
+            return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+        except (OSError, HFValidationError) as error:
+            raise OSError(
+                f"stack: cannot be uploaded to {repo_id!r} "
+                f"({str(error).strip().splitlines()[0]}); give owner/name of a repository that "
+                f"you may write, and log in with `hf auth login`"
+            ) from None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "ReSAE":  # type: ignore[override]
         """Open a local folder, or a repository of the hub.
 
         Args:
-            options: for a repository, those of `huggingface_hub.snapshot_download`: `revision`,
-                `token`, `cache_dir`, `force_download`, `local_files_only`.
+            options: for a repository, those of `huggingface_hub.snapshot_download`: `revision`
+                (branch, tag or commit), `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
             FileNotFoundError: neither such a folder nor such a repository, or a file is missing.
@@ -426,7 +455,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         if name and Path(name).is_dir():
             return cls.load(name)
         try:
-            folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **options)
+            folder = snapshot_download(name, allow_patterns=FILES, **options)
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
                 f"stack {name!r}: there is no such folder, and no repository of that name could be "
@@ -444,26 +473,67 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             ValueError: a file is damaged or of an unknown format.
         """
         folder = Path(folder)
-        description = load_json(folder / "resae.json", "stack")
-        if description.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"stack {folder}: format_version {description.get('format_version')}, this resae "
-                f"reads {FORMAT_VERSION}; update resae"
-            )
-        PredictorKind.check(description["predictor"], f"stack {folder}: predictor")
+        description = _read_description(folder)
         folders = [folder / name for name in description["hook_points"]]
+        for path in folders:
+            require_inside(path, "stack")
         boosted = description.get("boosted", False)
         saes = [load_sae(path, "boosted" if boosted else None) for path in folders]
+        predictor = AffinePredictor.load(folder / "affine.safetensors", description["predictor"])
+        widths = {(sae.config.d_in, sae.W_dec.dtype) for sae in saes}
+        widths |= {(len(c), c.dtype) for c in predictor.c}
+        if len(widths) > 1:
+            raise ValueError(
+                f"stack {folder}: its autoencoders and maps are of several widths or types, "
+                f"{', '.join(f'{d_in} of {dtype}' for d_in, dtype in sorted(widths, key=str))}; "
+                f"restore the folder"
+            )
         # Earlier versions could record boosted autoencoders as shared, which they never are.
         if description.get("shared", False) and not boosted:
             _share(saes, folder)
         stack = cls(
             description["hook_points"],
-            AffinePredictor.load(folder / "affine.safetensors", description["predictor"]),
+            predictor,
             saes,
-            description["model"] and ModelIdentity(**description["model"]),
+            _identity_in(description, f"stack {folder}: model in resae.json"),
         )
         return stack.eval()
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """The content of resae.json, of the expected types."""
+    found = load_json(folder / "resae.json", "stack")
+    where = f"stack {folder}: resae.json"
+    require_fields(found, {"format_version": (int, None)}, where)
+    if found.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"stack {folder}: format_version {found.get('format_version')}, this resae reads "
+            f"{FORMAT_VERSION}; update resae"
+        )
+    kinds = {"hook_points": [str], "predictor": str, "model": (dict, None)}
+    flags = {"boosted": (bool, None), "shared": (bool, None)}
+    require_fields(found, kinds | flags, where)
+    names = found["hook_points"]
+    unsafe = [name for name in names if not safe_file_name(name)]
+    if unsafe or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{where}: hook_points={brief(unsafe or names)}, expected names such as "
+            f"blocks.1.hook_resid_post, each once: they are folders of the stack"
+        )
+    PredictorKind.check(found["predictor"], f"stack {folder}: predictor")
+    return found
+
+
+def _identity_in(description: dict[str, Any], where: str) -> ModelIdentity | None:
+    found = description.get("model")
+    if found is None:
+        return None
+    whole = ("d_model", "n_layers", "vocab_size")
+    kinds = dict.fromkeys(("name", "model_type"), str) | dict.fromkeys(whole, int)
+    require_fields(found, kinds | {"revision": (str, None)}, where)
+    return ModelIdentity(
+        **{f.name: found[f.name] for f in fields(ModelIdentity) if f.name in found}
+    )
 
 
 def new_stack(
@@ -590,19 +660,6 @@ def _maps_are_faster(N: int, D: int, codes: Sequence[SparseCode]) -> bool:
     """Than gathering the transported rows of N tokens, on a CPU: the maps are read once for all of
     them."""
     return N * sum(code.acts.shape[-1] for code in codes) > D
-
-
-def _screening_on_card(screening: str | None) -> str:
-    if screening is None:
-        return "On a CPU all latents are scored in float32."
-    bound = {
-        "statistical": "a latent of the TopK is missed with probability below 1e-12 per row",
-        "certain": "no latent of the TopK can be missed",
-    }[screening]
-    return (
-        f"On a CPU an 8-bit product rules out most latents before the rest are scored exactly; "
-        f"{bound} (`screening={screening}` in cfg.json)."
-    )
 
 
 def _require_types(hook_points: Any, predictor: Any, saes: Any) -> None:

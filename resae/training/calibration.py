@@ -12,6 +12,7 @@ from resae.stack.affine import AffinePredictor
 from resae.stack.fit import Moments, fit_predictor
 from resae.stack.stack import ReSAE
 from resae.storage import load_tensors, save_tensors
+from resae.strict_json import brief
 
 
 class Calibration(NamedTuple):
@@ -30,10 +31,25 @@ class Calibration(NamedTuple):
 
     @classmethod
     def load(cls, path: Path, kind: str) -> "Calibration":
-        tensors = load_tensors(path, "calibration")
-        return cls(
-            AffinePredictor.load(path, kind), tensors["scale"].tolist(), list(tensors["mean"])
-        )
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is damaged, or holds other maps than those of `kind`.
+        """
+        predictor, tensors = AffinePredictor.load(path, kind), load_tensors(path, "calibration")
+        scale, mean = (tensors.get(name, torch.zeros(0)) for name in ("scale", "mean"))
+        floating = scale.is_floating_point() and mean.is_floating_point()
+        fits = floating and scale.ndim == 1 and mean.ndim == 2 and len(scale) == len(mean) > 0
+        maps = 0 if kind == "none" else len(scale) - 1
+        widths = {len(c) for c in predictor.c} | {mean.shape[-1]}
+        if not fits or predictor.n_maps != maps or len(widths) > 1 or not bool((scale > 0).all()):
+            found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+            raise ValueError(
+                f"calibration: {path} does not hold scales above 0 and means of {kind!r} maps, but "
+                f"{brief(found)}; fit the maps anew"
+            )
+        return cls(predictor, scale.tolist(), list(mean))
 
 
 def calibrate(

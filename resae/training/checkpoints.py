@@ -8,25 +8,26 @@ continues from before its learning rate fell (`resumed_config`).
 import json
 import logging
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from resae.data.batches import Position
 from resae.settings import current_names
 from resae.stack.stack import ReSAE
-from resae.storage import write_atomically
+from resae.storage import load_header, load_tensors, write_atomically
+from resae.strict_json import brief, parse, require_fields
 from resae.training.config import TrainConfig
 from resae.training.distributed import Ranks
 from resae.training.step import TrainState
 
 log = logging.getLogger(__name__)
+NONE = type(None)
 
 
 def save_checkpoint(
@@ -140,18 +141,50 @@ def resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
     return config
 
 
+class _Metadata(NamedTuple):
+    """What a checkpoint says of itself."""
+
+    step: int
+    positions: list[Position]
+    """One per rank."""
+    config: TrainConfig
+    """The configuration that it was trained with."""
+
+
+def _read_metadata(checkpoint: Path) -> _Metadata:
+    """Raise ValueError for a checkpoint that is damaged."""
+    found = load_header(checkpoint, "checkpoint").metadata
+    require_fields(found, {"step": str, "positions": str, "config": str}, "metadata")
+    step, positions, saved = (parse(found[name], name) for name in ("step", "positions", "config"))
+    saved = current_names(require_fields(saved, {}, "config"))
+    hints = get_type_hints(TrainConfig)
+    required = {f.name for f in fields(TrainConfig) if f.default is MISSING}
+    expected = {n: _json_types(hints[n]) for n in hints if n in saved or n in required}
+    require_fields(saved, expected, "config")
+    held = {"step": step, "positions": positions}
+    require_fields(held, {"step": int, "positions": [[int]]}, "metadata")
+    if not positions or any(len(p) != len(Position._fields) or min(p) < 0 for p in positions):
+        raise ValueError(f"positions = {brief(positions)}")
+    if unknown := sorted(saved.keys() - hints.keys()):
+        raise ValueError(f"settings of another version: {brief(unknown)}")
+    settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()}
+    return _Metadata(step, [Position(*p) for p in positions], TrainConfig(**settings))
+
+
+def _json_types(annotation: Any) -> Any:
+    """The type of a setting as `require_fields` takes it."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is tuple:
+        return [parts[0]]
+    return tuple(map(_json_types, parts)) if parts else None if annotation is NONE else annotation
+
+
 def _begun(checkpoint: Path) -> TrainConfig | None:
     """The configuration that a checkpoint was trained with; None if it is damaged."""
     try:
-        with safe_open(checkpoint, framework="pt") as file:
-            saved = json.loads(file.metadata()["config"])
-    except SafetensorError:
+        return _read_metadata(checkpoint).config
+    except ValueError:
         return None
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in current_names(saved).items()
-    }
-    return TrainConfig(**settings)
 
 
 def load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ranks) -> list[Path]:
@@ -164,32 +197,47 @@ def load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ran
     left_behind = []
     for path in reversed(_checkpoints(folder)):
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+            step, positions, begun = _read_metadata(path)
+            tensors = load_tensors(path, "checkpoint")
+            _require_state(tensors, state, ranks)
+        except ValueError as error:
             log.warning("checkpoint %s is damaged (%s); using the one before it", path, error)
             continue
-        begun = _begun(path)
-        assert begun is not None
         if begun.train_tokens < config.train_tokens and _step_in(path) > begun.common_steps:
             left_behind.append(path)
             continue
-        positions = json.loads(metadata["positions"])
         if len(positions) != ranks.size:
             raise ValueError(
                 f"--resume: {path} is of {len(positions)} ranks, here are {ranks.size}; start as "
                 f"many"
             )
         _restore(state, tensors, ranks)
-        state.step = int(metadata["step"])
-        state.position = Position(*positions[ranks.rank])
+        state.step = step
+        state.position = positions[ranks.rank]
         break
     else:
         log.warning("no checkpoint in %s to continue from: training starts from step 0", folder)
     if len({step for (step,) in ranks.all_gather_ints([state.step])}) > 1:
         raise ValueError(f"--resume: ranks see different checkpoints in {folder}; share the folder")
     return left_behind
+
+
+def _require_state(tensors: dict[str, Tensor], state: TrainState, ranks: Ranks) -> None:
+    """Raise ValueError unless these are the tensors of a state like this one."""
+    expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    named = dict(state.stack.named_parameters())
+    for name, tensor in _tensors(state).items():
+        (whole_name,) = named_in_whole({name: tensor}, ranks)
+        expected[whole_name] = (tensor.shape, tensor.dtype)
+        entries = ("exp_avg", "exp_avg_sq") if name in named else ()
+        if f"{whole_name}/step" in tensors:
+            expected[f"{whole_name}/step"] = (torch.Size(), torch.float32)
+            expected |= {f"{whole_name}/{entry}": expected[whole_name] for entry in entries}
+    for name, (shape, dtype) in expected.items():
+        found = tensors.get(name)
+        if found is None or found.shape != shape or found.dtype != dtype:
+            got = "is missing" if found is None else f"is {list(found.shape)} of {found.dtype}"
+            raise ValueError(f"{name} {got}, expected {list(shape)} of {dtype}")
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
 from resae.settings import current_names
 from resae.stack.fit import Moments
-from resae.storage import load_json
 from resae.training.calibration import Calibration, calibrate, sum_moments
 from resae.training.config import FITTED, RunConfig, TrainConfig
 from resae.training.distributed import Ranks
+from resae.training.runs import load_record
 
 
 def measure_moments(
@@ -110,6 +110,10 @@ def require_rank(config: TrainConfig, lm: HookedLM) -> None:
         )
 
 
+FIXED = {"model", "data", "text_column", "streaming", "context_tokens", "held_out_rows", "seed"}
+"""What else a record of maps says."""
+
+
 class FittedMaps(NamedTuple):
     """Maps that were fitted before, by `resae fit` or in a run, and their record."""
 
@@ -130,11 +134,17 @@ class FittedMaps(NamedTuple):
             raise FileNotFoundError(
                 f"--maps: {folder} holds no maps (no fit.json); make them with `resae fit`"
             )
-        record = load_json(file, "maps")
+        record = load_record(file, "maps")
         record = current_names(record | record.get("train", {}))
-        if not record.keys() >= {"layers", *FITTED}:
+        record.setdefault("rank", None)
+        if not record.keys() >= {"layers", *FITTED} or not record.keys() >= FIXED:
             raise ValueError(f"--maps: {file} was written by an earlier resae; fit the maps anew")
         calibration = Calibration.load(folder / "calibration.safetensors", record["predictor"])
+        if len(calibration.scale) != len(record["layers"]):
+            raise ValueError(
+                f"--maps: {file} names {len(record['layers'])} layers, the maps are of "
+                f"{len(calibration.scale)}; fit the maps anew"
+            )
         return cls(record, calibration)
 
     def complete(self, config: RunConfig) -> RunConfig:
@@ -170,7 +180,8 @@ class FittedMaps(NamedTuple):
             )
         # Without a split for validation the first rows are held out; these settings decide which.
         names = ("text_column", "streaming", "context_tokens", "held_out_rows", "seed")
-        other = [name for name in names if self.record[name] != getattr(config, name)]
+        self.record.setdefault("split", "train")  # of earlier versions
+        other = [name for name in (*names, "split") if self.record[name] != getattr(config, name)]
         if rows.skip and self.record["data"] == config.data and other:
             raise ValueError(
                 f"--maps: fitted with {', '.join(f'{n}={self.record[n]}' for n in other)} on this "

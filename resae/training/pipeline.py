@@ -28,7 +28,7 @@ from resae.models.hooked import HookedLM
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
 from resae.stack.stack import ReSAE
-from resae.storage import is_unused, load_json, locked, save_json
+from resae.storage import is_unused, locked, save_json
 from resae.training.calibration import Calibration, boost_calibration
 from resae.training.checkpoints import resumed_config
 from resae.training.config import FITTED, FitConfig, RunConfig, TrainConfig
@@ -37,6 +37,7 @@ from resae.training.loggers import metric_loggers, require_loggers
 from resae.training.loop import Progress, train
 from resae.training.maps import FittedMaps, fit_calibration, measure_moments, require_rank
 from resae.training.runs import (
+    load_record,
     open_run,
     record_of,
     require_same_run,
@@ -133,12 +134,12 @@ def fit_maps(
         console.log(f"device: {describe_device(device)}")
         if not config.layers:
             raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
-        shapes = HookedLM.described(config.model, tokenizer=True)
+        shapes = HookedLM.described(config.model, tokenizer=None, revision=config.revision)
         points = shapes.hook_points(config.layers)
         fit = config.for_layers(tuple(point.name for point in points))
         require_rank(fit, shapes)
         rows, held_out = read_rows(config, shapes)
-        lm = load_model(config.model, config.dtype, device)
+        lm = load_model(config.model, config.dtype, device, config.revision)
         text = TrainedText()
         batches = _captured(lm, rows.noted(text.add), points)
         unseen = _captured(lm, held_out, points)
@@ -153,9 +154,12 @@ def fit_maps(
     return out
 
 
-def load_model(name: str, dtype: str, device: str) -> HookedLM:
-    """A model with its weights in `dtype`, by its name in torch, on a device."""
-    return HookedLM.from_pretrained(name, dtype=getattr(torch, dtype), device=device)
+def load_model(name: str, dtype: str, device: str, revision: str | None = None) -> HookedLM:
+    """A model with its weights in `dtype`, by its name in torch, on a device; with its tokenizer,
+    where it has one."""
+    return HookedLM.from_pretrained(
+        name, dtype=getattr(torch, dtype), device=device, revision=revision, tokenizer=False
+    )
 
 
 def _captured(lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]) -> Iterator[list[Tensor]]:
@@ -177,16 +181,15 @@ class _Pipeline:
 
     def run(self, command: str, stopping: Stopping) -> Run:
         self._say_devices()
-        shapes = HookedLM.described(self.config.model, tokenizer=True)
+        model, revision = self.config.model, self.config.revision
+        shapes = HookedLM.described(model, tokenizer=None, revision=revision)
         maps, base_stack = self._earlier(shapes)
         train_config = self._settle(shapes, base_stack)
         rows, held_out = read_rows(self.config, shapes)
         require_same_text(self.record, self.config, rows)
         if maps is not None:
             maps.require_fit(self.config, train_config, shapes, rows)
-        lm = load_model(
-            self.config.model, self.config.dtype, self.config.model_device or self.device
-        )
+        lm = load_model(model, self.config.dtype, self.config.model_device or self.device, revision)
         text = self._trained_text()
         noted = rows if text is None else rows.noted(text.add)
         source = self._source(lm, rows, noted, train_config)
@@ -248,7 +251,7 @@ class _Pipeline:
         require_rank(config, shapes)
         require_divisible(config, self.ranks)
         if self.config.resume:
-            self.record = load_json(self.out / "run.json", "run")
+            self.record = load_record(self.out / "run.json", "run")
             require_same_run(self.record, self.config, config, self.out)
             config = resumed_config(config, self.out)
         return config

@@ -1,20 +1,27 @@
 """Run directories: their record, opening a run, and resuming one."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from resae.choices import DTYPES, MapType, PredictorKind
+from resae.data.config import Source
 from resae.data.rows import TokenRows
 from resae.data.texts import fingerprint
 from resae.environment import environment
 from resae.settings import current_names
 from resae.stack.stack import ReSAE
 from resae.storage import is_unused, load_json
+from resae.strict_json import brief, require_fields
 from resae.training.config import FitConfig, RunConfig, TrainConfig
 
 RECORDED = (
     "model",
+    "revision",
     "data",
+    "data_revision",
+    "split",
+    "encoding",
     "text_column",
     "streaming",
     "context_tokens",
@@ -46,6 +53,69 @@ def record_of(
     }
 
 
+_TEXT, _WHOLE = (str, None), (int, None)
+RECORD = {
+    "model": _TEXT,
+    "revision": _TEXT,
+    "data": _TEXT,
+    "data_revision": _TEXT,
+    "split": _TEXT,
+    "encoding": _TEXT,
+    "text_column": _TEXT,
+    "streaming": (bool, None),
+    "context_tokens": _WHOLE,
+    "held_out_rows": _WHOLE,
+    "dtype": _TEXT,
+    "held_out_split": _TEXT,
+    "data_fingerprint": (dict, None),
+    "config": (dict, None),
+    "train": (dict, None),
+    "affine": ([dict], None),
+}
+"""Entries of a record (run.json, fit.json) that are read, with their types."""
+OF_TRAINING = {
+    "seed": _WHOLE,
+    "train_tokens": _WHOLE,
+    "layers": ([str], None),
+    "predictor": _TEXT,
+    "map_type": _TEXT,
+    "rank": _WHOLE,
+    "calibration_tokens": _WHOLE,
+    "ridge": (float, None),
+}
+"""Entries of its `train` that are read; of fit.json they are beside the others."""
+
+
+def load_record(file: Path, what: str) -> dict[str, Any]:
+    """The record of a run or a fit, with entries of the expected types, those that are null left
+    out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged.
+    """
+    record = current_names(load_json(file, what))
+    where = f"{what}: {file}"
+    require_fields(record, RECORD | OF_TRAINING, where)
+    _require_choices(record, where)
+    if record.get("train"):
+        train = require_fields(current_names(record["train"]), OF_TRAINING, f"{where}: train")
+        _require_choices(train, f"{where}: train")
+        record["train"] = {name: value for name, value in train.items() if value is not None}
+    for row in record.get("affine") or ():
+        require_fields(row, {"method": str, "hop": str, "r2": float}, f"{where}: affine")
+    known = RECORD | OF_TRAINING
+    return {n: v for n, v in record.items() if v is not None or n not in known}
+
+
+def _require_choices(record: dict[str, Any], where: str) -> None:
+    for name, choices in (("predictor", PredictorKind), ("map_type", MapType), ("dtype", DTYPES)):
+        if record.get(name) is not None and record[name] not in choices:
+            raise ValueError(
+                f"{where}: {name} = {brief(record[name])}, expected one of {', '.join(choices)}"
+            )
+
+
 def open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
     """The record and the stack of a finished run.
 
@@ -59,7 +129,7 @@ def open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
         raise ValueError(
             f"the run in {folder} is not finished; continue it with `resae train … --resume`"
         )
-    record = load_json(folder / "run.json", "run") if (folder / "run.json").exists() else {}
+    record = load_record(folder / "run.json", "run") if (folder / "run.json").exists() else {}
     return record, ReSAE.load(folder).to(device)
 
 
@@ -81,9 +151,10 @@ def require_same_run(
 ) -> None:
     """Refuse to resume with another model, dataset or predictor."""
     names = (*RECORDED, "maps")
-    began = {name: record.get(name) for name in names}
+    defaults = {f.name: f.default for f in fields(Source)}  # of settings that earlier runs had not
+    began = {name: record.get(name, defaults.get(name)) for name in names}
     fitted = ("layers", "predictor", "map_type", "rank")
-    trained = current_names(record["train"])
+    trained = current_names(record.get("train", {}))
     began |= {name: trained.get(name) for name in fitted}
     now = {name: getattr(config, name) for name in names}
     now |= {name: getattr(train, name) for name in fitted} | {"layers": list(train.layers)}
@@ -105,14 +176,23 @@ def require_same_text(record: dict[str, Any], config: RunConfig, rows: TokenRows
         )
 
 
-def model_of(record: dict[str, Any], stack: ReSAE) -> str:
-    """Name of the model that a run was trained on.
+def model_of(
+    record: dict[str, Any], stack: ReSAE, model: str | None = None, revision: str | None = None
+) -> tuple[str, str | None]:
+    """Name and revision of the model that a run was trained on: the commit, where it is known.
+
+    Args:
+        model, revision: others that are asked for.
 
     Raises:
         ValueError: neither its record nor its stack has one.
     """
-    if "model" in record:
-        return record["model"]
-    if stack.model_identity is not None:
-        return stack.model_identity.name
-    raise ValueError("the stack does not record the model it was trained on; name it with --model")
+    identity = stack.model_identity
+    name = model or record.get("model") or (identity and identity.name)
+    if name is None:
+        raise ValueError(
+            "the stack does not record the model it was trained on; name it with --model"
+        )
+    if model is None and revision is None:
+        revision = (identity and identity.revision) or record.get("revision")
+    return name, revision

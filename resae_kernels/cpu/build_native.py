@@ -62,7 +62,7 @@ else:
         pass
     else:
 
-        class NativeBuildHook(BuildHookInterface):  # pyright: ignore[reportUntypedBaseClass]
+        class NativeBuildHook(BuildHookInterface):  # pyright: ignore
             """Adds the compiled library to the wheel where it can be built."""
 
             def initialize(self, version: str, build_data: dict[str, Any]) -> None:

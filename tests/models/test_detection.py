@@ -93,7 +93,7 @@ def test_looking_compiles_nothing():
 def test_an_addition_that_is_overlooked_is_noticed_however_small(dtype):
     model = made("exaone").model.to(dtype)
     with torch.no_grad():
-        for block in model.model.layers:  # additions of a hundredth of the stream
+        for block in model.model.layers.children():  # additions of a hundredth of the stream
             block.self_attn.v_proj.weight.mul_(0.3)
         model.model.embed_tokens.weight.mul_(50)
     HookedLM(model)

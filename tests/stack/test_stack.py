@@ -14,7 +14,7 @@ from resae.choices import PredictorKind
 from resae.data.activations import capture_tokens
 from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
-from resae.stack.stack import new_stack
+from resae.stack.stack import FILES, new_stack
 from resae_kernels import ScreenedEncoder, reference
 from resae_kernels.cpu import native
 
@@ -136,7 +136,7 @@ def test_a_hub_name_is_downloaded_and_opened(lm, tmp_path, monkeypatch):
 
     monkeypatch.setattr("resae.stack.stack.snapshot_download", snapshot_download)
     loaded = ReSAE.from_pretrained("someone/some-stack", revision="v1")
-    assert asked == [("someone/some-stack", "v1", ["*.json", "*.safetensors"])]
+    assert asked == [("someone/some-stack", "v1", FILES)]
     assert torch.equal(loaded.sae(2).W_dec, stack.sae(2).W_dec)
 
 
@@ -367,7 +367,9 @@ def test_dictionaries_of_different_sizes_are_one_chain(lm, xs, tmp_path, kind):
     assert stack.d_sae == (32, 64, 96)
     stack.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "resae.json").read_text())["d_sae"] == [32, 64, 96]
-    assert "(32, 64, 96) latents per layer" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    for name, d_sae in zip(tiny.NAMES, (32, 64, 96), strict=True):
+        assert f"| {name} | 32 | {d_sae} | " in card
     loaded = ReSAE.load(tmp_path)
     for loop in ("open", "closed"):
         for a, b in zip(stack(xs, loop=loop).x_hats, loaded(xs, loop=loop).x_hats, strict=True):
