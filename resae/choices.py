@@ -18,6 +18,12 @@ FORMS = {
 WAYS = ("data", "layers")
 """Ways of parallelism: by data (each batch is shared out) or by layers."""
 
+EXPORTS = ("sparsify", "saelens", "resae")
+"""File formats of an autoencoder that are written."""
+
+IMPORTS = ("resae", "saelens", "sparsify", "gemma_scope", "mlsae", "dictionary_learning", "openai")
+"""File formats of an autoencoder that are read."""
+
 OPS = ("encode", "decode", "forward", "train", "train+adam", "step", "chain")
 """Ops that `resae profile` times."""
 

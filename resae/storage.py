@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 """File in a folder that a process is writing into: its process id, host and start time."""
+LARGEST_JSON = 64 << 20
+"""Bytes of the largest JSON file that is read."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of file systems without locks."""
 
@@ -159,8 +161,12 @@ def load_json(path: Path, what: str) -> Any:
     """The content of a JSON file; `what` names it in the error."""
     if not path.is_file():
         raise FileNotFoundError(f"{what}: no file {path}; is the directory the right one?")
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{what}: {path} has {size} bytes, expected at most {LARGEST_JSON}")
     try:
         return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError(f"{what}: {path} is nested too deep; restore the file") from None
     except ValueError as error:
         raise ValueError(f"{what}: {path} is not valid JSON ({error}); restore the file") from None
 

@@ -12,10 +12,8 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from resae.sae.losses import Reduce, no_reduce
+from resae.sae.record import INPUT_KINDS, InputKind, SAERecord
 from resae_kernels import ScreenedEncoder, SparseCode
-
-InputKind = Literal["activation", "affine_residual"]
-
 
 Screening = Literal["statistical", "certain"]
 
@@ -50,6 +48,10 @@ class SAEConfig:
             raise ValueError(
                 f"SAEConfig: screening={self.screening!r}, expected 'statistical', 'certain' or "
                 f"None"
+            )
+        if self.input_kind not in INPUT_KINDS:
+            raise ValueError(
+                f"SAEConfig: input_kind={self.input_kind!r}, expected {' or '.join(INPUT_KINDS)}"
             )
         for name in ("d_in", "d_sae", "k"):
             if getattr(self, name) < 1:
@@ -156,6 +158,22 @@ class Autoencoder(nn.Module, ABC):
     def load(cls, folder: str | Path) -> "Autoencoder":
         """Read a folder that `save` wrote, for use: in eval mode."""
 
+    def record(self) -> SAERecord:
+        """The autoencoder in the form that other libraries' formats have in common.
+
+        Raises:
+            ValueError: it has no such form.
+        """
+        raise ValueError(
+            f"{self.kind}: other libraries have no form for such an autoencoder; only resae's own "
+            f"folders hold it"
+        )
+
+    @classmethod
+    def from_record(cls, record: SAERecord) -> "Autoencoder":
+        """The autoencoder of a record, in eval mode."""
+        raise NotImplementedError(f"{cls.kind}: no form that other libraries have")
+
     # -- training ----------------------------------------------------------------------------------
 
     @property
@@ -206,3 +224,13 @@ def describe_sizes(config: SAEConfig) -> str:
     return (
         f"d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, input_kind={config.input_kind!r}"
     )
+
+
+def require_prediction(sae: Autoencoder, prediction: Tensor | None) -> None:
+    """Raise ValueError for an autoencoder of residuals that is given none to subtract."""
+    if prediction is None and sae.config.input_kind != "activation":
+        raise ValueError(
+            f"{type(sae).__name__}: this autoencoder encodes the residual of an activation, and "
+            f"got no prediction; pass it as prediction=, let ReSAE.encode predict, or, if x is the "
+            f"residual, pass zeros"
+        )

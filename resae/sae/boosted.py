@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from resae.sae.base import Autoencoder, InputKind, SAEConfig, describe_sizes
+from resae.sae.files import load_config
 from resae.sae.losses import Reduce, no_reduce
 from resae.sae.topk import TopKSAE
-from resae.storage import load_json
 from resae_kernels import SparseCode, sparse_decode
 
 
@@ -151,6 +151,13 @@ class BoostedSAE(Autoencoder):
         """Read what `save` wrote, for use; errors as of `TopKSAE.load`, which reads the frozen
         one alone."""
         folder = Path(folder)
-        metadata = load_json(folder / "boost" / "cfg.json", "SAE")["metadata"]
+        metadata = load_config(folder / "boost")["metadata"]
         frozen, boost = TopKSAE.load(folder), TopKSAE.load(folder / "boost")
-        return cls(frozen, boost, keep=metadata["keep"], threshold=metadata["threshold"]).eval()
+        options = {name: metadata.get(name) for name in ("keep", "threshold")}
+        wrong = {name for name, value in options.items() if not isinstance(value, int | float)}
+        if wrong or frozen.config.d_in != boost.config.d_in:
+            raise ValueError(
+                f"SAE {folder}: boost/cfg.json has no number {', '.join(sorted(wrong))}, or other "
+                f"sizes; expected what `save` wrote"
+            )
+        return cls(frozen, boost, **options).eval()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from resae.sae.base import SAEConfig
+from resae.sae.files import load_config
 from resae.sae.topk import TopKSAE
-from resae.storage import load_json
 from resae_kernels import SparseCode, sparse_decode
 
 
@@ -57,8 +57,11 @@ class PrefixSAE(TopKSAE):
     def load(cls, folder: str | Path) -> Self:
         """As `TopKSAE.load`, with the prefixes that `save` wrote."""
         sae = super().load(folder)
-        metadata = load_json(Path(folder) / "cfg.json", "SAE")["metadata"]
-        sae.prefixes = tuple(metadata.get("prefixes") or sae.prefixes)
+        metadata = load_config(Path(folder))["metadata"]
+        prefixes = metadata.get("prefixes") or sae.prefixes
+        if not isinstance(prefixes, list | tuple) or not all(type(j) is int for j in prefixes):
+            raise ValueError(f"SAE {folder}: prefixes {prefixes!r}, expected whole numbers")
+        sae.prefixes = tuple(prefixes)
         return sae
 
     def save(self, folder: Path, **metadata: Any) -> None:
