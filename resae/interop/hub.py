@@ -41,7 +41,8 @@ def locate(
         )
     with _named_errors(name):
         there = [PurePosixPath(file) for file in list_repo_files(name, revision=revision)]
-    folder = hook_point or _only_folder(name, {str(f.parent) for f in there if f.name in files})
+    weights = [f for f in there if f.name in files and f.suffix != ".json"]
+    folder = hook_point or _only_folder(name, {str(f.parent) for f in weights})
     prefix = "" if folder == "." else f"{folder}/"
     with _named_errors(name):  # patterns without wildcards: no other file can come
         patterns = [prefix + file for file in files]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from resae.sae.base import SAEConfig
+from resae.sae.record import DTYPES
 from resae.storage import load_json, load_tensors
 
 
@@ -67,7 +68,10 @@ def load_state(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, T
         raise ValueError(
             f"SAE {folder}: tensors {found} do not fit cfg.json, expected {dict(shapes)}"
         )
-    wrong = [name for name, t in tensors.items() if not t.is_floating_point()]
-    if wrong:
-        raise ValueError(f"SAE {folder}: {', '.join(wrong)} of a dtype that is not floating point")
+    dtypes = {t.dtype for t in tensors.values()}
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        raise ValueError(
+            f"SAE {folder}: tensors of dtype {', '.join(sorted(map(str, dtypes)))}, expected one "
+            f"floating dtype for all"
+        )
     return tensors

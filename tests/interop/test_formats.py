@@ -392,7 +392,7 @@ def test_inspect_counts_dead_rows_and_names_what_is_not_finite(tmp_path, capsys)
 def test_inspect_says_which_path_codes_take(tmp_path, screened_at_any_size):
     from resae.interop.inspection import describe_sae
 
-    files.sparsify(tmp_path / "a", plain())
+    TopKSAE(SAEConfig(D, 1024, 4)).save(tmp_path / "a")
     path = describe_sae(read_sae(tmp_path / "a"))["encode_here"]
     assert path["path"] == "screened"
     assert screened_at_any_size in path["why"]
