@@ -23,7 +23,8 @@ from resae_kernels import ScreenedEncoder
 from resae_kernels import screened as screened_encode
 
 TIE = 1e-6
-"""Of ‖x‖‖w‖ + |b|: a few times what a float32 sum of some hundred products is off by."""
+"""Tolerance relative to ‖x‖‖w‖ + |b|: a few times the rounding error of a float32 sum of some
+hundred products."""
 CHUNK = 512
 
 

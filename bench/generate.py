@@ -1,4 +1,4 @@
-"""What replacing layers costs while a model writes: tokens per second against plain generation.
+"""Cost of replacing layers during generation: tokens per second against plain generation.
 
     python bench/generate.py --out DIR [--setting NAME …] [--batch B …] [--compile]
 
@@ -45,6 +45,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 from resae import DecodeLoop, HookedLM, ReSAE, replacement
 from resae.environment import environment
 from resae.models.hooked import EMBEDDED
+from resae.sae.topk import TopKSAE as OurTopKSAE
 from resae.stack.affine import AffinePredictor
 from resae.stack.stack import new_stack
 from resae.storage import save_json, write_atomically
@@ -73,7 +74,7 @@ GPU_SETTINGS = tuple(name for name in SETTINGS if name not in CPU_SETTINGS)
 
 
 def pythia(width: int, layers: int) -> GPTNeoXConfig:
-    """Of https://huggingface.co/EleutherAI/pythia-160m and -1.4b."""
+    """Config of https://huggingface.co/EleutherAI/pythia-160m and -1.4b."""
     return GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=width,
@@ -81,7 +82,7 @@ def pythia(width: int, layers: int) -> GPTNeoXConfig:
         num_attention_heads=width // 64 if width < 2048 else 16,
         intermediate_size=4 * width,
         max_position_embeddings=2048,
-        rotary_pct=0.25,
+        rotary_pct=0.25,  # pyright: ignore[reportCallIssue]  (a base class takes it)
     )
 
 
@@ -125,6 +126,7 @@ Autoencoder = Callable[[Tensor], Tensor]
 
 def dense(stack: ReSAE, layer: int) -> Autoencoder:
     sae = stack.sae(layer)
+    assert isinstance(sae, OurTopKSAE)
     weight, bias, W_dec, b_dec = sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec
 
     def reconstruct(x: Tensor) -> Tensor:

@@ -42,13 +42,13 @@ from resae.environment import environment  # noqa: E402
 from resae_kernels.files import write_atomically  # noqa: E402
 from resae_kernels.profiling import Case, Clock, Roofs, measure_roofs, profile, table  # noqa: E402
 from resae_kernels.profiling.measuring import device_ms  # noqa: E402
-from resae_kernels.profiling.specs import PRODUCT  # noqa: E402
+from resae_kernels.profiling.specs import GEMM  # noqa: E402
 
 Row = dict[str, Any]
 DENSE = "dense PyTorch"
-PROVIDERS = (PRODUCT, "product + torch.topk", "dense product", DENSE, "resae sequential")
+PROVIDERS = (GEMM, "GEMM + torch.topk", "dense GEMM", DENSE, "resae sequential")
 PROVIDERS += ("resae transported",)
-"""Providers beside "resae": the float64-capable reference is left out, it takes minutes here."""
+"""Providers besides "resae". The reference is omitted: it takes minutes at these shapes."""
 MODELS = ("pythia-1.4b 64k", "gemma-2-9b", "pythia-1.4b", "gemma-2-9b 128k")
 """Settings of bench/generate.py."""
 WITH_PEERS = ("encode N=8192", "encode N=1 ", "decode N=8192", "forward N=1 ", "train N=8192")
@@ -219,14 +219,15 @@ class Target(NamedTuple):
     """Provider; or "roof", the bound by copy bandwidth and GEMM rate; or "µs"."""
 
     def ms(self, rows: Sequence[Row]) -> float | None:
-        """None where what it refers to was not measured."""
+        """Milliseconds of the target; None if its reference was not measured."""
         if self.of == "µs":
             return self.factor / 1e3
-        ours = next((row for row in rows if row["provider"].startswith("resae")), None)
         if self.of == "roof":
-            return ours and self.factor * device_ms(ours) * ours["percent_of_roof"] / 100
-        other = next((row for row in rows if row["provider"] == self.of), None)
-        return other and self.factor * device_ms(other)
+            ours = [row for row in rows if row["provider"].startswith("resae")]
+            times = [device_ms(row) * row["percent_of_roof"] / 100 for row in ours]
+        else:
+            times = [device_ms(row) for row in rows if row["provider"] == self.of]
+        return self.factor * times[0] if times else None
 
     @property
     def text(self) -> str:
@@ -234,9 +235,9 @@ class Target(NamedTuple):
 
 
 TARGETS = [
-    Target("encode", 8192, 2048, 65536, 1.15, PRODUCT),
-    Target("encode", 8192, 3584, 131072, 1.15, PRODUCT),
-    Target("encode", 8192, 2048, 16384, 1.20, PRODUCT),
+    Target("encode", 8192, 2048, 65536, 1.15, GEMM),
+    Target("encode", 8192, 3584, 131072, 1.15, GEMM),
+    Target("encode", 8192, 2048, 16384, 1.20, GEMM),
     Target("encode", 1, 2048, 65536, 1.20, "roof"),
     Target("encode", 1, 2048, 16384, 1.60, "roof"),
     Target("decode", 8192, 2048, 65536, 507, "µs"),  # 1.3 × the gather from L2 of the cost model
@@ -249,19 +250,22 @@ GENERATION = (
     "≥ 0.8 at Pythia-1.4B, M = 65,536."
 )
 NEXT = {
-    ("encode", False): "`resae tune`: tiles `product_of_two_*` (in registers or by tensor cores) "
-    "and `product_of_few_*` (residual in a launch of its own or not, resident programs); then "
+    ("encode", False): "`resae tune`: tiles `gemm_2_tokens_*` (in registers or by tensor cores) "
+    "and `gemm_16_tokens_*` (residual in a launch of its own or not, resident programs); then "
     "8-bit screening",
-    ("encode", True): "`resae tune`: `product_of_many_16bit` (the library's GEMM, or our own that "
+    ("encode", True): "`resae tune`: `gemm_many_tokens_16bit` (the library's GEMM, or our own that "
     "leaves the group maxima), `select` (which can find the maxima itself), `group_max`",
     ("decode", False): "tile `decode_few`: narrower slices of D, all k rows in one tile",
-    ("decode", True): "tile `decode` and GATHER_REGISTERS (loads in flight); the dense form where "
+    (
+        "decode",
+        True,
+    ): "tile `decode` and GATHER_REGISTERS (loads in flight); the dense algorithm where "
     "M/k is small (DENSE_RATIO)",
     ("train", True): "one launch for the gradients of W_dec, too; tile `scatter_outer` (8/512/1); "
     "tile `sddmm`; PIECE",
     ("train+adam", True): "as the step without Adam; then a fused Adam over touched rows",
 }
-"""By op, and whether there are many tokens: choices to try where a target is missed."""
+"""Choices to try where a target is missed, by (op, whether tokens are many)."""
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -307,7 +311,7 @@ class Session:
             rounds=2 if self.dry else 20,
             only=PROVIDERS,
         )
-        facts = {"roof_copy_gb_per_s": roofs.copy / 1e9, "roof_tflop_per_s": roofs.product / 1e12}
+        facts = {"roof_copy_gb_per_s": roofs.copy / 1e9, "roof_tflop_per_s": roofs.gemm / 1e12}
         return [row | facts for row in rows]
 
     def run(self, part: int, task: Task, left: float) -> Row:

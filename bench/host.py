@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,7 +53,7 @@ def calls() -> dict[str, Callable[[], object]]:
     space = StepWorkspace.allocate(N, M, k, D, dtype=x.dtype, device=x.device)
     chain = [(acts, indices)] * 2, [W_dec] * 2, [torch.zeros(D, D)], [b_dec]
     whole = transport(*chain[1:], b_dec=[b_dec] * 2)
-    t = {"implementation": "triton"}
+    t: dict[str, Any] = {"implementation": "triton"}
     return {
         "torch.addmm": lambda: torch.addmm(bias, x, weight.T),
         "topk_encode": lambda: topk_encode(x, weight, bias, k, pre_bias=b_dec, **t),

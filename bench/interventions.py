@@ -1,4 +1,4 @@
-"""What edits of latents do to later layers beside what the maps predict, and what they cost.
+"""Effects of latent edits on later layers against the maps' predictions, and their cost.
 
     resae demo --k 8 --out DEMO
     python bench/interventions.py DEMO --out DIR

@@ -7,7 +7,7 @@
 Writes `ops.csv`, `ops.md` and `ops.svg` (time as a multiple of ours, per case) with versions and
 hardware. `resae_kernels.profiling` measures; this file holds the shapes and the peers, each taken
 if it is installed (`pip install "resae[peers]"`): eai-sparsify, sae-lens, dictionary-learning. On a
-CPU "oneDNN" is the fastest plain PyTorch: oneDNN's product, `torch.topk`, `embedding_bag`.
+CPU "oneDNN" is the fastest plain PyTorch: oneDNN's GEMM, `torch.topk`, `embedding_bag`.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from resae_kernels.profiling import (
     table,
 )
 from resae_kernels.profiling.measuring import CASE_SECONDS, LEAST_ROUNDS, device_ms
-from resae_kernels.profiling.specs import DTYPES, OPS, PRODUCT
+from resae_kernels.profiling.specs import DTYPES, GEMM, OPS
 
 GPU_CASES = [
     # Pythia-1.4B (D = 2048) and Gemma-2-9B (D = 3584); training or prefill, then generation.
@@ -128,14 +128,15 @@ def trained_on_embedded(
         EMBEDDED, lm, context_tokens=128, held_out_rows=held_out_rows
     )
     captured = (capture_tokens(lm, ids, points) for ids in rows.batches(16))
-    moments = sum_moments("none", captured, tokens=20_000, d_in=lm.d_model, n_layers=len(points))
+    tokens = min(20_000, train_tokens)
+    moments = sum_moments("none", captured, tokens=tokens, d_in=lm.d_model, n_layers=len(points))
     config = TrainConfig(
         layers=(points[-1].name,),
         k=(k,),
         d_sae=M,
         predictor="none",
         train_tokens=train_tokens,
-        buffer_tokens=32_768,
+        buffer_tokens=min(32_768, train_tokens),
     )
     source = SideBySide(
         ActivationBatches(
@@ -149,12 +150,14 @@ def trained_on_embedded(
         stack = train(config, source, calibration, Path(folder))
     assert stack is not None  # nothing asks it to stop
     unseen = [source.join(capture_tokens(lm, ids, points)) for ids in held_out.batches(16)]
-    return stack.sae(0).requires_grad_(False), torch.cat(unseen)
+    sae = stack.sae(0).requires_grad_(False)
+    assert isinstance(sae, TopKSAE)
+    return sae, torch.cat(unseen)
 
 
 def embedded(train_tokens: int) -> Callable[[Case, torch.device], Inputs]:
-    """In place of `make_inputs`: activations of the embedded model and an autoencoder trained on
-    so many other tokens."""
+    """Replacement of `make_inputs`: activations of the embedded model, and an autoencoder trained
+    on `train_tokens` other tokens."""
 
     @cache
     def trained(D: int, M: int, k: int) -> tuple[TopKSAE, Tensor]:
@@ -230,7 +233,7 @@ def compiled_reference(case: Case, inputs: Inputs) -> Provider | None:
 
 
 def usable(package: str, case: Case) -> bool:
-    """Whether a peer is installed, and the case an op that it has."""
+    """True if a peer is installed and has the case's op."""
     return case.op not in ("step", "chain") and bool(find_spec(package))
 
 
@@ -273,7 +276,7 @@ def as_provider(
 
 
 def plain_onednn(case: Case, inputs: Inputs) -> Provider | None:
-    """A few lines of PyTorch with the fastest product that it has on a CPU."""
+    """A few lines of PyTorch with its fastest GEMM on a CPU."""
     x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
     b_dec, W_dec = inputs["b_dec"][0], inputs["W_dec"][0]
     if x.is_cuda or case.op not in ("encode", "decode", "forward"):
@@ -431,7 +434,7 @@ PEERS: dict[str, Peer] = {
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars: time of each provider, hot, as a multiple of ours. Blue is ours, orange a peer, green
-    the bare product, grey plain PyTorch."""
+    the encoder GEMM, grey plain PyTorch."""
     from matplotlib.figure import Figure
 
     hot = [row for row in rows if row["cache"] == "hot"]
@@ -462,7 +465,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _color(provider: str) -> str:
     if provider.startswith("resae"):
         return "#0072b2"
-    return "#e69f00" if provider in PEERS else "#009e73" if provider == PRODUCT else "#bbbbbb"
+    return "#e69f00" if provider in PEERS else "#009e73" if provider == GEMM else "#bbbbbb"
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -544,7 +547,7 @@ def main() -> int:
         "commit": commit(),
         "data": Path(options.data).name,
         "peers": peer_versions(),
-        "roofs": {d: {"copy_gb_per_s": r.copy / 1e9, "tflop_per_s": r.product / 1e12}
+        "roofs": {d: {"copy_gb_per_s": r.copy / 1e9, "tflop_per_s": r.gemm / 1e12}
                   for d, r in roofs.items()},
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,10 @@
 
     python bench/questions.py --out DIR
 
-What does the library's product reach at these shapes, what do a pass over scores, a selection, a
-gather from the L2 cache and a matrix-vector product cost, from which M/k on is gathering faster
-than a dense product, what does an edge of a CUDA graph cost, what a latent that half of all tokens
-activate, and what a call from Python? Writes `questions.md`. On a CPU only the questions that make
-sense there are answered, at smaller sizes.
+Rate of the library's GEMM at these shapes; cost of a pass over the scores, of a selection, of a
+gather from the L2 cache and of a GEMV; the M/k from which on gathering is faster than a dense GEMM;
+cost of an edge of a CUDA graph, of a latent that half of all tokens activate, and of a call from
+Python. Writes `questions.md`. A CPU measures only those that make sense there, at smaller sizes.
 """
 
 import argparse
@@ -38,7 +37,7 @@ def median(clock: Clock, call: Callable[[], object], rounds: int = 20) -> float:
     return sorted(clock.seconds(call, cold=False) for _ in range(rounds))[rounds // 2]
 
 
-def products(clock: Clock, shrink: int) -> Iterator[Answer]:
+def gemms(clock: Clock, shrink: int) -> Iterator[Answer]:
     D, M = 2048 // shrink, 65536 // shrink
     weight = torch.randn(M, D, device=clock.device).bfloat16()
     bias = torch.zeros(M, device=clock.device).bfloat16()
@@ -47,7 +46,7 @@ def products(clock: Clock, shrink: int) -> Iterator[Answer]:
         out = torch.empty(N, M, device=clock.device).bfloat16()
         seconds = median(clock, lambda x=x, out=out: torch.addmm(bias, x, weight.T, out=out))
         rate = 2 * N * D * M / seconds / 1e12
-        yield f"product with bias, {N}×{D}×{M} bf16", f"{rate:.1f} TFLOP/s"
+        yield f"GEMM with bias, {N}×{D}×{M} bf16", f"{rate:.1f} TFLOP/s"
         for dtype in (torch.bfloat16, torch.float32):
             scores = out.to(dtype)
             seconds = median(clock, lambda s=scores: s.topk(64, dim=-1), rounds=5)
@@ -87,8 +86,8 @@ def gathers(clock: Clock, shrink: int) -> Iterator[Answer]:
         )
 
 
-def forms(clock: Clock, shrink: int) -> Iterator[Answer]:
-    """What gathering costs beside the dense form: even is where DENSE_RATIO belongs."""
+def algorithms(clock: Clock, shrink: int) -> Iterator[Answer]:
+    """Cost of the gather algorithm against the dense one: equal at the right DENSE_RATIO."""
     M = 16384 // shrink
     for dtype in ("bfloat16", "float32"):
         for ratio in (2, 4, 8) if clock.device.type == "cpu" else (16, 32, 64, 128, 256):
@@ -103,13 +102,13 @@ def forms(clock: Clock, shrink: int) -> Iterator[Answer]:
             }
             for name, call in calls.items():
                 gather, dense = (
-                    median(clock, partial(call, algorithm=form), 5) for form in ("gather", "dense")
+                    median(clock, partial(call, algorithm=name), 5) for name in ("gather", "dense")
                 )
                 yield f"{name} gathered / dense, M/k = {ratio}, {dtype}", f"{gather / dense:.2f} ×"
 
 
 def dense_latent(clock: Clock, shrink: int) -> Iterator[Answer]:
-    """A training step where half of all tokens activate latent 0, beside an ordinary one."""
+    """A training step where half of all tokens activate latent 0, against an ordinary one."""
     case = Case("train", 8192 // shrink, 2048 // shrink, 16384 // shrink, 32 // shrink, "bfloat16")
     inputs = make_inputs(case, clock.device)
     ordinary = median(clock, lambda: train_step(inputs, case, topk_encode), 5)
@@ -132,7 +131,7 @@ def graph_edge(clock: Clock, shrink: int) -> Iterator[Answer]:
 
 
 def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
-    """What a call costs in Python and the dispatcher: launches of next to nothing, not awaited.
+    """Host cost of a call in Python and the dispatcher: tiny launches, without synchronisation.
 
     An op's own cost is the difference between its line and that of its implementation alone.
     """
@@ -174,7 +173,7 @@ def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
         yield f"host time of one eager call of {name}", f"{spent * 1e6:.1f} µs"
 
 
-QUESTIONS = (products, kernels_of_encode, gathers, forms, dense_latent, graph_edge, host_cost)
+QUESTIONS = (gemms, kernels_of_encode, gathers, algorithms, dense_latent, graph_edge, host_cost)
 
 
 def main() -> int:

@@ -112,8 +112,8 @@ class InMemory:
 
 
 def activations(recipe: Recipe, lm: HookedLM, tokens: int) -> tuple[Tensor, Tensor]:
-    """Of so many tokens of training text, or all there are, and of held-out text: `[N, D]`, over
-    the RMS of the former."""
+    """Activations `[N, D]` of at most `tokens` tokens of training text, and of the held-out text,
+    both divided by the RMS of the former."""
     points = lm.hook_points([recipe.layer])
     rows, held_out = train_and_held_out(
         EMBEDDED, lm, context_tokens=CONTEXT_TOKENS, held_out_rows=HELD_OUT_ROWS
@@ -142,7 +142,9 @@ def trained(x: Tensor, M: int, k: int, train_tokens: int) -> TopKSAE:
     with tempfile.TemporaryDirectory() as folder:
         stack = train(config, InMemory(x, config.batch_tokens), calibration, Path(folder))
     assert stack is not None  # nothing asks it to stop
-    return stack.sae(0)
+    sae = stack.sae(0)
+    assert isinstance(sae, TopKSAE)
+    return sae
 
 
 def main() -> int:

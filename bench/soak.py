@@ -38,7 +38,7 @@ GROWTH = 0.05
 
 
 class Thrown(Exception):
-    """What the soak throws itself."""
+    """Exception thrown by the soak itself."""
 
 
 def resident_mib() -> float:

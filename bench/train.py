@@ -1,4 +1,4 @@
-"""Training beside its peers: tokens per second, memory, and what is left unexplained.
+"""Training against its peers: tokens per second, memory, and FVU.
 
     python bench/train.py --out DIR          (a CPU: the embedded model; a GPU: the step at scale)
     python bench/train.py --out DIR --dry    (a few steps of everything)
@@ -69,12 +69,12 @@ HELD_OUT_ROWS = 128
 """The first half chooses learning rates, the second is reported."""
 CURVE_POINTS = 10
 MODEL_CODE = "transformers.models.gpt_neox.modeling_gpt_neox"
-"""What loading the embedded model imports, which some packages have imported before."""
+"""Modules that loading the embedded model imports; some packages have imported them before."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all packages are given."""
+    """Setting of a run, the same for all packages."""
 
     layers: tuple[int, ...]
     M: int
@@ -128,7 +128,7 @@ class Task:
     activations: str = ""
     """File with the activations of all layers: training, choosing, reported."""
     curve: bool = False
-    """Whether FVU is also measured on the way (outside the clock)."""
+    """True: also measure FVU during training (outside the clock)."""
 
 
 Reconstruct = Callable[[int, Tensor], Tensor]
@@ -407,7 +407,7 @@ def dictionary_learning_loop(s: Setting, lr: float) -> Reconstruct:
 
 
 def dense_step(s: Setting, lr: float, xs: list[Tensor], watch: Watch) -> Reconstruct:
-    """Plain PyTorch: all scores, topk, scatter, dense products."""
+    """Plain PyTorch: all scores, topk, scatter, dense GEMMs."""
     saes = [Dense(x.shape[1], s.M, s.k) for x in xs]
     for sae, x in zip(saes, xs, strict=True):
         sae.b_dec.data = x[: s.batch_tokens].mean(0)
@@ -452,12 +452,12 @@ def dense_update(
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for sae in saes:
-            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
 
 
 @dataclass(frozen=True)
 class Package:
-    """How one package trains; `None`: it has no such part."""
+    """Training functions of one package; `None`: it has no such part."""
 
     module: str
     step: Callable[[Setting, float, list[Tensor], Watch], Reconstruct] | None
@@ -513,7 +513,8 @@ def token_dataset(s: Setting) -> Any:
 
 
 def save_activations(s: Setting, path: Path) -> None:
-    """Of the demo's layers: what is trained on, what chooses learning rates, what is reported."""
+    """Save the activations of the demo's layers: for training, for the choice of learning rates,
+    and for the reported numbers."""
     lm = HookedLM.from_pretrained(EMBEDDED)
     points = lm.hook_points(DEMO.layers)
     held_out = list(rows_of(lm)[1])
@@ -767,7 +768,8 @@ def largest_allocation(call: Callable[[], object]) -> int:
     try:
         call()
         torch.cuda.synchronize()
-        events = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+        traces: Any = torch.cuda.memory._snapshot()
+        events = traces["device_traces"][torch.cuda.current_device()]
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
     return max((event["size"] for event in events if event["action"] == "alloc"), default=0)
@@ -908,7 +910,7 @@ def _order(item: tuple[tuple[str, str, int], Any]) -> tuple[str, int, int]:
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Per case: ours beside the fastest peer."""
+    """Per case: ours against the fastest peer."""
     said = []
     for part, layers in dict.fromkeys(_case(row) for row in rows):
         case = [row for row in rows if _case(row) == (part, layers)]

@@ -9,6 +9,7 @@ the whole.
 """
 
 import sys
+from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
@@ -25,7 +26,8 @@ def main() -> None:
     dataset = load_dataset("parquet", data_files=f"{corpus}/train.parquet", split="train")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     ids: list[int] = []
-    for document in dataset.shuffle(seed=0):
+    documents: Any = dataset.shuffle(seed=0)
+    for document in documents:
         ids += tokenizer(document["text"])["input_ids"] + [tokenizer.eos_token_id]
         if len(ids) >= int(tokens):
             break

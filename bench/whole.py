@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Usage(NamedTuple):
-    """What one process took, its threads and children included."""
+    """Resources used by one process, including its threads and children."""
 
     wall: float
     """Seconds from start to end."""
@@ -52,5 +52,5 @@ def run(
 
 
 def median(usages: Sequence[Usage]) -> Usage:
-    """Of each number by itself."""
+    """Median of each number separately."""
     return Usage(*(statistics.median(numbers) for numbers in zip(*usages, strict=True)))

@@ -1,8 +1,12 @@
 """Where a long piece of work reports to."""
 
 import logging
+import time
 
 log = logging.getLogger("resae")
+
+PROGRESS_SECONDS = 10.0
+"""Between two lines of progress where lines stay: in a log, a file, a notebook."""
 
 
 class Console:
@@ -10,18 +14,27 @@ class Console:
 
     traceback = False
     """Whether an error shows where it happened."""
+    _next_progress = 0.0
 
     def say(self, line: str = "") -> None:
         """Report a line that stays."""
         log.info("%s", line)
 
     def show(self, line: str) -> None:
-        """Report progress, which the next such line replaces."""
-        log.debug("%s", line)
+        """Report progress, every 10 s at most."""
+        if self._progress_is_due():
+            log.info("%s", line)
 
     def complain(self, line: str) -> None:
         """Report why the process ends."""
         log.error("%s", line)
+
+    def _progress_is_due(self) -> bool:
+        now = time.monotonic()
+        due = now >= self._next_progress
+        if due:
+            self._next_progress = now + PROGRESS_SECONDS
+        return due
 
 
 class SilentConsole(Console):

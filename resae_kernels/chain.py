@@ -1,14 +1,17 @@
 """Chained affine back-projection: x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l.
 
-Codes of L layers → reconstructions of L layers. Sequential algorithm: a sparse decode per layer and
-2·N·D² FLOPs per source. Transported algorithm: dictionaries transported through the maps
-beforehand, `D_{m←l} = W_dec_l A_{l+1} … A_m`, so that x̂_m is one gather over all codes up to m and
-no dense
-product: for few tokens, at the price of L(L−1)/2 further `[M, D]` tables.
+Codes of L layers → reconstructions of L layers, by one of two algorithms:
+
+sequential   a sparse decode per layer and a GEMM of 2·N·D² FLOPs per source
+transported  dictionaries transported through the maps beforehand, `D_{m←l} = W_dec_l A_{l+1} … A_m`
+             (L(L−1)/2 further `[M, D]` tables), so that x̂_m is one gather over all codes up to m,
+             without a GEMM: for few tokens
+
 ReSAE, arXiv 2605.27819.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +27,17 @@ from resae_kernels.dispatch import (
 )
 from resae_kernels.gradients import code_gradients
 from resae_kernels.precision import gemm
-from resae_kernels.types import SparseCode, Transported, accumulation_dtype
+from resae_kernels.types import (
+    ChainAlgorithm,
+    Implementation,
+    SparseCode,
+    Transported,
+    accumulation_dtype,
+)
 
 TRANSPORTED_TOKENS = 32
-"""Tokens times layers before the last up to which gathering transported rows beats the products,
-which read all of A but once for all tokens (from a cost model, not measured)."""
+"""Tokens × (layers − 1) up to which gathering transported rows beats the GEMMs, which read A once
+for all tokens (from a cost model, not measured)."""
 
 
 def affine_chain(
@@ -39,8 +48,8 @@ def affine_chain(
     *,
     b_dec: Sequence[Tensor],  # L × [D]
     transported: Transported | None = None,
-    algorithm: str | None = None,
-    implementation: str | None = None,
+    algorithm: ChainAlgorithm | None = None,
+    implementation: Implementation | None = None,
 ) -> list[Tensor]:
     """Reconstructions of all layers from their codes (formula: `reference.affine_chain`).
 
@@ -51,7 +60,8 @@ def affine_chain(
             in order, to layer l. s = 1: from the previous layer; s = l: from all previous ones.
         c: one `[D]` per layer but the first.
         b_dec: one `[D]` per layer.
-        transported: from `transport(W_dec, A, c, b_dec=b_dec)`: allows that algorithm.
+        transported: result of `transport(W_dec, A, c, b_dec=b_dec)`; the transported algorithm
+            needs it.
         algorithm: "sequential", "transported", or None: transported where `transported` is given
             and the tokens are few (N · (L − 1) ≤ TRANSPORTED_TOKENS), otherwise sequential.
         implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
@@ -66,9 +76,9 @@ def affine_chain(
     Note:
         Sequential: gradients reach every floating input through each output. Transported: they
         reach the acts and the transported dictionaries and constants, not W_dec, A, c and b_dec.
-        Name the algorithm where gradients of more than the acts are wanted. Under autocast the acts
-        are cast to W_dec's dtype and products stay in it. Decodes take the algorithm of
-        `sparse_decode`'s rule.
+        Pass algorithm="sequential" if you need more gradients than those of the acts. Under
+        autocast the acts are cast to W_dec's dtype and GEMMs stay in it. Each decode chooses
+        between gather and dense by the rule of `sparse_decode`.
     """
     codes = [SparseCode(*code) for code in codes]
     flat = [t for code in codes for t in code]
@@ -80,9 +90,8 @@ def affine_chain(
         _check(codes, W_dec, A, c, b_dec)
     if algorithm not in (None, "sequential", "transported"):
         raise ValueError(
-            f"affine_chain: algorithm={algorithm!r}, expected 'sequential', 'transported' "
-            "or None (by the "
-            f"number of tokens)"
+            f"affine_chain: algorithm={algorithm!r}, expected 'sequential', 'transported' or None "
+            f"(by the number of tokens)"
         )
     if algorithm == "transported" and transported is None:
         raise ValueError(
@@ -110,7 +119,7 @@ def affine_chain(
             )
             for m in range(len(codes))
         ]
-    op = _chain if signature else torch.ops.resae.affine_chain  # eager calls pass the dispatcher by
+    op = _chain if signature else torch.ops.resae.affine_chain  # eager calls skip the dispatcher
     x_hats = op(
         [code.acts.to(W_dec[0].dtype).reshape(N, code.acts.shape[-1]) for code in codes],
         [code.indices.reshape(N, code.indices.shape[-1]) for code in codes],
@@ -123,7 +132,7 @@ def affine_chain(
     return [x_hat.reshape(*leading, x_hat.shape[-1]) for x_hat in x_hats]
 
 
-_PASSED: set = set()
+_PASSED: set[Any] = set()
 
 
 def transport(
@@ -133,9 +142,9 @@ def transport(
     *,
     b_dec: Sequence[Tensor],  # L × [D]
 ) -> Transported:
-    """Carry every dictionary to every later layer (formula: `reference.transport`).
+    """Transport every dictionary to every later layer (formula: `reference.transport`).
 
-    L(L−1)/2 new tables `[M, D]`, 2·M·D² FLOPs each, folded in fp32 and rounded once; the table of
+    L(L−1)/2 new tables `[M, D]`, 2·M·D² FLOPs each, summed in fp32 and rounded once; the table of
     a layer itself is W_dec's own memory. For inference: detached, and the transported tables do not
     follow later changes of W_dec, A or c.
     """
@@ -172,7 +181,13 @@ def transport(
     )
 
 
-def _check(codes, W_dec, A, c, b_dec) -> None:
+def _check(
+    codes: Sequence[SparseCode],
+    W_dec: Sequence[Tensor],
+    A: Sequence[Tensor],
+    c: Sequence[Tensor],
+    b_dec: Sequence[Tensor],
+) -> None:
     op = "affine_chain"
     L = len(W_dec)
     if L == 0:
@@ -248,11 +263,15 @@ def _map_sources(sources: list[Tensor], A: Tensor) -> Tensor:
     return gemm(recent, A)
 
 
-def _chain_fake(acts, indices, W_dec, A, c, b_dec, *, implementation=""):  # noqa: ARG001
+def _chain_fake(
+    acts: list[Tensor], _indices: object, W_dec: list[Tensor], *_: object, **_options: object
+) -> list[Tensor]:
     return [a.new_empty(a.shape[0], W_dec[0].shape[1]) for a in acts]
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: list[Tensor]
+) -> None:
     acts, indices, W_dec, A, _, _ = inputs
     ctx.implementation = keyword_only_inputs["implementation"]
     ctx.set_materialize_grads(False)
@@ -261,7 +280,7 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.save_for_backward(*acts, *indices, *W_dec, *A, *output)
 
 
-def _backward(ctx, grads):
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     L = ctx.layers
     saved = list(ctx.saved_tensors)
     acts, indices, W_dec = saved[:L], saved[L : 2 * L], saved[2 * L : 3 * L]

@@ -18,7 +18,7 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """`tensor` must have the dtype and device of `like`."""
+    """Require the dtype and device of `like`."""
     if tensor.dtype != like.dtype:
         raise TypeError(
             f"{op}: {name} has dtype {tensor.dtype}, {like_name} has {like.dtype}; "
@@ -39,7 +39,7 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], w
 
 
 def check_codes(op: str, acts: Tensor, indices: Tensor, at: str = "") -> None:
-    """`acts` and `indices` must be the two halves of one code."""
+    """Require that `acts` and `indices` are the two halves of one code."""
     check_floating(op, f"acts{at}", acts)
     if acts.ndim == 0:
         raise ValueError(f"{op}: acts{at} has shape [], expected [..., k]")
@@ -56,7 +56,7 @@ def check_codes(op: str, acts: Tensor, indices: Tensor, at: str = "") -> None:
 
 
 def autocasts(device: str) -> bool:
-    """Is autocast on for this device type? Some, as meta, know no autocast."""
+    """True if autocast is on for this device type (some, such as meta, have none)."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

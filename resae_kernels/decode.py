@@ -1,15 +1,13 @@
-"""Sparse decode: y[n] = Σ_j acts[n,j] · W_dec[indices[n,j]] + bias + prediction[n]; its squared
-error.
+"""Sparse decode, y[n] = Σ_j acts[n,j] · W_dec[indices[n,j]] + bias + prediction[n], and its error.
 
 N tokens, k active latents, D width, M latents. 2·N·k·D FLOPs against 2·N·M·D dense; bound by
 gathering N·k·D weight elements. Codes of several dictionaries are summed in one call.
 
-Backward: d acts is a sampled product ⟨g[n], W_dec[indices[n,j]]⟩; dW_dec is summed latent by latent
-over the codes sorted by latent (both in `gradients.py`).
+Backward: d acts is an SDDMM, ⟨g[n], W_dec[indices[n,j]]⟩; dW_dec is a scatter-add of outer
+products, summed over the codes sorted by latent (both in `gradients.py`).
 
-Where k is a large share of M, each of the three is faster as a dense product over the code
-scattered into `[n, M]`, chunk of rows by chunk: the `algorithm` "dense" (`dense.py`), with as fixed
-an order of sums.
+Where k is a large share of M, each of the three is faster as a GEMM over the code scattered into
+`[n, M]`, one chunk of rows at a time: the algorithm "dense" (`dense.py`), also deterministic.
 
 Both implementations do this: `torch` with the compiled CPU library or `embedding_bag`
 (`cpu/sums.py`), `triton` with the kernels of `triton/decode.py`.
@@ -33,7 +31,12 @@ from resae_kernels.dispatch import (
 )
 from resae_kernels.gradients import code_gradients
 from resae_kernels.triton import decode as triton_decode
-from resae_kernels.types import ReconstructionError, accumulation_dtype
+from resae_kernels.types import (
+    DecodeAlgorithm,
+    Implementation,
+    ReconstructionError,
+    accumulation_dtype,
+)
 
 
 def sparse_decode(
@@ -43,8 +46,8 @@ def sparse_decode(
     *,
     bias: Tensor | None = None,  # [D]
     prediction: Tensor | None = None,  # [..., D]
-    algorithm: str | None = None,
-    implementation: str | None = None,
+    algorithm: DecodeAlgorithm | None = None,
+    implementation: Implementation | None = None,
 ) -> Tensor:
     """`Σ_j acts_j · W_dec[indices_j] (+ bias) (+ prediction)` (formula: `reference.sparse_decode`).
 
@@ -55,8 +58,8 @@ def sparse_decode(
         bias: `[D]`, added to every token.
         prediction: `[..., D]`, added token by token.
         algorithm: "gather", "dense", or None: dense for a dictionary with M ≤ DENSE_RATIO · k and
-            at least DENSE_TOKENS tokens, otherwise gather. Of the gradients too.
-        implementation: "torch" or "triton", of the gradients too; None: triton on CUDA, otherwise
+            at least DENSE_TOKENS tokens, otherwise gather. Holds for the gradients too.
+        implementation: "torch" or "triton", for the gradients too; None: triton on CUDA, otherwise
             torch.
 
     Returns:
@@ -71,13 +74,13 @@ def sparse_decode(
         Padding slots (act 0) add nothing to the sum. Gradients reach acts, W_dec, bias and
         prediction. Under autocast the acts are cast to W_dec's dtype.
 
-        The forms agree up to rounding where W_dec and the incoming gradient are finite. The dense
-        one multiplies what a code leaves out by 0: an inf or NaN in a row of W_dec makes its
-        columns of every token NaN (and in a token's gradient, those of every row of W_dec's
-        gradient), where the gather sees it in the tokens that name the row alone. On CUDA it leaves
-        products to torch's GEMM, in the dtype of the inputs: fp32 follows the TF32 setting of
-        `torch.backends.cuda.matmul`, and in 16 bit acts that name the same latent in one token
-        (no code of `topk_encode` has such) are rounded once more, as their sum.
+        The algorithms agree up to rounding where W_dec and the incoming gradient are finite. The
+        dense one multiplies inactive latents by 0: an inf or NaN in a row of W_dec makes its
+        columns NaN for every token (and one in a token's gradient, those of every row of W_dec's
+        gradient), while the gather passes it only to tokens whose code names the row. On CUDA the
+        dense one uses torch's GEMM in the dtype of the inputs: fp32 follows the TF32 setting of
+        `torch.backends.cuda.matmul`, and in 16 bit, acts of one token that name the same latent
+        (`topk_encode` gives no such code) are summed and rounded once more.
     """
     op = "sparse_decode"
     if algorithm in (None, "gather", "dense"):
@@ -92,9 +95,8 @@ def sparse_decode(
             return out
     if algorithm not in (None, "gather", "dense"):
         raise ValueError(
-            f"{op}: algorithm={algorithm!r}, expected 'gather', 'dense' or None ("
-            "by the number of tokens "
-            f"and M/k)"
+            f"{op}: algorithm={algorithm!r}, expected 'gather', 'dense' or None (by the number of "
+            f"tokens and M/k)"
         )
     offsets = {"bias": bias, "prediction": prediction}
     *codes, leading = _check(op, acts, indices, W_dec, offsets)
@@ -104,7 +106,7 @@ def sparse_decode(
     return out.reshape(*leading, out.shape[-1])
 
 
-_PASSED: set = set()
+_PASSED: set[Any] = set()
 
 
 def _decode_past_dispatcher(
@@ -116,8 +118,8 @@ def _decode_past_dispatcher(
     algorithm: str | None,
     implementation: str | None,
 ) -> Tensor | None:
-    """The decode of an eager call by Triton, its arguments checked once per signature; None: not
-    the way for this call."""
+    """The decode of an eager call by Triton, its arguments checked once per signature; None: this
+    call has to go through the dispatcher."""
     if type(acts) in PLAIN:
         acts, indices, W_dec = (acts,), (indices,), (W_dec,)
     elif not all(type(t) in (list, tuple) and t for t in (acts, indices, W_dec)):
@@ -143,8 +145,8 @@ def _decode_past_dispatcher(
 def _decode_at_once(
     acts: Any, indices: Any, W_dec: Any, bias: Tensor | None, prediction: Tensor | None
 ) -> Tensor | None:
-    """The decode by one call of the compiled library; None: not the way for these arguments, or one
-    of them is wrong (`_check` tells which)."""
+    """The decode by one call of the compiled library; None: it does not support these arguments, or
+    one of them is wrong (`_check` tells which)."""
     if type(acts) is Tensor:
         acts, indices, W_dec = (acts,), (indices,), (W_dec,)
     elif not all(type(t) in (list, tuple) for t in (acts, indices, W_dec)):
@@ -191,15 +193,15 @@ def reconstruction_error(
     *,
     bias: Tensor | None = None,  # [D]
     prediction: Tensor | None = None,  # [..., D]
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> ReconstructionError:
-    """`sparse_decode(…) − target` and its squares summed over D, the reconstruction itself never
-    written (formula: `reference.reconstruction_error`).
+    """Error `sparse_decode(…) − target` and its squares summed over D; the reconstruction itself is
+    never written (formula: `reference.reconstruction_error`).
 
     Args:
-        acts, indices, W_dec, bias, prediction, implementation: as in `sparse_decode`, by the
-            algorithm of its rule.
-        target: `[..., D]`, what is to be reconstructed.
+        acts, indices, W_dec, bias, prediction, implementation: as in `sparse_decode`, with
+            algorithm=None.
+        target: `[..., D]`, the activations to reconstruct.
 
     Returns:
         `ReconstructionError(error, squared)`: `[..., D]` in W_dec's dtype, rounded once, and
@@ -207,7 +209,7 @@ def reconstruction_error(
         `squared.sum()` is the numerator of the FVU.
 
     Raises:
-        As `sparse_decode`; target like prediction.
+        TypeError, ValueError, RuntimeError: as `sparse_decode`; target like prediction.
 
     Note:
         Gradients reach every floating input but no index, through both outputs; that of `squared`
@@ -285,7 +287,7 @@ def decode_rows(
     implementation: str = "",
     algorithm: str = "",
 ) -> Tensor:
-    """The sum over codes `[N, k]`, `[N, D]`: the op itself, past the dispatcher."""
+    """Decode `[N, D]` of codes `[N, k]`: the op itself, without the dispatcher."""
     return _reconstruct(acts, indices, W_dec, bias, prediction, None, implementation, algorithm)[0]
 
 
@@ -299,9 +301,8 @@ def _error(
     *,
     implementation: str = "",
 ) -> tuple[Tensor, Tensor]:
-    error, squared = _reconstruct(
-        acts, indices, W_dec, bias, prediction, target, implementation, ""
-    )
+    codes = acts, indices, W_dec
+    error, squared = _reconstruct(*codes, bias, prediction, target, implementation, "")
     assert squared is not None
     return error, squared
 
@@ -316,7 +317,7 @@ def _reconstruct(
     implementation: str,
     algorithm: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """The sum; or what it is off a target, and the squares of that summed over D."""
+    """The decode; or, given a target, its error and the squares of that summed over D."""
     chosen = implementation_for("sparse_decode", W_dec[0], implementation or None)
     dtype = W_dec[0].dtype
     if chosen == "triton" and not any(
@@ -356,25 +357,36 @@ def _reconstruct(
     return total.to(dtype), total.square().sum(-1)
 
 
-def _decode_fake(acts, indices, W_dec, bias, prediction, *, implementation="", algorithm=""):  # noqa: ARG001
+def _decode_fake(
+    acts: list[Tensor], _indices: object, W_dec: list[Tensor], *_: object, **_options: object
+) -> Tensor:
     return acts[0].new_empty(acts[0].shape[0], W_dec[0].shape[1])
 
 
-def _error_fake(acts, indices, W_dec, target, bias, prediction, *, implementation=""):  # noqa: ARG001
+def _error_fake(
+    _acts: object,
+    _indices: object,
+    _W_dec: object,
+    target: Tensor,
+    *_: object,
+    **_options: object,
+) -> tuple[Tensor, Tensor]:
     acc_dtype = accumulation_dtype(target.dtype)
     return target.new_empty(target.shape), target.new_empty(target.shape[0], dtype=acc_dtype)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
     del output
     acts, indices, W_dec, _, _ = inputs
     ctx.options = dict(keyword_only_inputs)
     ctx.set_materialize_grads(False)
-    # acts weigh dW_dec, W_dec gives d acts, indices say where: no activation is kept.
+    # dW_dec needs acts, d acts need W_dec, both the indices: no activation is kept.
     ctx.save_for_backward(*acts, *indices, *W_dec)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     n = len(ctx.saved_tensors) // 3
     acts, indices, W_dec = (ctx.saved_tensors[i * n : (i + 1) * n] for i in range(3))
     if grad is None:
@@ -393,7 +405,12 @@ def _backward(ctx, grad):
     )
 
 
-def _error_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+def _error_setup(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor],
+) -> None:
     acts, indices, W_dec, *_ = inputs
     ctx.options = dict(keyword_only_inputs)
     ctx.set_materialize_grads(False)
@@ -401,7 +418,9 @@ def _error_setup(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.save_for_backward(*acts, *indices, *W_dec, output[0])
 
 
-def _error_backward(ctx, grad_error, grad_squared):
+def _error_backward(
+    ctx: Any, grad_error: Tensor | None, grad_squared: Tensor | None
+) -> tuple[Any, ...]:
     *codes, error = ctx.saved_tensors
     n = len(codes) // 3
     acts, indices, W_dec = (codes[i * n : (i + 1) * n] for i in range(3))
@@ -426,11 +445,11 @@ def _error_backward(ctx, grad_error, grad_squared):
     )
 
 
-def _needed(ctx, n: int) -> list[tuple[bool, bool]]:
-    """Per dictionary: does acts, does W_dec need its gradient?"""
+def _needed(ctx: Any, n: int) -> list[tuple[bool, bool]]:
+    """Per dictionary, whether acts and whether W_dec need a gradient."""
     need_acts, _, need_W = ctx.needs_input_grad[:3]
 
-    def flag(need, i: int) -> bool:
+    def flag(need: Any, i: int) -> bool:
         return bool(need[i]) if isinstance(need, (list, tuple)) else bool(need)
 
     return [(flag(need_acts, i), flag(need_W, i)) for i in range(n)]
@@ -438,8 +457,7 @@ def _needed(ctx, n: int) -> list[tuple[bool, bool]]:
 
 register(
     "sparse_decode(Tensor[] acts, Tensor[] indices, Tensor[] W_dec, Tensor? bias, "
-    "Tensor? prediction, "
-    "*, str implementation='', str algorithm='') -> Tensor",
+    "Tensor? prediction, *, str implementation='', str algorithm='') -> Tensor",
     decode_rows,
     _decode_fake,
 )

@@ -1,4 +1,4 @@
-"""Registration of the ops `resae::…`, and the choice of what runs them."""
+"""Registration of the ops `resae::…`, and the choice of their implementation."""
 
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +14,7 @@ from resae_kernels.triton import runtime
 LIBRARY = torch.library.Library("resae", "DEF")
 
 
-def register(schema: str, implementation: Callable, fake: Callable) -> None:
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `resae::<schema>` with one implementation for every device and its fake function."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -28,13 +28,13 @@ _has_triton = cache(lambda: find_spec("triton") is not None)  # it has wheels fo
 
 def triton_signature(
     implementation: str | None, first: Tensor, *others: Tensor | None
-) -> tuple | None:
-    """Shapes, dtypes and devices of the arguments of an eager call that Triton answers; None where
+) -> tuple[Any, ...] | None:
+    """Shapes, dtypes and devices of the arguments of an eager call that runs by Triton; None where
     the call has to go through the dispatcher, or is not for Triton.
 
-    Past the dispatcher go plain tensors of which no gradient is wanted, where nothing traces,
-    transforms, casts or profiles the call: the dispatcher takes longer than the preparation of a
-    launch. An op that has let arguments of one signature pass need not check them again.
+    Calls with plain tensors that need no gradient skip the dispatcher where nothing traces,
+    transforms, casts or profiles them: it takes longer than the preparation of a launch. An op that
+    has accepted arguments of one signature need not check them again.
     """
     if not (implementation == "triton" or (implementation is None and first.is_cuda)):
         return None
@@ -52,8 +52,8 @@ def triton_signature(
     return tuple(found)
 
 
-def check_once(passed: set, key: tuple, check: Callable[[], object]) -> None:
-    """Run the checks of an op unless arguments of this key have passed them."""
+def check_once(passed: set[Any], key: tuple[Any, ...], check: Callable[[], object]) -> None:
+    """Run the checks of an op unless arguments with this key have passed them before."""
     if key in passed:
         return
     check()
@@ -67,7 +67,7 @@ MOST_SIGNATURES = 4096
 
 
 def implementation_for(op: str, tensor: Tensor, implementation: str | None) -> str:
-    """`torch` or `triton`: as asked, or by the device of the input (CUDA: triton)."""
+    """`torch` or `triton`: as requested, or by the device of the input (CUDA: triton)."""
     if implementation is None:
         return "triton" if tensor.is_cuda else "torch"
     if implementation not in ("torch", "triton"):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from resae_kernels.decode import sparse_decode
 from resae_kernels.encode import topk_encode
 from resae_kernels.screened import MARGINS, ScreenedEncoder, layout_of
-from resae_kernels.types import SparseCode
+from resae_kernels.types import Margin, SparseCode
 
 SAE = TypeVar("SAE", bound=nn.Module)
 
@@ -33,7 +33,7 @@ DENSE_SHARE = 8
 """A dense tensor of acts is packed into a code if no row has more than M / DENSE_SHARE of them."""
 
 
-def accelerate(sae: SAE, *, margin: str = "statistical") -> SAE:
+def accelerate(sae: SAE, *, margin: Margin = "statistical") -> SAE:
     """An autoencoder of the same interface that encodes and decodes by `topk_encode` and
     `sparse_decode`.
 
@@ -84,7 +84,7 @@ class _Rows(NamedTuple):
     """Weights with one latent per contiguous row, and the tensors that they were made of."""
 
     sources: tuple[Tensor, ...]
-    versions: tuple
+    versions: tuple[Any, ...]
     weight: Tensor
     bias: Tensor | None
     W_dec: Tensor
@@ -95,7 +95,7 @@ class Accelerated(nn.Module):
     """An autoencoder of another library with our encode and decode. Adapters say where a class
     keeps its parameters; their methods replace those of the class."""
 
-    _margin: str
+    _margin: Margin
     _rows: _Rows | None = None
     _last: tuple[weakref.ref[Tensor], int, SparseCode] | None = None
 
@@ -141,7 +141,7 @@ class Accelerated(nn.Module):
         return rows
 
     def _trains(self) -> bool:
-        """Whether gradients of parameters are wanted: then the copies are of no use."""
+        """True if parameters need gradients: then the copies cannot be used."""
         return torch.is_grad_enabled() and any(t.requires_grad for t in self.sources())
 
     def _topk(self, x: Tensor, k: int, pre_bias: Tensor | None = None) -> SparseCode:
@@ -174,7 +174,7 @@ class Accelerated(nn.Module):
         return _packed(dense)
 
 
-def _accelerate_with(sae: nn.Module, margin: str) -> nn.Module:
+def _accelerate_with(sae: nn.Module, margin: Margin) -> nn.Module:
     return accelerate(sae, margin=margin)
 
 
@@ -266,12 +266,8 @@ class _SAELensTopK(Accelerated):
 
 
 def _is_hooked(point: nn.Module) -> bool:
-    return bool(
-        point._forward_hooks
-        or point._forward_pre_hooks
-        or point._backward_hooks
-        or point._backward_pre_hooks
-    )
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(point, kind) for kind in kinds)
 
 
 # -- sparsify --------------------------------------------------------------------------------------
@@ -339,7 +335,7 @@ def _library_of(sae: nn.Module) -> Any:
 
 
 @cache
-def _encoder_output(cls: type[tuple]) -> Callable[[Tensor, Tensor, Callable[[], Tensor]], Any]:
+def _encoder_output(cls: Any) -> Callable[[Tensor, Tensor, Callable[[], Tensor]], Any]:
     """sparsify's `EncoderOutput` whose third value is computed when it is read."""
 
     class EncoderOutput(cls):

@@ -1,13 +1,15 @@
 """TopK encode: z[n] = the k largest of relu((x[n] − prediction[n] − pre_bias) weightᵀ + bias).
 
 N tokens, D width, M latents, k active. 2·N·D·M FLOPs; the scores `[N, M]` exist for one chunk of
-rows at a time, so that they stay in cache between the product and the selection. Selection is
+rows at a time, so that they stay in cache between the GEMM and the selection. Selection is
 exact: ties go to the lower index, whatever the chunking (`cpu/encode.py`, `triton/encode.py`).
 
 Backward is sparse. With g the gradient of the acts where they are positive, dx is a sparse decode
 of g through `weight`, and dweight sums g · residual per latent (`scatter_outer`, over codes sorted
 by latent: deterministic, no `[N, M]`). Gao et al. 2024 (arXiv 2406.04093), section 2.2.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from resae_kernels.dispatch import (
 from resae_kernels.gradients import encoder_gradients, scatter_outer, scatter_sum
 from resae_kernels.precision import residual
 from resae_kernels.triton import encode as triton_encode
-from resae_kernels.types import SparseCode, accumulation_dtype
+from resae_kernels.types import Implementation, SparseCode, accumulation_dtype
 
 
 def topk_encode(
@@ -40,7 +42,7 @@ def topk_encode(
     sorted: bool = True,
     workspace_bytes: int | None = None,
     check_nan: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> SparseCode:
     """The k largest positive pre-activations of each token (formula: `reference.topk_encode`).
 
@@ -50,8 +52,8 @@ def topk_encode(
         bias: `[M]` or None.
         k: active latents per token, 1 ≤ k ≤ M.
         pre_bias: `[D]`, subtracted from every token (an autoencoder's `b_dec`).
-        prediction: `[..., D]`, subtracted token by token (a prediction of x; the code is of the
-            rest).
+        prediction: `[..., D]`, subtracted token by token: the code is that of the residual
+            x − prediction − pre_bias.
         sorted: True orders a code by value, descending, then index; False by index, ascending.
         workspace_bytes: bound on the scores held at once (one row at least); default 32 MiB on
             CPU, 512 MiB on CUDA. Selection on a CPU may hold them a second time.
@@ -67,17 +69,17 @@ def topk_encode(
         ValueError: shapes or devices that do not fit, k out of range, NaN in checked mode.
 
     Note:
-        16-bit inputs: residual rounded to x's dtype, product in fp32, scores rounded to x's dtype
+        16-bit inputs: residual rounded to x's dtype, GEMM in fp32, scores rounded to x's dtype
         and selected in it; ties go to the lower index. Gradients reach x, weight, bias, pre_bias
         and prediction through the acts, where they are positive; indices have none. Under autocast
         the inputs are cast as for `F.linear`.
 
-        "triton" beyond 16 tokens leaves the product to the GEMM of torch, unless `resae tune` found
-        the package's own faster. That of torch works in x's dtype: fp32
-        accumulation with the bias added before the one rounding, unless the library splits the sum
-        over D and adds the parts in 16 bit, or takes TF32 for fp32; both are settings of
-        `torch.backends.cuda.matmul`. Its selection takes fp32, bf16 and fp16 with k ≤ 1024,
-        M ≤ 2¹⁹ and next_power_of_2(k) · M ≤ 2²⁶; other scores are selected as in "torch".
+        "triton" beyond 16 tokens uses torch's GEMM, unless `resae tune` found the package's own
+        faster. Torch's works in x's dtype: fp32 accumulation with the bias added before the one
+        rounding, unless the library splits the sum over D and adds the parts in 16 bit, or takes
+        TF32 for fp32; both are settings of `torch.backends.cuda.matmul`. The selection kernel
+        supports fp32, bf16 and fp16 with k ≤ 1024, M ≤ 2¹⁹ and next_power_of_2(k) · M ≤ 2²⁶; other
+        scores are selected as in "torch".
     """
     if workspace_bytes is None and implementation is None and not check_nan:
         code = _encode_at_once(x, weight, bias, k, pre_bias, prediction, sorted)
@@ -117,7 +119,7 @@ def topk_encode(
     return SparseCode(acts.reshape(code_shape), indices.reshape(code_shape))
 
 
-_PASSED: set = set()
+_PASSED: set[Any] = set()
 
 
 def _encode_past_dispatcher(
@@ -128,7 +130,7 @@ def _encode_past_dispatcher(
     pre_bias: Tensor | None,
     prediction: Tensor | None,
     sorted: bool,
-    signature: tuple,
+    signature: tuple[Any, ...],
 ) -> SparseCode:
     """The code of an eager call by Triton, its arguments checked once per signature."""
     arguments = x, weight, bias, k, pre_bias, prediction
@@ -153,7 +155,7 @@ def fits(
     pre_bias: Tensor | None,
     prediction: Tensor | None,
 ) -> bool:
-    """Would `check_arguments` let these shapes and this k pass? Says nothing of what does not."""
+    """True if `check_arguments` would accept these shapes and this k."""
     if weight.ndim != 2 or x.ndim == 0:
         return False
     (M, D), shape = weight.shape, x.shape
@@ -175,7 +177,7 @@ def _encode_at_once(
     prediction: Tensor | None,
     sorted: bool,
 ) -> SparseCode | None:
-    """The code of few tokens by one call of the compiled library; None: not the way for these
+    """The code of few tokens by one call of the compiled library; None: it does not support these
     arguments, or one of them is wrong (`check_arguments` tells which)."""
     if not native.direct(x, weight, bias, pre_bias, prediction) or not fits(
         x, weight, bias, k, pre_bias, prediction
@@ -246,7 +248,7 @@ def encode_rows(
     workspace_bytes: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Acts and indices `[N, k]` of `x [N, D]`: the op itself, past the dispatcher."""
+    """Acts and indices `[N, k]` of `x [N, D]`: the op itself, without the dispatcher."""
     if implementation == "triton":
         return triton_encode.launch_encode(
             x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes, select
@@ -254,12 +256,14 @@ def encode_rows(
     return encode_in_chunks(x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes)
 
 
-def _encode_fake(x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes, implementation):  # noqa: ARG001
+def _encode_fake(
+    x: Tensor, _weight: object, _bias: object, k: int, *_: object
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
-def setup_context(ctx, inputs, output) -> None:
-    """Keep what `backward` needs, which does not depend on how the code was found."""
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the tensors that `backward` needs; they do not depend on how the code was found."""
     x, weight, bias, _, pre_bias, prediction, _, _, ctx.implementation = inputs
     acts, indices = output
     ctx.mark_non_differentiable(indices)
@@ -280,13 +284,13 @@ def _combined(total: Tensor, weight: Tensor) -> Tensor:
         M = weight.shape[0] // BLOCK * BLOCK
         blocks = total[:M].view(-1, 1, BLOCK), weight[:M].unflatten(0, (-1, BLOCK))
         return torch.bmm(*blocks).sum((0, 1)) + total[M:] @ weight[M:]
-    # What the 16-bit total leaves out is a second row of the product.
+    # The rounding error of the 16-bit total is a second row of the GEMM.
     coarse = total.to(weight.dtype)
     fine = (total - coarse).to(weight.dtype)
     return (torch.stack([coarse, fine]) @ weight).to(total.dtype).sum(0).to(weight.dtype)
 
 
-def backward(ctx, grad_acts, grad_indices):
+def backward(ctx: Any, grad_acts: Tensor | None, grad_indices: object) -> tuple[Any, ...]:
     """Gradients of the inputs of `encode_rows`, in their order."""
     del grad_indices  # integers carry no gradient
     if grad_acts is None:
@@ -319,7 +323,7 @@ def backward(ctx, grad_acts, grad_indices):
         total = scatter_sum(grad.to(acc_dtype), indices, M, ctx.implementation)
     if total is not None:
         grad_bias = total.to(weight.dtype) if need_bias else None
-        # One product with the sum over all tokens, where a decode would gather rows for each.
+        # One GEMV with the sum over all tokens, where a decode would gather rows for each.
         grad_pre_bias = -_combined(total, weight) if need_pre_bias else None
     return (
         grad_x if need_x else None,
@@ -347,16 +351,16 @@ def _residual_rows(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None
         return triton_encode.launch_residual(x, pre_bias, prediction)
 
 
-def _residual_fake(x, pre_bias, prediction):  # noqa: ARG001
+def _residual_fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _residual_setup(ctx, inputs, output) -> None:
+def _residual_setup(ctx: Any, inputs: object, output: object) -> None:
     del inputs, output
     ctx.set_materialize_grads(False)
 
 
-def _residual_backward(ctx, grad):
+def _residual_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """For gradients of gradients."""
     if grad is None:
         return None, None, None
@@ -374,8 +378,8 @@ torch.library.register_autograd(
 )
 register(
     "topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, "
-    "Tensor? prediction, "
-    "bool sorted, int workspace_bytes, str implementation) -> (Tensor acts, Tensor indices)",
+    "Tensor? prediction, bool sorted, int workspace_bytes, str implementation) "
+    "-> (Tensor acts, Tensor indices)",
     encode_rows,
     _encode_fake,
 )

@@ -1,10 +1,13 @@
-"""Sums that gradients consist of, each an op with a gradient of its own.
+"""Sparse sums of the gradients, each an op with a gradient of its own.
 
-`scatter_outer` sums a dictionary's gradient latent by latent over the codes sorted by latent, so
-that each row is one ordered sum: deterministic, no atomics, no `[N, M]`. `sddmm` is the
-gradient of the acts: ⟨grad[n], W[indices[n,j]]⟩ (SDDMM). Gao et al. 2024 (arXiv 2406.04093),
-appendix on sparse kernels.
+`scatter_outer`, a scatter-add of outer products, is the gradient of a dictionary. It sums over the
+codes sorted by latent, so that each row is one ordered sum: deterministic, no atomics, no `[N, M]`.
+`sddmm`, a sampled dense-dense matrix multiplication, is the gradient of the acts:
+⟨grad[n], W[indices[n,j]]⟩. Gao et al. 2024 (arXiv 2406.04093), appendix on sparse kernels.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +19,16 @@ from resae_kernels.triton import decode as triton_decode
 from resae_kernels.types import accumulation_dtype
 
 
-def code_gradients(acts, indices, W_dec, grads, needed, *, implementation="", algorithm=""):
+def code_gradients(
+    acts: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    W_dec: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needed: Sequence[tuple[bool, bool]],
+    *,
+    implementation: str = "",
+    algorithm: str = "",
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of each code's acts and of its dictionary, given the gradient of its decode."""
     options = {"implementation": implementation, "algorithm": algorithm}
     grad_acts: list[Tensor | None] = []
@@ -35,8 +47,9 @@ def scatter_outer(
     implementation: str = "",
     algorithm: str = "",
 ) -> Tensor:
-    """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j] · rows[n]`, `[M, D]`: the gradient of a
-    dictionary (rows = gradient of the decode) or of an encoder (rows = residual)."""
+    """Scatter-add of outer products, `out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j] · rows[n]`,
+    `[M, D]`: the gradient of a dictionary (rows = gradient of the decode) or of an encoder (rows =
+    residual)."""
     return torch.ops.resae.scatter_outer(
         acts, indices, rows, M, implementation=implementation, algorithm=algorithm
     )
@@ -73,18 +86,22 @@ def _sorted_by_latent(acts: Tensor, indices: Tensor, M: int) -> tuple[Tensor, Te
     return acts[order], order.div(max(k, 1), rounding_mode="floor"), bounds
 
 
-def _scatter_outer_fake(acts, indices, rows, M, *, implementation="", algorithm=""):  # noqa: ARG001
+def _scatter_outer_fake(
+    _acts: object, _indices: object, rows: Tensor, M: int, **_options: object
+) -> Tensor:
     return rows.new_empty(M, rows.shape[1])
 
 
-def _scatter_outer_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+def _scatter_outer_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: object
+) -> None:
     del output
     acts, indices, rows, _ = inputs
     ctx.options = dict(keyword_only_inputs)
     ctx.save_for_backward(acts, indices, rows)
 
 
-def _scatter_outer_backward(ctx, grad):
+def _scatter_outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """For gradients of gradients. The transposed dense code times rows is linear in both."""
     acts, indices, rows = ctx.saved_tensors
     need_acts, _, need_rows, _ = ctx.needs_input_grad
@@ -100,7 +117,8 @@ def _scatter_outer_backward(ctx, grad):
 
 
 def scatter_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") -> Tensor:
-    """`out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`: the gradient of an encoder bias."""
+    """Scatter-add of the acts, `out[m] = Σ_{(n,j): indices[n,j] = m} acts[n,j]`, `[M]`: the
+    gradient of an encoder bias."""
     if acts.device.type == "cpu" and implementation != "triton":
         return sums.scatter_sum(acts, indices, M)  # no need to sort the codes
     ones = acts.new_ones(acts.shape[0], 1)
@@ -129,16 +147,22 @@ def _encoder_gradients(
     return triton_decode.launch_scatter_outer(*entries, rows, total), total
 
 
-def _encoder_gradients_fake(acts, indices, rows, M, *, implementation=""):  # noqa: ARG001
+def _encoder_gradients_fake(
+    acts: Tensor, _indices: object, rows: Tensor, M: int, **_options: object
+) -> tuple[Tensor, Tensor]:
     return rows.new_empty(M, rows.shape[1]), acts.new_empty(M, dtype=accumulation_dtype(acts.dtype))
 
 
-def _encoder_gradients_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+def _encoder_gradients_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: object
+) -> None:
     _scatter_outer_setup(ctx, inputs, keyword_only_inputs, output)
     ctx.set_materialize_grads(False)
 
 
-def _encoder_gradients_backward(ctx, grad_outer, grad_total):
+def _encoder_gradients_backward(
+    ctx: Any, grad_outer: Tensor | None, grad_total: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """For gradients of gradients."""
     acts, indices, _ = ctx.saved_tensors
     grad_acts = grad_rows = None
@@ -160,18 +184,20 @@ def _sddmm(
     return sampled(grad, indices, W)
 
 
-def _sddmm_fake(grad, indices, W, *, implementation="", algorithm=""):  # noqa: ARG001
+def _sddmm_fake(grad: Tensor, indices: Tensor, _W: object, **_options: object) -> Tensor:
     return grad.new_empty(indices.shape)
 
 
-def _sddmm_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+def _sddmm_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: object
+) -> None:
     del output
     ctx.options = dict(keyword_only_inputs)
     ctx.save_for_backward(*inputs)
 
 
-def _sddmm_backward(ctx, grad):
-    """For gradients of gradients. The product is linear in the rows on either side."""
+def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """For gradients of gradients. The SDDMM is linear in the rows on either side."""
     rows, indices, W = ctx.saved_tensors
     need_rows, _, need_W = ctx.needs_input_grad
     grad = grad.contiguous()

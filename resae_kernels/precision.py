@@ -16,12 +16,11 @@ def residual(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None) -> T
 
 
 def gemm(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """`a @ b`, or `total += a @ b`, in the accumulation dtype, also under autocast: that leaves
-    products into given memory alone."""
+    """GEMM `a @ b`, or `total += a @ b`, in the accumulation dtype, also under autocast: GEMMs with
+    an `out` are not cast."""
     acc_dtype = accumulation_dtype(a.dtype)
-    if (
-        a.dtype != acc_dtype and a.is_cuda
-    ):  # 16-bit factors, sums in fp32: what tensor cores compute
+    if a.dtype != acc_dtype and a.is_cuda:
+        # Tensor cores multiply 16-bit factors and sum in fp32.
         summed = torch.mm(a, b, out_dtype=acc_dtype)
         return summed if total is None else total.add_(summed)
     if total is None:

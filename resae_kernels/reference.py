@@ -5,7 +5,7 @@ PyTorch.
     decode          y = Σ_j acts_j · W_dec[indices_j] + bias + prediction
     its error       e = y − target, and Σ_d e_d² of each token
     chain           x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l
-    online step     encode and decode against what the layers before it predict, with b_dec in both
+    online step     encode and decode of the residual x − prediction − b_dec
 
 Letters, everywhere: `N` tokens, `D` width of the residual stream, `M` latents, `k` active latents,
 `L` selected layers. Row-major, tokens first. "Latent" is a unit of the autoencoder (elsewhere:
@@ -43,7 +43,7 @@ def topk_encode(
     """The k largest of `relu((x − prediction − pre_bias) @ weight.T + bias)`, ties to the lower
     index.
 
-    The residual is rounded to x's dtype before the product, the scores once after bias and relu.
+    The residual is rounded to x's dtype before the GEMM, the scores once after bias and relu.
     NaN scores sort first. Slots beyond the positive scores hold act 0, index 0, and come last.
     """
     acc_dtype = accumulation_dtype(x.dtype)
@@ -155,9 +155,9 @@ def affine_chain(
 def transport(
     W_dec: Sequence[Tensor], A: Sequence[Tensor], c: Sequence[Tensor], *, b_dec: Sequence[Tensor]
 ) -> Transported:
-    """Carry every dictionary to every later layer: `D_{m←l} = Σ_{sources j ≥ l} D_{j←l} A_mj`.
+    """Transport every dictionary to every later layer: `D_{m←l} = Σ_{sources j ≥ l} D_{j←l} A_mj`.
 
-    Folded in fp32 (fp64 for fp64 input) and rounded once to W_dec's dtype.
+    Summed in fp32 (fp64 for fp64 input) and rounded once to W_dec's dtype.
     """
     D, dtype = W_dec[0].shape[1], W_dec[0].dtype
     acc_dtype = accumulation_dtype(dtype)
@@ -229,12 +229,11 @@ def online_step(
     codes: Sequence[SparseCode] = (),  # m × [..., k_j]
     transported: Transported | None = None,
 ) -> OnlineStep:
-    """`z = TopK_k(relu((x − prediction − b_dec) weightᵀ + bias))` and `x̂ = prediction + b_dec + z
-    W_dec`.
+    """Code `z = TopK_k(relu((x − prediction − b_dec) weightᵀ + bias))` and reconstruction
+    `x̂ = prediction + b_dec + z W_dec`.
 
-    With `transported` the step is that of layer m = len(codes), closed loop: the earlier codes
-    through their transported dictionaries plus `constants[m]` take the place of `prediction +
-    b_dec`.
+    With `transported` the step is that of layer m = len(codes), closed loop: `prediction + b_dec`
+    is the decode of the earlier codes by their transported dictionaries plus `constants[m]`.
     """
     if transported is not None:
         m = len(codes)

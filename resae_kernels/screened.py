@@ -1,6 +1,6 @@
 """TopK encode on a CPU that reads an 8-bit copy of the weight: screen, then score exactly.
 
-    ŝ = approximate scores, one integer product        |ŝ_j − s_j| ≤ λ_j for every latent j
+    ŝ = approximate scores, one integer GEMM           |ŝ_j − s_j| ≤ λ_j for every latent j
     t = the k-th largest of ŝ − λ                      so that at least k latents have s ≥ t
     candidates = {j : ŝ_j + λ_j ≥ t}                   so that every one of the TopK is among them
     code = TopK of the exact float32 scores of the candidates
@@ -16,7 +16,7 @@ statistical  s − ŝ = (w − ŵ)·r + ŵ·(r − r̂): a sum of independent un
              where the sum over all M latents is `FAILURE`. (The bound of Hoeffding, which knows the
              range of the errors alone, would be √3 times as wide.)
 
-The screening pass moves a quarter of the bytes and takes a tenth of the time of the product.
+The screening pass reads a quarter of the bytes and takes a tenth of the time of the GEMM.
 """
 
 import logging
@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -35,41 +35,39 @@ from resae_kernels.cpu.private_torch import int8_linear_unavailable
 from resae_kernels.cpu.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
 from resae_kernels.cpu.screening_native import NativeCopy
 from resae_kernels.encode import backward, check_arguments, fits, setup_context, topk_encode
-from resae_kernels.types import SparseCode
+from resae_kernels.types import Margin, ScreeningImplementation, SparseCode
 
 log = logging.getLogger(__name__)
 
 ROW_REASON = "not finite, all zero, or too many candidates"
-MARGINS = ("statistical", "certain")
-IMPLEMENTATIONS = ("native", "torch")
+MARGINS, IMPLEMENTATIONS = get_args(Margin), get_args(ScreeningImplementation)
 
 
 LEAST_LATENTS = 16
-"""Latents per active one below which too many of them are candidates."""
+"""M/k below which too many latents are candidates."""
 
 
 class Rule(NamedTuple):
-    """Where screening is faster than the exact product."""
+    """Sizes from which on screening is faster than the exact path, the whole GEMM."""
 
     entries: int
-    """Entries of the weight, M·D, below which the exact product is as fast,"""
+    """Smallest number of entries of the weight, M·D."""
     width: int
-    """and so D,"""
+    """Smallest D."""
     training_rows: int
-    """Rows from which on a copy pays that is used once: in training the weight changes every
+    """Smallest batch for which a single-use copy pays off: in training the weight changes every
     step."""
     certain_rows: int
-    """Rows up to which the certain margin is not behind the exact product."""
+    """Largest batch for which the certain margin is as fast as the exact path."""
 
 
 ANY = 1 << 62
 RULES: dict[str, dict[torch.dtype, Rule]] = {
-    # Measured on one core of an Intel Xeon with AMX, November 2026, beside oneDNN's product in the
+    # Measured on one core of an Intel Xeon with AMX, November 2026, against oneDNN's GEMM in the
     # same dtype and the compiled selection: at 1 to 1024 rows, D from 16 to 2048, M·D from 2¹² to
-    # 2²⁵, k from M/512 to M/16. Up to 2¹⁶ entries both take the same time. The 16-bit product is by
-    # AMX in bfloat16 (by AVX-512 in float16, at the rate of float32): from 256 rows on, product and
-    # selection take 0.8 to 1.4 times the time of screening, and a copy that is used once hardly
-    # pays.
+    # 2²⁵, k from M/512 to M/16. Up to 2¹⁶ entries both take the same time. The 16-bit GEMM is by
+    # AMX in bfloat16 (by AVX-512 in float16, at the rate of float32): from 256 rows on, GEMM and
+    # selection take 0.8 to 1.4 times the time of screening, and a single-use copy hardly pays.
     "native": {
         torch.float32: Rule(entries=1 << 16, width=64, training_rows=128, certain_rows=ANY),
         torch.bfloat16: Rule(entries=1 << 16, width=64, training_rows=1024, certain_rows=64),
@@ -83,23 +81,25 @@ RULES: dict[str, dict[torch.dtype, Rule]] = {
 }
 
 
-class Screening(NamedTuple):
-    """A code, and how it was found."""
+class EncodeInfo(NamedTuple):
+    """A code, and the path by which its rows were encoded."""
 
     code: SparseCode
     rows_screened: int
     rows_exact: int
-    """Rows whose whole product was computed."""
+    """Rows that took the exact path, the whole GEMM."""
     candidates: int
     """(Row, latent) pairs of the screened rows that were scored exactly."""
     reason: str | None
     """Why rows took the exact path; None if none did."""
     implementation: str | None
-    """Screened by "native", the compiled library, or "torch"; None: no row was screened."""
+    """The implementation that screened: "native", the compiled library, or "torch"; None: no row
+    was screened."""
 
 
 def unavailable(implementation: str | None = None) -> str | None:
-    """Why this machine cannot screen, by this implementation or (None) by any; None if it can."""
+    """Reason why this machine cannot screen, by this implementation or (None) by any; None if it
+    can."""
     if implementation == "native":
         return native.unavailable()
     if implementation == "torch":
@@ -110,43 +110,44 @@ def unavailable(implementation: str | None = None) -> str | None:
 
 @cache
 def _warn_once(reason: str) -> None:
-    log.warning("encoding by the float32 product, at its full price: %s", reason)
+    log.warning("encoding by the whole float32 GEMM, without screening: %s", reason)
 
 
 class _State(NamedTuple):
-    """A copy, and the weight and bias that it was made of."""
+    """A copy, and the versions of the weight and bias of which it was made."""
 
     copy: ScreeningCopy
-    versions: tuple
+    versions: tuple[Any, ...]
     """Address and version of each tensor."""
     samples: list[tuple[Any, Any]]
-    """A view of entries of each tensor, and these entries as they were."""
+    """A view of entries of each tensor, and their values when the copy was made."""
 
-    def is_current(self, versions: tuple) -> bool:
+    def is_current(self, versions: tuple[Any, ...]) -> bool:
         if versions != self.versions:
             return False
         return not any((now != then).any() for now, then in self.samples)
 
 
 class ScreenedEncoder:
-    """An encoder's weight and, beside it, what screening needs: an 8-bit copy, steps, norms.
+    """TopK encode of one weight and bias on a CPU, by screening with an 8-bit copy.
 
-    The copy is M·D bytes. It is made anew at the first call after the weight or bias has changed,
-    in place or to other memory. Where the weight's gradient is wanted it serves one call and is
-    dropped: the weight is about to change, and torch does not count the steps of fused optimisers.
-    Nor does it count writes through `.data`. Both are seen by a sample of entries, which may miss
-    a write to a few latents: call `forget` after such a write, and after the step of a fused
-    optimiser between two calls without gradients.
+    The copy takes M·D bytes. It is rebuilt at the first call after the weight or bias has changed,
+    in place or to other memory. If the weight requires its gradient, the copy is used for one call
+    and dropped, because the weight is about to change. torch's version counter misses the steps of
+    fused optimisers and writes through `.data`. A sample of entries is compared to notice them, but
+    may miss a write to a few latents: call `invalidate` after such a write, and after the step of a
+    fused optimiser between two calls without gradients.
 
-    Several threads may encode at once. If the weight changes meanwhile, a call encodes anew with
-    the weight as it then is.
+    Several threads may encode at once. If the weight changes during a call, the call starts again
+    with the changed weight.
 
     Args:
-        weight: `[M, D]`, one latent per row, on CPU to be screened; kept, not copied.
+        weight: `[M, D]`, one latent per row; screened if it is on the CPU; kept, not copied.
         bias: `[M]` or None.
-        margin: "statistical": a row misses a latent with probability below 1e-12, by the proof
-            above, over the dither drawn here; "certain": never, at many times the candidates.
-        seed: of the dither. Equal seeds give equal codes, bit for bit.
+        margin: "statistical": a row misses a latent with probability below 1e-12 over the dither,
+            by the proof in the module's docstring; "certain": never, but with many times the
+            candidates.
+        seed: seed of the dither. Equal seeds give equal codes, bit for bit.
         implementation: "native", the compiled library: float32, bfloat16 and float16; "torch":
             float32; None: native where it can run, else torch.
 
@@ -155,8 +156,8 @@ class ScreenedEncoder:
             weight that is not `[M, D]`, a bias that does not fit.
 
     Note:
-        A code agrees with `topk_encode` but for ties within the rounding of float32 sums: the two
-        sum the same products in another order.
+        Codes agree with those of `topk_encode` up to the rounding of float32 sums, which are taken
+        in another order.
     """
 
     def __init__(
@@ -164,9 +165,9 @@ class ScreenedEncoder:
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        margin: str = "statistical",
+        margin: Margin = "statistical",
         seed: int = 0,
-        implementation: str | None = None,
+        implementation: ScreeningImplementation | None = None,
     ):
         if margin not in MARGINS:
             raise ValueError(f"ScreenedEncoder: margin={margin!r}, expected {' or '.join(MARGINS)}")
@@ -183,17 +184,18 @@ class ScreenedEncoder:
             )
         if implementation is not None and (reason := unavailable(implementation)) is not None:
             raise ValueError(f"ScreenedEncoder: implementation={implementation!r}, but {reason}")
-        self.weight, self.bias, self.margin, self._seed = weight, bias, margin, seed
+        self.weight, self.bias, self._seed = weight, bias, seed
+        self.margin: Margin = margin
         self._asked = implementation
         self._outlier_dimensions: tuple[int, ...] = ()
         self._lock = threading.Lock()
         self._state: _State | None = None
 
-    def __getstate__(self) -> dict:
-        """Without the copy: whoever is copied or unpickled makes its own."""
+    def __getstate__(self) -> dict[str, Any]:
+        """State without the copy: a copied or unpickled encoder makes its own."""
         return {n: v for n, v in self.__dict__.items() if n != "_lock"} | {"_state": None}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def encode(
@@ -205,8 +207,8 @@ class ScreenedEncoder:
         prediction: Tensor | None = None,  # [..., D]
         sorted: bool = True,
     ) -> SparseCode:
-        """The code of `topk_encode` with this weight and bias: arguments, returns and errors are
-        the same, gradients too."""
+        """The code of `topk_encode` with this weight and bias: same arguments, returns, errors and
+        gradients."""
         code = self._encode_at_once(x, k, pre_bias, prediction, sorted)
         if code is not None:
             return code
@@ -225,14 +227,14 @@ class ScreenedEncoder:
         *,
         sorted: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """x̂, acts and indices of `resae_kernels.online_step` by one call of the compiled library,
-        where that is possible: without gradients, with arguments that fit, and a copy that is there
-        and current. None: encode and decode instead.
+        """x̂, acts and indices of `resae_kernels.online_step` by one call of the compiled library.
+        None: that is not possible (gradients, arguments that do not fit, no current copy), use
+        encode and decode.
 
         Args:
-            affine: in place of prediction the source `[..., D]`, A `[D, D]` and c `[D]` of `source
-                A + c`: for few tokens, as A is read anew for each.
-            sorted: as of `encode`.
+            affine: instead of prediction, the source `[..., D]`, A `[D, D]` and c `[D]` of the
+                prediction `source A + c`: for few tokens, as A is read again for each.
+            sorted: as for `encode`.
         """
         step = self.prepare_step(x, k, b_dec, W_dec, affine and affine[1:], sorted=sorted)
         return None if step is None else step(x, affine[0] if affine else prediction)
@@ -247,8 +249,8 @@ class ScreenedEncoder:
         *,
         sorted: bool = False,
     ) -> "PreparedStep | None":
-        """`online_step` of activations like x, checked once for many calls; None: where that would
-        be None."""
+        """`online_step` for activations of x's shape and dtype, checked once for many calls; None
+        where `online_step` would return None."""
         state = self._state
         tensors = b_dec, W_dec, *(affine or ())
         if not self._is_ready(state, x, k, b_dec, None, W_dec) or not x.numel():
@@ -264,9 +266,8 @@ class ScreenedEncoder:
     def _encode_at_once(
         self, x: Tensor, k: int, pre_bias: Tensor | None, prediction: Tensor | None, sorted: bool
     ) -> SparseCode | None:
-        """The code by one call of the compiled library, of arguments that have nothing to be said
-        about, with a copy that is there and current; None: `encode_with_info` says what is the
-        matter, or makes a copy."""
+        """The code by one call of the compiled library, for valid arguments and a current copy;
+        None: `encode_with_info` raises the error, takes another path, or makes a copy."""
         state = self._state
         if not self._is_ready(state, x, k, pre_bias, prediction) or not x.numel():
             return None
@@ -296,14 +297,14 @@ class ScreenedEncoder:
         prediction: Tensor | None,
         W_dec: Tensor | None = None,
     ) -> bool:
-        """May the compiled copy of `state`, which sees itself whether the weight holds its samples,
-        be given these arguments as they are?"""
+        """True if the compiled copy of `state` can encode these arguments as they are. The library
+        itself compares the samples of the weight."""
         weight, bias = self.weight, self.bias
         return (
             state is not None  # there is one only for a weight that is worth screening
             and type(state.copy) is NativeCopy
             and state.copy.is_live
-            and self.margin == "statistical"  # which knows no number of rows that is too many
+            and self.margin == "statistical"  # pays for any number of rows
             and native.direct(x, weight, bias, pre_bias, prediction, W_dec)
             and fits(x, weight, bias, k, pre_bias, prediction)
             and (W_dec is None or W_dec.shape == weight.shape)
@@ -319,14 +320,14 @@ class ScreenedEncoder:
         pre_bias: Tensor | None = None,
         prediction: Tensor | None = None,
         sorted: bool = True,
-    ) -> Screening:
-        """`encode`, and which path its rows took, with the reason."""
+    ) -> EncodeInfo:
+        """The code of `encode`, with the path that its rows took and the reason."""
         D = self.weight.shape[1]
         shape = x.shape[:-1]
         N = shape.numel()
         trained = _require_gradient(self.weight, self.bias)
         if trained:
-            self.forget()
+            self.invalidate()
         reason = self._exact_reason(x, N, k, trained)
         if reason is not None:
             code = topk_encode(
@@ -338,13 +339,13 @@ class ScreenedEncoder:
                 prediction=prediction,
                 sorted=sorted,
             )
-            return Screening(code, 0, N, 0, reason, None)
+            return EncodeInfo(code, 0, N, 0, reason, None)
         check_arguments(x, self.weight, self.bias, k, pre_bias, prediction, None)
         flat = x if x.ndim == 2 else x.reshape(N, D)
         flat_prediction = (
             prediction if prediction is None or prediction.ndim == 2 else prediction.reshape(N, D)
         )
-        info = _Info()
+        info = _Counts()
         if trained or _require_gradient(x, pre_bias, prediction):
             acts, indices = _WithGradient.apply(
                 flat,
@@ -360,10 +361,10 @@ class ScreenedEncoder:
         else:
             acts, indices = self._encode(flat, k, pre_bias, flat_prediction, sorted, info)
         if trained:
-            self.forget()
+            self.invalidate()
         if x.ndim != 2:
             acts, indices = acts.view(*shape, k), indices.view(*shape, k)
-        return Screening(
+        return EncodeInfo(
             SparseCode(acts, indices),
             N - info.rows_exact,
             info.rows_exact,
@@ -374,11 +375,11 @@ class ScreenedEncoder:
 
     @property
     def implementation(self) -> str:
-        """What screens here: "native" or "torch"."""
+        """Implementation of screening on this machine: "native" or "torch"."""
         return self._asked or ("torch" if native.unavailable() else "native")
 
-    def forget(self) -> None:
-        """Drop the copy: the next call makes a new one."""
+    def invalidate(self) -> None:
+        """Drop the 8-bit copy: the next call makes a new one."""
         state = self._state
         if state is not None and isinstance(state.copy, NativeCopy):
             self._outlier_dimensions = state.copy.dimensions
@@ -391,7 +392,7 @@ class ScreenedEncoder:
         pre_bias: Tensor | None,
         prediction: Tensor | None,
         sorted: bool,
-        info: "_Info",
+        info: "_Counts",
     ) -> tuple[Tensor, Tensor]:
         for state in self._states():
             try:
@@ -422,21 +423,20 @@ class ScreenedEncoder:
         )
 
     def _states(self) -> "Iterator[_State]":
-        """The current copy, a few times: it may turn out stale, or become so."""
+        """The current copy, repeatedly, because it may turn out or become stale."""
         for _ in range(5):
             state = self._current_state()
             assert state is not None
             yield state
 
-    def _versions(self) -> tuple:
+    def _versions(self) -> tuple[Any, ...]:
         weight, bias = self.weight, self.bias
         if bias is None:
             return layout_of(weight), weight._version
         return layout_of(weight), weight._version, layout_of(bias), bias._version
 
     def _current_state(self) -> _State | None:
-        """The copy, made anew if the weight or bias has changed; None where these are not
-        finite."""
+        """The copy, rebuilt if the weight or bias has changed; None if these are not finite."""
         state, versions = self._state, self._versions()
         if state is not None and state.is_current(versions):
             return state
@@ -444,7 +444,7 @@ class ScreenedEncoder:
             state, versions = self._state, self._versions()
             if state is not None and state.is_current(versions):
                 return state
-            self.forget()
+            self.invalidate()
             tensors = [t.detach() for t in (self.weight, self.bias) if t is not None]
             samples = [(now, now.copy()) for now in map(_sample, tensors)]
             made = self._make_copy(*tensors)
@@ -460,10 +460,10 @@ class ScreenedEncoder:
     def _drop(self, state: _State) -> None:
         with self._lock:
             if self._state is state:
-                self.forget()
+                self.invalidate()
 
     def _exact_reason(self, x: Tensor, N: int, k: int, trained: bool) -> str | None:
-        """Why a call is not screened at all; None if it is."""
+        """Reason why a call is not screened at all; None if it is."""
         weight = self.weight
         M, D = weight.shape
         implementation = self.implementation
@@ -473,7 +473,7 @@ class ScreenedEncoder:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in rules)
             return f"the weight is {weight.dtype} on {weight.device}, not {names} on cpu"
         if x.dtype != weight.dtype or checks.autocasts("cpu"):
-            return f"the product is not in {str(weight.dtype).removeprefix('torch.')}"
+            return f"the GEMM is not in {str(weight.dtype).removeprefix('torch.')}"
         if weight.is_inference():
             return "the weight was made in inference mode, where changes are not counted"
         few_groups = implementation == "torch" and screening_torch.group_size(M, k) is None
@@ -498,8 +498,8 @@ class ScreenedEncoder:
 
 
 class PreparedStep:
-    """The online step of one encoder with everything given but the activations: a call only looks
-    whether the tensors are still what they were. Made by `ScreenedEncoder.prepare_step`."""
+    """Online step of one encoder with all arguments but the activations fixed: a call only checks
+    that the tensors have not changed. Made by `ScreenedEncoder.prepare_step`."""
 
     def __init__(
         self,
@@ -521,10 +521,10 @@ class PreparedStep:
     def __call__(
         self, x: Tensor, prediction: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """x̂ like x, acts and indices; None: something is not what it was.
+        """x̂ like x, acts and indices; None: a tensor has changed.
 
         Args:
-            prediction: the prediction of x, or, where the step has a map, what it is applied to.
+            prediction: the prediction of x; with an affine map, the source of the prediction.
         """
         if not private_torch.is_eager() or private_torch.is_profiled():
             return None
@@ -540,7 +540,7 @@ class PreparedStep:
                 return None
         if torch.is_grad_enabled() and self._requires_gradient(x, prediction):
             return None
-        state = self._encoder._state
+        state = self._encoder._state  # pyright: ignore[reportPrivateUsage]
         if state is None or not self._is_current(state):
             return None
         struct, *kept = state.copy.held  # type: ignore[union-attr]
@@ -552,7 +552,8 @@ class PreparedStep:
         return _require_gradient(x, prediction, *(t for t, *_ in self._fixed))
 
     def _is_current(self, state: _State) -> bool:
-        """Is the copy of the weight and bias as they are? Their shapes and strides are known."""
+        """True if the copy was made of the present weight and bias, whose shapes and strides were
+        checked before."""
         layout, version, *of_bias = state.versions
         weight, bias = self._weight, self._bias
         if weight._version != version or weight.data_ptr() != layout[0]:
@@ -570,8 +571,8 @@ class PreparedStep:
         )
 
 
-def layout_of(tensor: Tensor) -> tuple:
-    """Which entries of which memory a tensor is: assigning `.data` changes these alone."""
+def layout_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Address, shape and strides: assigning `.data` changes nothing else that torch reports."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
@@ -580,7 +581,7 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _sample(tensor: Tensor) -> Any:
-    """A view of `SAMPLES` entries as a numpy array."""
+    """`SAMPLES` entries of the tensor, a view as a numpy array."""
     memory = tensor
     if tensor.is_neg():  # numpy takes no tensor whose memory is to be read negated
         where = tensor.storage_offset(), tensor.shape, tensor.stride()
@@ -591,18 +592,30 @@ def _sample(tensor: Tensor) -> Any:
 
 
 @dataclass
-class _Info:
+class _Counts:
     rows_exact: int = 0
     candidates: int = 0
 
 
 class _WithGradient(torch.autograd.Function):
-    """The gradient of a code does not depend on how it was found: it is that of `topk_encode`."""
+    """Screened encode with the gradient of `topk_encode`, as it does not depend on how the code was
+    found."""
 
     @staticmethod
-    def forward(x, weight, bias, k, pre_bias, prediction, sorted, screened, implementation):  # noqa: ARG004
+    def forward(
+        x: Tensor,
+        _weight: object,
+        _bias: object,
+        k: int,
+        pre_bias: Tensor | None,
+        prediction: Tensor | None,
+        sorted: bool,
+        screened: tuple[ScreenedEncoder, _Counts],
+        _implementation: str,
+    ) -> tuple[Tensor, Tensor]:
         encoder, info = screened
-        return encoder._encode(x, k, pre_bias, prediction, sorted, info)
+        encode = encoder._encode  # pyright: ignore[reportPrivateUsage]
+        return encode(x, k, pre_bias, prediction, sorted, info)
 
     setup_context = staticmethod(setup_context)
     backward = staticmethod(backward)  # type: ignore[assignment]

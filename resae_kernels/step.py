@@ -1,16 +1,15 @@
 """Online step of one layer: z = TopK_k(relu((x − p) weightᵀ + bias)), x̂ = p + z W_dec.
 
-p is what the layer reconstructs when none of its latents is active: what the codes of the layers
-before it predict, and b_dec. N ≤ 16 tokens (generation), D width, M latents, k active; bound by
+p is the prediction from the codes of the layers before, plus b_dec: the reconstruction if none of
+this layer's latents is active. N ≤ 16 tokens (generation), D width, M latents, k active; bound by
 reading `weight`, M·D elements.
 
-In Triton at most four launches (`triton/step.py`).
-
-On a CPU a `ScreenedEncoder` encodes; where it screens by the compiled library, code and x̂ are one
-call.
+In Triton at most four launches (`triton/step.py`). On a CPU a `ScreenedEncoder` encodes; where it
+screens by the compiled library, code and x̂ are one call.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from resae_kernels.screened import ScreenedEncoder, layout_of
 from resae_kernels.triton import step as triton_step
 from resae_kernels.triton.encode_few import FEW_TOKENS
 from resae_kernels.triton.step import StepWorkspace, workspace_layout
-from resae_kernels.types import OnlineStep, SparseCode, Transported
+from resae_kernels.types import Implementation, OnlineStep, SparseCode, Transported
 
 
 def online_step(
@@ -40,13 +39,13 @@ def online_step(
     transported: Transported | None = None,
     encoder: ScreenedEncoder | None = None,
     out: StepWorkspace | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> OnlineStep:
     """Code and reconstruction of one layer while the model runs (formula:
     `reference.online_step`).
 
-    What the layers before this one predict is given either as `prediction`, or by their codes: with
-    `transported` the step is that of layer m = len(codes), closed loop.
+    The prediction from the layers before is passed as `prediction`, or computed from their codes:
+    with `transported` the step is that of layer m = len(codes), closed loop.
 
     Args:
         x: `[..., D]`, the activations of at most 16 tokens.
@@ -54,15 +53,16 @@ def online_step(
         k: active latents per token, 1 ≤ k ≤ M.
         W_dec: `[M, D]`, the decoder.
         b_dec: `[D]`, subtracted before encoding and added to x̂. Not with `transported`.
-        prediction: `[..., D]`, the prediction, without b_dec. Not with `transported`.
-        codes: of the m layers before, in order; with `transported` alone.
-        transported: from `transport()`. Its `constants[m]` hold the prediction's constant and this
-            layer's b_dec together, so neither is given again.
-        encoder: of this weight and bias, by which a CPU encodes. None: one is made at the first
+        prediction: `[..., D]`, the prediction of x from earlier layers, without b_dec. Not with
+            `transported`.
+        codes: codes of the m layers before, in order; only with `transported`.
+        transported: result of `transport()`. Its `constants[m]` contain the prediction's constant
+            and this layer's b_dec, so neither is passed again.
+        encoder: the encoder of this weight and bias that a CPU uses. None: one is made at the first
             step (a quarter more memory than the weight) and kept as long as the weight.
-        out: from `StepWorkspace.allocate`: all that the step writes, so that nothing is allocated
-            (contiguous inputs). The result is views of it, valid until the next step that is given
-            it.
+        out: result of `StepWorkspace.allocate`: memory for everything that the step writes, so that
+            nothing is allocated (contiguous inputs). The result is views of it, valid until the
+            next step with the same `out`.
         implementation: "torch", "triton" or None, by device (CUDA: triton). Same contract.
 
     Returns:
@@ -76,10 +76,10 @@ def online_step(
         RuntimeError: an input requires its gradient, and gradients are enabled.
 
     Note:
-        For inference: no gradients. The prediction is rounded to x's dtype; code and x̂ are taken
-        against the same rounded prediction, each as in `topk_encode` and `sparse_decode`. Nothing
-        is cast under autocast. "triton" waits for nothing on the host: it can be captured in a CUDA
-        graph, after one call that compiles its kernels.
+        For inference: no gradients. The prediction is rounded to x's dtype; code and x̂ use the same
+        rounded prediction, each as in `topk_encode` and `sparse_decode`. Nothing is cast under
+        autocast. "triton" never waits on the host: it can be captured in a CUDA graph, after one
+        call that compiles its kernels.
     """
     if implementation not in (None, "torch", "triton"):
         implementation_for("online_step", x, implementation)
@@ -127,7 +127,7 @@ def online_step(
     return OnlineStep(out.x_hat.view(x.shape), code)
 
 
-_PASSED: set = set()
+_PASSED: set[Any] = set()
 
 
 def _step_past_dispatcher(
@@ -139,7 +139,7 @@ def _step_past_dispatcher(
     prediction: Tensor | None,
     k: int,
     out: StepWorkspace | None,
-    signature: tuple,
+    signature: tuple[Any, ...],
 ) -> OnlineStep:
     """The step of an eager call by Triton, its arguments checked once per signature."""
     N, (M, D), shape = x.shape[:-1].numel(), weight.shape, x.shape
@@ -165,19 +165,19 @@ def _step_past_dispatcher(
 
 
 _ENCODERS = WeakIdKeyDictionary()
-"""A `ScreenedEncoder` by weight: what encodes on a CPU where the caller has none."""
+"""The `ScreenedEncoder` of each weight for which the caller passed none (CPU)."""
 
 
 def _encoder_of(weight: Tensor, bias: Tensor | None) -> ScreenedEncoder:
     held = _ENCODERS.get(weight)
     if held is None or _layouts(held.weight, held.bias) != _layouts(weight, bias):
-        # Of other tensors of the same memory: it must not keep the weight alive that keeps it.
+        # Made of detached tensors on the same memory: the value must not keep its weak key alive.
         detached = weight.detach(), None if bias is None else bias.detach()
         held = _ENCODERS[weight] = ScreenedEncoder(*detached)
     return held
 
 
-def _layouts(weight: Tensor, bias: Tensor | None) -> tuple:
+def _layouts(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     return layout_of(weight), None if bias is None else layout_of(bias)
 
 
@@ -194,14 +194,16 @@ def _step_on_cpu(
     encoder: ScreenedEncoder | None,
     out: StepWorkspace | None,
 ) -> OnlineStep | None:
-    """The step by a `ScreenedEncoder`, where that can in one call of the compiled library; None:
-    what is called is traced, transformed or cast."""
+    """The step by a `ScreenedEncoder`, in one call of the compiled library where possible; None:
+    the call is traced, transformed or cast."""
     if encoder is None:
         if not is_eager():
             return None
         encoder = _encoder_of(weight, bias)
     elif encoder.weight is not weight or encoder.bias is not bias:
-        raise ValueError("online_step: encoder was made of another weight or bias; give it those")
+        raise ValueError(
+            "online_step: encoder was made of another weight or bias; pass the ones it was made of"
+        )
     plain = not codes and transported is None and out is None
     if plain and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_TOKENS:
         step = encoder.online_step(x, k, b_dec, prediction, W_dec)
@@ -228,7 +230,17 @@ def _step_on_cpu(
     return OnlineStep(step[0], SparseCode(*step[1:]))
 
 
-def _check(x, weight, bias, k, W_dec, b_dec, prediction, codes, transported) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    prediction: Tensor | None,
+    codes: Sequence[SparseCode],
+    transported: Transported | None,
+) -> None:
     op = "online_step"
     checks.check_floating(op, "x", x)
     if weight.ndim != 2:
@@ -256,8 +268,8 @@ def _check(x, weight, bias, k, W_dec, b_dec, prediction, codes, transported) -> 
     if transported is None:
         if codes:
             raise ValueError(
-                f"{op}: {len(codes)} codes without transported; build it with transport(), or give "
-                f"the prediction as prediction"
+                f"{op}: {len(codes)} codes without transported; build it with transport(), or pass "
+                f"prediction instead of codes"
             )
     else:
         m, L = len(codes), len(transported.dictionaries)
@@ -346,15 +358,14 @@ def _step(
         result.copy_(value)
 
 
-def _step_fake(*_inputs, **_options) -> None:
+def _step_fake(*_inputs: object, **_options: object) -> None:
     return None
 
 
 register(
     "online_step(Tensor x, Tensor weight, Tensor? bias, Tensor W_dec, Tensor? b_dec, "
-    "Tensor? prediction, "
-    "Tensor[] acts, Tensor[] indices, Tensor[] dictionaries, Tensor? constant, Tensor(a!)[] out, "
-    "*, str implementation='') -> ()",
+    "Tensor? prediction, Tensor[] acts, Tensor[] indices, Tensor[] dictionaries, "
+    "Tensor? constant, Tensor(a!)[] out, *, str implementation='') -> ()",
     _step,
     _step_fake,
 )

@@ -1,9 +1,15 @@
 """Results of the ops, and the dtype in which an op accumulates."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Implementation = Literal["torch", "triton"]
+DecodeAlgorithm = Literal["gather", "dense"]
+ChainAlgorithm = Literal["sequential", "transported"]
+Margin = Literal["statistical", "certain"]
+ScreeningImplementation = Literal["native", "torch"]
 
 
 class SparseCode(NamedTuple):
@@ -16,7 +22,7 @@ class SparseCode(NamedTuple):
 
 
 class ReconstructionError(NamedTuple):
-    """What a reconstruction misses."""
+    """Error of a reconstruction."""
 
     error: Tensor
     """`[..., D]`, x̂ − target."""
@@ -30,11 +36,11 @@ class Transported(NamedTuple):
     dictionaries: list[list[Tensor]]
     """`dictionaries[m][l]`, l ≤ m: `D_{m←l} = W_dec_l A_{l+1} … A_m`, `[M_l, D]`."""
     constants: list[Tensor]
-    """`constants[m]`, `[D]`: what layer m reconstructs when no latent is active."""
+    """`constants[m]`, `[D]`: reconstruction of layer m when no latent is active."""
 
 
 class OnlineStep(NamedTuple):
-    """What one layer makes of the running stream."""
+    """Code and reconstruction of one layer of the running model."""
 
     x_hat: Tensor
     """`[..., D]`, the reconstruction that takes the activation's place."""
@@ -43,5 +49,5 @@ class OnlineStep(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for the 16-bit types, otherwise the dtype itself."""
+    """Dtype of an op's sums: float32 for the 16-bit types, otherwise the dtype itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -31,10 +31,10 @@ class AotCase(NamedTuple):
     num_warps: int
     num_stages: int
     expect: Mapping[str, int | bool]
-    """What the machine code must show, in the words of `tests/static_gate.py`."""
+    """Properties that the machine code must have, in the terms of `tests/static_gate.py`."""
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
     register_budget: int | None = None
-    """As `launch_options` takes it."""
+    """Argument of `launch_options`."""
 
 
 def all_cases() -> Iterator[AotCase]:
@@ -224,7 +224,7 @@ def gemm_cases() -> Iterator[AotCase]:
     """The GEMM with group maxima, of as many latents as fill its tiles."""
     keys = KEYS[torch.bfloat16]
     for architecture in ("sm_80", "sm_90", "sm_100"):
-        for tile in tiles.TILES["product_of_many_16bit"].candidates(architecture):
+        for tile in tiles.TILES["gemm_many_tokens_16bit"].candidates(architecture):
             if tile == tiles.LIBRARY_GEMM:
                 continue
             kinds = dict.fromkeys(("bias", "scores"), "*bf16:16") | {"best": "*i16:16", "n": "i32"}
@@ -258,7 +258,7 @@ def few_token_cases() -> Iterator[AotCase]:
     for dtype, N, layout in itertools.product(
         (torch.bfloat16, torch.float32), (1, 2, encode_few.FEW_TOKENS), shapes
     ):
-        table = tiles.TILES[encode_few.product_tile_name(dtype, N, *shapes[layout])]
+        table = tiles.TILES[encode_few.small_gemm_tile_name(dtype, N, *shapes[layout])]
         for architecture in ("sm_80", "sm_90", "sm_100"):
             default, *others = table.candidates(architecture)
             if layout == "odd rows" and architecture != "sm_90":
@@ -271,8 +271,8 @@ def few_token_cases() -> Iterator[AotCase]:
 
 
 def few_token_case(tile, dtype: torch.dtype, N: int, layout: str, architecture: str) -> AotCase:
-    kernel = encode_few.product_kernel(tile)
-    constants = encode_few.product_constants(tile, N, 32, dtype)
+    kernel = encode_few.small_gemm_variant(tile)
+    constants = encode_few.small_gemm_constants(tile, N, 32, dtype)
     name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
     width = "i32" if layout == "odd rows" else "i32:16"
@@ -291,7 +291,7 @@ def few_token_case(tile, dtype: torch.dtype, N: int, layout: str, architecture: 
     expect: dict[str, int | bool] = dict(zip(("instructions", "registers"), bounds, strict=True))
     loads = constants["BL"] * constants["BK"] * dtype.itemsize // (tile.num_warps * 512)
     expect |= {"loads_128": 0 if layout == "odd rows" else loads, "matrix": False}
-    if isinstance(tile, tiles.ProductTile):
+    if isinstance(tile, tiles.SmallGemmTile):
         # The loads stand ahead of the loop and in it. ieee: no matrix instruction is that precise.
         expect["loads_128"] *= tile.num_stages
         expect["matrix"] = dtype != torch.float32 or tile.precision != "ieee"

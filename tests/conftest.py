@@ -1,17 +1,27 @@
 """Fixtures of every test: one seed, one thread; uninitialised memory poisoned on request."""
 
+import gc
 import multiprocessing
 import os
+import sys
+from multiprocessing import forkserver
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from interpreter import patch_the_language_once_per_launch
 from kernel_device import KERNEL_DEVICE
+
+from resae.cli import GC_THRESHOLD
 
 # Without a device the kernels themselves run all the same, in Triton's interpreter. Read when a
 # kernel is defined: set before any test imports one.
 if KERNEL_DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    patch_the_language_once_per_launch()
+
+# As in the command line: `torch.compile` makes objects by the million.
+gc.set_threshold(GC_THRESHOLD)
 
 # The shapes here are tiny: a second thread gains nothing, and loses much where cores are shared.
 torch.set_num_threads(1)
@@ -25,6 +35,20 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("resae")
+
+LONGEST = ("static_gate", "demo", "cli", "decode_loop", "context", "sparse_decode", "topk_encode")
+LONGEST += ("watch", "distributed", "loop", "readme", "hooked", "tuning", "triton_encode")
+"""Files that take more than ten seconds, the longest first. With `--dist loadfile` they are given
+out in this order, so that at the end no worker waits for a long one."""
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the files of most tests
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +120,12 @@ def screen_at_any_size(implementation: str, monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def processes():
     """A `multiprocessing` context whose processes come, with everything imported, from a clean
-    one."""
+    one: importing torch and transformers takes as long as most trainings here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["resae.cli"])
+    context.set_forkserver_preload(["tiny", "datasets", "resae.training.pipeline"])
+    with pytest.MonkeyPatch.context() as patch:  # the server finds modules where we do
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     return context
 
 

@@ -85,7 +85,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def launches(item: pytest.Item) -> bool:
-    """Is the test one of kernels?"""
+    """True if the test launches kernels."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if "implementation" in parameters:
         return parameters["implementation"] == "triton"

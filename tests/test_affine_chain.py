@@ -374,7 +374,7 @@ def test_sequential_transported_and_reference_agree_exactly_on_integers(data):
             assert torch.equal(x_hat, exact)
 
 
-# -- transported form ------------------------------------------------------------------------------
+# -- transported algorithm -------------------------------------------------------------------------
 
 
 @either
@@ -393,7 +393,7 @@ def test_transported_is_sequential(sources, implementation):
 
 
 @pytest.mark.parametrize(
-    ("N", "form", "ran"),
+    ("N", "algorithm", "ran"),
     [
         pytest.param(16, None, "transported", id="few-tokens"),
         pytest.param(17, None, "sequential", id="many-tokens"),
@@ -402,21 +402,21 @@ def test_transported_is_sequential(sources, implementation):
         pytest.param(17, "transported", "transported", id="transported-by-name"),
     ],
 )
-def test_form_follows_from_the_tokens_unless_it_is_named(N, form, ran, monkeypatch):
+def test_algorithm_follows_from_the_tokens_unless_it_is_named(N, algorithm, ran, monkeypatch):
     monkeypatch.setattr(module, "TRANSPORTED_TOKENS", 32)
     parts = unpack(chain_inputs((1, 1), (N,)))
     transported = transport(parts["W_dec"], parts["A"], parts["c"], b_dec=parts["b_dec"])
-    # Constants of its own tell the transported form apart.
+    # Constants of its own tell the transported algorithm apart.
     transported = transported._replace(
         constants=[constant + 1 for constant in transported.constants]
     )
-    by_rule = affine_chain(**parts, transported=transported, algorithm=form)
+    by_rule = affine_chain(**parts, transported=transported, algorithm=algorithm)
     sequential = affine_chain(**parts)
     for ours, plain in zip(by_rule, sequential, strict=True):
         torch.testing.assert_close(ours, plain + (ran == "transported"))
 
 
-def test_transported_form_gathers_once_for_each_layer(monkeypatch):
+def test_transported_algorithm_gathers_once_for_each_layer(monkeypatch):
     calls = []
     monkeypatch.setattr(
         module, "sparse_decode", lambda *a, **b: calls.append(len(a[0])) or sparse_decode(*a, **b)
@@ -798,13 +798,13 @@ def code(acts: Tensor, indices: Tensor | None = None) -> SparseCode:
             lambda _: {"algorithm": "transported"},
             ValueError,
             r"affine_chain: algorithm='transported' needs transported; build it with transport\(\)",
-            id="transported-form-without-tables",
+            id="transported-without-tables",
         ),
         pytest.param(
             lambda _: {"algorithm": "gather"},
             ValueError,
             "affine_chain: algorithm='gather', expected 'sequential', 'transported' or None",
-            id="form",
+            id="algorithm",
         ),
         pytest.param(
             lambda _: {"implementation": "cuda"},

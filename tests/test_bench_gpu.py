@@ -84,26 +84,26 @@ def row(provider, ms, graph_ms=None, percent=50.0):
 @pytest.mark.parametrize(
     ("of", "factor", "wanted"),
     [
-        ("bare product", 1.2, 1.2 * 2.0),
+        ("encoder GEMM", 1.2, 1.2 * 2.0),
         ("roof", 1.2, 1.2 * 0.4),
         ("µs", 4, 0.004),
         ("absent", 1, None),
     ],
 )
 def test_targets_refer_to_what_was_measured_beside_them(of, factor, wanted):
-    rows = [row("resae", 9.0, 0.8), row("bare product", 2.0)]
+    rows = [row("resae", 9.0, 0.8), row("encoder GEMM", 2.0)]
     target = gpu.Target("encode", 1, 2, 3, factor, of)
     assert target.ms(rows) == (wanted and pytest.approx(wanted))
 
 
 def test_the_page_says_by_how_much_a_target_is_missed_and_what_to_try():
     def entries(ours):
-        rows = [row("resae", 9.0, ours), row("bare product", 2.0, 2.0)]
+        rows = [row("resae", 9.0, ours), row("encoder GEMM", 2.0, 2.0)]
         return {"encode N=8192 D=2048 M=65536 k=64 bfloat16": {"rows": rows}}
 
     missed, reached = (gpu.verdicts(entries(ms))[2] for ms in (3.45, 2.0))
-    assert "| ≤ 1.15 × bare product | 2.3 |" in missed
-    assert "| 2.3 | 3.45 | 1.50 | `resae tune`: `product_of_many_16bit`" in missed
+    assert "| ≤ 1.15 × encoder GEMM | 2.3 |" in missed
+    assert "| 2.3 | 3.45 | 1.50 | `resae tune`: `gemm_many_tokens_16bit`" in missed
     assert reached.endswith("| 2.3 | 2 | 0.87 | reached |")
     assert all("not measured" in line for line in gpu.verdicts({})[2:])
     assert {(t.op, t.N > 16) for t in gpu.TARGETS} <= set(gpu.NEXT)

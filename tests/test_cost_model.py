@@ -51,7 +51,7 @@ def measured(op, ms, graph_ms, cache="hot", provider="resae"):
 def test_measured_rows_stand_beside_the_model(tmp_path):
     rows = [
         measured("encode", 9.0, 9.0, "cold"),
-        measured("encode", 9.0, 9.0, provider="bare product"),
+        measured("encode", 9.0, 9.0, provider="encoder GEMM"),
         measured("encode", 7.0, 6.4),
     ]
     lines = tmp_path / "rows.jsonl"

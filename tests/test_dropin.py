@@ -96,7 +96,7 @@ def test_encode_decode_and_forward_are_those_of_the_library(make, x, library, sh
 
 
 def _flat(output):
-    """Of sparsify the reconstruction and the losses: the order within a code is its own."""
+    """Outputs to compare; of sparsify without the code, whose order differs."""
     if hasattr(output, "sae_out"):
         return output.sae_out, output.fvu, output.auxk_loss, output.multi_topk_fvu
     return (output,)
@@ -174,7 +174,7 @@ def test_a_pickled_one_comes_back_accelerated(make, x):
 @pytest.mark.parametrize("library", ["sae_lens", "dictionary_learning"])
 @torch.no_grad()
 def test_acts_that_were_edited_are_decoded_as_they_are(make, x, library):
-    """By hand, in place, all away, a few negative, and too many for a code."""
+    """Edits: by hand, in place, all zero, a few negative, and too many for a code."""
     sae = make(library)
     ours = accelerate(sae)
     acts = ours.encode(x)

@@ -11,12 +11,12 @@ from resae_kernels import SparseCode, reference, topk_encode
 from resae_kernels.triton import encode_few
 from resae_kernels.triton import tiles as kernel_tiles
 from resae_kernels.triton.selection import selection_layout
-from resae_kernels.triton.tiles import GemvTile, ProductTile
+from resae_kernels.triton.tiles import GemvTile, SmallGemmTile
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
-TABLES = [n for n in kernel_tiles.TILES if n.startswith(("product_of_two_", "product_of_few_"))]
+TABLES = [n for n in kernel_tiles.TILES if n.startswith(("gemm_2_tokens_", "gemm_16_tokens_"))]
 EVERY_TILE = [
     pytest.param(name, tile, id=f"{name}-{kernel_tiles.sizes(tile)}")
     for name in TABLES
@@ -29,7 +29,7 @@ TF32X3 = sorted(
         tile.dimensions
         for name in TABLES
         for tile in kernel_tiles.TILES[name].candidates("other")
-        if isinstance(tile, ProductTile) and tile.precision == "tf32x3"
+        if isinstance(tile, SmallGemmTile) and tile.precision == "tf32x3"
     }
 )
 
@@ -51,7 +51,7 @@ def by_columns(weight: Tensor) -> Tensor:
 
 def encode(k: int, x, weight, bias=None, tile=None, name="", **options) -> SparseCode:
     forced = {} if tile is None else {name: tile}
-    with kernel_tiles.forced_tiles(forced):
+    with kernel_tiles.override_tiles(forced):
         return topk_encode(x, weight, bias, k, **options, implementation="triton")
 
 
@@ -68,13 +68,13 @@ def test_every_tile_gives_the_reference_code(device, name, tile):
     # More blocks of latents than resident programs, the last one in part; so too of dimensions.
     D, M = 144, 304
     dtype = torch.bfloat16 if "16bit" in name else torch.float32
-    for N, columns in ((1, True), (2, False)) if "two" in name else ((3, True), (5, False)):
+    for N, columns in ((1, True), (2, False)) if "_2_tokens" in name else ((3, True), (5, False)):
         inputs = inputs_of(device, N, D, M, dtype, whole)
         expected = reference.topk_encode(k=9, **inputs)
         if columns:
             inputs["weight"] = by_columns(inputs["weight"])
         shape, strides = inputs["weight"].shape, inputs["weight"].stride()
-        assert encode_few.product_tile_name(dtype, N, shape, strides) == name
+        assert encode_few.small_gemm_tile_name(dtype, N, shape, strides) == name
         assert_same_code(encode(9, **inputs, tile=tile, name=name), expected)
 
 
@@ -102,9 +102,9 @@ def test_a_gemv_holds_whole_groups_whatever_its_tile(device):
     assert layout.group == 64
     inputs = inputs_of(device, 2, 16, 2100, torch.float32, whole)
     tile = GemvTile(32, 128, num_warps=4)
-    constants = encode_few.product_constants(tile, 2, 64, torch.float32)
+    constants = encode_few.small_gemm_constants(tile, 2, 64, torch.float32)
     assert (constants["BL"], constants["BK"]) == (64, 64)
-    code = encode(1, **inputs, tile=tile, name="product_of_two_32bit")
+    code = encode(1, **inputs, tile=tile, name="gemm_2_tokens_32bit")
     assert_same_code(code, reference.topk_encode(k=1, **inputs))
 
 
@@ -114,7 +114,7 @@ def test_residual_is_rounded_alike_wherever_it_is_formed(device, dtype):
     inputs = inputs_of(device, 5, 64, 96, dtype, torch.randn)
     inputs["prediction"] *= 256
     inputs["pre_bias"] /= 16
-    name = encode_few.product_tile_name(dtype, 5, (96, 64), (64, 1))
+    name = encode_few.small_gemm_tile_name(dtype, 5, (96, 64), (64, 1))
     once = kernel_tiles.TILES[name].default.tile
     assert once.residual_launch
     inside = once._replace(residual_launch=0)
@@ -136,7 +136,7 @@ def test_a_view_of_a_transposed_weight_is_never_copied(device, N):
 
 
 def rounded_to_tf32(t: Tensor) -> Tensor:
-    """To ten bits behind the leading one, ties away from zero (`cvt.rna.tf32`)."""
+    """Round to ten bits after the leading one, ties away from zero (`cvt.rna.tf32`)."""
     return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 

@@ -1,5 +1,5 @@
-"""What is recorded of a process; devices; and the allocator's setting, seen in the page faults of a
-fresh process."""
+"""Record of a process's environment; devices; and the allocator's setting, seen in the page faults
+of a fresh process."""
 
 import json
 import platform

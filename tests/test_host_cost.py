@@ -1,4 +1,4 @@
-"""bench/host.py without its clock: eager Triton calls go past the dispatcher, checked once."""
+"""bench/host.py without its clock: eager Triton calls skip the dispatcher, checked once."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def calls(N=2, k=2, gradient=False):
-    """By op: a call of it by Triton."""
+    """A call by Triton of each op, by its name."""
     x, weight = torch.randn(N, 4, requires_grad=gradient), torch.randn(8, 4)
     acts, indices = torch.rand(N, k, requires_grad=gradient), torch.zeros(N, k, dtype=torch.int64)
     b_dec = torch.randn(4)
@@ -44,7 +44,7 @@ def dispatched(call) -> set[str]:
 
 
 @pytest.mark.parametrize("op", calls())
-def test_eager_calls_pass_the_dispatcher_by_and_gradients_do_not(op, device):  # noqa: ARG001
+def test_eager_calls_skip_the_dispatcher_and_gradients_do_not(op, device):  # noqa: ARG001
     assert dispatched(calls()[op]) == set()
     assert op in dispatched(calls(gradient=True)[op])
     with torch.no_grad():
@@ -106,16 +106,16 @@ def test_signatures_are_of_what_triton_may_be_given_at_once():
     assert triton_signature("torch", x) is None
     assert triton_signature("triton", x, None) == ((x.shape, x.dtype, x.device), None)
     assert triton_signature("triton", x, x[0].requires_grad_()) is None
-    assert triton_signature("triton", torch._neg_view(x)) is None
+    assert triton_signature("triton", torch._neg_view(x)) is None  # pyright: ignore
     with torch._subclasses.FakeTensorMode():
         assert triton_signature("triton", torch.zeros(2)) is None
 
 
-def test_the_dense_form_goes_past_the_dispatcher_too(device):  # noqa: ARG001
+def test_the_dense_algorithm_skips_the_dispatcher_too(device):  # noqa: ARG001
     acts, indices = torch.rand(3, 2), torch.randint(4, (3, 2))
     W_dec = torch.randn(4, 5)
-    for form in ("gather", "dense"):
-        out = sparse_decode(acts, indices, W_dec, algorithm=form, implementation="triton")
+    for algorithm in ("gather", "dense"):
+        out = sparse_decode(acts, indices, W_dec, algorithm=algorithm, implementation="triton")
         torch.testing.assert_close(out, decode.decode_rows([acts], [indices], [W_dec], None, None))
 
 

@@ -14,7 +14,7 @@ DOCUMENTED = {
     "OnlineStep",
     "ReconstructionError",
     "ScreenedEncoder",
-    "Screening",
+    "EncodeInfo",
     "StepWorkspace",
     "SparseCode",
     "Transported",

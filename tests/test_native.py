@@ -40,7 +40,7 @@ def test_the_library_is_built_where_it_can_be():
 
 
 def selected_by_sorting(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
-    """By a stable sort: value, descending (NaN first), then index; padding last."""
+    """Selection by a stable sort: value, descending (NaN first), then index; padding last."""
     positive = (scores > 0) | scores.isnan()
     ranked = torch.where(scores.isnan(), math.inf, scores.float()).double()
     ranked = ranked + scores.isnan() * 1.0
@@ -314,7 +314,7 @@ def offset(t: Tensor) -> Tensor:
 
 
 def negated(t: Tensor) -> Tensor:
-    return torch._neg_view(-t)
+    return torch._neg_view(-t)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def expanded(t: Tensor) -> Tensor:
@@ -503,7 +503,7 @@ def test_an_index_outside_is_refused_by_the_gradients(op, index):
 
 @needs_native
 def test_padding_that_names_a_latent_adds_nothing_to_its_gradient():
-    """Not even where the row of its token is not finite."""
+    """Holds also where the row of its token is not finite."""
     acts, indices = torch.tensor([[1.0, 0.0], [-0.0, 2.0]]), torch.tensor([[0, 1], [1, 0]])
     x = torch.tensor([[1.0], [math.inf]])
     found = native.scatter_outer(acts, indices, x, 3)

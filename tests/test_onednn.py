@@ -1,4 +1,4 @@
-"""Products by oneDNN: where they are taken, and that they are as exact as torch's own."""
+"""GEMMs by oneDNN: when they are used, and that they are as exact as torch's own."""
 
 import pytest
 import tiny
@@ -14,7 +14,7 @@ from resae_kernels.cpu.onednn import MOST_DEPTH, OneDNNLinear
 
 @pytest.fixture
 def called(monkeypatch):
-    """Shapes of the products that oneDNN is given."""
+    """Shapes of the GEMMs that oneDNN computes."""
     shapes = []
     plain = onednn.linear
 

@@ -427,7 +427,7 @@ def test_what_does_not_fit_is_an_error_that_says_so(given, error, message):
 
 
 def large_step(dtype=torch.float32) -> dict[str, Tensor]:
-    """Of a weight that is worth screening."""
+    """Inputs of a step whose weight is large enough for screening."""
     return step_inputs((4,), 128, 1024, dtype=dtype)
 
 
@@ -442,7 +442,7 @@ def test_a_cpu_screens_in_one_call_and_follows_the_weight(dtype, monkeypatch):
     inputs = large_step(dtype)
     calls = []
     monkeypatch.setattr(
-        native, "exact_encode", lambda *_: pytest.fail("the whole product was computed")
+        native, "exact_encode", lambda *_: pytest.fail("the whole GEMM was computed")
     )
     compiled = native.online_step
     monkeypatch.setattr(native, "online_step", lambda *a: calls.append(a) or compiled(*a))

@@ -1,4 +1,4 @@
-"""What happens where torch has moved or removed a private interface."""
+"""Fallbacks for a torch that has moved or removed a private interface."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_where_torch_cannot_tell_what_sees_a_call_it_goes_through_the_dispatcher
     assert torch.equal(sparse_decode(acts, indices, W), expected)
 
 
-def test_16_bit_products_without_their_probe_are_taken_in_float32(monkeypatch):
+def test_16_bit_gemms_without_their_probe_are_taken_in_float32(monkeypatch):
     private_torch.has_16bit_gemm.cache_clear()
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     assert not private_torch.has_16bit_gemm(torch.bfloat16)

@@ -47,7 +47,7 @@ WORDS = {"install", "pre-commit", "check", "format", "loadfile"}
 class Block:
     language: str
     line: int
-    """Of its first line of code, counted from 1."""
+    """Line number of its first line of code, counted from 1."""
     source: str
 
 
@@ -82,7 +82,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands of all pages write: a page may go on with a run of another one."""
+    """Folder in which the commands of all pages run: a page may continue a run of another one."""
     return tmp_path_factory.mktemp("readme")
 
 
@@ -199,7 +199,11 @@ def check_tool(words: list[str]) -> None:
         extras = re.fullmatch(r"\.\[(.+)\]", word)
         if extras:
             assert set(extras[1].split(",")) <= set(project()["optional-dependencies"]), word
-        elif re.fullmatch(r"[a-z][\w/-]*(\.py)?", word) and before != "-o" and word not in WORDS:
+        elif (
+            re.fullmatch(r"(\./)?[a-z][\w/-]*(\.py)?", word)
+            and before != "-o"
+            and word not in WORDS
+        ):
             assert (ROOT / word).exists(), word
 
 
@@ -338,10 +342,10 @@ def test_fair_rows_are_those_measured():
 @pytest.mark.parametrize(
     ("path", "providers"),
     [
-        ("README.md", "resae, bare product, oneDNN, sparsify, SAELens sparse"),
+        ("README.md", "resae, encoder GEMM, oneDNN, sparsify, SAELens sparse"),
         (
             "bench/README.md",
-            "resae, bare product, oneDNN, sparsify, SAELens, SAELens sparse, dictionary_learning",
+            "resae, encoder GEMM, oneDNN, sparsify, SAELens, SAELens sparse, dictionary_learning",
         ),
     ],
 )

@@ -145,7 +145,7 @@ def test_every_score_is_within_its_bounds(margin, outliers):
 
 @screens_by_torch
 def test_the_statistical_width_is_the_bound_of_the_docstring():
-    """From float64 and the definition: 2 M exp(−6 λ² / (s²‖r‖² + t²‖ŵ‖²)) ≤ FAILURE."""
+    """Compares with the definition in float64: 2 M exp(−6 λ² / (s²‖r‖² + t²‖ŵ‖²)) ≤ FAILURE."""
     x, weight, bias = inputs(N=30, D=64, M=640)
     copied = screening_torch.quantise(weight, bias, "statistical", 0)
     assert copied is not None
@@ -486,7 +486,7 @@ def test_a_processor_that_cannot_screen_is_named_once(monkeypatch, caplog):
     assert "VNNI" in str(found.reason)
     assert torch.equal(found.code.indices, topk_encode(x, encoder.weight, None, 8).indices)
     (record,) = caplog.records
-    assert "float32 product" in record.message
+    assert "float32 GEMM" in record.message
     assert "VNNI" in record.message
 
 

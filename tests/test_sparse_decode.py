@@ -28,7 +28,7 @@ from resae_kernels import (
     sparse_decode,
     topk_encode,
 )
-from resae_kernels import dense as dense_form
+from resae_kernels import dense as dense_module
 from resae_kernels.cpu import native, private_torch, sums
 from resae_kernels.gradients import encoder_gradients, scatter_outer, scatter_sum
 from resae_kernels.triton import decode as triton_decode
@@ -42,7 +42,7 @@ DTYPES = [
     pytest.param(torch.float16, id="fp16"),
 ]
 either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
-in_both_forms = pytest.mark.parametrize("algorithm", ["gather", "dense"])
+by_both_algorithms = pytest.mark.parametrize("algorithm", ["gather", "dense"])
 # (N, D, M, k)
 SHAPES = [
     pytest.param(5, 4, 8, 3, id="small"),
@@ -98,7 +98,7 @@ def two_decoders(dtype=torch.float64) -> dict[str, Tensor]:
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 @pytest.mark.parametrize(("N", "D", "M", "k"), SHAPES)
 def test_sum_and_gradients_equal_the_reference(N, D, M, k, implementation, algorithm):
     inputs = decoder_inputs(N, D, M, k)
@@ -111,7 +111,7 @@ def test_sum_and_gradients_equal_the_reference(N, D, M, k, implementation, algor
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 @pytest.mark.parametrize(
     "absent", [("bias",), ("prediction",), ("bias", "prediction")], ids="-".join
 )
@@ -127,7 +127,7 @@ def test_sum_and_gradients_equal_the_reference_without_an_optional_input(
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 def test_lists_sum_over_dictionaries_of_different_sizes(implementation, algorithm):
     inputs = two_decoders()
     ours, theirs = (
@@ -138,7 +138,7 @@ def test_lists_sum_over_dictionaries_of_different_sizes(implementation, algorith
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 @pytest.mark.parametrize("N", [3, 18], ids=["few-tokens", "tokens"])
 def test_four_dictionaries_sum_one_of_them_without_a_latent(N, implementation, algorithm):
     parts = [decoder_inputs(N, 70, M, k) for M, k in ((11, 9), (5, 0), (83, 66), (3, 1))]
@@ -163,7 +163,7 @@ def test_one_list_entry_is_the_plain_call(implementation):
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sum_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implementation, algorithm):
     def plain(acts, indices, W_dec, bias, prediction):
@@ -174,7 +174,7 @@ def test_sum_and_gradients_are_as_close_to_fp64_as_plain_torch(dtype, implementa
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sum_over_dictionaries_is_as_close_to_fp64_as_plain_torch(dtype, implementation, algorithm):
     def plain(acts, indices, W_dec, more_acts, more_indices, more_W_dec, bias, prediction):
@@ -203,7 +203,7 @@ def test_leading_shape_is_kept(leading):
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 def test_op_passes_opcheck(implementation, algorithm):
     inputs = decoder_inputs(5, 4, 8, 3)
     acts, W_dec, bias, prediction = (
@@ -227,7 +227,7 @@ def test_op_without_an_implementation_named_passes_opcheck():
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 def test_ops_of_the_backward_pass_opcheck(implementation, algorithm):
     acts, indices = random_code(5, 3, 8)
     rows, W_dec = torch.randn(5, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
@@ -238,7 +238,7 @@ def test_ops_of_the_backward_pass_opcheck(implementation, algorithm):
     torch.library.opcheck(ops.sddmm.default, (rows, indices, W_dec), named)
 
 
-@in_both_forms
+@by_both_algorithms
 def test_gradients_can_be_differentiated_again(algorithm):
     # Without a derivative of their own the sums of the backward would end the graph: a gradient
     # penalty would train as if they were constants.
@@ -279,7 +279,7 @@ def test_one_gradient_alone_is_the_one_of_all_together(wanted):
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 def test_same_bits_twice(implementation, algorithm):
     inputs = decoder_inputs(64, 24, 96, 9, torch.float32)
     op, _ = both(implementation, algorithm)
@@ -289,7 +289,7 @@ def test_same_bits_twice(implementation, algorithm):
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 def test_compiled_equals_eager(implementation, algorithm):
     inputs = two_decoders(torch.float32)
     op, _ = both(implementation, algorithm)
@@ -302,7 +302,7 @@ def test_compiled_equals_eager(implementation, algorithm):
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 def test_non_contiguous_inputs_and_gradients_change_nothing(implementation, algorithm):
     inputs = decoder_inputs(6, 5, 9, 3)
     strided = {
@@ -330,7 +330,7 @@ def test_meta_tensors_give_shapes():
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 @given(data=st.data())
 def test_any_code_equals_the_reference_repeated_latents_included(implementation, algorithm, data):
     N, M, k = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (1, 6), (1, 6)))
@@ -366,7 +366,7 @@ def test_worked_example():
     assert prediction.grad.tolist() == [[1, 7]]
 
 
-@in_both_forms
+@by_both_algorithms
 @pytest.mark.parametrize("latents", [2, 50], ids=["few-latents", "many-latents"])
 @pytest.mark.parametrize("offset", ["bias", "prediction", "another dictionary"])
 def test_terms_are_added_before_the_one_rounding(offset, latents, algorithm):
@@ -384,7 +384,7 @@ def test_terms_are_added_before_the_one_rounding(offset, latents, algorithm):
     assert y.item() == 1
 
 
-@in_both_forms
+@by_both_algorithms
 def test_gradient_of_the_acts_is_summed_before_the_one_rounding(algorithm):
     # (1 + 2⁻⁷)² − (1 + 2⁻⁶) = 2⁻¹⁴: a product rounded to bf16 before the sum gives 0.
     acts = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -394,7 +394,7 @@ def test_gradient_of_the_acts_is_summed_before_the_one_rounding(algorithm):
     assert acts.grad.item() == 2**-14
 
 
-@in_both_forms
+@by_both_algorithms
 def test_padding_slots_add_nothing_to_the_sum_or_to_the_gradient_of_latent_0(algorithm):
     acts = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     indices = torch.tensor([[1, 0, 0], [0, 0, 0]])
@@ -576,7 +576,7 @@ def test_rows_that_no_latent_asks_for_do_not_matter(implementation):
     assert scatter_outer(acts, indices, rows, M, implementation).isfinite().all()
 
 
-# -- the dense form --------------------------------------------------------------------------------
+# -- the dense algorithm ---------------------------------------------------------------------------
 
 
 def repeating_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -593,7 +593,7 @@ def repeating_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @either
-@in_both_forms
+@by_both_algorithms
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_latents_named_repeatedly_are_as_close_to_fp64_as_plain_torch(
     dtype, implementation, algorithm
@@ -648,8 +648,8 @@ def test_acts_that_are_not_finite_reach_their_own_token_alone(implementation):
 
 
 @either
-def test_dense_form_passes_what_is_not_finite_in_the_dictionary_to_every_token(implementation):
-    # The docstring says so: 0 · inf. By the rule this is the only difference between the forms.
+def test_dense_algorithm_passes_what_is_not_finite_in_the_dictionary_to_every_token(implementation):
+    # As documented: 0 · inf. By the rule this is the only difference between the algorithms.
     W_dec = torch.randn(8, 3)
     W_dec[7, 1] = float("inf")
     acts, indices = torch.ones(2, 1), torch.tensor([[0], [1]])
@@ -666,12 +666,12 @@ SUMS = ("dense_sum", "dense_outer", "dense_sddmm")
 
 
 def dense_sums_used(monkeypatch, run) -> list[str]:
-    """Which of the three products `run` takes, in order."""
+    """Names of the dense sums that `run` uses, in order."""
     used = []
     for name in SUMS:
-        function = getattr(dense_form, name)
+        function = getattr(dense_module, name)
         monkeypatch.setattr(
-            dense_form, name, lambda *a, name=name, f=function: used.append(name) or f(*a)
+            dense_module, name, lambda *a, name=name, f=function: used.append(name) or f(*a)
         )
     run()
     return used
@@ -686,19 +686,19 @@ def dense_sums_used(monkeypatch, run) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_rule_takes_the_dense_form_for_many_tokens_of_few_latents(
+def test_rule_takes_the_dense_algorithm_for_many_tokens_of_few_latents(
     tokens, latents, dense, dtype, monkeypatch
 ):
     k = 2
-    M = int(dense_form.DENSE_RATIO["cpu"][dtype == torch.bfloat16] * k) + latents
-    inputs = decoder_inputs(dense_form.DENSE_TOKENS + tokens, 3, M, k, dtype)
+    M = int(dense_module.DENSE_RATIO["cpu"][dtype == torch.bfloat16] * k) + latents
+    inputs = decoder_inputs(dense_module.DENSE_TOKENS + tokens, 3, M, k, dtype)
     used = dense_sums_used(monkeypatch, lambda: values_and_gradients(sparse_decode, inputs))
     assert sorted(used) == (sorted(SUMS) if dense else [])
 
 
 @either
 def test_rule_holds_in_the_gradients_of_the_encoder_and_in_the_chain(implementation, monkeypatch):
-    N, D, M, k = dense_form.DENSE_TOKENS, 3, 4, 2
+    N, D, M, k = dense_module.DENSE_TOKENS, 3, 4, 2
     x, weight, bias, A = (torch.randn(shape).double() for shape in ((N, D), (M, D), (M,), (D, D)))
     inputs = {"x": x, "weight": weight, "bias": bias, "W_dec": torch.randn(M, D).double(), "A": A}
 
@@ -712,12 +712,12 @@ def test_rule_holds_in_the_gradients_of_the_encoder_and_in_the_chain(implementat
         used = dense_sums_used(patch, lambda: results.append(values_and_gradients(stack, inputs)))
     # Two sums, their gradients, and of the encoder dx by a sum and dweight.
     assert sorted(used) == sorted([*SUMS, *SUMS, "dense_sum", "dense_outer"])
-    monkeypatch.setattr(dense_form, "DENSE_TOKENS", N + 1)
+    monkeypatch.setattr(dense_module, "DENSE_TOKENS", N + 1)
     assert_same(results[0], values_and_gradients(stack, inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_form_never_waits_for_a_value(dtype, device, monkeypatch):
+def test_dense_algorithm_never_waits_for_a_value(dtype, device, monkeypatch):
     # Fake tensors have none: whatever asks for one raises. So do factors that do not fit.
     monkeypatch.setattr(triton_decode, "launch_scatter", lambda code, acts, indices: None)  # noqa: ARG005
     monkeypatch.setattr(memory, "WORKSPACE_BYTES", {"cpu": 100, "cuda": 100})
@@ -740,7 +740,7 @@ def test_dense_form_never_waits_for_a_value(dtype, device, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_form_in_a_cuda_graph_gives_the_same_bits(dtype):
+def test_dense_algorithm_in_a_cuda_graph_gives_the_same_bits(dtype):
     inputs = {name: t.cuda() for name, t in decoder_inputs(300, 64, 96, 40, dtype).items()}
     eager = sparse_decode(**inputs, algorithm="dense")
     graph = torch.cuda.CUDAGraph()
@@ -750,9 +750,9 @@ def test_dense_form_in_a_cuda_graph_gives_the_same_bits(dtype):
     assert torch.equal(captured, eager)
 
 
-@in_both_forms
-def test_form_asked_for_overrules_the_rule(algorithm, monkeypatch):
-    big, small = decoder_inputs(dense_form.DENSE_TOKENS, 3, 2, 2), decoder_inputs(3, 4, 8, 1)
+@by_both_algorithms
+def test_requested_algorithm_overrules_the_rule(algorithm, monkeypatch):
+    big, small = decoder_inputs(dense_module.DENSE_TOKENS, 3, 2, 2), decoder_inputs(3, 4, 8, 1)
     for inputs in (big, small):
         with monkeypatch.context() as patch:
             used = dense_sums_used(
@@ -762,8 +762,8 @@ def test_form_asked_for_overrules_the_rule(algorithm, monkeypatch):
 
 
 @either
-def test_dictionaries_of_one_sum_take_the_form_that_suits_each(implementation, monkeypatch):
-    N = dense_form.DENSE_TOKENS
+def test_dictionaries_of_one_sum_take_the_algorithm_that_suits_each(implementation, monkeypatch):
+    N = dense_module.DENSE_TOKENS
     parts = [decoder_inputs(N, 3, M, k) for M, k in ((60, 2), (4, 2), (50, 1))]
     lists = [[part[name] for part in parts] for name in ("acts", "indices", "W_dec")]
     offsets = {name: parts[0][name] for name in ("bias", "prediction")}
@@ -779,7 +779,7 @@ def test_dictionaries_of_one_sum_take_the_form_that_suits_each(implementation, m
 
 
 @either
-def test_dense_form_is_the_same_under_autocast(implementation):
+def test_dense_algorithm_is_the_same_under_autocast(implementation):
     inputs = decoder_inputs(6, 4, 8, 3, torch.float32)
     op, _ = both(implementation, "dense")
     plain = values_and_gradients(op, inputs)
@@ -948,8 +948,10 @@ def test_error_of_non_contiguous_inputs_is_the_same(implementation):
 
 
 @either
-def test_error_by_the_rule_takes_the_dense_form_where_the_decode_does(implementation, monkeypatch):
-    N = dense_form.DENSE_TOKENS
+def test_error_by_the_rule_takes_the_dense_algorithm_where_the_decode_does(
+    implementation, monkeypatch
+):
+    N = dense_module.DENSE_TOKENS
     parts = [decoder_inputs(N, 3, M, k) for M, k in ((60, 2), (4, 2))]
     target = torch.randn(N, 3, dtype=torch.float64)
     for chosen in (parts, parts[1:]):
@@ -1248,7 +1250,7 @@ def test_index_outside_the_dictionary_is_refused_in_16_bits_too(index):
 
 
 def test_gathered_dot_without_the_private_op_is_the_same(monkeypatch):
-    """Where torch has moved the op that copies no row, rows are gathered."""
+    """Rows are gathered where torch has moved the op that copies none."""
     x, W = torch.randn(7, 12), torch.randn(20, 12)
     tokens, latents = torch.randint(7, (50,)), torch.randint(20, (50,))
     expected = (x.double()[tokens] * W.double()[latents]).sum(-1).float()
@@ -1283,8 +1285,8 @@ def test_one_token_on_a_cpu_is_decoded_as_any_other():
 
 @pytest.mark.skipif(native.unavailable() is not None, reason="without the compiled library")
 def test_many_tokens_of_a_sparse_code_take_one_compiled_call(monkeypatch):
-    """Those of a code that pays in the dense form do not."""
-    N, M = dense_form.DENSE_TOKENS, 4096
+    """Codes for which the dense algorithm pays do not."""
+    N, M = dense_module.DENSE_TOKENS, 4096
     acts, indices, W = torch.rand(N, 2), torch.randint(M, (N, 2)), torch.randn(M, 6)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_check", lambda *_: pytest.fail("passed through the dispatcher"))

@@ -268,7 +268,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 HEAVY = {"torch._dynamo", "torch._inductor", "sympy", "transformers", "datasets", "matplotlib"}
-"""What importing costs as much as torch, or nearly; `triton` a tenth of it."""
+"""Modules whose import costs about as much as torch's; `triton` costs a tenth of it."""
 
 
 @pytest.mark.parametrize(
@@ -341,4 +341,4 @@ def test_a_mistyped_name_is_an_error_as_of_any_module():
     with pytest.raises(AttributeError, match="module 'resae' has no attribute 'Resae'"):
         resae.Resae  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'Resae' from 'resae'"):
-        from resae import Resae  # noqa: F401
+        from resae import Resae  # noqa: F401  # pyright: ignore

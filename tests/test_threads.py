@@ -6,7 +6,7 @@ from resae.threads import PerThread
 
 
 def in_a_thread(function):
-    """What `function` returns in a thread that has ended."""
+    """Result of `function`, called in a thread that has ended."""
     out = []
     thread = threading.Thread(target=lambda: out.append(function()))
     thread.start()

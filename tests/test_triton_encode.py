@@ -1,4 +1,4 @@
-"""The Triton encode of many tokens: chunks of rows, selection, and its product."""
+"""The Triton encode of many tokens: chunks of rows, selection, and its GEMM."""
 
 import math
 
@@ -83,7 +83,7 @@ def awkward_scores(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def assert_selects(scores: Tensor, k: int) -> None:
-    """By index as on a CPU; by value as by a stable sort of that."""
+    """Compare selection by index with the CPU's, and by value with a stable sort of that."""
     by_index, by_value = selected(scores, k, False), selected(scores, k, True)
     expected = (t.to(scores.device) for t in select(scores.cpu(), k, False))
     assert_same_code(by_index, SparseCode(*expected))
@@ -99,7 +99,7 @@ def test_a_code_by_value_is_the_stable_sort_of_the_code_by_index(device, dtype):
 
 @pytest.mark.parametrize("tile", tiles.TILES["select"].alternatives, ids=tiles.sizes)
 def test_every_tile_of_the_selection_selects_the_same(device, tile):
-    with tiles.forced_tiles({"select": tile}):
+    with tiles.override_tiles({"select": tile}):
         assert_selects(awkward_scores(torch.bfloat16, device), 5)
 
 
@@ -138,7 +138,7 @@ GEMM_TILES = pytest.mark.parametrize(
 
 
 def by_gemm(tile: tiles.GemmTile, x, weight, bias, k, **options) -> SparseCode:
-    with tiles.forced_tiles({"product_of_many_16bit": tile}):
+    with tiles.override_tiles({"gemm_many_tokens_16bit": tile}):
         return topk_encode(x, weight, bias, k, **options, implementation="triton")
 
 

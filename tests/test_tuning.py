@@ -20,11 +20,11 @@ from resae_kernels.triton.selection import selection_layout
 
 NAME, CLASS = kernel_tiles.device_name(DEVICE), kernel_tiles.device_class(DEVICE)
 SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
-    "product_of_two_16bit": Case("encode", 2, 32, 192, 4, "bfloat16"),
-    "product_of_two_32bit": Case("encode", 1, 32, 192, 4),
-    "product_of_few_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
-    "product_of_few_32bit": Case("encode", 3, 32, 192, 4),
-    "product_of_many_16bit": Case("encode", 18, 16, 192, 4, "bfloat16"),
+    "gemm_2_tokens_16bit": Case("encode", 2, 32, 192, 4, "bfloat16"),
+    "gemm_2_tokens_32bit": Case("encode", 1, 32, 192, 4),
+    "gemm_16_tokens_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
+    "gemm_16_tokens_32bit": Case("encode", 3, 32, 192, 4),
+    "gemm_many_tokens_16bit": Case("encode", 18, 16, 192, 4, "bfloat16"),
     "group_max": Case("encode", 18, 16, 192, 4),
     "select": Case("encode", 18, 16, 192, 4),
     "residual": Case("encode", 18, 32, 64, 2, "bfloat16"),
@@ -40,17 +40,17 @@ kernels = pytest.mark.parametrize("kernel", module.TUNABLES)
 def home(tmp_path, monkeypatch) -> Iterator[Path]:
     """A user without tuned tiles."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    kernel_tiles.forget_tiles()
+    kernel_tiles.reload_tiles()
     yield tmp_path
     monkeypatch.undo()
-    kernel_tiles.forget_tiles()
+    kernel_tiles.reload_tiles()
 
 
 def write(content: object) -> Path:
     path = kernel_tiles.tiles_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    kernel_tiles.forget_tiles()
+    kernel_tiles.reload_tiles()
     return path
 
 
@@ -81,7 +81,7 @@ def test_every_kernel_with_tiles_can_be_tuned_and_has_alternatives():
 
 
 def test_the_choice_of_a_class_comes_before_the_default():
-    table = kernel_tiles.TILES["product_of_few_16bit"]
+    table = kernel_tiles.TILES["gemm_16_tokens_16bit"]
     assert table.of("sm_90") == table.classes["sm_90"] != table.default
     assert table.of("sm_75") == table.default
     assert table.candidates("sm_90")[0] == table.classes["sm_90"].tile
@@ -98,7 +98,7 @@ def test_tiles_are_looked_up_at_every_launch(kernel):
             return super().get(name, default)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel_tiles, "_forced", Recording())
+        patch.setattr(kernel_tiles, "_overrides", Recording())
         inputs = module.make_inputs(SMALL[kernel], DEVICE)
         module.TUNABLES[kernel].run(SMALL[kernel], inputs, "triton")
     assert kernel in asked
@@ -108,8 +108,9 @@ def test_tiles_are_looked_up_at_every_launch(kernel):
 def test_representative_shapes_are_of_the_kernel_they_tune(kernel):
     for case in module.TUNABLES[kernel].cases:
         assert case.op != "encode" or selection_layout(case.M, case.k) is not None
-        assert (case.N <= FEW_TOKENS) == ("few" in kernel or "two" in kernel)
-        assert (case.N <= GEMV_TOKENS) == ("two" in kernel) or kernel == "decode_few"
+        few = kernel == "decode_few" or "2_tokens" in kernel or "16_tokens" in kernel
+        assert (case.N <= FEW_TOKENS) == few
+        assert (case.N <= GEMV_TOKENS) == ("2_tokens" in kernel) or kernel == "decode_few"
         if "bit" in kernel:
             assert kernel.endswith({"float32": "32bit", "bfloat16": "16bit"}[case.dtype])
 
@@ -118,7 +119,7 @@ def test_representative_shapes_are_of_the_kernel_they_tune(kernel):
 
 
 def test_without_a_file_the_package_chooses():
-    chosen, source = kernel_tiles.tile_in_force("decode", DEVICE)
+    chosen, source = kernel_tiles.active_tile("decode", DEVICE)
     assert (chosen, source) == (kernel_tiles.TILES["decode"].default, "default")
 
 
@@ -126,7 +127,7 @@ def test_a_tuned_tile_is_preferred_and_says_where_it_was_measured():
     tile = kernel_tiles.TILES["decode"].alternatives[0]
     write(tuned({"decode": tile._asdict()}))
     assert kernel_tiles.tile("decode", DEVICE) == tile
-    chosen, source = kernel_tiles.tile_in_force("decode", DEVICE)
+    chosen, source = kernel_tiles.active_tile("decode", DEVICE)
     assert (chosen.measured, source) == (f"{NAME}, 2026-01-31", "tuned")
     # Kernels that the file does not name, and other devices, keep theirs.
     assert kernel_tiles.tile("decode_few", DEVICE) == kernel_tiles.TILES["decode_few"].default.tile
@@ -184,8 +185,8 @@ def test_importing_reads_no_file():
 def test_forced_tiles_come_first_and_end_with_their_block():
     table = kernel_tiles.TILES["decode"]
     write(tuned({"decode": table.alternatives[0]._asdict()}))
-    with kernel_tiles.forced_tiles({"decode": table.default.tile}):
-        with kernel_tiles.forced_tiles({"decode": table.alternatives[1]}):
+    with kernel_tiles.override_tiles({"decode": table.default.tile}):
+        with kernel_tiles.override_tiles({"decode": table.alternatives[1]}):
             assert kernel_tiles.tile("decode", DEVICE) == table.alternatives[1]
         assert kernel_tiles.tile("decode", DEVICE) == table.default.tile
     assert kernel_tiles.tile("decode", DEVICE) == table.alternatives[0]
@@ -200,7 +201,7 @@ def test_candidates_are_right_and_timed_in_turns(kernel):
     calls = []
 
     def seconds(call):
-        calls.append(dict(kernel_tiles._forced)[kernel])
+        calls.append(dict(kernel_tiles._overrides)[kernel])
         call()
         return float(next(times))
 
@@ -231,8 +232,8 @@ def test_tiles_are_compared_by_their_graphs_where_all_are_captured():
 
 def test_tuning_covers_the_widest_dictionary_of_the_readme():
     tokens_of = {
-        f"product_of_{n}_{bits}bit": tokens
-        for n, tokens in (("two", {1, 2}), ("few", {4, 16}))
+        f"gemm_{n}_tokens_{bits}bit": tokens
+        for n, tokens in ((2, {1, 2}), (16, {4, 16}))
         for bits in (16, 32)
     }
     tokens_of |= {"decode_few": {1, 16}}
@@ -317,7 +318,7 @@ def test_every_kernel_is_measured_and_the_faster_tile_stored(monkeypatch):
 
     def seconds(call):
         call()
-        return 0.5 if kernel_tiles._forced["scatter_outer"] == faster else 1.0
+        return 0.5 if kernel_tiles._overrides["scatter_outer"] == faster else 1.0
 
     chosen = module.tune(DEVICE, rounds=1, timer=eagerly(seconds), say=lines.append)
     # Only where that tile is under measurement does the clock show a difference.
@@ -331,7 +332,7 @@ def test_every_kernel_is_measured_and_the_faster_tile_stored(monkeypatch):
     assert "* N=5 D=40 M=16 k=5 float32" in lines[-1]
     assert "0.500" in lines[-1]
     assert kernel_tiles.tile("scatter_outer", DEVICE) == faster
-    assert f"{'scatter_outer':<22}rows=8 row_bytes=512" in module.tiles_in_force(DEVICE)
+    assert f"{'scatter_outer':<23}rows=8 row_bytes=512" in module.active_tiles(DEVICE)
 
 
 def test_a_damaged_file_stops_tuning_before_it_starts(monkeypatch):

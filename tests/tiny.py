@@ -182,7 +182,7 @@ class _Lime(nn.Module):
 
 
 def lime() -> HookedLM:
-    """Not of Hugging Face: blocks that return a tuple with further state, as LIMe's do."""
+    """A model outside Hugging Face whose blocks return a tuple with further state, as LIMe's do."""
     torch.manual_seed(6)
     return HookedLM(_Lime())
 
@@ -259,7 +259,7 @@ def exact_stack(lm: HookedLM, kind: str = "previous") -> ReSAE:
 
 
 def carried_steps(monkeypatch) -> list[torch.Size]:
-    """What `ReSAE.step` will have given to `online_step` together with transported dictionaries."""
+    """Shapes that `ReSAE.step` passes to `online_step` together with transported dictionaries."""
     steps: list[torch.Size] = []
     fused = stack_module.online_step
 

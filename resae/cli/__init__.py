@@ -33,6 +33,7 @@ COMMANDS = {
     "profile": "time one op at one shape against roofs and alternatives",
     "tune": "measure which tile sizes of the GPU kernels are fastest on your GPU, and use them "
     "from then on",
+    "completion": "print a script that completes commands and options in your shell",
 }
 
 GC_THRESHOLD = 20_000
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     from_file = any(a == "--config" or a.startswith("--config=") for a in arguments)
-    parsed = _parser(from_file).parse_args(arguments)
+    parsed = full_parser(from_file=from_file).parse_args(arguments)
     display = Display(
         parsed.command,
         shlex.join(["resae", *arguments]),
@@ -70,7 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(from_file: bool) -> Parser:
+def full_parser(*, from_file: bool = False) -> Parser:
+    """The parser of the whole command line.
+
+    Args:
+        from_file: whether a settings file may hold the required settings.
+    """
     parser = Parser(
         prog="resae",
         description="Sparse autoencoders for several layers of a language model at once: fit "

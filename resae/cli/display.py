@@ -1,7 +1,6 @@
 """The console of the command line. Only this package prints."""
 
 import sys
-import time
 
 from resae.console import Console
 
@@ -28,7 +27,6 @@ class Display(Console):
         self.traceback = traceback
         self._quiet = quiet
         self._pending = False
-        self._last = 0.0
         self._file = None
 
     def report_to_stderr(self) -> None:
@@ -49,9 +47,8 @@ class Display(Console):
         if (self._file or sys.stdout).isatty():
             print(f"\r\033[K{line}", end="", file=self._file, flush=True)
             self._pending = True
-        elif time.monotonic() - self._last >= 10:
+        elif self._progress_is_due():
             print(line, file=self._file, flush=True)
-            self._last = time.monotonic()
 
     def result(self, text: str) -> None:
         """Print what was asked for, quiet or not."""

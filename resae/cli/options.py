@@ -21,10 +21,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self._fill = fill
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def arguments(self) -> list[argparse.Action]:
+        """The options and positional arguments, in the order of `--help`."""
         fill, self._fill = self._fill, None
         if fill is not None:
             fill(self)
+        return list(self._actions)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.arguments()
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

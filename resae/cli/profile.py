@@ -94,7 +94,7 @@ def run(options: Options, display: Display) -> int:
     roofs = measure_roofs(clock, case.dtype)
     display.say(
         f"roofs of this machine: copy {roofs.copy / 1e9:.1f} GB/s, {case.dtype} product "
-        f"{roofs.product / 1e12:.3f} TFLOP/s; this case at best {1e3 * roofs.seconds(case):.3f} ms"
+        f"{roofs.gemm / 1e12:.3f} TFLOP/s; this case at best {1e3 * roofs.seconds(case):.3f} ms"
     )
     rows = profile(case, device=device, roofs=roofs, clock=clock, rounds=options.rounds)
     if options.json:

@@ -29,12 +29,12 @@ class Options:
 def run(options: Options, display: Display) -> int:
     import torch
 
-    from resae_kernels.profiling import tiles_in_force, tune
+    from resae_kernels.profiling import active_tiles, tune
     from resae_kernels.triton.tiles import tiles_file
 
     gpu = torch.device("cuda" if options.device == "auto" else options.device)
     if options.show:
-        display.result(tiles_in_force(gpu if torch.cuda.is_available() else torch.device("cpu")))
+        display.result(active_tiles(gpu if torch.cuda.is_available() else torch.device("cpu")))
         return 0
     chosen = tune(gpu, rounds=options.rounds, say=display.say)
     display.say(

@@ -1,1 +1,1 @@
-"""What runs on a CPU: selection, sums, screening, and the compiled library."""
+"""CPU implementations: selection, sums, screening, and the compiled library."""

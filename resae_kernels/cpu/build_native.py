@@ -12,8 +12,9 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "native.c"
 LIBRARY = HERE / "_native.so"
 FLAGS = (
@@ -28,7 +29,7 @@ def source_version() -> int:
 
 
 def compile_library() -> str | None:
-    """Write `_native.so` beside its source; returns why it could not be built, or None."""
+    """Write `_native.so` next to its source; returns the reason if that is impossible, or None."""
     if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
         return f"native.c is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
@@ -61,18 +62,22 @@ else:
         pass
     else:
 
-        class NativeBuildHook(BuildHookInterface):
+        class NativeBuildHook(BuildHookInterface):  # pyright: ignore[reportUntypedBaseClass]
             """Adds the compiled library to the wheel where it can be built."""
 
-            def initialize(self, version: str, build_data: dict) -> None:
+            def initialize(self, version: str, build_data: dict[str, Any]) -> None:
                 del version
                 if self.target_name != "wheel":
                     return
                 reason = compile_library()
                 if reason is not None:
                     LIBRARY.unlink(missing_ok=True)
-                    self.app.display_warning(f"resae is built without its CPU library: {reason}")
+                    self.app.display_warning(
+                        f"resae_kernels is built without its CPU library: {reason}"
+                    )
                     return
                 build_data["pure_python"] = False
                 build_data["tag"] = f"py3-none-linux_{platform.machine()}"
-                build_data["artifacts"].append(f"resae_kernels/cpu/{LIBRARY.name}")
+                # The package is a folder of the project `resae`, and the whole of `resae-kernels`.
+                library = LIBRARY.relative_to(Path(self.root).resolve())
+                build_data["artifacts"].append(f"/{library.as_posix()}")

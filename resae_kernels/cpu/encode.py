@@ -1,4 +1,4 @@
-"""TopK encode in torch: a chunk of scores at a time, so that they stay in cache between the product
+"""TopK encode in torch: a chunk of scores at a time, so that they stay in cache between the GEMM
 and the selection; few tokens by one call of the compiled library."""
 
 import torch
@@ -37,9 +37,8 @@ def encode_in_chunks(
     scores = None if by_onednn else torch.empty(rows, M, dtype=dtype, device=x.device)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
-        rest = residual(x[chunk], pre_bias, None if prediction is None else prediction[chunk]).to(
-            dtype
-        )
+        part = None if prediction is None else prediction[chunk]
+        rest = residual(x[chunk], pre_bias, part).to(dtype)
         if scores is None:
             chunk_scores = onednn.linear(rest, weight, bias)
         else:

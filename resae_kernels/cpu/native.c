@@ -2,7 +2,7 @@
 
    Plain C with AVX-512 (VNNI) and, where the processor has it, AMX; called through ctypes with
    addresses of tensors, so that it depends on no version of Python or torch. `native.py` declares
-   the functions and says where they run; `screened_encode.py` has the mathematics of the bounds.
+   the functions and lists where they run; `screened.py` has the mathematics of the bounds.
 
    Letters: N tokens, D width, M latents, k active. M' is M up to a multiple of 32, D' is D up to a
    multiple of 64. A panel is 16 consecutive latents, one AVX-512 register of scores. */
@@ -332,7 +332,7 @@ int resae_select(const void *scores, i64 stride, int dtype, i64 N, i64 M, i64 k,
 
 /* -- the 8-bit copy ---------------------------------------------------------------------------- */
 
-/* What screening reads beside the weight. Kept alive by its maker in `screened_encode.py`. */
+/* The 8-bit copy of a weight and its bounds. `screening_native.py` keeps its memory alive. */
 typedef struct {
   i64 M, D;
   const void *weight; /* [M, D], rows `weight_stride` entries apart */
@@ -421,7 +421,8 @@ INLINE void quantise_row(const void *row, int dtype, i64 D, float levels, const 
 
 int resae_quantise(const void *weight, i64 stride, int dtype, i64 M, i64 D, float levels,
                    const float *dither, const float *weight_dither, int threads, int8_t *packed,
-                   int32_t *start, float *steps, float *shift, float *size, float *error, float *norm) {
+                   int32_t *start, float *steps, float *shift, float *size, float *error,
+                   float *norm) {
   i64 depth = padded_depth(D), panels = padded_latents(M) / PANEL;
   int8_t *memory = calloc(threads * PANEL, depth);
   if (!memory) return NO_MEMORY;
@@ -486,7 +487,8 @@ typedef struct {
 INLINE void form_residual(const job *w, i64 n, float *r, int dtype, float *squares, float *peak) {
   i64 D = w->c->D;
   const void *x = row_at(w->x, n, w->x_stride, dtype);
-  const void *prediction = w->prediction ? row_at(w->prediction, n, w->prediction_stride, dtype) : 0;
+  const void *prediction =
+      w->prediction ? row_at(w->prediction, n, w->prediction_stride, dtype) : 0;
   __m512 sum = _mm512_setzero_ps(), most = sum;
   for (i64 d = 0; d < D; d += 16) {
     __mmask16 mask = first(D - d);
@@ -591,7 +593,8 @@ static void raise_least(list *row, const job *w, const residual *r) {
     for (i64 i = 0; i < row->n; i += 16) {
       __mmask16 mask = first(row->n - i);
       __m512 width = width_of(w->c, r, _mm512_loadu_si512(row->latents + i), mask);
-      __m512 lower = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), width, _mm512_loadu_ps(row->values + i));
+      __m512 upper = _mm512_loadu_ps(row->values + i);
+      __m512 lower = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), width, upper);
       lower = _mm512_max_ps(lower, _mm512_setzero_ps());
       _mm512_storeu_si512(row->keys + i, _mm512_castps_si512(lower));
     }
@@ -704,7 +707,7 @@ __attribute__((target("amx-tile,amx-int8"))) static void screen_by_amx(const job
     uint8_t rows[16];
   } config = {.palette = 1};
   for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
-  /* The compiler's own declaration of the next line says that it reads 8 bytes. */
+  /* The compiler declares that the next line reads 8 bytes. */
   __asm__ volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
   int32_t products[4][16][16] __attribute__((aligned(64))); /* [row tile · 2 + panel] */
@@ -844,7 +847,8 @@ static int finish_row(list *row, const job *w, residual *r, const float *values,
     __m512 width = width_of(c, r, _mm512_loadu_si512(row->latents + i), first(n - i));
     __m512 middle = _mm512_sub_ps(_mm512_loadu_ps(row->values + i), width);
     _mm512_storeu_ps(s->width + i, width);
-    _mm512_storeu_si512(row->keys + i, _mm512_castps_si512(_mm512_max_ps(middle, _mm512_setzero_ps())));
+    middle = _mm512_max_ps(middle, _mm512_setzero_ps());
+    _mm512_storeu_si512(row->keys + i, _mm512_castps_si512(middle));
   }
   int32_t kth = n > k ? kth_largest(row->keys, n, k) : 0;
   for (i64 i = 0; i < n; i++)
@@ -902,8 +906,8 @@ static void *take(char **at, i64 bytes) {
 static int allocate(workspace *to, const job *w, i64 n, i64 parts) {
   i64 depth = padded_depth(w->c->D), tiled = (n + 31) / 32 * 32, most = w->capacity + PANEL;
   i64 row = sizeof(residual) + depth * sizeof(float) + depth;
-  i64 part = n * (sizeof(list) + list_words(w->capacity) * 4 + 64) + sizeof(scratch) + 4 * most * 4 +
-             2 * w->k * 4;
+  i64 part = n * (sizeof(list) + list_words(w->capacity) * 4 + 64) + sizeof(scratch) +
+             4 * most * 4 + 2 * w->k * 4;
   to->memory = malloc(n * row + tiled * depth + parts * (part + 8 * 64) + 16 * 64);
   if (!to->memory) return NO_MEMORY;
   char *at = to->memory + (aligned((i64)(intptr_t)to->memory) - (i64)(intptr_t)to->memory);
@@ -919,12 +923,13 @@ static int allocate(workspace *to, const job *w, i64 n, i64 parts) {
     *s = (scratch){take(&at, most * 4), take(&at, most * 4), take(&at, most * 4),
                    take(&at, 2 * w->k * 4), take(&at, most * 4)};
     for (i64 i = 0; i < n; i++)
-      to->lists[p * n + i] = make_list(take(&at, list_words(w->capacity) * 4), s->keys, w->capacity);
+      to->lists[p * n + i] =
+          make_list(take(&at, list_words(w->capacity) * 4), s->keys, w->capacity);
   }
   return OK;
 }
 
-/* Form and quantise n residuals; true if an entry of one wants its dimension as a column. The
+/* Form and quantise n residuals; true if an entry of one needs its dimension as a column. The
    largest entries, over the root mean square of the rest of their row, go into `relative [D]`. */
 static int prepare(const job *w, block *b, i64 first_row, int amx, float *relative) {
   const copy *c = w->c;
@@ -997,8 +1002,7 @@ int resae_screened_encode(const copy *c, const void *x, i64 x_stride, const void
                           i64 prediction_stride, const void *pre_bias, int dtype, i64 N, i64 k,
                           int sorted, int use_amx, int accept_outliers, int threads, void *acts,
                           i64 *indices, uint8_t *left, float *relative, i64 *counts) {
-  job work = {c,           x,      prediction,  pre_bias,
-              x_stride,    prediction_stride,   k,     dtype,
+  job work = {c, x, prediction, pre_bias, x_stride, prediction_stride, k, dtype,
               dtype == F32 ? 0.0f : dtype == BF16 ? 1.0f / 128 : 1.0f / 1024, 0};
   const job *w = &work;
   if (!holds_samples(c)) return STALE_COPY;
@@ -1042,7 +1046,8 @@ i64 n = space.b.n, found = 0, given_up = 0;
         if (amx) screen_by_amx(w, &space.b, lists, begin, end);
         else screen_by_vnni(w, &space.b, lists, begin, end);
       }
-#pragma omp parallel for num_threads((int)parts) if (parts > 1 && n > 1) reduction(+ : found, given_up)
+#pragma omp parallel for num_threads((int)parts) if (parts > 1 && n > 1)                           \
+    reduction(+ : found, given_up)
       for (i64 i = 0; i < n; i++) {
         i64 at = from + i;
         residual *r = space.b.rows + i;
@@ -1086,13 +1091,15 @@ enum { ROWS_AHEAD = 6 };
 
 INLINE void prefetch_strip(const void *row, i64 d, int C, int dtype) {
   const char *at = (const char *)row + d * size_of(dtype);
-  for (i64 byte = 0; byte < 16 * C * size_of(dtype); byte += 64) _mm_prefetch(at + byte, _MM_HINT_T0);
+  for (i64 byte = 0; byte < 16 * C * size_of(dtype); byte += 64)
+    _mm_prefetch(at + byte, _MM_HINT_T0);
 }
 
-/* out[d …] = Σ acts · W + prediction + bias, of 16·C entries from d (`mask`: of the last 16); summed in
-   float32 and rounded once. */
-INLINE void decode_strip(const code *codes, i64 n_codes, i64 n, const void *bias, const void *prediction,
-                         void *out, i64 d, int C, __mmask16 mask, int dtype) {
+/* out[d …] = Σ acts · W + prediction + bias, of 16·C entries from d (`mask`: of the last 16);
+   summed in float32 and rounded once. */
+INLINE void decode_strip(const code *codes, i64 n_codes, i64 n, const void *bias,
+                         const void *prediction, void *out, i64 d, int C, __mmask16 mask,
+                         int dtype) {
   __m512 sums[24];
   for (int c = 0; c < C; c++) sums[c] = _mm512_setzero_ps();
   for (const code *m = codes; m < codes + n_codes; m++) {
@@ -1120,8 +1127,8 @@ INLINE void decode_strip(const code *codes, i64 n_codes, i64 n, const void *bias
   }
 }
 
-INLINE void decode_row(const code *codes, i64 n_codes, i64 n, const void *bias, const void *prediction,
-                       void *out, i64 D, int dtype) {
+INLINE void decode_row(const code *codes, i64 n_codes, i64 n, const void *bias,
+                       const void *prediction, void *out, i64 D, int dtype) {
 #define STRIPS(C)                                                                                  \
   for (; d + 16 * (C) <= D; d += 16 * (C))                                                         \
     decode_strip(codes, n_codes, n, bias, prediction, out, d, C, 0xFFFF, dtype)
@@ -1140,8 +1147,9 @@ static int all_within(const i64 *indices, i64 n, i64 M) {
   return 1;
 }
 
-/* out [N, D] = Σ over codes, + bias [D] + prediction [N, D]. Everything has one dtype and is contiguous
-   but for the dictionaries, whose rows are. Returns BAD_INDEX if an index lies outside its dictionary. */
+/* out [N, D] = Σ over codes, + bias [D] + prediction [N, D]. Everything has one dtype and is
+   contiguous but for the dictionaries, whose rows are. Returns BAD_INDEX if an index lies outside
+   its dictionary. */
 int resae_decode(const code *codes, i64 n_codes, i64 N, i64 D, int dtype, const void *bias,
                  const void *prediction, int threads, void *out) {
   i64 entries = 0;
@@ -1198,7 +1206,7 @@ INLINE __m512 dots(const void *x, const void *const *rows, int L, i64 D, int dty
   return lane_sums(sums);
 }
 
-/* out[j] = ⟨x, W[indices[j]]⟩ of k latents: by 16, by 8, and what is left as 8, the last repeated. */
+/* out[j] = ⟨x, W[indices[j]]⟩ of k latents: 16 at a time, then 8, the last one repeated. */
 INLINE void sample_row(const void *x, const i64 *indices, const void *W, i64 stride, i64 k, i64 D,
                        int dtype, void *out) {
   const void *rows[16];
@@ -1215,10 +1223,10 @@ INLINE void sample_row(const void *x, const i64 *indices, const void *W, i64 str
 #undef SOME
 }
 
-/* out [N, k] = ⟨x [N, D], W [M, D] at the index⟩. Everything has one dtype and is contiguous but for
-   W, whose rows are. */
-int resae_sddmm(const void *x, const i64 *indices, const void *W, i64 stride, int dtype,
-                          i64 N, i64 k, i64 M, i64 D, int threads, void *out) {
+/* out [N, k] = ⟨x [N, D], W [M, D] at the index⟩. Everything has one dtype and is contiguous but
+   for W, whose rows are. */
+int resae_sddmm(const void *x, const i64 *indices, const void *W, i64 stride, int dtype, i64 N,
+                i64 k, i64 M, i64 D, int threads, void *out) {
   if (!all_within(indices, N * k, M)) return BAD_INDEX;
   threads = (int)LARGER(1, SMALLER(threads, SMALLER(N, N * k * D / (1 << 17))));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -1238,8 +1246,8 @@ INLINE uint32_t act_bits(const void *acts, i64 e, int dtype) {
   return bits == (dtype == F32 ? 0x80000000u : 0x8000u) ? 0 : bits;
 }
 
-/* The entries of a code [N, k] but for padding, sorted by latent and then by token: acts and tokens,
-   and where those of each latent end. A counting sort. */
+/* Counting sort of the entries of a code [N, k], without padding, by latent and then by token:
+   acts, tokens, and the end of each latent's entries. */
 INLINE void sort_by_latent(const void *acts, const i64 *indices, i64 N, i64 k, i64 M, int dtype,
                            void *sorted, i64 *tokens, i64 *ends) {
   memset(ends, 0, M * sizeof *ends);
@@ -1260,8 +1268,8 @@ INLINE void sort_by_latent(const void *acts, const i64 *indices, i64 N, i64 k, i
     }
 }
 
-/* Ask for pages of 2 MiB in new memory that is written throughout: taking it from the system page by
-   page of 4 KiB is most of the time of writing it. */
+/* Ask for pages of 2 MiB in new memory that is written throughout: faults on pages of 4 KiB would
+   take most of the time of writing it. */
 static void take_in_large_pages(void *memory, i64 bytes) {
 #if defined(__linux__)
   const uintptr_t page = 2 << 20;
@@ -1274,8 +1282,8 @@ static void take_in_large_pages(void *memory, i64 bytes) {
 /* out [M, D] = Σ acts · rows [N, D] over the entries of a code that name the latent, in order of
    token: each row is the decode of one long code, whose dictionary is `rows`. Everything
    has one dtype and is contiguous but for `rows`, whose rows are. */
-int resae_scatter_outer(const void *acts, const i64 *indices, const void *rows, i64 stride, int dtype,
-                       i64 N, i64 k, i64 M, i64 D, int threads, void *out) {
+int resae_scatter_outer(const void *acts, const i64 *indices, const void *rows, i64 stride,
+                        int dtype, i64 N, i64 k, i64 M, i64 D, int threads, void *out) {
   enum { LATENTS = 32 };
   i64 entries = N * k;
   if (!all_within(indices, entries, M)) return BAD_INDEX;
@@ -1357,14 +1365,18 @@ INLINE void score_panel(const copy *c, const float *residuals, i64 n, i64 latent
   }
 }
 
-/* Encode x − prediction − pre_bias [N, D] by all scores: float32 sums, rounded to the dtype of everything
-   given. For few rows: every score is held at once. Contiguous but for the rows of the weight. */
-int resae_exact_encode(const void *x, const void *prediction, const void *pre_bias, const void *weight,
-                       i64 weight_stride, const void *bias, int dtype, i64 N, i64 M, i64 D, i64 k,
-                       int sorted, int threads, void *acts, i64 *indices) {
+/* Encode x − prediction − pre_bias [N, D] by all scores: float32 sums, rounded to the dtype of the
+   inputs. For few rows: every score is held at once. Contiguous but for the rows of the weight. */
+int resae_exact_encode(const void *x, const void *prediction, const void *pre_bias,
+                       const void *weight, i64 weight_stride, const void *bias, int dtype, i64 N,
+                       i64 M, i64 D, i64 k, int sorted, int threads, void *acts, i64 *indices) {
   copy fake = {.M = M, .D = D, .weight = weight, .weight_stride = weight_stride, .bias = bias};
   const copy *c = &fake;
-  job w = {.c = c, .x = x, .prediction = prediction, .pre_bias = pre_bias, .x_stride = D,
+  job w = {.c = c,
+           .x = x,
+           .prediction = prediction,
+           .pre_bias = pre_bias,
+           .x_stride = D,
            .prediction_stride = D};
   i64 depth = padded_depth(D), panels = (M + PANEL - 1) / PANEL, capacity = roomy(k);
   i64 words = 3 * (capacity + PANEL) + 2 * k;
@@ -1410,7 +1422,7 @@ static int affine_rows(const void *source, const void *A, const void *c, int dty
   return status;
 }
 
-/* What the online steps of one layer have in common. Everything is contiguous and of one dtype. */
+/* Arguments that the online steps of one layer share. Everything is contiguous and of one dtype. */
 typedef struct {
   const void *A, *c; /* [D, D], [D]: of the prediction `source A + c`; null where it is given */
   const void *b_dec; /* [D] or null */
@@ -1419,11 +1431,11 @@ typedef struct {
 } layer;
 
 /* One layer while the model runs: the code of x − prediction − b_dec [N, D] by screening, and
-   x_hat = prediction + b_dec + its decode. Where the layer has A, `prediction` is the source instead, and the
-   prediction is `source A + c`. Everything is contiguous. ROWS_LEFT: a row wants the exact path;
-   otherwise as `resae_screened_encode`. */
-int resae_online_step(const copy *screen, const layer *l, const void *x, const void *prediction, i64 N,
-                      int threads, void *acts, i64 *indices, void *x_hat) {
+   x_hat = prediction + b_dec + its decode. If the layer has A, the argument `prediction` is the
+   source of the prediction `source A + c`. Everything is contiguous. Returns ROWS_LEFT if a row
+   needs the exact path, otherwise as `resae_screened_encode`. */
+int resae_online_step(const copy *screen, const layer *l, const void *x, const void *prediction,
+                      i64 N, int threads, void *acts, i64 *indices, void *x_hat) {
   i64 D = screen->D, predicted = N * D * sizeof(float);
   int dtype = (int)l->dtype;
   char *memory = calloc(predicted + D * sizeof(float) + N, 1);
@@ -1436,9 +1448,10 @@ int resae_online_step(const copy *screen, const layer *l, const void *x, const v
   }
   i64 counts[2] = {0, 0};
   if (status == OK)
-    status = resae_screened_encode(screen, x, D, prediction, D, l->b_dec, dtype, N, l->k, (int)l->sorted,
-                                   (int)l->use_amx, screen->n_columns == MOST_COLUMNS, threads,
-                                   acts, indices, (uint8_t *)(relative + D), relative, counts);
+    status = resae_screened_encode(screen, x, D, prediction, D, l->b_dec, dtype, N, l->k,
+                                   (int)l->sorted, (int)l->use_amx,
+                                   screen->n_columns == MOST_COLUMNS, threads, acts, indices,
+                                   (uint8_t *)(relative + D), relative, counts);
   if (status == OK && counts[1]) status = ROWS_LEFT;
   if (status == OK) {
     code its = {acts, indices, l->W_dec, l->k, screen->M, D};

@@ -8,7 +8,7 @@ VNNI, and multiplies by AMX where there is that too. Threads are torch's.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int64, c_uint8, c_void_p
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from resae_kernels.cpu.private_torch import is_eager, is_profiled
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 EXACT_ROWS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
-"""Rows up to which `exact_encode` is faster than torch's product and `select`, by dtype: measured
+"""Rows up to which `exact_encode` is faster than torch's GEMM and `select`, by dtype: measured
 on one core of an Intel Xeon with AMX at 1 to 16 rows, D from 128 to 768, M from 512 to 24,576."""
 LATENTS, DEPTH = 32, 64
 """Latents and entries of a row are padded to multiples of these in the 8-bit copy."""
@@ -57,7 +57,7 @@ class Copy(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """What the online steps of one layer have in common, as `native.c` reads it."""
+    """Arguments that the online steps of one layer share, as `native.c` reads them."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("A", "c", "b_dec", "W_dec")),
@@ -143,7 +143,7 @@ def unavailable() -> str | None:
 
 @cache
 def has_amx() -> bool:
-    """Whether products are made by AMX."""
+    """True if the library multiplies by AMX."""
     library, _ = _load()
     return library is not None and bool(library.resae_features() & 2)
 
@@ -443,8 +443,8 @@ def screened_encode(
     accept_outliers: bool,
     acts: Tensor,
     indices: Tensor,
-    left: ctypes.Array,
-    relative: ctypes.Array,
+    left: ctypes.Array[c_uint8],
+    relative: ctypes.Array[c_float],
 ) -> tuple[int, int, int]:
     """Write the codes of `x − prediction − pre_bias` `[N, D]` into acts and indices `[N, k]`: the
     status, the number of exact scores, and of rows left to the exact path, which are 1 in `left

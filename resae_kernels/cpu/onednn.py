@@ -1,10 +1,13 @@
 """`x @ weight.T + bias` on a CPU by oneDNN, in float32.
 
-Torch has MKL multiply in float32, which leaves half of what an AMD processor can do. oneDNN, which
-torch carries for its 16-bit products, takes 0.4 to 0.5 of that time there from some 64 rows on (one
-core; other makes were not measured). torch reaches it through an op that it keeps for its compiler
+Torch's float32 GEMM is MKL's, which reaches half of the speed of an AMD processor. oneDNN, which
+torch includes for its 16-bit GEMMs, takes 0.4 to 0.5 of that time there from some 64 rows on (one
+core; other makes were not measured). It is called through an op that torch keeps for its compiler
 and that has no gradient.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +24,8 @@ it oneDNN's errors grow to twice as large (at a width of 2048)."""
 
 
 def pays(rows: int, weight: Tensor) -> bool:
-    """Whether `linear` can run for this many rows and `weight [M, D]`, and is worth its call. It
-    reads a weight row by row: another layout would be copied at every call."""
+    """True if `linear` can run for this many rows and `weight [M, D]`, and is faster than torch.
+    It reads a weight row by row: another layout would be copied at every call."""
     return (
         weight.dtype == torch.float32
         and weight.device.type == "cpu"
@@ -49,10 +52,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class OneDNNLinear(TorchFunctionMode):
-    """While in force, without gradients, every `nn.Linear` that it pays for runs by oneDNN. Results
-    differ in rounding: for reading a model's activations, not for what must be the model's bits."""
+    """Context in which every `nn.Linear` for which it `pays` runs by oneDNN, without gradients.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    Results differ in rounding: for reading a model's activations, not where its exact bits count.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         del types
         if func is nn.functional.linear and not kwargs and not torch.is_grad_enabled():
             x, weight, *bias = args

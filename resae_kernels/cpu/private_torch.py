@@ -1,7 +1,7 @@
-"""Everything that this package uses of torch's private interfaces, each with a probe.
+"""All uses of torch's private interfaces in this package, each with a probe.
 
-Torch may move or remove them in any version. Each function here says what happens then: another
-way with the same result, or a probe that tells the caller to take its own.
+Torch may move or remove them in any version. For each there is a fallback with the same result, or
+a probe by which the caller chooses its own.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 from resae_kernels import memory
 
 
-def _found(path: str, otherwise: Callable) -> Any:
+def _found(path: str, otherwise: Callable[..., Any]) -> Any:
     """`torch.<path>`, or `otherwise` where this torch has no such thing."""
     try:
         return reduce(getattr, path.split("."), torch)
@@ -27,15 +27,15 @@ def _found(path: str, otherwise: Callable) -> Any:
 # always right.
 
 _dispatch_modes = _found("_C._len_torch_dispatch_stack", lambda: 1)
-"""How many modes (fake tensors, tracing, counting of FLOPs) see what the dispatcher is given."""
+"""Number of active dispatch modes (fake tensors, tracing, counting of FLOPs)."""
 _transform = _found("_C._functorch.maybe_current_level", lambda: 0)
 """Level of the innermost transform of `torch.func`, whose tensors have no memory; None: none."""
 is_profiled: Callable[[], bool] = _found("_C._autograd._profiler_enabled", lambda: True)
-"""Does torch's profiler see what is dispatched?"""
+"""True if torch's profiler records dispatched calls."""
 
 
 def is_eager() -> bool:
-    """Does nothing trace, transform or cast what is called?"""
+    """True if nothing traces, transforms or casts calls."""
     return not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
@@ -48,9 +48,9 @@ def is_eager() -> bool:
 
 
 def gathered_dot(x: Tensor, tokens: Tensor, W: Tensor, latents: Tensor) -> Tensor:
-    """`[P]`: ⟨x[tokens], W[latents]⟩ of pairs in any order, on a CPU in fp32 or fp64.
+    """SDDMM of pairs in any order: ⟨x[tokens], W[latents]⟩, `[P]`, on a CPU in fp32 or fp64.
 
-    The gradient of `embedding_bag` in its weights is this product, with no row copied. Where torch
+    The gradient of `embedding_bag` in its weights computes it without copying a row. Where torch
     has no such op, rows are gathered.
     """
     private = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
@@ -64,7 +64,7 @@ def gathered_dot(x: Tensor, tokens: Tensor, W: Tensor, latents: Tensor) -> Tenso
 
 
 def has_onednn_linear() -> bool:
-    """Is there the float32 linear op of oneDNN (`onednn_linear`)?"""
+    """True if this torch has the float32 linear op of oneDNN (`onednn_linear`)."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -76,8 +76,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def has_16bit_gemm(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this 16-bit dtype on a CPU by instructions made for it,
-    accumulating in float32."""
+    """True if torch has a CPU GEMM of this 16-bit dtype by instructions made for it, accumulating
+    in float32."""
     names = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
@@ -89,7 +89,7 @@ def has_16bit_gemm(dtype: torch.dtype) -> bool:
 def int8_linear_unavailable() -> str | None:
     """Why this processor or torch has no 8-bit linear op (`int8_linear`); None if it has.
 
-    Needs the 8-bit dot product instructions (VNNI: without them the integer product saturates) and
+    Needs the 8-bit dot product instructions (VNNI: without them the integer GEMM saturates) and
     oneDNN's quantised linear op.
     """
     if not torch.backends.mkldnn.is_available():
@@ -103,7 +103,7 @@ def int8_linear_unavailable() -> str | None:
 
 
 def int8_pack(weight: Tensor, rows: int) -> Tensor:
-    """An int8 `weight [M, D]` as `int8_linear` reads it, for products of `rows` rows."""
+    """An int8 `weight [M, D]` as `int8_linear` reads it, for inputs of `rows` rows."""
     return torch.ops.onednn.qlinear_prepack(weight, [rows, weight.shape[1]])
 
 

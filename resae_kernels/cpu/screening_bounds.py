@@ -15,8 +15,9 @@ room to spare."""
 STEPS = 126
 """Quantisation steps on either side of zero; one less than int8 has, for the dither."""
 SAMPLES = 128
-"""Entries by which a write to the weight is noticed that torch does not count: one of every so many
-rows, or of all. More would cost a token what it saves: each lies in memory by itself."""
+"""Entries of the weight that are compared at each call, to notice writes that torch does not count:
+one each of this many rows, evenly spaced. Each lies in memory by itself, so that more of them would
+cost as much time as screening saves."""
 LANES = 32
 """Latents are padded to a multiple of this in the 8-bit copy."""
 
@@ -33,7 +34,7 @@ class ScreenedRows(NamedTuple):
     indices: Tensor
     """`[N, k]` int64"""
     rows_left: Tensor | None
-    """`[n]` int64: rows whose code is not here but left to the exact path; None if none are."""
+    """`[n]` int64: rows without a code here, left to the exact path; None if there are none."""
     candidates: int
     """(Row, latent) pairs that were scored exactly."""
 
@@ -69,15 +70,16 @@ def draw_dither(seed: int, D: int) -> tuple[Tensor, Tensor]:
 
 
 def certain_bounds(error: Tensor, norm: Tensor, D: int) -> Bounds:
-    """From ‖w − ŵ‖ and ‖ŵ‖ `[M']`, widened by what float32 sums of D terms are off by at worst."""
+    """Bounds from ‖w − ŵ‖ and ‖ŵ‖ `[M']`, widened by the largest rounding error of float32 sums of
+    D terms."""
     return Bounds(torch.stack([error, norm]) * (1 + D * 2.0**-22), 0.0)
 
 
 def statistical_bounds(steps: Tensor, size: Tensor, M: int, D: int) -> Bounds:
-    """From the steps s and norms ‖w‖ `[M']` of the weight.
+    """Bounds from the steps s and norms ‖w‖ `[M']` of the weight.
 
-    λ² = c² (s² ‖r‖² + t² ‖ŵ‖²) ≤ c² h² (ratio² ‖r‖² + t²), with ‖ŵ‖ bounded whatever the weight's
-    dither was; widened by what float32 sums of D terms are off by at worst.
+    λ² = c² (s² ‖r‖² + t² ‖ŵ‖²) ≤ c² h² (ratio² ‖r‖² + t²), with ‖ŵ‖ bounded for every dither of the
+    weight; widened by the largest rounding error of float32 sums of D terms.
     """
     ratio = float((steps / size.clamp_min(1e-30))[:M].median())
     h = torch.maximum(size + steps * (math.sqrt(D) / 2), steps / ratio)

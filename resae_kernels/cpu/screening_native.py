@@ -1,6 +1,6 @@
 """Screening by the compiled library (`native.c`): a whole encode is one call.
 
-The mathematics is in `screened.py`. Beside float32, weights and activations may be bfloat16
+The mathematics is in `screened.py`. Besides float32, weights and activations may be bfloat16
 or float16: scores are summed in float32 and rounded to their dtype before they are compared, so the
 bounds are widened by that rounding.
 """
@@ -26,8 +26,8 @@ from resae_kernels.cpu.screening_bounds import (
 )
 
 OUTLIER = 8.0
-"""An entry of the residual so many times the root mean square of its row would stretch the row's
-step: its dimension becomes a column of the copy, which is multiplied in float32."""
+"""Multiple of its row's root mean square from which on an entry of the residual would stretch the
+row's step: its dimension becomes a column of the copy, which is multiplied in float32."""
 
 
 class NativeCopy:
@@ -73,7 +73,7 @@ class NativeCopy:
         every = max(1, M // SAMPLES)
         samples = weight[::every, D // 2].clone()
         self.is_live = weight is given and live_bias is bias
-        """Whether the library reads the weight and bias themselves, or contiguous copies."""
+        """True if the library reads the weight and bias themselves, not contiguous copies."""
         self._tensors = (
             samples,
             live_bias,
@@ -141,8 +141,8 @@ class NativeCopy:
         *,
         amx: bool | None = None,
     ) -> ScreenedRows:
-        """As `ScreeningCopy.encode`; x, pre_bias and prediction in the weight's dtype. `amx` False
-        keeps to the VNNI instructions where AMX could multiply."""
+        """Codes, as `ScreeningCopy.encode`; x, pre_bias and prediction in the weight's dtype.
+        `amx` False uses VNNI instructions where AMX could multiply."""
         N, D = x.shape
         acts, indices = native.new_code(x, (N, k))
         left, relative = (c_uint8 * N)(), (c_float * D)()

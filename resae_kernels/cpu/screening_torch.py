@@ -1,7 +1,7 @@
-"""Screening by torch's own operations: where the compiled library (`native.c`) is not at hand.
+"""Screening by torch's own operations, where the compiled library (`native.c`) is missing.
 
-The mathematics is in `screened.py`. Screens float32 alone. The integer product is oneDNN's
-quantised linear op (`private_torch.int8_linear`).
+The mathematics is in `screened.py`. Screens float32 only. The integer GEMM is oneDNN's quantised
+linear op (`private_torch.int8_linear`).
 """
 
 import math
@@ -31,14 +31,14 @@ BLOCK = 2048
 CANDIDATES = 1 / 4
 """A row with more candidates than this share of the latents takes the exact path."""
 OUTLIER = 12.0
-"""An entry of the residual so many times its row's root mean square would stretch the row's step:
-its dimension is multiplied exactly."""
+"""Multiple of its row's root mean square from which on an entry of the residual would stretch the
+row's step: its dimension is multiplied exactly."""
 OUTLIER_DIMENSIONS = 16
-"""At most so many dimensions are multiplied exactly."""
+"""Largest number of dimensions that are multiplied exactly."""
 
 
 class TorchCopy(NamedTuple):
-    """What screening reads beside the weight: M' latents, M up to a multiple of 32."""
+    """Quantised copy of the weight and its bounds: M' latents, M up to a multiple of 32."""
 
     weight: Tensor
     """`[M, D]`, contiguous: the caller's own memory if that is."""
@@ -81,7 +81,7 @@ class TorchCopy(NamedTuple):
     def encode(
         self, x: Tensor, k: int, pre_bias: Tensor | None, prediction: Tensor | None, sorted: bool
     ) -> ScreenedRows:
-        """As `ScreeningCopy.encode`, float32."""
+        """Codes, as `ScreeningCopy.encode`, float32."""
         rest = residual(x, pre_bias, prediction)
         if len(rest) == 1:
             found = _encode_row(self, rest, k, sorted)
@@ -161,7 +161,7 @@ def quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> Tor
     )
 
 
-def _product(copy: TorchCopy, levels: Tensor) -> Tensor:
+def _int8_gemm(copy: TorchCopy, levels: Tensor) -> Tensor:
     """`[n, M']` float32: `steps · (levels @ weight's q) + shift`."""
     unsigned = (levels + 128.0).to(torch.uint8)
     return int8_linear(unsigned, copy.packed, copy.steps, copy.zero_points, copy.shift)
@@ -180,13 +180,13 @@ class _Candidates(NamedTuple):
     middle: Tensor
     """`[P]`, ŝ."""
     width: Tensor
-    """`[P]`: what the exact score, itself a float32 sum, can be away from ŝ."""
+    """`[P]`: bound on the distance of the exact score, itself a float32 sum, from ŝ."""
     exact_rows: Tensor
     """Rows that have no candidates here and are left to the exact path."""
 
     @classmethod
     def join(cls, parts: "list[_Candidates]", rows: int) -> "_Candidates":
-        """Of chunks of `rows` rows."""
+        """Concatenate the candidates of consecutive chunks of `rows` rows."""
         if len(parts) == 1:
             return parts[0]
         moved = [
@@ -197,7 +197,7 @@ class _Candidates(NamedTuple):
 
 
 class _Upper(NamedTuple):
-    """What the scores of n rows can be at most, in units of each row's step."""
+    """Upper bounds of the scores of n rows, in units of each row's step."""
 
     scores: Tensor
     """`[n, M']`, ŝ + λ."""
@@ -208,8 +208,8 @@ class _Upper(NamedTuple):
     norm: Tensor
     """`[n]`, ‖r‖ / t."""
     screened: Tensor | None
-    """`[n]` bool: the others are not finite, or all zero; what is said of them means nothing. None:
-    all are."""
+    """`[n]` bool: False for rows that are not finite or all zero, whose bounds mean nothing. None:
+    True for all rows."""
 
 
 def _upper(copy: TorchCopy, rest: Tensor) -> _Upper:
@@ -232,7 +232,7 @@ def _upper(copy: TorchCopy, rest: Tensor) -> _Upper:
     inverse = 1.0 / step
     scaled = inner * inverse.unsqueeze(1)
     levels = (scaled + copy.dither).floor_()
-    scores = _product(copy, levels)
+    scores = _int8_gemm(copy, levels)
 
     centred = levels - copy.centre  # r̂
     norm, inner_norm = norm * inverse, inner_norm * inverse
@@ -243,7 +243,7 @@ def _upper(copy: TorchCopy, rest: Tensor) -> _Upper:
     else:
         factors = ((copy.ratio * inner_norm).square() + 1.0).sqrt_() + rounding
         factors = factors.unsqueeze(1)
-    # Beside the product a few terms of rank 1, in one pass.
+    # Besides the GEMM a few terms of rank 1, in one pass.
     left = [-(centred @ copy.weight_dither), inverse, *factors.T]
     right = copy.terms
     if outliers:
@@ -263,7 +263,7 @@ def _upper_row(copy: TorchCopy, row: Tensor) -> tuple[Tensor, float, float, floa
     if not ordinary or copy.ratio is None:
         return None
     levels = torch.add(copy.dither, row, alpha=1.0 / step).floor_()
-    scores = _product(copy, levels.unsqueeze(0))
+    scores = _int8_gemm(copy, levels.unsqueeze(0))
     along = float(levels.sub_(copy.centre).dot(copy.weight_dither))
     norm /= step
     factor = math.sqrt((copy.ratio * norm) ** 2 + 1.0) + ROUNDING * norm
@@ -308,12 +308,11 @@ def _screen(copy: TorchCopy, rest: Tensor, k: int) -> _Candidates:
 
 
 def _encode_row(copy: TorchCopy, rest: Tensor, k: int, sorted: bool) -> ScreenedRows | None:
-    """The code of a single residual `[1, D]` that needs nothing special; None if it does: then
-    `_score` sees to it.
+    """The code of a single residual `[1, D]`; None where a special case needs `_score`.
 
-    The same bounds as there. While a model writes its caches are cold, so that what counts,
-    beside the product, is the number of calls: what is one number per row is a Python float
-    here, numpy has fewer steps per call, and all latents are compared without groups.
+    The same bounds as there. While a model generates, caches are cold, and the time is that of the
+    GEMM plus a cost per call: so numbers per row are Python floats here, numpy replaces torch where
+    its calls are cheaper, and all latents are compared without groups.
     """
     row = rest[0]
     upper = _upper_row(copy, row)

@@ -1,4 +1,4 @@
-"""Exact TopK of scores, in torch and numpy: for scores that no kernel takes."""
+"""Exact TopK of scores in torch and numpy, for dtypes and sizes that no kernel supports."""
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 
 
 def _above_kth(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`_largest` by comparing with the kth largest value, and rows where that alone did not say.
+    """`_largest` by comparing with the kth largest value, and the rows with ties or NaN, which are
+    resolved separately.
 
     On a CPU numpy finds this value by a vectorised partition, several times faster than
     `torch.topk`, and the entries that reach it likewise.

@@ -7,7 +7,7 @@ makes the rows, `tuning` finds the fastest tiles of the kernels on a GPU.
 from resae_kernels.profiling.clock import Clock, Roofs, measure_roofs
 from resae_kernels.profiling.measuring import profile, table, trace
 from resae_kernels.profiling.specs import Case, Inputs, Peer, Provider, make_inputs
-from resae_kernels.profiling.tuning import tiles_in_force, tune
+from resae_kernels.profiling.tuning import active_tiles, tune
 
 __all__ = [
     "Case",
@@ -20,7 +20,7 @@ __all__ = [
     "measure_roofs",
     "profile",
     "table",
-    "tiles_in_force",
+    "active_tiles",
     "trace",
     "tune",
 ]

@@ -23,13 +23,13 @@ class Roofs(NamedTuple):
 
     copy: float
     """Bytes per second, read and written."""
-    product: float
-    """FLOPs per second of a large matrix product in the case's dtype."""
+    gemm: float
+    """FLOPs per second of a large GEMM in the case's dtype."""
 
     def seconds(self, case: Case) -> float:
         """Lower bound of the case's time."""
         moved, computed = case.work()
-        return max(moved / self.copy, computed / self.product)
+        return max(moved / self.copy, computed / self.gemm)
 
 
 class Gpu:
@@ -73,7 +73,7 @@ class Timer(NamedTuple):
 
     eager: Callable[[], float]
     graph: Callable[[], float] | None = None
-    """Replay of a CUDA graph, free of Python; None on a CPU, or where `not_captured` says why."""
+    """Replay of a CUDA graph, free of Python; None on a CPU, or with the reason `not_captured`."""
     not_captured: str | None = None
 
 
@@ -153,7 +153,7 @@ class Clock:
 
 
 def measure_roofs(clock: Clock, dtype: str) -> Roofs:
-    """Copy bandwidth and product rate: best of a few, as bounds should be."""
+    """Measure copy bandwidth and GEMM rate: the best of a few runs, as they serve as bounds."""
     source = torch.empty(COLD_BYTES // 4, dtype=torch.float32, device=clock.device)
     target = torch.empty_like(source)
     size = 8192 if clock.device.type == "cuda" else 1024
@@ -164,9 +164,9 @@ def measure_roofs(clock: Clock, dtype: str) -> Roofs:
     for _ in range(2):
         target.copy_(source)
         torch.mm(a, b, out=out)
-    copy, product = (
+    copy, gemm = (
         clock.timer(call, cold=False)
         for call in (lambda: target.copy_(source), lambda: torch.mm(a, b, out=out))
     )
-    fastest = [min((t.graph or t.eager)() for _ in range(10)) for t in (copy, product)]
-    return Roofs(copy=2 * COLD_BYTES / fastest[0], product=2 * size**3 / fastest[1])
+    fastest = [min((t.graph or t.eager)() for _ in range(10)) for t in (copy, gemm)]
+    return Roofs(copy=2 * COLD_BYTES / fastest[0], gemm=2 * size**3 / fastest[1])

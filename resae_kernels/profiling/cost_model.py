@@ -18,7 +18,7 @@ from resae_kernels.triton.encode_few import FEW_TOKENS
 
 
 class Machine(NamedTuple):
-    """A GPU as the model sees it. All rates are assumptions: what large kernels usually reach."""
+    """Rates of a GPU in the model. All are assumptions: rates that large kernels usually reach."""
 
     copy: float
     """Bytes per second from and to memory."""
@@ -39,7 +39,7 @@ MACHINES: dict[str, Machine] = {
     "a100": Machine(1.8e12, 4.0e12, _rates(250e12, 18e12), 108),
 }
 WEIGHT_READ = 0.92
-"""Share of the copy rate at which the product of few tokens reads the weight."""
+"""Share of the copy rate at which the GEMM of few tokens reads the weight."""
 EDGE_US = 1.3
 """One launch inside a CUDA graph."""
 SELECT_US = 1.0
@@ -180,7 +180,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def measured_us(case: Case, rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Of our provider at this case with a hot cache; None where it was not measured."""
+    """Measured time of our provider at this case with a hot cache; None: not measured."""
     fields = ("op", "N", "D", "M", "k", "dtype", "L")
     for row in rows:
         ours = row["provider"].startswith("resae") and row["cache"] == "hot"

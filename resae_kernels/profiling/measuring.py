@@ -1,15 +1,14 @@
 """Measure the ops against alternatives and against the roofs of the machine.
 
-    case | provider | eager ms | graph ms | rounds | × product | × peer | GB/s | TFLOP/s | % of roof
+    case | provider | eager ms | graph ms | rounds | × GEMM | × peer | GB/s | TFLOP/s | % of roof
 
 A *case* is an op at one shape and dtype. Every provider gets the same inputs and must give the
 reference's answer before it is timed. Providers are timed in turns, one call each per round, so
-that a slow phase of the machine hits all of them; where an op scores every latent, the encode's
-bare product takes its turn too ("× product": how many times its time; "× peer": how many times that
-of the fastest peer). Roofs are measured in the same process: copy bandwidth and the rate of a large
-matrix product; the roof of a case is the slower of moving the bytes that must move and computing
-the product that must be computed. "Cold" empties the last-level cache before each call, "hot" makes
-the same call for 10 ms before.
+that a slow phase of the machine affects all of them; where an op scores every latent, the encoder
+GEMM alone is timed too. "× GEMM" is the time relative to it, "× peer" relative to the fastest
+peer. Roofs are measured in the same process: copy bandwidth and the rate of a large GEMM; the roof
+of a case is the longer of the times of its least bytes and its least FLOPs. "Cold" empties the
+last-level cache before each call, "hot" repeats the call for 10 ms before it is timed.
 """
 
 import json
@@ -24,7 +23,7 @@ import torch
 
 from resae_kernels.profiling.clock import Clock, Roofs
 from resae_kernels.profiling.specs import (
-    PRODUCT,
+    GEMM,
     Case,
     Inputs,
     Peer,
@@ -54,7 +53,7 @@ def profile(
     Args:
         rounds: calls per provider and cache state; fewer, but `LEAST_ROUNDS`, once the case has
             taken `CASE_SECONDS`.
-        only: names of providers beside "resae"; None: all.
+        only: names of providers besides "resae"; None: all.
         hot_only: no calls with a cold cache.
         inputs: in place of those of `make_inputs`.
 
@@ -66,7 +65,7 @@ def profile(
     if only is not None:
         calls = {name: call for name, call in calls.items() if name in ("resae", *only)}
     for name, call in calls.items():
-        if name != PRODUCT:
+        if name != GEMM:
             check(case, inputs, name, call())
     peaks = {name: clock.peak_bytes(call) for name, call in calls.items()}
     states = (False,) if hot_only else (False, True)
@@ -99,7 +98,7 @@ def profile(
                 **_milliseconds("graph_ms", graph.get(key)),
                 "not_captured": timer.not_captured,
                 "rounds": len(times),
-                "x_product": ratio(key, [(PRODUCT, cold)], graph, eager),
+                "x_gemm": ratio(key, [(GEMM, cold)], graph, eager),
                 "x_peer": ratio(key, rivals, graph, eager),
                 "gb_per_s": moved / seconds / 1e9,
                 "tflop_per_s": computed / seconds / 1e12,
@@ -187,19 +186,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, one line per row."""
     lines = [
         "| case | provider | cache | eager ms p50 (p20–p80) | graph ms p50 (p20–p80) | rounds | "
-        "× product | × peer | GB/s | TFLOP/s | % of roof | peak MiB |",
+        "× GEMM | × peer | GB/s | TFLOP/s | % of roof | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         case = Case(**{name: row[name] for name in ("op", "N", "D", "M", "k", "dtype", "L")})
         peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        product, peer = (
-            "–" if row[ratio] is None else f"{row[ratio]:.2f}" for ratio in ("x_product", "x_peer")
+        gemm, peer = (
+            "–" if row[ratio] is None else f"{row[ratio]:.2f}" for ratio in ("x_gemm", "x_peer")
         )
         lines.append(
             f"| {case.name} | {row['provider']} | {row['cache']} | {_span(row, 'ms')} | "
             f"{_span(row, 'graph_ms') or row['not_captured'] or '–'} | {row['rounds']} | "
-            f"{product} | {peer} | {row['gb_per_s']:.1f} | {row['tflop_per_s']:.3f} | "
+            f"{gemm} | {peer} | {row['gb_per_s']:.1f} | {row['tflop_per_s']:.3f} | "
             f"{row['percent_of_roof']:.0f} | {peak} |"
         )
     return "\n".join(lines)

@@ -23,9 +23,11 @@ from resae_kernels import (
     transport,
 )
 from resae_kernels.step import FEW_TOKENS
+from resae_kernels.types import Margin
 
-PRODUCT = "bare product"
-"""Provider of the encode's scores alone, `x @ weight.T + bias`: timed, but no answer to check."""
+GEMM = "encoder GEMM"
+"""Name of the provider of the scores alone, `x @ weight.T + bias`: timed, without an answer to
+check."""
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 """Largest relative error of a tensor of a forward op, in the norm, by dtype."""
@@ -94,9 +96,9 @@ class Spec(NamedTuple):
     more_inputs: Callable[[Case, Inputs], Inputs] = lambda _case, _inputs: {}
     """Inputs of this op alone, made from the common ones."""
     scores: bool = False
-    """Computes every score: the encoder GEMM alone is timed beside it."""
+    """True: the op computes every score, so the encoder GEMM alone is timed too."""
     gradients: bool = False
-    """Is called with gradients enabled."""
+    """True: providers are called with gradients enabled."""
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
@@ -136,7 +138,7 @@ def providers(case: Case, inputs: Inputs, peers: Mapping[str, Peer]) -> dict[str
     if spec.scores:
         x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
         scores = x.new_empty(case.N, case.M)
-        named[PRODUCT] = lambda: [torch.addmm(bias, x, weight.T, out=scores)]
+        named[GEMM] = lambda: [torch.addmm(bias, x, weight.T, out=scores)]
     for name, peer in peers.items():
         made = peer(case, inputs)
         if made is not None:
@@ -206,7 +208,7 @@ def _encode(case: Case, inputs: Inputs, function: Callable[..., SparseCode]) -> 
     )
 
 
-def _dense_topk(x, weight, bias, k, *, pre_bias):
+def _dense_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, pre_bias: Tensor) -> SparseCode:
     """Encode in plain PyTorch: the whole GEMM, then `torch.topk`."""
     acts, indices = F.linear(x - pre_bias, weight, bias).relu().topk(k, dim=-1)
     return SparseCode(acts, indices)
@@ -232,7 +234,16 @@ def _step(case: Case, inputs: Inputs, function: Callable[..., OnlineStep]) -> Se
     return [code.acts, x_hat]
 
 
-def _dense_step(x, weight, bias, k, W_dec, *, b_dec, prediction):
+def _dense_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    W_dec: Tensor,
+    *,
+    b_dec: Tensor,
+    prediction: Tensor,
+) -> OnlineStep:
     code = _dense_topk(x - prediction, weight, bias, k, pre_bias=b_dec)
     return OnlineStep(_dense_decode(*code, W_dec, bias=b_dec) + prediction, code)
 
@@ -242,14 +253,17 @@ def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., SparseCode]
     x, weight, bias = inputs["x"], inputs["weight"].detach(), inputs["bias"].detach()
     weight = weight.requires_grad_(SPECS[case.op].gradients)
     found: dict[str, Callable[..., SparseCode]] = {}
-    for name, margin in (("resae", "statistical"), ("resae certain", "certain")):
+    margins: dict[str, Margin] = {"resae": "statistical", "resae certain": "certain"}
+    for name, margin in margins.items():
         held = ScreenedEncoder(weight, bias, margin=margin)
         if held.encode_with_info(x, case.k).rows_screened:
             found[name] = partial(_screened, held)
     return found | {"resae exact" if found else "resae": topk_encode}
 
 
-def _screened(held: ScreenedEncoder, x, weight, bias, k, *, pre_bias) -> SparseCode:
+def _screened(
+    held: ScreenedEncoder, x: Tensor, weight: Tensor, bias: Tensor, k: int, *, pre_bias: Tensor
+) -> SparseCode:
     if weight.requires_grad:  # in training it is another one every time
         held = ScreenedEncoder(weight, bias, margin=held.margin)
     return held.encode(x, k, pre_bias=pre_bias)
@@ -259,7 +273,7 @@ def _encode_providers(case: Case, inputs: Inputs) -> dict[str, Provider]:
     return {
         **{n: partial(_encode, case, inputs, e) for n, e in _encoders(case, inputs).items()},
         "reference": partial(_encode, case, inputs, reference.topk_encode),
-        "product + torch.topk": partial(_encode, case, inputs, _dense_topk),
+        "GEMM + torch.topk": partial(_encode, case, inputs, _dense_topk),
     }
 
 
@@ -329,13 +343,13 @@ def _decode(inputs: Inputs, function: Callable[..., Tensor]) -> Sequence[Tensor]
     return [function(acts, indices, inputs["W_dec"][0], bias=inputs["b_dec"][0])]
 
 
-def _dense_decode(acts, indices, W_dec, *, bias):
+def _dense_decode(acts: Tensor, indices: Tensor, W_dec: Tensor, *, bias: Tensor) -> Tensor:
     """The code scattered into `[N, M]`, times the dictionary."""
     dense = acts.new_zeros(len(acts), len(W_dec)).scatter_add_(1, indices, acts)
     return dense @ W_dec + bias
 
 
-def _chain(inputs: Inputs, function: Callable, **options: Any) -> Sequence[Tensor]:
+def _chain(inputs: Inputs, function: Callable[..., Any], **options: Any) -> Sequence[Tensor]:
     return function(
         inputs["codes"],
         inputs["W_dec"],
@@ -350,7 +364,7 @@ def _decode_providers(case: Case, inputs: Inputs) -> dict[str, Provider]:  # noq
     return {
         "resae": partial(_decode, inputs, sparse_decode),
         "reference": partial(_decode, inputs, reference.sparse_decode),
-        "dense product": partial(_decode, inputs, _dense_decode),
+        "dense GEMM": partial(_decode, inputs, _dense_decode),
     }
 
 
@@ -398,7 +412,10 @@ def _train_work(case: Case, per_weight: int = 4) -> tuple[float, float]:
 
 
 def train_step(
-    inputs: Inputs, case: Case, encode: Callable, decode: Callable | None = None
+    inputs: Inputs,
+    case: Case,
+    encode: Callable[..., Any],
+    decode: Callable[..., Any] | None = None,
 ) -> Sequence[Tensor]:
     """Forward and backward of one autoencoder's squared error; the gradients, no optimiser.
 
@@ -460,8 +477,8 @@ def _train_inputs(case: Case, inputs: Inputs) -> Inputs:
 
 
 def _check_gradients(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]) -> None:
-    """At most twice as far from the float64 gradients as plain PyTorch is in the same dtype, in the
-    norm; half a unit in the last place is always allowed."""
+    """Require gradients at most twice as far from the float64 ones as those of plain PyTorch in the
+    same dtype, in the norm; half a unit in the last place is always allowed."""
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     wide |= {key: [t.double() for t in inputs[key]] for key in ("W_dec", "b_dec")}
     exact = train_step(wide, case, _dense_topk, _dense_decode)

@@ -1,10 +1,10 @@
-"""Choose the tiles of the kernels by measurement, on the GPU at hand.
+"""Choose the tiles of the kernels by measurement on this machine's GPU.
 
-A *tile* is how much of its work a kernel's program takes at a time. Each kernel has a short table
-of them (`resae_kernels`), all of which compile without spilling registers; which is fastest depends
-on the GPU. Here every candidate runs the kernel's op at a few representative shapes, in turns,
+A *tile* is the amount of work that a kernel's program does at a time. Each kernel has a short table
+of them (`triton/tiles.py`), all of which compile without spilling registers; which is fastest
+depends on the GPU. Every candidate runs the kernel's op at a few representative shapes, in turns,
 after its answer has been compared with a float64 one. The fastest are written to the user's cache
-directory, where the ops find them.
+directory, from which the ops read them.
 """
 
 import datetime
@@ -25,6 +25,7 @@ from resae_kernels.files import write_atomically
 from resae_kernels.profiling.clock import Clock, Timer
 from resae_kernels.profiling.specs import Case, Inputs, make_inputs, relative_error
 from resae_kernels.triton import tiles as kernel_tiles
+from resae_kernels.types import Implementation
 
 MARGIN = 0.02
 """The shipped tile stays unless another takes this share less time: repeated runs differ by it."""
@@ -36,15 +37,15 @@ TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 2e-2}
 
 
 class Tunable(NamedTuple):
-    """How a kernel is put to work."""
+    """A kernel that can be tuned: the op that launches it, and the cases to time."""
 
-    run: Callable[[Case, Inputs, str], Sequence[Tensor]]
-    """Calls the op, by "triton" or "torch"; returns what is compared."""
+    run: Callable[[Case, Inputs, Implementation], Sequence[Tensor]]
+    """Calls the op by "triton" or "torch"; returns the outputs to compare."""
     cases: tuple[Case, ...]
-    """Shapes at which this kernel is the better part of the op."""
+    """Shapes at which this kernel takes most of the op's time."""
 
 
-def _encode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
+def _encode(case: Case, inputs: Inputs, implementation: Implementation) -> Sequence[Tensor]:
     code = topk_encode(
         inputs["x"],
         inputs["weight"],
@@ -56,14 +57,14 @@ def _encode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]
     return [code.acts]  # of two scores that differ by a rounding either may be the last one taken
 
 
-def _decode(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
+def _decode(case: Case, inputs: Inputs, implementation: Implementation) -> Sequence[Tensor]:  # noqa: ARG001
     acts, indices = inputs["codes"][0]
     W_dec, b_dec = inputs["W_dec"][0], inputs["b_dec"][0]
     decode = partial(sparse_decode, algorithm="gather", implementation=implementation)
     return [decode(acts, indices, W_dec, bias=b_dec)]
 
 
-def _sddmm(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:  # noqa: ARG001
+def _sddmm(case: Case, inputs: Inputs, implementation: Implementation) -> Sequence[Tensor]:  # noqa: ARG001
     return [
         torch.ops.resae.sddmm(
             inputs["x"],
@@ -75,7 +76,7 @@ def _sddmm(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
     ]
 
 
-def _scatter_outer(case: Case, inputs: Inputs, implementation: str) -> Sequence[Tensor]:
+def _scatter_outer(case: Case, inputs: Inputs, implementation: Implementation) -> Sequence[Tensor]:
     acts, indices = inputs["codes"][0]
     return [
         torch.ops.resae.scatter_outer(
@@ -90,13 +91,13 @@ _BOTH = ("bfloat16", "float32")
 def _cases(
     op: str, few: Sequence[int] = (), many: bool = False, dtypes: Sequence[str] = _BOTH
 ) -> tuple[Case, ...]:
-    """At the widths and usual dictionaries of Pythia-160m, Gemma-2-2B and Pythia-1.4B.
+    """Cases at the widths and usual dictionaries of Pythia-160m, Gemma-2-2B and Pythia-1.4B.
 
     Args:
-        op: of the cases.
+        op: op of the cases.
         few: numbers of tokens for each of the three.
         many: also (or only) thousands of tokens.
-        dtypes: of the cases.
+        dtypes: dtypes of the cases.
     """
     shapes = ((768, 24576, 32), (2304, 16384, 64), (2048, 65536, 64))
     sizes = [(N, *shape) for N in few for shape in shapes]
@@ -113,11 +114,11 @@ def _each_dtype(*cases: Case) -> tuple[Case, ...]:
 # but its residual.
 _NARROW = _each_dtype(Case("encode", 4096, 16, 24576, 32), Case("encode", 8192, 16, 65536, 64))
 TUNABLES: Mapping[str, Tunable] = {
-    "product_of_two_16bit": Tunable(_encode, _cases("encode", (1, 2), dtypes=("bfloat16",))),
-    "product_of_two_32bit": Tunable(_encode, _cases("encode", (1, 2), dtypes=("float32",))),
-    "product_of_few_16bit": Tunable(_encode, _cases("encode", (4, 16), dtypes=("bfloat16",))),
-    "product_of_few_32bit": Tunable(_encode, _cases("encode", (4, 16), dtypes=("float32",))),
-    "product_of_many_16bit": Tunable(_encode, _cases("encode", many=True, dtypes=("bfloat16",))),
+    "gemm_2_tokens_16bit": Tunable(_encode, _cases("encode", (1, 2), dtypes=("bfloat16",))),
+    "gemm_2_tokens_32bit": Tunable(_encode, _cases("encode", (1, 2), dtypes=("float32",))),
+    "gemm_16_tokens_16bit": Tunable(_encode, _cases("encode", (4, 16), dtypes=("bfloat16",))),
+    "gemm_16_tokens_32bit": Tunable(_encode, _cases("encode", (4, 16), dtypes=("float32",))),
+    "gemm_many_tokens_16bit": Tunable(_encode, _cases("encode", many=True, dtypes=("bfloat16",))),
     "group_max": Tunable(_encode, _NARROW),
     "select": Tunable(_encode, _NARROW),
     "residual": Tunable(
@@ -143,11 +144,11 @@ class Timing(NamedTuple):
     ms: float
     """Median over the rounds, of a CUDA graph's replay where all tiles were captured."""
     relative: float
-    """To the shipped tile: below 1 is faster."""
+    """Time relative to the shipped tile: below 1 is faster."""
     eager_ms: float
     """Median of eager calls."""
     not_captured: str | None = None
-    """Why there is no graph."""
+    """Reason why there is no graph."""
 
 
 def measure(
@@ -165,7 +166,7 @@ def measure(
         case: the shape.
         device: where to run; a CPU serves for tests, in Triton's interpreter.
         rounds: calls of each tile, in turns.
-        timer: prepares to time a call; what it captures has the tile of that moment.
+        timer: prepares to time a call; a captured graph has the tile that is active then.
 
     Raises:
         ValueError: a tile's answer is wrong.
@@ -176,16 +177,16 @@ def measure(
     expected = run(case, _widened(inputs), "torch")
     call = partial(run, case, inputs, "triton")
     timers: dict[Any, Timer] = {}
-    with kernel_tiles.forced_tiles(_shipped(device)):
+    with kernel_tiles.override_tiles(_shipped(device)):
         for tile in tiles:
-            with kernel_tiles.forced_tiles({kernel: tile}):
+            with kernel_tiles.override_tiles({kernel: tile}):
                 _check(kernel, case, tile, call(), expected)
                 timers[tile] = timer(call)
         eager = {tile: [] for tile in tiles}
         graph = {tile: [] for tile in tiles}
         for _ in range(rounds):
             for tile in tiles:
-                with kernel_tiles.forced_tiles({kernel: tile}):
+                with kernel_tiles.override_tiles({kernel: tile}):
                     eager[tile].append(timers[tile].eager())
                     replay = timers[tile].graph
                     if replay:
@@ -207,7 +208,7 @@ def measure(
 
 
 def _shipped(device: torch.device) -> dict[str, Any]:
-    """What this package chooses for the device, whatever the user's file says."""
+    """The package's own tiles for the device, without those of the user's file."""
     name = kernel_tiles.device_class(device)
     return {kernel: table.of(name).tile for kernel, table in kernel_tiles.TILES.items()}
 
@@ -223,7 +224,9 @@ def _widened(value: Any) -> Any:
     return value.double() if value.is_floating_point() else value
 
 
-def _check(kernel, case: Case, tile, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def _check(
+    kernel: str, case: Case, tile: Any, outputs: Sequence[Tensor], expected: Sequence[Tensor]
+) -> None:
     for got, want in zip(outputs, expected, strict=True):
         error = relative_error(got, want)
         if not error < TOLERANCE[case.dtype]:
@@ -261,7 +264,7 @@ def tune(
     _require_gpu(device)
     if rounds < 1:
         raise ValueError(f"rounds={rounds}, expected at least 1")
-    kernel_tiles.stored_tiles()  # a damaged file is better known before the work than after it
+    kernel_tiles.stored_tiles()  # raises if the file is damaged: before the work, not after it
     if timer is None:  # with an empty cache, as inside a model
         timer = partial(Clock(device).timer, cold=True)
     winners = {}
@@ -294,7 +297,7 @@ def store(device: torch.device, tiles: Mapping[str, Any]) -> None:
     }
     text = json.dumps(stored, indent=2) + "\n"
     write_atomically(kernel_tiles.tiles_file(), lambda temporary: temporary.write_text(text))
-    kernel_tiles.forget_tiles()
+    kernel_tiles.reload_tiles()
 
 
 def table(timings: Sequence[Timing], winner: Any) -> str:
@@ -310,14 +313,14 @@ def table(timings: Sequence[Timing], winner: Any) -> str:
     return "\n".join(lines)
 
 
-def tiles_in_force(device: torch.device) -> str:
-    """One line per kernel: its tile here, where that comes from, when it was measured."""
+def active_tiles(device: torch.device) -> str:
+    """One line per kernel: its tile on this device, the source of the tile, and its measurement."""
     name, file = kernel_tiles.device_name(device), kernel_tiles.tiles_file()
     lines = [f"tiles on {name}; tuned ones are in {file}"]
     for kernel in kernel_tiles.TILES:
-        chosen, source = kernel_tiles.tile_in_force(kernel, device)
+        chosen, source = kernel_tiles.active_tile(kernel, device)
         measured = chosen.measured or "not measured"
-        lines.append(f"{kernel:<22}{_fields(chosen.tile):<58}{source:<9}{measured}")
+        lines.append(f"{kernel:<23}{_fields(chosen.tile):<58}{source:<9}{measured}")
     return "\n".join(lines)
 
 

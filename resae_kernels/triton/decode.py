@@ -1,6 +1,7 @@
+# pyright: basic
 """Sparse decode in Triton, its squared error, and the two sums of its backward.
 
-The decode gathers rows of `W_dec`; the gradient of the acts is a sampled product of the same rows;
+The decode gathers rows of `W_dec`; the gradient of the acts is an SDDMM with the same rows;
 the gradient of `W_dec` is summed latent by latent over sorted codes, each row one ordered sum:
 deterministic, no atomics.
 """
@@ -60,8 +61,8 @@ def decode_registers(N: int, dtype: torch.dtype) -> int | None:
 def launch_decode(
     acts, indices, W_dec, bias, prediction, out=None, target=None
 ) -> tuple[Tensor, Tensor | None]:
-    """One launch for all dictionaries. bias and prediction may be wider than the acts. With a
-    target `out` is what the sum is off it; then, second, the squares of that summed over D."""
+    """Decode of all dictionaries in one launch. bias and prediction may have a wider dtype than the
+    acts. With a target, returns the error and its squares summed over D."""
     N, D = acts[0].shape[0], W_dec[0].shape[1]
     if out is None:
         out = acts[0].new_empty(N, D)

@@ -1,9 +1,9 @@
 """TopK encode in Triton: scores, largest scores of groups, selection.
 
-A product leaves scores, and the largest score of each group of consecutive latents, by which the
-selection finds the k best latents (`selection.py`). Up to 16 tokens the product is one kernel that
-reads `weight` once (`encode_few.py`); more tokens take the library's GEMM, or one that leaves the
-maxima as well (`gemm.py`): the tile of "product_of_many_16bit" decides.
+A GEMM writes the scores, and the largest score of each group of consecutive latents, by which the
+selection finds the k best latents (`selection.py`). Up to 16 tokens it is one kernel that reads
+`weight` once (`encode_few.py`); for more tokens it is the library's GEMM, or one that also writes
+the maxima (`gemm.py`), as the tile of "gemm_many_tokens_16bit" chooses.
 """
 
 from collections.abc import Callable
@@ -47,10 +47,10 @@ def launch_encode(
     workspace_bytes: int,
     select: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Acts and indices `[N, k]`. `select` takes scores that the kernels do not: fp64, or too many
-    of them for one program's registers."""
+    """Acts and indices `[N, k]`. `select` is used for scores that the kernels do not support: fp64,
+    or rows too long for one program's registers."""
     N, M = x.shape[0], weight.shape[0]
-    # Kernels step along a row by 1; rows of x and prediction may lie anywhere.
+    # Kernels need unit stride along a row; the rows of x and prediction may have any stride.
     x = x if x.stride(1) == 1 else x.contiguous()
     prediction = (
         prediction if prediction is None or prediction.stride(1) == 1 else prediction.contiguous()
@@ -73,12 +73,12 @@ def launch_encode(
             rest = prediction if prediction is None or whole else prediction[chunk]
             part, held = (x, scores) if whole else (x[chunk], scores[:n])
             code = (acts, indices) if whole else (acts[chunk], indices[chunk])
-            # By N, not by the rows of a chunk: the last chunk is computed as the others are.
+            # Chosen by N, not by the rows of a chunk: the last chunk is computed as the others are.
             if layout is not None and N <= encode_few.FEW_TOKENS:
-                best = _product_of_few(N, part, weight, bias, pre_bias, rest, held, layout)
+                best = _small_gemm(N, part, weight, bias, pre_bias, rest, held, layout)
             else:
                 part = _residual(part, pre_bias, rest)
-                best = _product_of_many(part, weight, bias, held, layout)
+                best = _large_gemm(part, weight, bias, held, layout)
             if layout is None:
                 acts[chunk], indices[chunk] = select(held, k, sorted)
             else:
@@ -94,23 +94,32 @@ def _residual(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None) -> 
     return subtract(x, pre_bias, prediction)
 
 
-def _product_of_few(
-    N, x, weight, bias, pre_bias, prediction, scores, layout: SelectionLayout
+def _small_gemm(
+    N: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre_bias: Tensor | None,
+    prediction: Tensor | None,
+    scores: Tensor,
+    layout: SelectionLayout,
 ) -> Tensor:
-    """Scores and group maxima in one kernel, chosen by N; returns the maxima."""
+    """Write scores and group maxima by one kernel, chosen by N; returns the maxima."""
     best = torch.empty(x.shape[0], layout.groups, dtype=KEYS[x.dtype].dtype, device=x.device)
-    tile = encode_few.product_tile(N, weight)
-    encode_few.product_of_few(
+    tile = encode_few.small_gemm_tile(N, weight)
+    encode_few.small_gemm(
         x, weight, bias, pre_bias, prediction, scores, best, layout.group, tile, rest=None
     )
     return best
 
 
-def _product_of_many(x, weight, bias, scores, layout: SelectionLayout | None) -> Tensor | None:
-    """Scores by a GEMM; returns the group maxima if it leaves them."""
-    # Ours is for 16-bit rows that begin at multiples of 16 bytes; all others are the library's.
+def _large_gemm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scores: Tensor, layout: SelectionLayout | None
+) -> Tensor | None:
+    """Write scores by a GEMM; returns the group maxima if that GEMM computes them."""
+    # Our own needs 16-bit rows that begin at multiples of 16 bytes; else the library's is used.
     if layout is not None and gemm_takes(x, weight):
-        tile, keys = tiles.tile("product_of_many_16bit", x.device), KEYS[x.dtype]
+        tile, keys = tiles.tile("gemm_many_tokens_16bit", x.device), KEYS[x.dtype]
         if tile != tiles.LIBRARY_GEMM:
             best = torch.empty(x.shape[0], layout.groups, dtype=keys.dtype, device=x.device)
             launch_gemm(x, weight, bias, scores, best, layout.group, tile)

@@ -1,8 +1,9 @@
-"""Encoder scores of at most 16 tokens in Triton, bound by reading `weight` once.
+# pyright: basic
+"""Encoder GEMM of at most 16 tokens in Triton, bound by reading `weight` once.
 
 The type of a tile names the kernel:
 
-- `ProductTile`: matrix instructions multiply latents × dimensions by dimensions × 16 tokens;
+- `SmallGemmTile`: matrix instructions multiply latents × dimensions by dimensions × 16 tokens;
 - `GemvTile`: at most two tokens; each weight is multiplied in the register it was loaded to, and
   passes through no shared memory.
 
@@ -20,13 +21,13 @@ from resae_kernels.triton import runtime, tiles
 from resae_kernels.triton.keys import KEYS, key
 from resae_kernels.triton.residual import launch_residual, residual_tile
 from resae_kernels.triton.runtime import tl, triton
-from resae_kernels.triton.tiles import GemvTile, ProductTile
+from resae_kernels.triton.tiles import GemvTile, SmallGemmTile
 
 FEW_TOKENS = 16
-"""Up to here the product is bound by reading `weight`: one Triton kernel instead of a GEMM."""
+"""Tokens up to which the GEMM is bound by reading `weight`: one Triton kernel of our own."""
 
 GEMV_TOKENS = 2
-"""Up to here a tile may be a `GemvTile`."""
+"""Tokens up to which a tile may be a `GemvTile`."""
 
 
 def readable(weight: Tensor) -> Tensor:
@@ -34,22 +35,22 @@ def readable(weight: Tensor) -> Tensor:
     return weight if 1 in weight.stride() else weight.contiguous()
 
 
-def product_tile_name(dtype: torch.dtype, N: int, weight_shape, weight_strides) -> str:
+def small_gemm_tile_name(dtype: torch.dtype, N: int, weight_shape, weight_strides) -> str:
     """The name in `tiles.TILES` of the scores of N tokens."""
     # Rows that start anywhere are loaded element by element: in tiles for elements twice as wide,
     # or registers would not suffice.
     run = weight_shape[1] if weight_strides[1] == 1 else weight_shape[0]
     bits = 8 * dtype.itemsize if run % 16 == 0 else 32
-    return f"product_of_{'two' if N <= GEMV_TOKENS else 'few'}_{bits}bit"
+    return f"gemm_{GEMV_TOKENS if N <= GEMV_TOKENS else FEW_TOKENS}_tokens_{bits}bit"
 
 
-def product_tile(N: int, weight: Tensor) -> ProductTile | GemvTile:
+def small_gemm_tile(N: int, weight: Tensor) -> SmallGemmTile | GemvTile:
     """The tile for the scores of N tokens."""
-    name = product_tile_name(weight.dtype, N, weight.shape, weight.stride())
+    name = small_gemm_tile_name(weight.dtype, N, weight.shape, weight.stride())
     return tiles.tile(name, weight.device)
 
 
-def product_of_few(
+def small_gemm(
     x,
     weight,
     bias,
@@ -58,7 +59,7 @@ def product_of_few(
     scores,
     best,
     group: int,
-    tile: ProductTile | GemvTile,
+    tile: SmallGemmTile | GemvTile,
     rest,
 ) -> None:
     """Write scores `[n, M]` and the largest score of each group of latents, `[n, groups]`.
@@ -69,12 +70,12 @@ def product_of_few(
         x, prediction, pre_bias = launch_residual(x, pre_bias, prediction, rest), None, None
     (n, D), M = x.shape, weight.shape[0]
     keys = KEYS[scores.dtype]
-    settings = product_settings(tile, n, group, scores.dtype, not x.is_cuda)
+    settings = small_gemm_settings(tile, n, group, scores.dtype, not x.is_cuda)
     programs = blocks = runtime.cdiv(M, settings["BL"])
-    if isinstance(tile, ProductTile) and tile.programs_per_multiprocessor:
+    if isinstance(tile, SmallGemmTile) and tile.programs_per_multiprocessor:
         resident = tile.programs_per_multiprocessor * _multiprocessors(x.device)
         programs = min(blocks, resident)
-    product_kernel(tile)[(programs,)](
+    small_gemm_variant(tile)[(programs,)](
         x,
         prediction,
         pre_bias,
@@ -95,25 +96,25 @@ def product_of_few(
 
 
 @cache
-def product_settings(
-    tile: ProductTile | GemvTile, n: int, group: int, dtype: torch.dtype, upcast: bool
+def small_gemm_settings(
+    tile: SmallGemmTile | GemvTile, n: int, group: int, dtype: torch.dtype, upcast: bool
 ) -> dict[str, Any]:
     """Constants and options of a launch, made once."""
-    constants = product_constants(tile, n, group, dtype)
-    if isinstance(tile, ProductTile):
+    constants = small_gemm_constants(tile, n, group, dtype)
+    if isinstance(tile, SmallGemmTile):
         constants["UPCAST"] = upcast
     return constants | runtime.launch_options(tile.num_warps, tile.num_stages)
 
 
-def product_kernel(tile: ProductTile | GemvTile) -> Any:
+def small_gemm_variant(tile: SmallGemmTile | GemvTile) -> Any:
     """The kernel that a tile is for."""
-    return gemv_kernel if isinstance(tile, GemvTile) else product_of_few_kernel
+    return gemv_kernel if isinstance(tile, GemvTile) else small_gemm_kernel
 
 
-def product_constants(
-    tile: ProductTile | GemvTile, n: int, group: int, dtype: torch.dtype
+def small_gemm_constants(
+    tile: SmallGemmTile | GemvTile, n: int, group: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What the kernel of a tile is compiled for."""
+    """Compile-time constants of the kernel of a tile."""
     keys = KEYS[dtype]
     constants = {"GROUP": group, "INF": keys.inf, "TOP": keys.top}
     if isinstance(tile, GemvTile):
@@ -177,7 +178,7 @@ def _store_scores(
 
 
 @triton.jit
-def product_of_few_kernel(
+def small_gemm_kernel(
     x,  # [n, D], n ≤ BN, rows s_x apart
     prediction,  # [n, D] or None, rows s_prediction apart
     pre_bias,  # [D] or None

@@ -1,4 +1,5 @@
-"""Encoder GEMM in Triton whose epilogue leaves the largest score of each group of latents.
+# pyright: basic
+"""Encoder GEMM in Triton whose epilogue also writes the largest score of each group of latents.
 
 scores[n, m] = Σ_d x[n, d] · weight[m, d] + bias[m], 16-bit inputs, sums in fp32, one rounding.
 2·n·D·M FLOPs. After the library's GEMM a pass over the scores takes the maxima, which is 184/D of
@@ -15,7 +16,7 @@ from resae_kernels.triton.runtime import tl, triton
 
 
 def gemm_takes(x: Tensor, weight: Tensor) -> bool:
-    """Are these 16-bit rows that begin at multiples of 16 bytes, one after the other?"""
+    """True if both are 16-bit, with contiguous rows that begin at multiples of 16 bytes."""
     return x.dtype in KEYS and all(
         t.dtype.itemsize == 2
         and t.stride() == (t.shape[1], 1)  # `is_contiguous` lets a single row of any stride pass
@@ -60,7 +61,7 @@ def launch_gemm(
 
 
 def gemm_constants(tile: tiles.GemmTile, M: int, group: int) -> dict[str, int | bool]:
-    """What `gemm_kernel` is compiled for, but for the keys."""
+    """Compile-time constants of `gemm_kernel`, except those of the keys."""
     return {
         "GROUP": group,
         "BN": tile.tokens,

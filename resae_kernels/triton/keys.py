@@ -1,3 +1,4 @@
+# pyright: basic
 """Scores as integers, in whose order the selection compares them."""
 
 from typing import NamedTuple

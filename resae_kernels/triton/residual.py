@@ -1,3 +1,4 @@
+# pyright: basic
 """The residual that the encoder reads, in one launch or inside the kernel that multiplies it."""
 
 import torch

@@ -13,7 +13,7 @@ class Kernel:
     The import takes a tenth of the time of importing torch, and on a CPU no kernel is launched.
     """
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable[..., Any]):
         self.function = function
         self.__name__ = function.__name__
 
@@ -54,7 +54,7 @@ class _Lazy:
 
 triton: Any = _Lazy("triton", jit=Kernel)
 if TYPE_CHECKING:
-    import triton.language as tl
+    import triton.language as tl  # pyright: ignore[reportUnusedImport]  (for the kernels)
 else:
     tl = _Lazy("triton.language", constexpr="constexpr")  # Triton knows an annotation by this word
 

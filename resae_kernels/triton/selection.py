@@ -1,3 +1,4 @@
+# pyright: basic
 """Exact selection of the k best of each row of scores in Triton, by the largest scores of groups.
 
 The k best latents lie in the k groups of consecutive latents with the largest maxima: were one
@@ -15,7 +16,7 @@ from resae_kernels.triton import runtime, tiles
 from resae_kernels.triton.keys import KEYS, key
 from resae_kernels.triton.runtime import tl, triton
 
-GROUP_SIZES = (8, 16, 32, 64)  # at most the latents of a product tile
+GROUP_SIZES = (8, 16, 32, 64)  # at most the latents of a GEMM tile
 
 MOST_KEYS = 8192  # that one program of the selection holds in registers
 
@@ -23,7 +24,7 @@ KEYS_PER_THREAD = 16
 
 
 class SelectionLayout(NamedTuple):
-    """How a row of M scores is selected from."""
+    """Groups into which the selection divides a row of M scores."""
 
     group: int
     """Latents per group."""
@@ -56,7 +57,7 @@ def select_warps(layout: SelectionLayout, keys_per_thread: int = KEYS_PER_THREAD
 def select_constants(
     layout: SelectionLayout, tile: tiles.SelectTile, *, maxima: bool, by_value: bool
 ) -> dict[str, int]:
-    """What `select_kernel` is compiled for, but for the keys."""
+    """Compile-time constants of `select_kernel`, except those of the keys."""
     threads = 32 * select_warps(layout, tile.keys_per_thread)
     # Comparisons of each code with itself: as many at a time per thread as keys.
     at_a_time = max(1, min(layout.slots, KEYS_PER_THREAD * threads // layout.slots))
@@ -115,7 +116,7 @@ def launch_select(
     by_value: bool,
 ) -> None:
     """Write the exact code of each row of `scores [n, M]` into `acts`, `indices` `[n, k]`: in order
-    of value, or of index. `best`: the group maxima, where a product left them."""
+    of value, or of index. `best`: the group maxima, where the GEMM wrote them."""
     n, M = scores.shape
     keys = KEYS[scores.dtype]
     tile = tiles.tile("select", scores.device)

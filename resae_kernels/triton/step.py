@@ -1,3 +1,4 @@
+# pyright: basic
 """Online step in Triton: at most four launches; the residual has its own from three tokens on.
 
 A gather over the earlier codes (where there are any); scores and group maxima; then, per token and
@@ -131,9 +132,9 @@ def launch_step(
                 acts, indices, dictionaries, constant, None, to.prediction
             )
         scores, best = to.scores[:, :M], to.best.view(keys.dtype)
-        tile = encode_few.product_tile(N, weight)
+        tile = encode_few.small_gemm_tile(N, weight)
         # x̂ is written last: until then its memory holds the residual.
-        encode_few.product_of_few(
+        encode_few.small_gemm(
             x, weight, bias, b_dec, prediction, scores, best, layout.group, tile, rest=to.x_hat
         )
         select_decode_kernel[(N, to.program_acts.shape[1])](

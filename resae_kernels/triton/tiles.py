@@ -1,11 +1,11 @@
 """Tiles of the kernels: the tables that come with the package, and those that a user tuned.
 
-A tile is a named tuple of integers and names: what one program of a kernel works on at a time, and
-which form of the kernel. The type of a tile says which kernel it belongs to.
+A tile is a named tuple of integers and names: the amount of work that one program of a kernel does
+at a time, and the variant of the kernel. The type of a tile names its kernel.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,8 +18,8 @@ from resae_kernels.triton import runtime
 from resae_kernels.triton.runtime import tl
 
 
-class Chosen(NamedTuple):
-    """A tile, and what speaks for it."""
+class TileChoice(NamedTuple):
+    """A tile, and the measurement that chose it."""
 
     tile: Any
     """A named tuple of integers and names."""
@@ -30,15 +30,15 @@ class Chosen(NamedTuple):
 class TileTable(NamedTuple):
     """The tiles of one kernel."""
 
-    default: Chosen
+    default: TileChoice
     alternatives: tuple[Any, ...]
-    """What else `resae tune` tries; `tests/static_gate.py` compiles each of them."""
-    classes: Mapping[str, Chosen] = MappingProxyType({})
-    """By device class (`sm_90`), where the default is not the choice."""
+    """Other tiles that `resae tune` tries; `tests/static_gate.py` compiles each of them."""
+    classes: Mapping[str, TileChoice] = MappingProxyType({})
+    """Choices of device classes (`sm_90`) that differ from the default."""
     class_alternatives: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
-    """What else `resae tune` tries on a device class: tiles that others have no memory for."""
+    """Other tiles that `resae tune` tries on one device class only: too large for the others."""
 
-    def of(self, device_class: str) -> Chosen:
+    def of(self, device_class: str) -> TileChoice:
         return self.classes.get(device_class, self.default)
 
     def candidates(self, device_class: str) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ class TileTable(NamedTuple):
         return tuple(dict.fromkeys((chosen, self.default.tile, *self.alternatives, *of_class)))
 
 
-class ProductTile(NamedTuple):
+class SmallGemmTile(NamedTuple):
     """Latents and dimensions of `weight` that matrix instructions multiply at a time."""
 
     latents: int
@@ -56,9 +56,9 @@ class ProductTile(NamedTuple):
     num_stages: int
     num_warps: int
     precision: str = "ieee"
-    """Of fp32: `ieee` multiplies on CUDA cores, `tf32x3` three times on tensor cores."""
+    """Multiplication in fp32: `ieee` on CUDA cores, `tf32x3` three times on tensor cores."""
     residual_launch: int = 0
-    """1: a launch before the product forms the residual once; 0: every program forms it."""
+    """1: a launch before the GEMM forms the residual once; 0: every program forms it."""
     programs_per_multiprocessor: int = 0
     """Programs that stay resident and take block after block of latents; 0: one program a block."""
 
@@ -71,12 +71,12 @@ class GemvTile(NamedTuple):
     num_warps: int
     num_stages: int = 1  # pipelined loads would pass through shared memory
     residual_launch: int = 0
-    """1: a launch before the product forms the residual once; 0: every program forms it."""
+    """1: a launch before the GEMM forms the residual once; 0: every program forms it."""
 
 
 class GemmTile(NamedTuple):
-    """How many tokens are multiplied: tokens, latents and dimensions that a program takes at a
-    time. All zero: by the library's GEMM, and the group maxima by a pass over its scores."""
+    """Tokens, latents and dimensions that a program of the GEMM of more than 16 tokens multiplies
+    at a time. All zero: the library's GEMM, and the group maxima by a pass over its scores."""
 
     tokens: int
     latents: int
@@ -100,7 +100,7 @@ class RowTile(NamedTuple):
 
 
 class SelectTile(NamedTuple):
-    """How the program that selects from a row of scores holds them."""
+    """Scores that the program that selects from one row holds at a time."""
 
     keys_per_thread: int
     """Group maxima, or members of the best groups, that a thread holds."""
@@ -109,14 +109,14 @@ class SelectTile(NamedTuple):
 
 
 class GatherTile(NamedTuple):
-    """How many gathered rows a program loads at a time, and which part of each."""
+    """Number of gathered rows that a program loads at a time, and the part of each."""
 
     rows: int
     row_bytes: int
     num_warps: int
 
     def constants(self, D: int, dtype: torch.dtype) -> dict[str, Any]:
-        """What every kernel here is compiled for."""
+        """Compile-time constants of every kernel that gathers."""
         return {
             "D": D,
             "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -134,83 +134,83 @@ class GatherTile(NamedTuple):
 
 
 GATHER_REGISTERS = 96
-"""Registers of a thread that gathers: enough that all loads of a tile are issued before the first
-of them is used. From ahead-of-time compilation, not measured."""
+"""Registers of a thread that gathers: enough to issue all loads of a tile before the first of them
+is used. From ahead-of-time compilation, not measured."""
 
-_NARROW = ProductTile(64, 64, num_stages=4, num_warps=4)
-_WIDE = ProductTile(64, 128, num_stages=4, num_warps=4)
-_IEEE = ProductTile(64, 32, num_stages=4, num_warps=8)
-# Its three products per step are added to the sum outside the tensor cores, which cut off: with
+_NARROW = SmallGemmTile(64, 64, num_stages=4, num_warps=4)
+_WIDE = SmallGemmTile(64, 128, num_stages=4, num_warps=4)
+_IEEE = SmallGemmTile(64, 32, num_stages=4, num_warps=8)
+# Its three products per step are added to the sum outside the tensor cores, which truncate: with
 # the longer step there are fewer such additions, and the error stays below plain torch's.
-_TF32X3 = ProductTile(64, 64, num_stages=3, num_warps=4, precision="tf32x3")
+_TF32X3 = SmallGemmTile(64, 64, num_stages=3, num_warps=4, precision="tf32x3")
 
-# The residual of 16 tokens, formed in every program, is read in as many bytes as half the weight;
-# formed once it takes 48 registers on sm_90 where it took 72. One or two tokens are not worth the
+# To form the residual of 16 tokens in every program takes half as many bytes as the weight; formed
+# once, the GEMM takes 48 registers on sm_90 instead of 72. One or two tokens are not worth the
 # launch.
 _ONCE = {"residual_launch": 1}
 
 
-def _on_tensor_cores(tile: ProductTile) -> Mapping[str, Chosen]:
+def _on_tensor_cores(tile: SmallGemmTile) -> Mapping[str, TileChoice]:
     """The same choice for every class whose shared memory holds wide tiles."""
-    return dict.fromkeys(("sm_80", "sm_90", "sm_100"), Chosen(tile, measured=None))
+    return dict.fromkeys(("sm_80", "sm_90", "sm_100"), TileChoice(tile, measured=None))
 
 
 # A warp loads 512 bytes at once. Where a row's part is 512 bytes a warp, each thread holds its
 # columns of all rows: as many loads in flight as rows, and a sum that crosses no thread.
 TILES: dict[str, TileTable] = {
     "decode": TileTable(
-        default=Chosen(GatherTile(rows=8, row_bytes=512, num_warps=1), measured=None),
+        default=TileChoice(GatherTile(rows=8, row_bytes=512, num_warps=1), measured=None),
         alternatives=(
             GatherTile(rows=4, row_bytes=512, num_warps=1),
             GatherTile(rows=8, row_bytes=1024, num_warps=2),
         ),
     ),
     "decode_few": TileTable(
-        default=Chosen(GatherTile(rows=64, row_bytes=128, num_warps=4), measured=None),
+        default=TileChoice(GatherTile(rows=64, row_bytes=128, num_warps=4), measured=None),
         alternatives=(
             GatherTile(rows=64, row_bytes=64, num_warps=4),
             GatherTile(rows=32, row_bytes=128, num_warps=4),
         ),
     ),
     "sddmm": TileTable(
-        default=Chosen(GatherTile(rows=8, row_bytes=512, num_warps=1), measured=None),
+        default=TileChoice(GatherTile(rows=8, row_bytes=512, num_warps=1), measured=None),
         alternatives=(
             GatherTile(rows=16, row_bytes=512, num_warps=2),
             GatherTile(rows=16, row_bytes=512, num_warps=4),
         ),
     ),
     "scatter_outer": TileTable(
-        default=Chosen(GatherTile(rows=8, row_bytes=1024, num_warps=2), measured=None),
+        default=TileChoice(GatherTile(rows=8, row_bytes=1024, num_warps=2), measured=None),
         alternatives=(
             GatherTile(rows=8, row_bytes=512, num_warps=1),
             GatherTile(rows=4, row_bytes=1024, num_warps=2),
         ),
     ),
-    "product_of_two_16bit": TileTable(
-        default=Chosen(_NARROW, measured=None),
+    "gemm_2_tokens_16bit": TileTable(
+        default=TileChoice(_NARROW, measured=None),
         classes=_on_tensor_cores(_WIDE),
         alternatives=(
             GemvTile(32, 128, num_warps=4),
-            ProductTile(64, 128, num_stages=3, num_warps=4),
+            SmallGemmTile(64, 128, num_stages=3, num_warps=4),
             _WIDE._replace(programs_per_multiprocessor=2),
         ),
     ),
-    "product_of_two_32bit": TileTable(
+    "gemm_2_tokens_32bit": TileTable(
         # One LDS.128 and no matrix instruction per 32 FFMA, where ieee tiles take one per 4.
-        default=Chosen(GemvTile(32, 128, num_warps=4), measured=None),
+        default=TileChoice(GemvTile(32, 128, num_warps=4), measured=None),
         alternatives=(_TF32X3, _IEEE),
     ),
-    "product_of_few_16bit": TileTable(
-        default=Chosen(_NARROW._replace(**_ONCE), measured=None),
+    "gemm_16_tokens_16bit": TileTable(
+        default=TileChoice(_NARROW._replace(**_ONCE), measured=None),
         classes=_on_tensor_cores(_WIDE._replace(**_ONCE)),
         alternatives=(
             _WIDE,
-            ProductTile(128, 64, num_stages=4, num_warps=4)._replace(**_ONCE),
+            SmallGemmTile(128, 64, num_stages=4, num_warps=4)._replace(**_ONCE),
             _WIDE._replace(programs_per_multiprocessor=2, **_ONCE),
         ),
     ),
-    "product_of_few_32bit": TileTable(
-        default=Chosen(_TF32X3._replace(**_ONCE), measured=None),
+    "gemm_16_tokens_32bit": TileTable(
+        default=TileChoice(_TF32X3._replace(**_ONCE), measured=None),
         alternatives=(
             _TF32X3._replace(dimensions=32, num_stages=4, **_ONCE),
             _TF32X3._replace(programs_per_multiprocessor=4, **_ONCE),
@@ -219,8 +219,8 @@ TILES: dict[str, TileTable] = {
     ),
     # Static reason for the library (not measured): its GEMM overlaps loads, products and stores by
     # warp specialisation, which Triton's compiler does not do for this epilogue.
-    "product_of_many_16bit": TileTable(
-        default=Chosen(LIBRARY_GEMM, measured=None),
+    "gemm_many_tokens_16bit": TileTable(
+        default=TileChoice(LIBRARY_GEMM, measured=None),
         alternatives=(GemmTile(128, 128, 32, 4, 4, descriptors=0, persistent=0),),
         class_alternatives={
             "sm_80": (GemmTile(128, 256, 32, 4, 8, descriptors=0, persistent=0),),
@@ -237,37 +237,37 @@ TILES: dict[str, TileTable] = {
         },
     ),
     "group_max": TileTable(
-        default=Chosen(RowTile(4096, num_warps=4), measured=None),
+        default=TileChoice(RowTile(4096, num_warps=4), measured=None),
         alternatives=(RowTile(2048, num_warps=2), RowTile(4096, num_warps=8)),
     ),
     # Static reason for a pass of its own (not measured): it reads a row in as many programs as its
     # strips, at full occupancy; the selection's registers leave it a quarter of the warps.
     "select": TileTable(
-        default=Chosen(SelectTile(keys_per_thread=16, columns=0), measured=None),
+        default=TileChoice(SelectTile(keys_per_thread=16, columns=0), measured=None),
         alternatives=(
             SelectTile(keys_per_thread=8, columns=0),
             SelectTile(keys_per_thread=16, columns=4096),
         ),
     ),
     "residual": TileTable(
-        default=Chosen(RowTile(1024, num_warps=4), measured=None),
+        default=TileChoice(RowTile(1024, num_warps=4), measured=None),
         alternatives=(RowTile(512, num_warps=2), RowTile(2048, num_warps=8)),
     ),
 }
 """Tiles of every kernel, by its name."""
 
-_forced: dict[str, Any] = {}
+_overrides: dict[str, Any] = {}
 
 
 def tile(kernel: str, device: torch.device) -> Any:
     """The tile to launch `kernel` with."""
-    return _forced.get(kernel) or tile_in_force(kernel, device)[0].tile
+    return _overrides.get(kernel) or active_tile(kernel, device)[0].tile
 
 
 @cache
-def tile_in_force(kernel: str, device: torch.device) -> tuple[Chosen, str]:
-    """The user's own choice for this device, else that of its class, else the default; and which
-    of these it is."""
+def active_tile(kernel: str, device: torch.device) -> tuple[TileChoice, str]:
+    """The user's tuned choice for this device, else that of its class, else the default; and its
+    source: "tuned", the class, or "default"."""
     tuned = _tuned(device_name(device))
     if kernel in tuned:
         return tuned[kernel], "tuned"
@@ -281,15 +281,15 @@ def sizes(tile: Any) -> str:
 
 
 @contextmanager
-def forced_tiles(tiles: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, these kernels are launched with these tiles, whatever is in force."""
-    before = dict(_forced)
-    _forced.update(tiles)
+def override_tiles(tiles: Mapping[str, Any]) -> Generator[None]:
+    """Launch these kernels with these tiles inside the block, instead of the active ones."""
+    before = dict(_overrides)
+    _overrides.update(tiles)
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        _overrides.clear()
+        _overrides.update(before)
 
 
 def device_name(device: torch.device) -> str:
@@ -297,7 +297,7 @@ def device_name(device: torch.device) -> str:
 
 
 def device_class(device: torch.device) -> str:
-    """`sm_90` and the like; `other` for what is no NVIDIA GPU."""
+    """Compute capability as `sm_90`; `other` for any device but an NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip:
         return "other"
     major, minor = torch.cuda.get_device_capability(device)
@@ -305,7 +305,7 @@ def device_class(device: torch.device) -> str:
 
 
 def tiles_file() -> Path:
-    """Where `resae tune` keeps what it measured."""
+    """The user's file, in which `resae tune` stores the fastest tiles."""
     return Path.home() / ".cache" / "resae" / "tiles.json"
 
 
@@ -328,8 +328,8 @@ def stored_tiles() -> dict[str, dict[str, Any]]:
 
 
 @cache
-def _tuned(name: str) -> dict[str, Chosen]:
-    """By kernel, what the user's file holds for a device. Read once, at the first launch."""
+def _tuned(name: str) -> dict[str, TileChoice]:
+    """Tuned choice of each kernel for a device, from the user's file, which is read once."""
     entry = stored_tiles().get(name)
     if entry is None:
         return {}
@@ -353,11 +353,11 @@ def _tuned(name: str) -> dict[str, Chosen]:
                 f"{where}: unknown tile {fields} of {kernel}, expected one of "
                 f"{', '.join(map(str, known))}; {remedy}"
             )
-        chosen[kernel] = Chosen(tile, measured=f"{name}, {entry['date']}")
+        chosen[kernel] = TileChoice(tile, measured=f"{name}, {entry['date']}")
     return chosen
 
 
-def forget_tiles() -> None:
-    """Look tiles up anew: the user's file has changed."""
+def reload_tiles() -> None:
+    """Read the user's file again at the next launch: it has changed."""
     _tuned.cache_clear()
-    tile_in_force.cache_clear()
+    active_tile.cache_clear()

@@ -20,7 +20,7 @@ from commands import SMALL, TRAIN, free_ports
 
 import resae.training.loop as training
 from resae import HookedLM, ReSAE
-from resae.cli import GC_THRESHOLD, Display, main
+from resae.cli import COMMANDS, GC_THRESHOLD, Display, main
 from resae.data import cache as activation_cache
 from resae.data.rows import TokenRows
 from resae.data.text_record import RunText
@@ -268,7 +268,7 @@ def test_generate_edits_latents_and_shows_them(run, tmp_path, capsys):
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     lines = printed[0].splitlines()
-    assert "— and latents edited, error left out, effects transported —" in lines
+    assert "— and latents edited, error left out, effects propagated —" in lines
     name = tiny.NAMES[1]
     assert f"{name}: clamp latents 5 value 30 of layer 1, generated: 5 changes" in lines
     assert any(x.startswith(f"{tiny.NAMES[2]}: what arrives there moved") for x in lines)
@@ -467,7 +467,7 @@ def test_a_missing_logger_is_named_before_anything_runs(name, material, monkeypa
 
 
 def same_text(run, other):
-    """Whether two runs record the same text."""
+    """True if two runs record the same text."""
     names = ("held_out.safetensors", "trained_text.safetensors")
     records = [[load_tensors(folder / name, name) for name in names] for folder in (run, other)]
     return all(
@@ -889,9 +889,7 @@ def test_nan_activations_stop_before_anything_is_written(material, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "fit", "train", "eval", "generate", "report", "profile", "tune"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_argument(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

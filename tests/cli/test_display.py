@@ -1,4 +1,4 @@
-"""What the command line prints, and where."""
+"""Output of the command line, and its streams."""
 
 import json
 import logging
@@ -36,12 +36,22 @@ def test_on_a_terminal_a_progress_line_is_overwritten(capsys, monkeypatch):
 
 
 def test_elsewhere_progress_comes_every_ten_seconds(capsys, monkeypatch):
-    clock = iter([100.0, 100.0, 105.0, 110.0, 110.0])
-    monkeypatch.setattr("resae.cli.display.time.monotonic", lambda: next(clock))
-    display = Display()
-    for line in "abc":
-        display.show(line)
+    every_ten_seconds(monkeypatch, Display())
     assert capsys.readouterr().out == "a\nc\n"
+
+
+def test_progress_of_python_is_logged_every_ten_seconds(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="resae")
+    every_ten_seconds(monkeypatch, Console())
+    assert caplog.messages == ["a", "c"]
+
+
+def every_ten_seconds(monkeypatch, console):
+    """Three lines of progress, five seconds apart."""
+    clock = iter([100.0, 105.0, 110.0])
+    monkeypatch.setattr("resae.console.time.monotonic", lambda: next(clock))
+    for line in "abc":
+        console.show(line)
 
 
 def test_a_console_of_python_logs_and_a_silent_one_complains_alone(caplog, capsys):
@@ -63,12 +73,13 @@ def test_version_names_the_version_and_the_commit(capsys):
     assert said[2:3] in ([], ["commit"])
 
 
-def test_tables_are_printed_as_json(capsys):
+def test_tables_are_printed_as_json(capsys, monkeypatch):
     plan = ["train", "embedded", "no-data", "--layers", "1,3", "--k", "4", "--out", "no-folder"]
     assert main([*plan, "--plan", "--json"]) == 0
     estimate = json.loads(capsys.readouterr().out)
     assert estimate["phases"][0]["name"]
     assert estimate["tokens_per_second"] > 0
+    monkeypatch.setattr("resae_kernels.profiling.clock.COLD_BYTES", 1 << 20)
     shape = ["--tokens", "2", "--width", "8", "--latents", "16", "--k", "2", "--rounds", "1"]
     assert main(["profile", "decode", *shape, "--json", "--device", "cpu"]) == 0
     printed = capsys.readouterr()

@@ -166,7 +166,7 @@ class Wrapper(torch.nn.Module):
 
 
 def check_wrapped(lm, wrapped):
-    """What replaces the model inside the wrapper is what replaces `lm`, and is gone afterwards."""
+    """Check that replacing `lm` also replaces the model inside the wrapper, until it ends."""
     hooks = spliced(lm)
     clean, expected = lm.logits(tiny.ids()), lm.replace(tiny.ids(), hooks)
     modules, names = list(wrapped.modules()), list(wrapped.state_dict())

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from threading import Barrier, Thread
+from typing import Any
 from weakref import ref
 
 import pytest
@@ -543,8 +544,8 @@ def switching():
     sys.setswitchinterval(interval)
 
 
-def passes(run, batches, number):
-    """So many passes over each batch, in a thread each."""
+def passes(run, batches, number) -> list[Any]:
+    """Outputs of `number` passes over each batch, one thread per batch."""
 
     def many(ids):
         with torch.no_grad():

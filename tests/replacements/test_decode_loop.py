@@ -1,7 +1,7 @@
 import pytest
 import tiny
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func  # pyright: ignore[reportPrivateImportUsage]
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
@@ -49,7 +49,7 @@ def test_replaced_text_differs_and_plain_text_is_back(lm):
 
 
 def test_one_graph_serves_every_step_and_call(lm):
-    """Of Gemma 2 too, before and beyond its window of 8 tokens."""
+    """Also for Gemma 2, before and beyond its window of 8 tokens."""
     torch._dynamo.reset()
     counters.clear()
     with replacement(lm, tiny.stack(lm)):

@@ -240,7 +240,7 @@ PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 
 def test_positions_count_real_tokens_with_left_padding():
-    """Whether from the mask or from position_ids, which say 1, or anything, for padding."""
+    """Positions come from the mask or from position_ids, which hold 1, or anything, for padding."""
     ids = torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
     for kwargs in ({}, {"position_ids": ids}):
         tokens = a_pass(2, 5, attention_mask=PADDED, **kwargs)

@@ -169,7 +169,7 @@ def three_layers(noise=1.0):
 
 
 def penalised(A, xs, layer, ridge):
-    """What a map [s·D, D] is fitted to minimise, by its definition, on tokens in RMS units."""
+    """Objective that a map [s·D, D] minimises, by its definition, on tokens in RMS units."""
     units = [x / x.square().mean().sqrt() for x in xs]
     centred = [x - x.mean(0) for x in units]
     sources = torch.cat(centred[:layer], 1)

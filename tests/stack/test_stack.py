@@ -441,7 +441,7 @@ CHANGES = {
         stack.saes[1], "config", dataclasses.replace(stack.saes[1].config, k=4)
     ),
     "the certain margin": lambda stack: setattr(stack.saes[1], "screening", "certain"),
-    "copy dropped": lambda stack: stack.saes[1].screened.forget(),
+    "copy dropped": lambda stack: stack.saes[1].screened.invalidate(),
     "decoder parametrised": lambda stack: torch.nn.utils.parametrize.register_parametrization(
         stack.saes[1], "W_dec", torch.nn.Softsign()
     ),

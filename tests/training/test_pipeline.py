@@ -25,7 +25,7 @@ SETTINGS = {
     "calibration_tokens": 2048,
     "d_sae": 64,
 }
-"""Those of TRAIN and SMALL."""
+"""Settings of TRAIN and SMALL."""
 
 
 def same(one, other):
