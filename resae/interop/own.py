@@ -31,5 +31,5 @@ def read(path: Path) -> SAERecord:
 def write(record: SAERecord, folder: Path, *, max_active: int | None = None) -> None:
     """Write a folder that `load_sae` reads; `max_active` as of `sae_from_record`."""
     sae = sae_from_record(record, max_active=max_active)
-    facts = {"hook_point": record.hook_point, "model": record.model}
-    sae.save(folder, **facts, **({"imported": record.metadata} if record.metadata else {}))
+    further = {"imported": record.metadata} if record.metadata else {}
+    sae.save(folder, hook_point=record.hook_point, model=record.model, **further)

@@ -7,7 +7,7 @@ A kind of autoencoder is one file with a class that derives from `Autoencoder`, 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -150,8 +150,8 @@ class Autoencoder(nn.Module, ABC):
     # -- disk --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def save(self, folder: Path, **metadata: str | float | None) -> None:
-        """Write the autoencoder and `metadata`, its `kind` among it, into a folder."""
+    def save(self, folder: Path, **metadata: Any) -> None:
+        """Write the autoencoder and `metadata` (JSON), its `kind` among it, into a folder."""
 
     @classmethod
     @abstractmethod

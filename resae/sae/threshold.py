@@ -223,8 +223,10 @@ class ThresholdSAE(Autoencoder):
                 f"SAE {folder}: apply_b_dec_to_input = {applied!r}, mean_active = {mean_active!r} "
                 f"in the metadata; expected true or false, and a whole number or null"
             )
+        tensors = load_state(folder, shapes)
         record = SAERecord(
-            **load_state(folder, shapes),
+            *(tensors[name] for name in ("weight", "bias", "W_dec", "b_dec")),
+            threshold=tensors["threshold"],
             k=mean_active,
             apply_b_dec_to_input=applied,
             input_kind=config.input_kind,
