@@ -42,7 +42,9 @@ def locate(
     with _named_errors(name):
         there = [PurePosixPath(file) for file in list_repo_files(name, revision=revision)]
     weights = [f for f in there if f.name in files and f.suffix != ".json"]
-    folder = hook_point or _only_folder(name, {str(f.parent) for f in weights})
+    parents = {f.parent for f in weights}
+    outermost = {str(f) for f in parents if f.parent not in parents or f == f.parent}
+    folder = hook_point or _only_folder(name, outermost)
     prefix = "" if folder == "." else f"{folder}/"
     with _named_errors(name):  # patterns without wildcards: no other file can come
         patterns = [prefix + file for file in files]

@@ -138,7 +138,7 @@ def _settings(path: Path) -> dict[str, Any]:
         cfg, "activation_fn", str, path, "relu"
     )
     options = setting(cfg, "activation_fn_kwargs", dict, path, {})
-    if activation == "topk" or (activation == "relu" and "k" in options):
+    if activation == "topk":
         cfg |= {"architecture": "topk", "k": required(options, "k", int, path)}
     elif activation != "relu":
         raise ValueError(f"SAE {path}: activation_fn_str {activation!r}, expected 'relu' or 'topk'")

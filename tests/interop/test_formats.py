@@ -351,6 +351,12 @@ def test_a_repository_of_the_hub(hub_folder):
         import_sae(hub_folder.path / "layers.8", revision="v1")
 
 
+def test_a_boosted_autoencoder_on_the_hub_is_one(hub_folder):
+    sae = BoostedSAE(TopKSAE(SAEConfig(D, M, K)), TopKSAE(SAEConfig(D, M, K)))
+    sae.save(hub_folder.path / "blocks.1.hook_resid_post")
+    assert import_sae("owner/name").kind == "boosted"
+
+
 def test_names_on_the_command_line_are_those_of_the_formats():
     assert set(IMPORTS) == set(FORMATS)
     assert set(EXPORTS) == {name for name, known in FORMATS.items() if known.write is not None}

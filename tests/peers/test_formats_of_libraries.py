@@ -4,6 +4,7 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,30 @@ def test_what_saelens_trains_is_read_as_saved_and_as_a_checkpoint(
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "inference")
     sae = import_sae(tmp_path / ("inference" if inference else "checkpoint"))
     assert_same(sae, theirs.encode, theirs.decode, x)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_settings_from_before_version_6_mean_what_saelens_takes_them_for(activation, tmp_path, x):
+    options = {"topk": {"k": K}, "relu": {}}[activation]
+    lens_sae("topk" if options else "standard", **options).save_model(tmp_path)
+    old = {"d_in": D, "d_sae": M, "dtype": "torch.float32", "hook_point": "blocks.6.hook_resid_pre"}
+    old |= {"model_name": "gpt2", "hook_point_layer": 6, "normalize_activations": False}
+    old |= {"activation_fn_str": activation, "activation_fn_kwargs": options}
+    (tmp_path / "cfg.json").write_text(json.dumps(old))
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    assert_same(import_sae(tmp_path), theirs.encode, theirs.decode, x)
+    record = read_sae(tmp_path).record
+    assert record.hook_point == theirs.cfg.metadata.hook_name == "blocks.6.hook_resid_pre"
+    assert record.model == "gpt2"
+
+
+def test_gemma_scope_is_jumprelu_of_saelens_without_b_dec_on_the_input(tmp_path, x):
+    theirs = lens_sae("jumprelu", apply_b_dec_to_input=False)
+    arrays = {name: t.detach().numpy() for name, t in theirs.state_dict().items()}
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_20" / "width_16k" / "average_l0_30"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **arrays)
+    assert_same(import_sae(folder), theirs.encode, theirs.decode, x)
 
 
 def test_an_export_is_loaded_by_saelens_and_comes_back_bit_by_bit(tmp_path, x):
