@@ -73,6 +73,7 @@ GPU_CASES = [
     Case("step", 16, 2048, 65536, 64, "bfloat16"),
     Case("chain", 1, 2048, 65536, 64, "bfloat16", 4),
     Case("chain", 8192, 2048, 16384, 64, "bfloat16", 4),
+    *(Case("threshold", N, 2304, M, 70, "bfloat16") for M in (16384, 65536) for N in (1, 16, 8192)),
 ]
 CPU_CASES = [
     *(
@@ -88,6 +89,13 @@ CPU_CASES = [
     Case("step", 1, 768, 24576, 32),
     Case("chain", 1, 768, 8192, 32, L=3),
     Case("chain", 256, 768, 8192, 32, L=3),
+    # Gemma Scope: autoencoders of Gemma-2-2B with some 70 active latents.
+    *(
+        Case("threshold", N, 2304, M, 70, dtype)
+        for M in (16384, 65536)
+        for dtype in ("float32", "bfloat16")
+        for N in (1, 16, 256, 2048)
+    ),
 ]
 DRY_CASES = [Case(op, 4, 64, 256, 8, L=2 if op == "chain" else 1) for op in OPS]
 
@@ -234,7 +242,7 @@ def compiled_reference(case: Case, inputs: Inputs) -> Provider | None:
 
 def usable(package: str, case: Case) -> bool:
     """True if a peer is installed and has the case's op."""
-    return case.op not in ("step", "chain") and bool(find_spec(package))
+    return case.op not in ("step", "chain", "threshold") and bool(find_spec(package))
 
 
 def as_provider(
@@ -382,6 +390,26 @@ def saelens(case: Case, inputs: Inputs, *, sparse: bool) -> Provider | None:
     )
 
 
+def saelens_jumprelu(case: Case, inputs: Inputs) -> Provider | None:
+    """SAELens' JumpReLUSAE, which hands on the dense activations."""
+    if case.op != "threshold" or not find_spec("sae_lens"):
+        return None
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    x = inputs["x"]
+    config = JumpReLUSAEConfig(
+        d_in=case.D,
+        d_sae=case.M,
+        dtype=case.dtype,
+        device=str(x.device),
+        apply_b_dec_to_input=True,
+    )
+    sae = JumpReLUSAE(config)
+    weights = {"W_enc": inputs["weight"].mT, "b_enc": inputs["bias"], "W_dec": inputs["W_dec"][0]}
+    sae.load_state_dict(weights | {"b_dec": inputs["b_dec"][0], "threshold": inputs["threshold"]})
+    return lambda: [sae.encode(x)]
+
+
 def dictionary_learning(case: Case, inputs: Inputs) -> Provider | None:
     """dictionary_learning's AutoEncoderTopK, trained by its TopKTrainer."""
     if not usable("dictionary_learning", case):
@@ -428,6 +456,7 @@ PEERS: dict[str, Peer] = {
     "sparsify": sparsify,
     "SAELens": partial(saelens, sparse=False),
     "SAELens sparse": partial(saelens, sparse=True),
+    "SAELens JumpReLU": saelens_jumprelu,
     "dictionary_learning": dictionary_learning,
 }
 

@@ -24,7 +24,7 @@ EXPORTS = ("sparsify", "saelens", "resae")
 IMPORTS = ("resae", "saelens", "sparsify", "gemma_scope", "mlsae", "dictionary_learning", "openai")
 """File formats of an autoencoder that are read."""
 
-OPS = ("encode", "decode", "forward", "train", "train+adam", "step", "chain")
+OPS = ("encode", "decode", "forward", "train", "train+adam", "step", "chain", "threshold")
 """Ops that `resae profile` times."""
 
 GPUS = ("h200", "h100", "a100")

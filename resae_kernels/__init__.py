@@ -13,7 +13,14 @@ from resae_kernels.dropin import accelerate
 from resae_kernels.encode import topk_encode
 from resae_kernels.screened import EncodeInfo, ScreenedEncoder
 from resae_kernels.step import StepWorkspace, online_step
-from resae_kernels.types import OnlineStep, ReconstructionError, SparseCode, Transported
+from resae_kernels.threshold import threshold_encode
+from resae_kernels.types import (
+    OnlineStep,
+    ReconstructionError,
+    SparseCode,
+    ThresholdCode,
+    Transported,
+)
 
 __version__ = "0.1.0"
 """Version of this package and of `resae`: both are built with it."""
@@ -25,6 +32,7 @@ __all__ = [
     "ScreenedEncoder",
     "SparseCode",
     "StepWorkspace",
+    "ThresholdCode",
     "Transported",
     "accelerate",
     "affine_chain",
@@ -32,6 +40,7 @@ __all__ = [
     "reconstruction_error",
     "reference",
     "sparse_decode",
+    "threshold_encode",
     "topk_encode",
     "transport",
 ]

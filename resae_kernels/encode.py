@@ -204,8 +204,10 @@ def check_arguments(
     pre_bias: Tensor | None,
     prediction: Tensor | None,
     workspace_bytes: int | None,
+    op: str = "topk_encode",
+    limit: str = "k",
 ) -> None:
-    op = "topk_encode"
+    """Raise TypeError or ValueError, in the name of `op`; `limit` is what it calls k."""
     checks.check_floating(op, "x", x)
     if weight.ndim != 2:
         raise ValueError(f"{op}: weight has shape {list(weight.shape)}, expected [M, D]")
@@ -225,10 +227,11 @@ def check_arguments(
             checks.check_shape(op, name, tensor, shape, why)
             checks.check_like(op, name, tensor, "x", x)
     if k < 1:
-        raise ValueError(f"{op}: k={k}, expected at least 1")
+        raise ValueError(f"{op}: {limit}={k}, expected at least 1")
     if k > M:
         raise ValueError(
-            f"{op}: k={k} exceeds the number of latents M={M} (weight is [{M}, {D}]); lower k"
+            f"{op}: {limit}={k} exceeds the number of latents M={M} (weight is [{M}, {D}]); lower "
+            f"{limit}"
         )
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ValueError(f"{op}: workspace_bytes={workspace_bytes}, expected at least 1")
@@ -250,9 +253,10 @@ def encode_rows(
 ) -> tuple[Tensor, Tensor]:
     """Acts and indices `[N, k]` of `x [N, D]`: the op itself, without the dispatcher."""
     if implementation == "triton":
-        return triton_encode.launch_encode(
+        acts, indices = triton_encode.launch_encode(
             x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes, select
         )
+        return acts, indices
     return encode_in_chunks(x, weight, bias, k, pre_bias, prediction, sorted, workspace_bytes)
 
 

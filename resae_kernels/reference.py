@@ -2,6 +2,7 @@
 PyTorch.
 
     code            z = TopK_k(relu((x − prediction − pre_bias) weightᵀ + bias))
+    threshold code  z = relu(s) · [s > threshold] of the same pre-activations s
     decode          y = Σ_j acts_j · W_dec[indices_j] + bias + prediction
     its error       e = y − target, and Σ_d e_d² of each token
     chain           x̂_l = Σ_{sources j} x̂_j A_lj + c_l + z_l W_dec_l + b_dec_l
@@ -25,6 +26,7 @@ from resae_kernels.types import (
     OnlineStep,
     ReconstructionError,
     SparseCode,
+    ThresholdCode,
     Transported,
     accumulation_dtype,
 )
@@ -46,6 +48,41 @@ def topk_encode(
     The residual is rounded to x's dtype before the GEMM, the scores once after bias and relu.
     NaN scores sort first. Slots beyond the positive scores hold act 0, index 0, and come last.
     """
+    return _largest(_scores(x, weight, bias, pre_bias, prediction).relu(), k, sorted)
+
+
+def threshold_encode(
+    x: Tensor,  # [..., D]
+    weight: Tensor,  # [M, D]
+    bias: Tensor | None,  # [M]
+    threshold: Tensor,  # [M] or []
+    max_active: int,
+    *,
+    pre_bias: Tensor | None = None,  # [D]
+    prediction: Tensor | None = None,  # [..., D]
+    sorted: bool = True,
+) -> ThresholdCode:
+    """The scores of `topk_encode` that are positive and above `threshold`: their number, and the
+    max_active largest, ties to the lower index.
+
+    Scores are rounded before they are compared. A NaN score is above every threshold, as
+    relu(NaN) · 0 is NaN; only NaN is above a NaN threshold.
+    """
+    scores = _scores(x, weight, bias, pre_bias, prediction)
+    active = ((scores > threshold) & (scores > 0)) | scores.isnan()
+    code = _largest(torch.where(active, scores, 0.0), max_active, sorted)
+    return ThresholdCode(*code, active.sum(-1, dtype=torch.int32))
+
+
+def _scores(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre_bias: Tensor | None,
+    prediction: Tensor | None,
+) -> Tensor:
+    """`(x − prediction − pre_bias) @ weight.T + bias`, `[..., M]`: the residual and the sum are
+    each rounded once to x's dtype."""
     acc_dtype = accumulation_dtype(x.dtype)
     residual = x.to(acc_dtype)
     for offset in (prediction, pre_bias):
@@ -54,11 +91,17 @@ def topk_encode(
     scores = residual.to(x.dtype).to(acc_dtype) @ weight.to(acc_dtype).T
     if bias is not None:
         scores = scores + bias.to(acc_dtype)
-    ranked, order = scores.relu().to(x.dtype).sort(dim=-1, descending=True, stable=True)
+    return scores.to(x.dtype)
+
+
+def _largest(acts: Tensor, k: int, sorted: bool) -> SparseCode:
+    """The k largest of acts ≥ 0 `[..., M]`, NaN first, zeros as padding."""
+    M = acts.shape[-1]
+    ranked, order = acts.sort(dim=-1, descending=True, stable=True)
     acts, indices = ranked[..., :k], order[..., :k]
     empty = acts == 0
     if not sorted:
-        by_index = indices.masked_fill(empty, weight.shape[0]).argsort(dim=-1, stable=True)
+        by_index = indices.masked_fill(empty, M).argsort(dim=-1, stable=True)
         acts, indices, empty = (t.gather(-1, by_index) for t in (acts, indices, empty))
     return SparseCode(acts, indices.masked_fill(empty, 0))
 

@@ -16,6 +16,15 @@ statistical  s − ŝ = (w − ŵ)·r + ŵ·(r − r̂): a sum of independent un
              where the sum over all M latents is `FAILURE`. (The bound of Hoeffding, which knows the
              range of the errors alone, would be √3 times as wide.)
 
+With thresholds θ in place of the k best, the candidates are {j : ŝ_j + λ_j ≥ max(θ_j, 0)}, and all
+of them are scored: those with s_j > θ_j are counted (`n_active`) and make the code. A latent whose
+score is not above its threshold never enters, since exact scores are compared. An active latent is
+missed only where s_j − ŝ_j > λ_j. With the certain λ that never happens: code and count are exact.
+With the statistical λ it has a probability of at most exp(−6 λ_j² / (s² ‖r‖² + t² ‖ŵ‖²)), one side
+of the bound above, which is `FAILURE` / 2 when summed over all M latents. So with probability at
+least 1 − 5·10⁻¹³ per row, over the dither and whatever the thresholds are, no active latent is
+missed, and code and count are both exact.
+
 The screening pass reads a quarter of the bytes and takes a tenth of the time of the GEMM.
 """
 
@@ -24,7 +33,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, get_args
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +44,11 @@ from resae_kernels.cpu.private_torch import int8_linear_unavailable
 from resae_kernels.cpu.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
 from resae_kernels.cpu.screening_native import NativeCopy
 from resae_kernels.encode import backward, check_arguments, fits, setup_context, topk_encode
-from resae_kernels.types import Margin, ScreeningImplementation, SparseCode
+from resae_kernels.threshold import OP as THRESHOLD_OP
+from resae_kernels.threshold import backward as no_gradient
+from resae_kernels.threshold import per_latent, threshold_encode
+from resae_kernels.threshold import setup_context as keep_nothing
+from resae_kernels.types import Margin, ScreeningImplementation, SparseCode, ThresholdCode
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +94,13 @@ RULES: dict[str, dict[torch.dtype, Rule]] = {
 }
 
 
-class EncodeInfo(NamedTuple):
+Code = TypeVar("Code", SparseCode, ThresholdCode)
+
+
+class EncodeInfo(NamedTuple, Generic[Code]):
     """A code, and the path by which its rows were encoded."""
 
-    code: SparseCode
+    code: Code
     rows_screened: int
     rows_exact: int
     """Rows that took the exact path, the whole GEMM."""
@@ -156,8 +172,8 @@ class ScreenedEncoder:
             weight that is not `[M, D]`, a bias that does not fit.
 
     Note:
-        Codes agree with those of `topk_encode` up to the rounding of float32 sums, which are taken
-        in another order.
+        Codes agree with those of `topk_encode` and `threshold_encode` up to the rounding of float32
+        sums, which are taken in another order.
     """
 
     def __init__(
@@ -277,7 +293,7 @@ class ScreenedEncoder:
             prediction if prediction is None or len(leading) == 1 else prediction.reshape(-1, D)
         )
         try:
-            acts, indices, left, _ = state.copy.encode(  # type: ignore[union-attr]
+            acts, indices, left, *_ = state.copy.encode(  # type: ignore[union-attr]
                 flat, k, pre_bias, flat_prediction, sorted
             )
         except StaleCopyError:
@@ -320,7 +336,7 @@ class ScreenedEncoder:
         pre_bias: Tensor | None = None,
         prediction: Tensor | None = None,
         sorted: bool = True,
-    ) -> EncodeInfo:
+    ) -> EncodeInfo[SparseCode]:
         """The code of `encode`, with the path that its rows took and the reason."""
         D = self.weight.shape[1]
         shape = x.shape[:-1]
@@ -364,8 +380,75 @@ class ScreenedEncoder:
             self.invalidate()
         if x.ndim != 2:
             acts, indices = acts.view(*shape, k), indices.view(*shape, k)
-        return EncodeInfo(
-            SparseCode(acts, indices),
+        return EncodeInfo(SparseCode(acts, indices), *self._how(N, info))
+
+    def threshold_encode(
+        self,
+        x: Tensor,  # [..., D]
+        threshold: Tensor,  # [M] or []
+        max_active: int,
+        *,
+        pre_bias: Tensor | None = None,  # [D]
+        prediction: Tensor | None = None,  # [..., D]
+        sorted: bool = True,
+    ) -> ThresholdCode:
+        """The code of `resae_kernels.threshold_encode` with this weight and bias: arguments,
+        returns and errors are the same. It serves any thresholds and `encode` from one 8-bit copy.
+        """
+        return self.threshold_encode_with_info(
+            x, threshold, max_active, pre_bias=pre_bias, prediction=prediction, sorted=sorted
+        ).code
+
+    def threshold_encode_with_info(
+        self,
+        x: Tensor,
+        threshold: Tensor,
+        max_active: int,
+        *,
+        pre_bias: Tensor | None = None,
+        prediction: Tensor | None = None,
+        sorted: bool = True,
+    ) -> EncodeInfo[ThresholdCode]:
+        """The code of `threshold_encode`, with the path that its rows took and the reason."""
+        weight, bias, N = self.weight, self.bias, x.shape[:-1].numel()
+        reason = self._exact_reason(x, N, None, False)
+        if reason is not None:
+            code = threshold_encode(
+                x,
+                weight,
+                bias,
+                threshold,
+                max_active,
+                pre_bias=pre_bias,
+                prediction=prediction,
+                sorted=sorted,
+            )
+            return EncodeInfo(code, 0, N, 0, reason, None)
+        check_arguments(
+            x, weight, bias, max_active, pre_bias, prediction, None, THRESHOLD_OP, "max_active"
+        )
+        threshold, D = per_latent(threshold, weight), weight.shape[1]
+        flat = None if prediction is None else prediction.reshape(N, D)
+        info = _Counts()
+        with torch.no_grad():
+            code = self._encode(
+                x.reshape(N, D), max_active, pre_bias, flat, sorted, info, threshold
+            )
+        inputs = x, weight, bias, threshold, pre_bias, prediction
+        if _require_gradient(*inputs):
+            code = _WithoutGradient.apply(code, *inputs)
+        acts, indices, n_active = code  # type: ignore[misc]
+        leading = x.shape[:-1]
+        code = ThresholdCode(
+            acts.view(*leading, max_active),
+            indices.view(*leading, max_active),
+            n_active.view(leading),
+        )
+        return EncodeInfo(code, *self._how(N, info))
+
+    def _how(self, N: int, info: "_Counts") -> tuple[int, int, int, str | None, str]:
+        """The fields of `EncodeInfo` that follow the code of N rows."""
+        return (
             N - info.rows_exact,
             info.rows_exact,
             info.candidates,
@@ -393,30 +476,32 @@ class ScreenedEncoder:
         prediction: Tensor | None,
         sorted: bool,
         info: "_Counts",
-    ) -> tuple[Tensor, Tensor]:
+        threshold: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         for state in self._states():
             try:
-                acts, indices, left, info.candidates = state.copy.encode(
-                    x, k, pre_bias, prediction, sorted
+                acts, indices, left, info.candidates, n_active = state.copy.encode(
+                    x, k, pre_bias, prediction, sorted, threshold
                 )
             except StaleCopyError:
                 self._drop(state)
                 continue
             if self._versions() != state.versions:
                 continue  # another thread has written to the weight meanwhile
+            code = (acts, indices) if n_active is None else (acts, indices, n_active)
             if left is not None:
                 info.rows_exact = len(left)
                 rest = None if prediction is None else prediction[left]
-                acts[left], indices[left] = topk_encode(
-                    x[left],
-                    self.weight,
-                    self.bias,
-                    k,
-                    pre_bias=pre_bias,
-                    prediction=rest,
-                    sorted=sorted,
+                given = x[left], self.weight, self.bias
+                offsets = {"pre_bias": pre_bias, "prediction": rest, "sorted": sorted}
+                exact = (
+                    topk_encode(*given, k, **offsets)
+                    if threshold is None
+                    else threshold_encode(*given, threshold, k, **offsets)
                 )
-            return acts, indices
+                for all_rows, rows in zip(code, exact, strict=True):
+                    all_rows[left] = rows
+            return code
         raise RuntimeError(
             "ScreenedEncoder: the weight or bias changes as fast as it is copied; is another "
             "thread writing to it?"
@@ -462,8 +547,8 @@ class ScreenedEncoder:
             if self._state is state:
                 self.invalidate()
 
-    def _exact_reason(self, x: Tensor, N: int, k: int, trained: bool) -> str | None:
-        """Reason why a call is not screened at all; None if it is."""
+    def _exact_reason(self, x: Tensor, N: int, k: int | None, trained: bool) -> str | None:
+        """Reason why a call is not screened at all; None if it is. k is None with thresholds."""
         weight = self.weight
         M, D = weight.shape
         implementation = self.implementation
@@ -476,9 +561,12 @@ class ScreenedEncoder:
             return f"the GEMM is not in {str(weight.dtype).removeprefix('torch.')}"
         if weight.is_inference():
             return "the weight was made in inference mode, where changes are not counted"
-        few_groups = implementation == "torch" and screening_torch.group_size(M, k) is None
-        if rule.entries > M * D or rule.width > D or LEAST_LATENTS * k > M or few_groups:
-            return f"screening does not pay at M={M}, D={D}, k={k}"
+        many_active = k is not None and (
+            LEAST_LATENTS * k > M
+            or (implementation == "torch" and screening_torch.group_size(M, k) is None)
+        )
+        if rule.entries > M * D or rule.width > D or many_active:
+            return f"screening does not pay at M={M}, D={D}{'' if k is None else f', k={k}'}"
         if N == 0:
             return "there are no rows"
         if trained and rule.training_rows > N:
@@ -615,7 +703,19 @@ class _WithGradient(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         encoder, info = screened
         encode = encoder._encode  # pyright: ignore[reportPrivateUsage]
-        return encode(x, k, pre_bias, prediction, sorted, info)
+        acts, indices = encode(x, k, pre_bias, prediction, sorted, info)
+        return acts, indices
 
     setup_context = staticmethod(setup_context)
     backward = staticmethod(backward)  # type: ignore[assignment]
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """A threshold code as it is, whose backward raises as that of `threshold_encode`."""
+
+    @staticmethod
+    def forward(code: tuple[Tensor, ...], *_: object) -> tuple[Tensor, ...]:
+        return code
+
+    setup_context = staticmethod(keep_nothing)
+    backward = staticmethod(no_gradient)  # type: ignore[assignment]

@@ -21,6 +21,18 @@ class SparseCode(NamedTuple):
     """`[..., k]` int64, the latent of each act. Padding slots hold act 0 and index 0."""
 
 
+class ThresholdCode(NamedTuple):
+    """The code of each token: its largest pre-activations above their latents' thresholds."""
+
+    acts: Tensor
+    """`[..., max_active]`, in the input's dtype; ≥ 0 (or NaN where the score is NaN)."""
+    indices: Tensor
+    """`[..., max_active]` int64, the latent of each act. Padding slots hold act 0 and index 0."""
+    n_active: Tensor
+    """`[...]` int32: latents above their thresholds. More than max_active: the smallest are not in
+    the code."""
+
+
 class ReconstructionError(NamedTuple):
     """Error of a reconstruction."""
 

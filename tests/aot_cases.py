@@ -213,9 +213,35 @@ def encode_cases() -> Iterator[AotCase]:
                 each(integers, "scores best acts")
                 | each("*i64:16", "indices")
                 | each("i32:16", "M groups s_scores k"),
-                selection.select_constants(layout, tile, maxima=maxima, by_value=True) | levels,
+                selection.select_constants(layout, tile, maxima=maxima, by_value=True)
+                | levels
+                | {"threshold": None, "n_active": None},
                 *(warps, 3),
                 {"loads_128": strip // (512 * warps), "instructions": 4000},
+                architectures,
+            )
+
+        # Above thresholds; 256: room for a few times the 70 active latents of Gemma Scope.
+        for M, max_active, architectures in (
+            (1024, 16, ("sm_90",)),
+            (16384, 256, every),
+            (65536, 256, every),
+        ):
+            layout = selection.selection_layout(M, max_active)
+            assert layout is not None
+            tile = selection.threshold_tile(first, layout)
+            warps = selection.select_warps(layout, tile.keys_per_thread)
+            strip = tile.columns * dtype.itemsize
+            yield AotCase(
+                f"select above thresholds {name}, M={M} max_active={max_active}",
+                selection.select_kernel,
+                each(integers, "scores best acts threshold")
+                | each("*i64:16", "indices")
+                | each("*i32:16", "n_active")
+                | each("i32:16", "M groups s_scores k"),
+                selection.select_constants(layout, tile, maxima=True, by_value=True) | levels,
+                *(warps, 3),
+                {"loads_128": 2 * strip // (512 * warps), "instructions": 4000},
                 architectures,
             )
 

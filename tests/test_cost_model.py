@@ -28,7 +28,12 @@ def test_stages_of_a_worked_example():
     assert one["scores and group maxima"] - EDGE_US == pytest.approx(2**29 / (0.92 * 4.3e12) * 1e6)
 
 
-TOKENS = {"encode": (1, 16, 8192), "forward": (1, 16, 8192), "step": (1, 16)}
+TOKENS = {
+    "encode": (1, 16, 8192),
+    "threshold": (1, 16, 8192),
+    "forward": (1, 16, 8192),
+    "step": (1, 16),
+}
 TOKENS |= {op: (8192,) for op in ("decode", "chain", "train", "train+adam")}
 
 

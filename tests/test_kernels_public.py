@@ -17,6 +17,7 @@ DOCUMENTED = {
     "EncodeInfo",
     "StepWorkspace",
     "SparseCode",
+    "ThresholdCode",
     "Transported",
     "accelerate",
     "affine_chain",
@@ -24,6 +25,7 @@ DOCUMENTED = {
     "reconstruction_error",
     "reference",
     "sparse_decode",
+    "threshold_encode",
     "topk_encode",
     "transport",
 }
@@ -51,7 +53,14 @@ def test_star_import_brings_the_documented_names_alone():
 
 
 def test_ops_are_registered_in_the_namespace_resae():
-    public = ("topk_encode", "sparse_decode", "affine_chain", "online_step", "reconstruction_error")
+    public = (
+        "topk_encode",
+        "threshold_encode",
+        "sparse_decode",
+        "affine_chain",
+        "online_step",
+        "reconstruction_error",
+    )
     for name in (*public, "scatter_outer", "sddmm"):
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.resae, name).default.tags
 

@@ -150,6 +150,7 @@ def test_only_the_registry_asks_which_kind_an_autoencoder_is():
 KERNEL_FLOORS = [
     {"step", "dropin"},
     {"screened", "chain"},
+    {"threshold"},
     {"encode", "decode"},
     {"gradients"},
     {"dense"},

@@ -58,10 +58,12 @@ def _path_here(record: SAERecord) -> dict[str, Any]:
     sae = sae_from_record(record).requires_grad_(False)
     if torch.cuda.is_available():
         return {"path": "Triton", "why": "this machine has a GPU"}
-    if sae.screened is None:
-        return {"path": "exact", "why": "kinds with a threshold are not screened"}
+    assert sae.screened is not None  # the default
     x = torch.randn(TOKENS, record.weight.shape[1], dtype=record.weight.dtype)
-    info = sae.screened.encode_with_info(x, sae.config.k, pre_bias=sae.b_dec)
+    if record.threshold is None:
+        info = sae.screened.encode_with_info(x, sae.config.k)
+    else:
+        info = sae.screened.threshold_encode_with_info(x, record.threshold, sae.config.k)
     if info.rows_screened == 0:
         return {"path": "exact", "why": info.reason}
     return {

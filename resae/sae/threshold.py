@@ -9,10 +9,9 @@ when it is used, and θ = 0 is ReLU. The number of active latents differs from t
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resae.sae.base import Autoencoder, SAEConfig, describe_sizes, require_prediction
@@ -20,7 +19,7 @@ from resae.sae.files import load_config, load_state, sae_config
 from resae.sae.losses import Reduce, no_reduce
 from resae.sae.record import SAERecord
 from resae.storage import save_json, save_tensors
-from resae_kernels import SparseCode, sparse_decode
+from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, threshold_encode
 
 DEFAULT_MAX_ACTIVE = 512
 """Slots of a code where the mean number of active latents is not known."""
@@ -49,10 +48,11 @@ class ThresholdSAE(Autoencoder):
         if max_active is None:
             slots = max(64, SLOTS_PER_ACTIVE * record.k) if record.k else DEFAULT_MAX_ACTIVE
             max_active = min(M, slots)
-        self.config = SAEConfig(D, M, max_active, input_kind=record.input_kind, screening=None)
+        self.config = SAEConfig(D, M, max_active, input_kind=record.input_kind)
         for name, tensor in record.tensors().items():
             frozen = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
             self.register_parameter(name, frozen)
+        self._screened: ScreenedEncoder | None = None
         self.mean_active = record.k
         self.apply_b_dec_to_input = record.apply_b_dec_to_input
         self.on_overflow: Literal["raise", "count"] = "raise"
@@ -92,18 +92,32 @@ class ThresholdSAE(Autoencoder):
                 active latents than a code has slots.
         """
         require_prediction(self, prediction)
-        acts, indices, n_active = threshold_encode(
-            x,
-            self.weight,
-            self.bias,
-            self.threshold.clamp_min(0),
-            self.max_active,
-            pre_bias=self.b_dec if self.apply_b_dec_to_input else None,
-            prediction=prediction,
-            sorted=sorted,
-        )
-        self._count_overflow(n_active)
-        return SparseCode(acts, indices)
+        offsets = {
+            "pre_bias": self.b_dec if self.apply_b_dec_to_input else None,
+            "prediction": prediction,
+        }
+        threshold, slots = self.threshold, self.max_active
+        screened = None if torch.compiler.is_compiling() or not x.is_cpu else self.screened
+        if screened is not None:
+            code = screened.threshold_encode(x, threshold, slots, sorted=sorted, **offsets)
+        else:
+            code = threshold_encode(
+                x, self.weight, self.bias, threshold, slots, sorted=sorted, **offsets
+            )
+        self._count_overflow(code.n_active)
+        return SparseCode(code.acts, code.indices)
+
+    @property
+    def screened(self) -> ScreenedEncoder | None:
+        """What encodes on a CPU, by `threshold_encode`."""
+        if self.config.screening is None:
+            return None
+        held = self._screened
+        same = held is not None and held.weight is self.weight and held.bias is self.bias
+        if held is None or not same or held.margin != self.config.screening:
+            held = ScreenedEncoder(self.weight, self.bias, margin=self.config.screening)
+            self._screened = held
+        return held
 
     @torch.no_grad()
     def _count_overflow(self, n_active: Tensor) -> None:
@@ -133,7 +147,8 @@ class ThresholdSAE(Autoencoder):
         """An autoencoder of the same parameters that keeps the k strongest active latents."""
         if not 1 <= k <= self.max_active:
             raise ValueError(f"at_k: k={k}, expected 1 to {self.max_active}, its max_active")
-        twin = copy.deepcopy(self, {id(part): part for part in self.parameters()})
+        shared = {id(part): part for part in (*self.parameters(), self._screened)}
+        twin = copy.deepcopy(self, shared)
         twin.max_active, twin.on_overflow = k, "count"
         return twin
 
@@ -200,6 +215,7 @@ class ThresholdSAE(Autoencoder):
                     "mean_active": self.mean_active,
                     "apply_b_dec_to_input": self.apply_b_dec_to_input,
                     "input_kind": self.config.input_kind,
+                    "screening": self.config.screening,
                 },
             },
         )
@@ -231,62 +247,6 @@ class ThresholdSAE(Autoencoder):
             apply_b_dec_to_input=applied,
             input_kind=config.input_kind,
         ).check(folder)
-        return cls.from_record(record, max_active=config.k)
-
-
-# Stand-in of `resae_kernels.threshold_encode`, with the same contract.
-
-
-class ThresholdCode(NamedTuple):
-    """The latents of each token that are above their threshold."""
-
-    acts: Tensor
-    """`[..., max_active]`."""
-    indices: Tensor
-    """`[..., max_active]` int64. Padding slots hold act 0 and index 0."""
-    n_active: Tensor
-    """`[...]` int32, active latents, those without a slot included."""
-
-
-SCORES_AT_ONCE = 1 << 24
-"""Largest number of scores that are in memory at once."""
-
-
-def threshold_encode(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    threshold: Tensor,
-    max_active: int,
-    *,
-    pre_bias: Tensor | None = None,
-    prediction: Tensor | None = None,
-    sorted: bool = True,
-) -> ThresholdCode:
-    """Scores `(x − prediction − pre_bias) weightᵀ + bias` above `threshold` (≥ 0): the
-    `max_active` largest of each token, by value or (not `sorted`) by index."""
-    M, D = weight.shape
-    rest = x if prediction is None else x - prediction
-    rest = (rest if pre_bias is None else rest - pre_bias).reshape(-1, D)
-    rows = max(1, SCORES_AT_ONCE // M)
-    parts = [
-        _encode_rows(part, weight, bias, threshold, max_active, sorted) for part in rest.split(rows)
-    ]
-    acts, indices, n_active = (torch.cat(same) for same in zip(*parts, strict=True))
-    shape = x.shape[:-1]
-    return ThresholdCode(
-        acts.view(*shape, max_active), indices.view(*shape, max_active), n_active.view(shape)
-    )
-
-
-def _encode_rows(
-    x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, max_active: int, sorted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    scores = F.linear(x, weight, bias)  # [N, M]
-    active = scores > threshold
-    acts, indices = torch.where(active, scores, 0).topk(max_active, dim=-1)
-    if not sorted:
-        indices = indices.masked_fill(acts <= 0, weight.shape[0])  # padding goes last
-        indices, order = indices.sort(dim=-1)
-        acts = acts.gather(-1, order)
-    return acts, indices.masked_fill(acts <= 0, 0), active.sum(-1, dtype=torch.int32)
+        sae = cls.from_record(record, max_active=config.k)
+        sae.config = config
+        return sae

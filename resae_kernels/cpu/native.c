@@ -270,7 +270,18 @@ static void keep_best_scores(list *row, i64 k) {
   row->limit = next_limit(row->n, k, row->capacity);
 }
 
-INLINE void select_row(list *row, const void *scores, i64 M, i64 k, int dtype) {
+/* Lanes of 16 scores that are above their thresholds and above 0, or NaN. A NaN threshold is above
+   every score but NaN. */
+INLINE __mmask16 above_threshold(__m512 scores, __m512 thresholds) {
+  __mmask16 above = _mm512_cmp_ps_mask(scores, thresholds, _CMP_GT_OQ) &
+                    _mm512_cmp_ps_mask(scores, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return above | _mm512_cmp_ps_mask(scores, scores, _CMP_UNORD_Q);
+}
+
+/* The k best scores of a row into `row`; of those above `thresholds` [M] alone, unless that is null.
+   Returns how many there are above. While no more than k are, they are only moved together. */
+INLINE i64 select_row(list *row, const void *scores, const void *thresholds, i64 M, i64 k, int dtype) {
+  i64 n_active = 0;
   row->n = 0;
   row->least = 0.0f;
   row->limit = next_limit(0, k, row->capacity);
@@ -279,6 +290,11 @@ INLINE void select_row(list *row, const void *scores, i64 M, i64 k, int dtype) {
     __mmask16 mask = first(M - j);
     __m512 some = load(scores, j, mask, dtype);
     __mmask16 above = _mm512_mask_cmp_ps_mask(mask, some, least, _CMP_NLE_UQ); /* or NaN */
+    if (thresholds) {
+      __mmask16 active = mask & above_threshold(some, load(thresholds, j, mask, dtype));
+      n_active += _mm_popcnt_u32(active);
+      above &= active;
+    }
     if (!above) continue;
     append(row, above, (int32_t)j, some);
     if (row->n > row->limit) {
@@ -287,11 +303,17 @@ INLINE void select_row(list *row, const void *scores, i64 M, i64 k, int dtype) {
     }
   }
   keep_best_scores(row, k);
+  return n_active;
 }
 
-static void select_row_of(list *row, const void *scores, i64 M, i64 k, int dtype) {
-  BY_DTYPE(dtype, select_row(row, scores, M, k, F32), select_row(row, scores, M, k, BF16),
-           select_row(row, scores, M, k, F16));
+static i64 select_row_of(list *row, const void *scores, const void *thresholds, i64 M, i64 k,
+                         int dtype) {
+  if (!thresholds)
+    return BY_DTYPE(dtype, select_row(row, scores, 0, M, k, F32), select_row(row, scores, 0, M, k, BF16),
+                    select_row(row, scores, 0, M, k, F16));
+  return BY_DTYPE(dtype, select_row(row, scores, thresholds, M, k, F32),
+                  select_row(row, scores, thresholds, M, k, BF16),
+                  select_row(row, scores, thresholds, M, k, F16));
 }
 
 /* Entries of 4 bytes that a list of this capacity takes, its keys apart. */
@@ -307,9 +329,10 @@ INLINE list make_list(int32_t *memory, int32_t *keys, i64 capacity) {
 INLINE i64 roomy(i64 k) { return (2 * k + 128 + PANEL) / 16 * 16; }
 
 /* TopK of relu(scores), [N, M] with unit stride along a row: ties to the lower index, NaN first,
-   padding last. */
+   padding last. With `thresholds` [M], else null: of the scores above them, which are counted into
+   n_active [N]. */
 int resae_select(const void *scores, i64 stride, int dtype, i64 N, i64 M, i64 k, int sorted,
-                 int threads, void *acts, i64 *indices) {
+                 int threads, const void *thresholds, void *acts, i64 *indices, int32_t *n_active) {
   i64 capacity = roomy(k), words = 3 * (capacity + PANEL) + 2 * k;
   threads = (int)LARGER(1, SMALLER(threads, SMALLER(N, N * M / 65536)));
   int32_t *memory = malloc(threads * words * sizeof *memory);
@@ -321,7 +344,8 @@ int resae_select(const void *scores, i64 stride, int dtype, i64 N, i64 M, i64 k,
     list row = make_list(mine, keys, capacity);
 #pragma omp for
     for (i64 n = 0; n < N; n++) {
-      select_row_of(&row, row_at(scores, n, stride, dtype), M, k, dtype);
+      i64 active = select_row_of(&row, row_at(scores, n, stride, dtype), thresholds, M, k, dtype);
+      if (thresholds) n_active[n] = (int32_t)active;
       write_code(row.latents, row.keys, row.n, k, sorted, keys + capacity + PANEL,
                  (char *)acts + n * k * size_of(dtype), indices + n * k, dtype);
     }
@@ -477,8 +501,9 @@ typedef struct {
 typedef struct {
   const copy *c;
   const void *x, *prediction, *pre_bias;
+  const void *thresholds; /* [M], or null: the k best, whatever their scores */
   i64 x_stride, prediction_stride, k;
-  int dtype;      /* of x, prediction, pre_bias and the codes */
+  int dtype;      /* of x, prediction, pre_bias, thresholds and the codes */
   float rounding; /* relative, of scores that are rounded to 16 bit before they are compared */
   i64 capacity;
 } job;
@@ -586,10 +611,16 @@ INLINE __m512 width_of(const copy *c, const residual *r, __m512i latents, __mmas
                          _mm512_mask_i32gather_ps(zero, mask, latents, c->norm_bounds, 4), width);
 }
 
+/* Entries from which on `raise_least` has work to do. With thresholds every candidate is kept: all
+   active latents are counted. */
+INLINE i64 limit_of(const list *row, const job *w) {
+  return w->thresholds ? row->capacity - PANEL : next_limit(row->n, w->k, row->capacity);
+}
+
 /* Raise `least` to what the kth best latent so far reaches for certain, and drop what does not. */
 static void raise_least(list *row, const job *w, const residual *r) {
   if (row->overflow) return;
-  if (row->n > w->k) {
+  if (row->n > w->k && !w->thresholds) {
     for (i64 i = 0; i < row->n; i += 16) {
       __mmask16 mask = first(row->n - i);
       __m512 width = width_of(w->c, r, _mm512_loadu_si512(row->latents + i), mask);
@@ -604,7 +635,7 @@ static void raise_least(list *row, const job *w, const residual *r) {
     row->least = LARGER(row->least, lower - lower * w->rounding - r->slack);
     drop_below(row);
   }
-  row->limit = next_limit(row->n, w->k, row->capacity);
+  row->limit = limit_of(row, w);
   if (row->n > row->limit) {
     row->overflow = 1;
     row->n = 0;
@@ -626,7 +657,13 @@ INLINE void push(list *row, const job *w, const residual *r, i64 latent,
   for (int o = 0; o < r->n_outliers; o++)
     upper = _mm512_fmadd_ps(_mm512_loadu_ps(r->columns[o] + latent),
                             _mm512_set1_ps(r->outliers[o]), upper);
-  __mmask16 reach = _mm512_cmp_ps_mask(upper, _mm512_set1_ps(row->least), _CMP_GE_OQ);
+  __m512 least = _mm512_set1_ps(row->least);
+  if (w->thresholds) { /* none reaches a threshold that is NaN: `max` returns its second argument */
+    __m512 levels = load(w->thresholds, latent, first(LARGER(0, c->M - latent)), w->dtype);
+    levels = _mm512_max_ps(_mm512_setzero_ps(), levels);
+    least = _mm512_fmadd_ps(levels, _mm512_set1_ps(r->inverse), least);
+  }
+  __mmask16 reach = _mm512_cmp_ps_mask(upper, least, _CMP_GE_OQ);
   if (__builtin_expect(!reach, 1)) return;
   append(row, reach, (int32_t)latent, upper);
   if (row->n > row->limit) raise_least(row, w, r);
@@ -828,6 +865,10 @@ static int score_some(const list *row, const job *w, residual *r, const float *v
       float allowed = s->width[at] + r->slack + 16 * c->rounding * r->norm * largest;
       float middle = row->values[at] - s->width[at];
       if (!(fabsf(score * r->inverse - middle) <= allowed)) return 0;
+      if (w->thresholds) {
+        __m512 level = load((const char *)w->thresholds + latent * size_of(w->dtype), 0, 1, w->dtype);
+        if (!(above_threshold(rounded(_mm512_set1_ps(score), w->dtype), level) & 1)) score = 0.0f;
+      }
       s->scores[at] = score;
     }
   }
@@ -835,9 +876,10 @@ static int score_some(const list *row, const job *w, residual *r, const float *v
 }
 
 /* The code of one row from its candidates. Those with the k best approximate scores are scored
-   first: the least of these scores is a tighter bound for the rest. */
+   first: the least of these scores is a tighter bound for the rest. With thresholds all candidates
+   are scored, and `n_active` is the number of those above. */
 static int finish_row(list *row, const job *w, residual *r, const float *values, scratch *s,
-                      int sorted, void *acts, i64 *indices, i64 *scored) {
+                      int sorted, void *acts, i64 *indices, int32_t *n_active, i64 *scored) {
   const copy *c = w->c;
   raise_least(row, w, r);
   i64 n = row->n, k = w->k, count = 0;
@@ -850,7 +892,7 @@ static int finish_row(list *row, const job *w, residual *r, const float *values,
     middle = _mm512_max_ps(middle, _mm512_setzero_ps());
     _mm512_storeu_si512(row->keys + i, _mm512_castps_si512(middle));
   }
-  int32_t kth = n > k ? kth_largest(row->keys, n, k) : 0;
+  int32_t kth = n > k && !w->thresholds ? kth_largest(row->keys, n, k) : 0;
   for (i64 i = 0; i < n; i++)
     if (row->keys[i] >= kth) s->which[count++] = (int32_t)i;
   if (!score_some(row, w, r, values, s, count)) return STALE_COPY;
@@ -880,6 +922,7 @@ static int finish_row(list *row, const job *w, residual *r, const float *values,
     _mm512_storeu_si512(row->latents + positive, _mm512_maskz_compress_epi32(mask, latents));
     positive += _mm_popcnt_u32(mask);
   }
+  if (n_active) *n_active = (int32_t)positive;
   positive = keep_best(row->latents, row->keys, positive, k);
   write_code(row->latents, row->keys, positive, k, sorted, s->spare, acts, indices, w->dtype);
   return OK;
@@ -964,7 +1007,7 @@ static void begin_lists(const job *w, list *lists, int32_t *keys, const block *b
     list *row = lists + i;
     row->keys = keys;
     row->n = row->overflow = 0;
-    row->limit = next_limit(0, w->k, row->capacity);
+    row->limit = limit_of(row, w);
     row->least = b->rows[i].exact ? INFINITY : -b->rows[i].slack;
   }
 }
@@ -997,17 +1040,19 @@ static void join_lists(list *row, i64 stride, i64 parts, const job *w, const res
    Returns OK; NEW_COLUMNS: nothing is written but `relative`, which says at which dimensions
    entries stretch the steps; STALE_COPY; NO_MEMORY. `left [N]` is set to 1 for rows that are left
    to the exact path, else to 0; `counts` are the number of (row, latent) pairs that were scored
-   exactly, and of rows left. */
+   exactly, and of rows left. `thresholds` and `n_active` as of `resae_select`. */
 int resae_screened_encode(const copy *c, const void *x, i64 x_stride, const void *prediction,
                           i64 prediction_stride, const void *pre_bias, int dtype, i64 N, i64 k,
-                          int sorted, int use_amx, int accept_outliers, int threads, void *acts,
-                          i64 *indices, uint8_t *left, float *relative, i64 *counts) {
-  job work = {c, x, prediction, pre_bias, x_stride, prediction_stride, k, dtype,
+                          int sorted, int use_amx, int accept_outliers, int threads,
+                          const void *thresholds, void *acts, i64 *indices, int32_t *n_active,
+                          uint8_t *left, float *relative, i64 *counts) {
+  job work = {c, x, prediction, pre_bias, thresholds, x_stride, prediction_stride, k, dtype,
               dtype == F32 ? 0.0f : dtype == BF16 ? 1.0f / 128 : 1.0f / 1024, 0};
   const job *w = &work;
   if (!holds_samples(c)) return STALE_COPY;
   i64 panels = padded_latents(c->M) / PANEL;
-  work.capacity = LARGER(2048, 8 * k) + PANEL;
+  /* With thresholds k bounds no more than what is kept of the candidates. */
+  work.capacity = LARGER(2048, thresholds ? c->M / 16 : 8 * k) + PANEL;
   threads = (int)LARGER(1, SMALLER(threads, N * panels * c->D / (1 << 16)));
   /* Few rows share their latents out among threads, many their rows. */
   i64 block_rows = SMALLER(ROW_BLOCK, (N + threads - 1) / threads);
@@ -1056,7 +1101,8 @@ i64 n = space.b.n, found = 0, given_up = 0;
         for (i64 part = 0; part < parts; part++) row[part * n].keys = end->keys; /* this thread's */
         if (parts > 1) join_lists(row, n, parts, w, r);
         int ended = finish_row(row, w, r, space.b.residuals + i * padded_depth(c->D), end, sorted,
-                               (char *)acts + at * k * size_of(dtype), indices + at * k, &found);
+                               (char *)acts + at * k * size_of(dtype), indices + at * k,
+                               thresholds ? n_active + at : 0, &found);
         left[at] = (uint8_t)r->exact;
         given_up += r->exact;
         if (ended != OK)
@@ -1366,10 +1412,12 @@ INLINE void score_panel(const copy *c, const float *residuals, i64 n, i64 latent
 }
 
 /* Encode x − prediction − pre_bias [N, D] by all scores: float32 sums, rounded to the dtype of the
-   inputs. For few rows: every score is held at once. Contiguous but for the rows of the weight. */
+   inputs. For few rows: every score is held at once. Contiguous but for the rows of the weight.
+   `thresholds` and `n_active` as of `resae_select`. */
 int resae_exact_encode(const void *x, const void *prediction, const void *pre_bias,
                        const void *weight, i64 weight_stride, const void *bias, int dtype, i64 N,
-                       i64 M, i64 D, i64 k, int sorted, int threads, void *acts, i64 *indices) {
+                       i64 M, i64 D, i64 k, int sorted, int threads, const void *thresholds,
+                       void *acts, i64 *indices, int32_t *n_active) {
   copy fake = {.M = M, .D = D, .weight = weight, .weight_stride = weight_stride, .bias = bias};
   const copy *c = &fake;
   job w = {.c = c,
@@ -1379,10 +1427,12 @@ int resae_exact_encode(const void *x, const void *prediction, const void *pre_bi
            .x_stride = D,
            .prediction_stride = D};
   i64 depth = padded_depth(D), panels = (M + PANEL - 1) / PANEL, capacity = roomy(k);
-  i64 words = 3 * (capacity + PANEL) + 2 * k;
-  float *residuals = malloc((N * (depth + padded_latents(M)) + words) * sizeof *residuals);
+  i64 words = 3 * (capacity + PANEL) + 2 * k, levels = thresholds ? padded_latents(M) : 0;
+  float *residuals = malloc((N * (depth + padded_latents(M)) + levels + words) * sizeof *residuals);
   if (!residuals) return NO_MEMORY;
-  float *scores = residuals + N * depth, squares, peak;
+  float *scores = residuals + N * depth, *wide = scores + N * padded_latents(M), squares, peak;
+  for (i64 m = 0; m < (thresholds ? M : 0); m += 16) /* as the scores, in float32 */
+    _mm512_storeu_ps(wide + m, load(thresholds, m, first(M - m), dtype));
   for (i64 n = 0; n < N; n++) {
     float *r = residuals + n * depth;
     BY_DTYPE(dtype, form_residual(&w, n, r, F32, &squares, &peak),
@@ -1395,11 +1445,12 @@ int resae_exact_encode(const void *x, const void *prediction, const void *pre_bi
     BY_DTYPE(dtype, score_panel(c, residuals, N, p * PANEL, F32, scores),
              score_panel(c, residuals, N, p * PANEL, BF16, scores),
              score_panel(c, residuals, N, p * PANEL, F16, scores));
-  int32_t *memory = (int32_t *)(scores + N * padded_latents(M));
+  int32_t *memory = (int32_t *)(wide + levels);
   int32_t *keys = memory + list_words(capacity);
   list row = make_list(memory, keys, capacity);
   for (i64 n = 0; n < N; n++) {
-    select_row(&row, scores + n * padded_latents(M), M, k, F32);
+    i64 active = select_row_of(&row, scores + n * padded_latents(M), thresholds ? wide : 0, M, k, F32);
+    if (thresholds) n_active[n] = (int32_t)active;
     write_code(row.latents, row.keys, row.n, k, sorted, keys + capacity + PANEL,
                (char *)acts + n * k * size_of(dtype), indices + n * k, dtype);
   }
@@ -1450,7 +1501,7 @@ int resae_online_step(const copy *screen, const layer *l, const void *x, const v
   if (status == OK)
     status = resae_screened_encode(screen, x, D, prediction, D, l->b_dec, dtype, N, l->k,
                                    (int)l->sorted, (int)l->use_amx,
-                                   screen->n_columns == MOST_COLUMNS, threads, acts, indices,
+                                   screen->n_columns == MOST_COLUMNS, threads, 0, acts, indices, 0,
                                    (uint8_t *)(relative + D), relative, counts);
   if (status == OK && counts[1]) status = ROWS_LEFT;
   if (status == OK) {

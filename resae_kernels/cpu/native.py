@@ -78,7 +78,7 @@ class _Code(ctypes.Structure):
 _SIGNATURES: dict[str, list[Any]] = {
     "resae_select": [
         *(c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int, c_int),
-        *(c_void_p, c_void_p),
+        *(c_void_p,) * 4,
     ],
     "resae_quantise": [
         *(c_void_p, c_int64, c_int, c_int64, c_int64, c_float, c_void_p, c_void_p, c_int),
@@ -86,7 +86,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     ],
     "resae_screened_encode": [
         *(POINTER(Copy), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int64, c_int64),
-        *(c_int, c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+        *(c_int, c_int, c_int, c_int, *(c_void_p,) * 7),
     ],
     "resae_decode": [
         *(c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int),
@@ -107,7 +107,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     ],
     "resae_exact_encode": [
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int),
-        *(c_int64, c_int64, c_int64, c_int64, c_int, c_int, c_void_p, c_void_p),
+        *(c_int64, c_int64, c_int64, c_int64, c_int, c_int, *(c_void_p,) * 4),
     ],
 }
 
@@ -213,10 +213,17 @@ def _require_memory(status: int) -> None:
         raise MemoryError("resae_kernels: out of memory on the CPU")
 
 
-def select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor,
+    k: int,
+    sorted: bool,
+    threshold: Tensor | None = None,
+    n_active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Exact TopK of relu(scores), `[N, M]` → `[N, k]`: ties to the lower index, NaN first, padding
-    last."""
-    scores = rows(scores)
+    last. With `threshold [M]` of the scores above it, which are counted into `n_active [N]`,
+    int32 and contiguous."""
+    scores, threshold = rows(scores), None if threshold is None else packed(threshold)
     (N, M), (library, _) = scores.shape, _load()
     acts, indices = new_code(scores, (N, k))
     status = library.resae_select(
@@ -228,8 +235,10 @@ def select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
         k,
         sorted,
         torch.get_num_threads(),
+        _address(threshold),
         acts.data_ptr(),
         indices.data_ptr(),
+        _address(n_active),
     )
     _require_memory(status)
     return acts, indices
@@ -364,12 +373,15 @@ def exact_encode(
     pre_bias: Tensor | None,
     prediction: Tensor | None,
     sorted: bool,
+    threshold: Tensor | None = None,
+    n_active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """TopK of relu((x − prediction − pre_bias) weightᵀ + bias), `[N, D]` → acts and indices
     `[N, k]`: all N·M scores are summed in float32, held at once and rounded to the dtype of
-    everything given."""
+    everything given. `threshold` and `n_active` as of `select`."""
     library = _load()[0]
     x, weight = packed(x), rows(weight)
+    threshold = None if threshold is None else packed(threshold)
     bias = None if bias is None else packed(bias)
     pre_bias = None if pre_bias is None else packed(pre_bias)
     prediction = None if prediction is None else packed(prediction)
@@ -389,8 +401,10 @@ def exact_encode(
         k,
         sorted,
         torch.get_num_threads(),
+        _address(threshold),
         acts.data_ptr(),
         indices.data_ptr(),
+        _address(n_active),
     )
     _require_memory(status)
     return acts, indices
@@ -445,12 +459,14 @@ def screened_encode(
     indices: Tensor,
     left: ctypes.Array[c_uint8],
     relative: ctypes.Array[c_float],
+    threshold: Tensor | None = None,
+    n_active: Tensor | None = None,
 ) -> tuple[int, int, int]:
     """Write the codes of `x − prediction − pre_bias` `[N, D]` into acts and indices `[N, k]`: the
     status, the number of exact scores, and of rows left to the exact path, which are 1 in `left
-    [N]`."""
+    [N]`. `threshold` and `n_active` as of `select`."""
     library, _ = _load()
-    x = rows(x)
+    x, threshold = rows(x), None if threshold is None else packed(threshold)
     prediction = None if prediction is None else rows(prediction)
     pre_bias = None if pre_bias is None else packed(pre_bias)
     counts = _Counts()
@@ -468,8 +484,10 @@ def screened_encode(
         amx,
         accept_outliers,
         torch.get_num_threads(),
+        _address(threshold),
         acts.data_ptr(),
         indices.data_ptr(),
+        _address(n_active),
         left,
         relative,
         counts,

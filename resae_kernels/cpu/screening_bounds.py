@@ -37,15 +37,24 @@ class ScreenedRows(NamedTuple):
     """`[n]` int64: rows without a code here, left to the exact path; None if there are none."""
     candidates: int
     """(Row, latent) pairs that were scored exactly."""
+    n_active: Tensor | None = None
+    """`[N]` int32: latents above their thresholds; None: there were no thresholds."""
 
 
 class ScreeningCopy(Protocol):
     """An 8-bit copy of one weight, and screening with it."""
 
     def encode(
-        self, x: Tensor, k: int, pre_bias: Tensor | None, prediction: Tensor | None, sorted: bool
+        self,
+        x: Tensor,
+        k: int,
+        pre_bias: Tensor | None,
+        prediction: Tensor | None,
+        sorted: bool,
+        threshold: Tensor | None = None,
     ) -> ScreenedRows:
-        """Codes of `x − prediction − pre_bias`, `[N, D]`.
+        """Codes of `x − prediction − pre_bias`, `[N, D]`; with `threshold [M]` of the latents above
+        it.
 
         Raises:
             StaleCopyError: the weight has changed since the copy was made.

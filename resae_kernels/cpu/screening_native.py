@@ -138,13 +138,15 @@ class NativeCopy:
         pre_bias: Tensor | None,
         prediction: Tensor | None,
         sorted: bool,
+        threshold: Tensor | None = None,
         *,
         amx: bool | None = None,
     ) -> ScreenedRows:
-        """Codes, as `ScreeningCopy.encode`; x, pre_bias and prediction in the weight's dtype.
-        `amx` False uses VNNI instructions where AMX could multiply."""
+        """Codes, as `ScreeningCopy.encode`; x, pre_bias, prediction and threshold in the weight's
+        dtype. `amx` False uses VNNI instructions where AMX could multiply."""
         N, D = x.shape
         acts, indices = native.new_code(x, (N, k))
+        n_active = None if threshold is None else indices.new_empty(N, dtype=torch.int32)
         left, relative = (c_uint8 * N)(), (c_float * D)()
         accept_outliers = False
         while True:
@@ -162,6 +164,8 @@ class NativeCopy:
                 indices,
                 left,
                 relative,
+                threshold,
+                n_active,
             )
             del kept
             if status != native.NEW_COLUMNS:
@@ -175,7 +179,7 @@ class NativeCopy:
         if status == native.STALE_COPY:
             raise StaleCopyError
         exact = torch.from_numpy(np.array(left).nonzero()[0]) if rows_left else None
-        return ScreenedRows(acts, indices, exact, candidates)
+        return ScreenedRows(acts, indices, exact, candidates, n_active)
 
 
 def _with_largest(dimensions: Sequence[int], relative: np.ndarray) -> tuple[int, ...]:

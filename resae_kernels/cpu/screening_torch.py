@@ -79,24 +79,34 @@ class TorchCopy(NamedTuple):
         return self.terms[2:]
 
     def encode(
-        self, x: Tensor, k: int, pre_bias: Tensor | None, prediction: Tensor | None, sorted: bool
+        self,
+        x: Tensor,
+        k: int,
+        pre_bias: Tensor | None,
+        prediction: Tensor | None,
+        sorted: bool,
+        threshold: Tensor | None = None,
     ) -> ScreenedRows:
         """Codes, as `ScreeningCopy.encode`, float32."""
         rest = residual(x, pre_bias, prediction)
-        if len(rest) == 1:
+        if len(rest) == 1 and threshold is None:
             found = _encode_row(self, rest, k, sorted)
             if found is not None:
                 return found
-        codes, left, candidates = [], [], 0
+        codes, left, candidates, counts = [], [], 0, []
         for start in range(0, len(rest), BLOCK):
             block = rest[start : start + BLOCK]
-            found, scores = _score(self, block, k)
-            codes.append(_select_candidates(found, scores, len(block), k, sorted))
+            found, scores = _score(self, block, k, threshold)
             candidates += len(scores)
+            if threshold is not None:
+                found, scores = _above(found, scores, threshold)
+                counts.append(torch.bincount(found.rows, minlength=len(block)))
+            codes.append(_select_candidates(found, scores, len(block), k, sorted))
             if len(found.exact_rows):
                 left.append(found.exact_rows + start)
         acts, indices = (torch.cat(parts) for parts in zip(*codes, strict=True))
-        return ScreenedRows(acts, indices, torch.cat(left) if left else None, candidates)
+        n_active = torch.cat(counts).int() if counts else None
+        return ScreenedRows(acts, indices, torch.cat(left) if left else None, candidates, n_active)
 
     def width(self, group: int) -> Tensor:
         if group not in self.widths:
@@ -271,10 +281,14 @@ def _upper_row(copy: TorchCopy, row: Tensor) -> tuple[Tensor, float, float, floa
     return scores[0], factor, step, norm
 
 
-def _screen(copy: TorchCopy, rest: Tensor, k: int) -> _Candidates:
-    """Candidates of the residuals `[n, D]`."""
+def _screen(copy: TorchCopy, rest: Tensor, k: int, threshold: Tensor | None) -> _Candidates:
+    """Candidates of the residuals `[n, D]`: for the k best latents, or all above `threshold
+    [M]`."""
+    if threshold is not None:
+        return _screen_by_threshold(copy, rest, threshold)
     M, padded = len(copy.weight), len(copy.steps)
-    upper, factors, step, norm, screened = _upper(copy, rest)
+    bounds = _upper(copy, rest)
+    upper, factors, step, _, screened = bounds
     group = group_size(M, k)
     assert group is not None
     groups = padded // group
@@ -294,8 +308,31 @@ def _screen(copy: TorchCopy, rest: Tensor, k: int) -> _Candidates:
     pair, member = (members >= least[rows].unsqueeze(1)).nonzero(as_tuple=True)
     key, order = (rows[pair] * padded + first[pair] + member * groups).sort()
     rows, latents, high = key // padded, key % padded, members[pair, member][order]
+    return _with_widths(copy, bounds, rows, latents, high, slack)
+
+
+def _screen_by_threshold(copy: TorchCopy, rest: Tensor, threshold: Tensor) -> _Candidates:
+    """Candidates of the residuals `[n, D]`: latents whose upper bound reaches their threshold."""
+    bounds = _upper(copy, rest)
+    slack = (ROUNDING * copy.largest_bias) / bounds.step
+    upper = bounds.scores[:, : len(threshold)]
+    # `clamp_min` keeps NaN, which no bound reaches.
+    least = torch.addcmul(-slack.unsqueeze(1), threshold.clamp_min(0.0), 1.0 / bounds.step[:, None])
+    reached = upper >= least
+    if bounds.screened is not None:
+        reached &= bounds.screened.unsqueeze(1)
+    rows, latents = reached.nonzero(as_tuple=True)
+    return _with_widths(copy, bounds, rows, latents, upper[rows, latents], slack)
+
+
+def _with_widths(
+    copy: TorchCopy, bounds: _Upper, rows: Tensor, latents: Tensor, high: Tensor, slack: Tensor
+) -> _Candidates:
+    """These pairs with what their exact scores can be; rows with too many pairs are left out."""
+    M = len(copy.weight)
+    _, factors, step, norm, screened = bounds
     if len(rows) > CANDIDATES * M:
-        bounded = torch.bincount(rows, minlength=len(rest)) <= CANDIDATES * M
+        bounded = torch.bincount(rows, minlength=len(step)) <= CANDIDATES * M
         screened = bounded if screened is None else screened & bounded
         few = screened[rows]
         rows, latents, high = rows[few], latents[few], high[few]
@@ -352,9 +389,12 @@ def _encode_row(copy: TorchCopy, rest: Tensor, k: int, sorted: bool) -> Screened
     return ScreenedRows(acts.unsqueeze(0), indices, None, n)
 
 
-def _score(copy: TorchCopy, block: Tensor, k: int) -> tuple["_Candidates", Tensor]:
+def _score(
+    copy: TorchCopy, block: Tensor, k: int, threshold: Tensor | None
+) -> tuple["_Candidates", Tensor]:
     """The candidates of residuals `[n, D]` and their exact scores `[P]`."""
-    found = _Candidates.join([_screen(copy, rows, k) for rows in block.split(ROWS)], ROWS)
+    parts = [_screen(copy, rows, k, threshold) for rows in block.split(ROWS)]
+    found = _Candidates.join(parts, ROWS)
     scores = block.new_empty(len(found.rows))
     order = found.latents.argsort()  # each row of the weight is read once
     scores[order] = gathered_dot(block, found.rows[order], copy.weight, found.latents[order])
@@ -363,6 +403,13 @@ def _score(copy: TorchCopy, block: Tensor, k: int) -> tuple["_Candidates", Tenso
     if not bool(((scores - found.middle).abs() <= found.width).all()):
         raise StaleCopyError
     return found, scores
+
+
+def _above(found: _Candidates, scores: Tensor, threshold: Tensor) -> tuple["_Candidates", Tensor]:
+    """The candidates above their thresholds, and their scores."""
+    active = (scores > threshold[found.latents]) & (scores > 0)
+    rows, latents, middle, width = (t[active] for t in found[:4])
+    return _Candidates(rows, latents, middle, width, found.exact_rows), scores[active]
 
 
 def _outlier_dimensions(rest: Tensor, norm: Tensor) -> list[int]:

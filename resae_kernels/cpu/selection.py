@@ -24,6 +24,35 @@ def select(scores: Tensor, k: int, sorted: bool) -> tuple[Tensor, Tensor]:
     return acts.gather(1, order), indices.masked_fill_(~positive, 0).gather(1, order)
 
 
+def select_above(
+    scores: Tensor, threshold: Tensor, k: int, sorted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of the positive `scores [n, M]` above `threshold [M]`, ordered and padded as by
+    `select`, and how many are above, `[n]` int32. NaN is above every threshold."""
+    n = scores.shape[0]
+    if native.takes(scores, threshold):
+        n_active = torch.empty(n, dtype=torch.int32)
+        return *native.select(scores, k, sorted, threshold, n_active), n_active
+    if scores.device.type == "cpu" and scores.dtype.itemsize == 2:  # numpy has no bfloat16
+        acts, indices, n_active = select_above(scores.float(), threshold.float(), k, sorted)
+        return acts.to(scores.dtype), indices, n_active
+    active = ((scores > threshold) & (scores > 0)) | scores.isnan()
+    n_active = active.sum(dim=1, dtype=torch.int32)
+    over = (n_active > k).nonzero().squeeze(1)
+    if len(over):  # nothing is chosen from the other rows: theirs are only moved together
+        _, kept = select(torch.where(active[over], scores[over], 0.0), k, False)
+        active[over] = torch.zeros_like(active[over]).scatter_(1, kept, True)
+    rows, latents = active.nonzero(as_tuple=True)
+    counts = n_active.clamp_max(k).long()
+    slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    acts, indices = scores.new_zeros(n, k), latents.new_zeros(n, k)
+    acts[rows, slots], indices[rows, slots] = scores[rows, latents], latents
+    if sorted:
+        order = descending(acts)
+        acts, indices = acts.gather(1, order), indices.gather(1, order)
+    return acts, indices, n_active
+
+
 def descending(values: Tensor) -> Tensor:
     """`values.argsort(dim=1, descending=True, stable=True)`, NaN first; numpy is the faster."""
     if values.device.type != "cpu":

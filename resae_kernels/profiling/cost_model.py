@@ -92,6 +92,14 @@ def _encode(case: Case, machine: Machine) -> list[Stage]:
     ]
 
 
+def _threshold(case: Case, machine: Machine) -> list[Stage]:
+    """An encode whose selection reads its row of scores itself, one multiprocessor a row."""
+    scores, *rest = [part for part in _encode(case, machine) if part.name != "group maxima"]
+    row = case.M * case.itemsize * machine.multiprocessors / machine.copy
+    rows = -(-case.N // machine.multiprocessors)
+    return [scores, Stage("comparison with the thresholds", 1e6 * rows * row), *rest]
+
+
 def _gather(case: Case, machine: Machine, name: str) -> Stage:
     gathered = case.N * case.k * case.D * case.itemsize
     return Stage(name, 1e6 * gathered / machine.cache + EDGE_US)
@@ -146,6 +154,7 @@ _STAGES: Mapping[str, Callable[[Case, Machine], list[Stage]]] = {
     "train": _train,
     "train+adam": _train_with_adam,
     "chain": _chain,
+    "threshold": _threshold,
 }
 
 

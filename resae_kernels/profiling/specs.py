@@ -14,11 +14,13 @@ from resae_kernels import (
     ScreenedEncoder,
     SparseCode,
     StepWorkspace,
+    ThresholdCode,
     affine_chain,
     online_step,
     reconstruction_error,
     reference,
     sparse_decode,
+    threshold_encode,
     topk_encode,
     transport,
 )
@@ -31,6 +33,8 @@ check."""
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 """Largest relative error of a tensor of a forward op, in the norm, by dtype."""
+MARGINS: dict[str, Margin] = {"resae": "statistical", "resae certain": "certain"}
+"""Margins of the screened encode, by the name of their provider."""
 NEAR_TIE = 1e-5
 """Relative difference of scores below which float32 may confuse them."""
 
@@ -253,8 +257,7 @@ def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., SparseCode]
     x, weight, bias = inputs["x"], inputs["weight"].detach(), inputs["bias"].detach()
     weight = weight.requires_grad_(SPECS[case.op].gradients)
     found: dict[str, Callable[..., SparseCode]] = {}
-    margins: dict[str, Margin] = {"resae": "statistical", "resae certain": "certain"}
-    for name, margin in margins.items():
+    for name, margin in MARGINS.items():
         held = ScreenedEncoder(weight, bias, margin=margin)
         if held.encode_with_info(x, case.k).rows_screened:
             found[name] = partial(_screened, held)
@@ -394,6 +397,87 @@ def _check_decode(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tenso
     _require_close(case, name, pairs, TOLERANCE[case.dtype])
 
 
+# -- threshold -------------------------------------------------------------------------------------
+
+ROOM = 4
+"""Room for active latents, in multiples of their mean."""
+
+
+def _threshold_inputs(case: Case, inputs: Inputs) -> Inputs:
+    """Thresholds above which k latents per token are on average, from the scores of a few tokens;
+    around one value, as those of a trained JumpReLU."""
+    x, weight = inputs["x"][:64], inputs["weight"]
+    scores = F.linear(x - inputs["b_dec"][0], weight, inputs["bias"]).float()
+    level = scores.flatten().topk(len(x) * case.k).values[-1]
+    generator = torch.Generator(x.device).manual_seed(1)
+    spread = torch.rand(case.M, generator=generator, device=x.device)
+    threshold = level * (0.98 + 0.04 * spread)
+    return {"threshold": threshold.to(x.dtype), "max_active": min(case.M, ROOM * case.k)}
+
+
+def _threshold(inputs: Inputs, function: Callable[..., Sequence[Tensor]]) -> Sequence[Tensor]:
+    names = ("x", "weight", "bias", "threshold", "max_active")
+    return function(*(inputs[name] for name in names), pre_bias=inputs["b_dec"][0])
+
+
+def _dense_jumprelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    _max_active: int,
+    *,
+    pre_bias: Tensor,
+) -> Sequence[Tensor]:
+    """JumpReLU in plain PyTorch, `[N, M]`."""
+    scores = F.linear(x - pre_bias, weight, bias)
+    return [scores.relu() * (scores > threshold)]
+
+
+def _screened_threshold(
+    held: ScreenedEncoder,
+    x: Tensor,
+    _weight: object,
+    _bias: object,
+    threshold: Tensor,
+    max_active: int,
+    *,
+    pre_bias: Tensor,
+) -> ThresholdCode:
+    return held.threshold_encode(x, threshold, max_active, pre_bias=pre_bias)
+
+
+def _threshold_providers(case: Case, inputs: Inputs) -> dict[str, Provider]:  # noqa: ARG001
+    x, weight, bias = inputs["x"], inputs["weight"].detach(), inputs["bias"].detach()
+    found: dict[str, Callable[..., Sequence[Tensor]]] = {}
+    for name, margin in MARGINS.items():
+        held = ScreenedEncoder(weight, bias, margin=margin)
+        limits = inputs["threshold"], inputs["max_active"]
+        if held.threshold_encode_with_info(x, *limits).rows_screened:
+            found[name] = partial(_screened_threshold, held)
+    found |= {"resae exact" if found else "resae": threshold_encode}
+    found |= {"reference": reference.threshold_encode, "dense PyTorch": _dense_jumprelu}
+    return {name: partial(_threshold, inputs, encode) for name, encode in found.items()}
+
+
+def _check_threshold(case: Case, inputs: Inputs, name: str, outputs: Sequence[Tensor]) -> None:
+    """A code (acts, indices, count), or `[N, M]`: as float64 has it, but for scores within rounding
+    of their threshold."""
+    rows = _first_tokens(case)
+    names = ("x", "weight", "bias", "threshold")
+    x, weight, bias, threshold = (inputs[key].double() for key in names)
+    scores = F.linear(x[rows] - inputs["b_dec"][0].double(), weight, bias)
+    acts = outputs[0][rows].double()
+    if len(outputs) > 1:
+        acts = torch.zeros_like(scores).scatter_add_(1, outputs[1][rows], acts)
+    rounding = TOLERANCE[case.dtype] / 2 * threshold.abs()
+    clear = (scores - threshold).abs() > rounding
+    truth = scores.relu() * (scores > threshold)
+    _require_close(case, name, [(acts * clear, truth * clear)], TOLERANCE[case.dtype])
+    if len(outputs) > 1 and not torch.equal(outputs[2][rows], (acts > 0).sum(1).int()):
+        raise ValueError(f"profile: {name} is wrong on {case.name}: the number of active latents")
+
+
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -503,5 +587,8 @@ SPECS: Mapping[str, Spec] = {
     ),
     "step": Spec(_forward_work, _step_providers, _check_code, scores=True),
     "chain": Spec(_chain_work, _chain_providers, _check_decode, _chain_inputs),
+    "threshold": Spec(
+        _encode_work, _threshold_providers, _check_threshold, _threshold_inputs, scores=True
+    ),
 }
 OPS = tuple(SPECS)

@@ -45,10 +45,12 @@ def launch_encode(
     prediction: Tensor | None,
     sorted: bool,
     workspace_bytes: int,
-    select: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """Acts and indices `[N, k]`. `select` is used for scores that the kernels do not support: fp64,
-    or rows too long for one program's registers."""
+    select: Callable[[Tensor, int, bool], tuple[Tensor, ...]],
+    threshold: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Acts and indices `[N, k]`; with `threshold [M]` those above it, and their number, `[N]`
+    int32. `select` is used for scores that the kernels do not support: fp64, or rows too long for
+    one program's registers."""
     N, M = x.shape[0], weight.shape[0]
     # Kernels need unit stride along a row; the rows of x and prediction may have any stride.
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -64,6 +66,10 @@ def launch_encode(
     rows = rows_per_chunk(N, max(1, workspace_bytes // (row_elements * x.itemsize)))
     acts = x.new_empty(N, k)
     indices = torch.empty(N, k, dtype=torch.int64, device=x.device)
+    everything = [acts, indices]
+    if threshold is not None:
+        threshold = threshold.contiguous()
+        everything.append(torch.empty(N, dtype=torch.int32, device=x.device))
     scores = x.new_empty(rows, stride)[:, :M]
     with torch.cuda.device_of(x):
         for start in range(0, N, rows):
@@ -72,7 +78,7 @@ def launch_encode(
             whole = n == N  # slices of everything cost microseconds
             rest = prediction if prediction is None or whole else prediction[chunk]
             part, held = (x, scores) if whole else (x[chunk], scores[:n])
-            code = (acts, indices) if whole else (acts[chunk], indices[chunk])
+            code = everything if whole else [t[chunk] for t in everything]
             # Chosen by N, not by the rows of a chunk: the last chunk is computed as the others are.
             if layout is not None and N <= encode_few.FEW_TOKENS:
                 best = _small_gemm(N, part, weight, bias, pre_bias, rest, held, layout)
@@ -80,10 +86,12 @@ def launch_encode(
                 part = _residual(part, pre_bias, rest)
                 best = _large_gemm(part, weight, bias, held, layout)
             if layout is None:
-                acts[chunk], indices[chunk] = select(held, k, sorted)
+                for to, found in zip(code, select(held, k, sorted), strict=True):
+                    to.copy_(found)
             else:
-                launch_select(held, best, *code, layout, sorted)
-    return acts, indices
+                count = None if threshold is None else code[2]
+                launch_select(held, best, code[0], code[1], layout, sorted, threshold, count)
+    return tuple(everything)
 
 
 def _residual(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None) -> Tensor:

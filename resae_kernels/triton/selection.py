@@ -114,12 +114,18 @@ def launch_select(
     indices: Tensor,
     layout: SelectionLayout,
     by_value: bool,
+    threshold: Tensor | None = None,
+    n_active: Tensor | None = None,
 ) -> None:
     """Write the exact code of each row of `scores [n, M]` into `acts`, `indices` `[n, k]`: in order
-    of value, or of index. `best`: the group maxima, where the GEMM wrote them."""
+    of value, or of index. `best`: the group maxima, where the GEMM wrote them. With `threshold
+    [M]`, contiguous: of the scores above it, which are counted into `n_active [n]`, int32."""
     n, M = scores.shape
     keys = KEYS[scores.dtype]
     tile = tiles.tile("select", scores.device)
+    if threshold is not None:  # the pass that takes the maxima of what is above counts it
+        threshold, best = threshold.view(keys.dtype), None
+        tile = threshold_tile(tile, layout)
     maxima = best is None and tile.columns > 0
     if maxima:
         best = torch.empty(n, layout.groups, dtype=keys.dtype, device=scores.device)
@@ -134,16 +140,43 @@ def launch_select(
         layout.groups,
         scores.stride(0),
         acts.shape[1],
+        threshold,
+        n_active,
         **select_settings(layout, tile, scores.dtype, maxima, by_value),
     )
+
+
+def threshold_tile(tile: tiles.SelectTile, layout: SelectionLayout) -> tiles.SelectTile:
+    """The tile of a selection above thresholds: it takes the maxima itself, of as many scores at a
+    time as its threads hold."""
+    threads = 32 * select_warps(layout, tile.keys_per_thread)
+    return tile if tile.columns else tile._replace(columns=KEYS_PER_THREAD * threads)
 
 
 # -- kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _keys(
+    p_scores,  # [M]
+    threshold,  # [M] or None
+    o_m,
+    m_m,
+    INF: tl.constexpr,
+    TOP: tl.constexpr,
+):
+    """Keys of the scores at `o_m`: 0 for those that are not above their thresholds."""
+    b_key = key(tl.load(p_scores + o_m, mask=m_m, other=0), INF, TOP)
+    if threshold is not None:
+        b_level = tl.maximum(key(tl.load(threshold + o_m, mask=m_m, other=0), INF, TOP), 0)
+        b_key = tl.where((b_key > b_level) | (b_key == TOP), b_key, 0)  # NaN is above everything
+    return b_key
+
+
+@triton.jit
 def _strip_maxima(
     p_scores,  # [M]
+    threshold,  # [M] or None
     p_best,  # [groups]
     i_m,
     M,
@@ -153,14 +186,15 @@ def _strip_maxima(
     INF: tl.constexpr,
     TOP: tl.constexpr,
 ):
-    """Write the group maxima of the i_m-th BM scores of a row."""
+    """Write the group maxima of the i_m-th BM scores of a row; returns how many are positive."""
     o_m = i_m * BM + tl.arange(0, BM)
     o_g = i_m * (BM // GROUP) + tl.arange(0, BM // GROUP)
     # [BM], consecutive latents in a thread: a group's maximum takes few shuffles
-    b_key = key(tl.load(p_scores + o_m, mask=o_m < M, other=0), INF, TOP)
+    b_key = _keys(p_scores, threshold, o_m, o_m < M, INF, TOP)
     # [BM / GROUP]
     b_best = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP]), axis=1)
     tl.store(p_best + o_g, b_best, mask=o_g < groups)
+    return tl.sum((b_key > 0).to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -177,7 +211,7 @@ def group_max_kernel(
 ):
     i_n, i_m = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
-    _strip_maxima(p_scores, p_best, i_m, M, groups, GROUP, BM, INF, TOP)
+    _strip_maxima(p_scores, None, p_best, i_m, M, groups, GROUP, BM, INF, TOP)
 
 
 @triton.jit
@@ -212,6 +246,7 @@ def _take(b_key, low, k):
 @triton.jit
 def select_row(
     p_scores,  # [M]
+    threshold,  # [M] or None
     p_best,  # [groups]
     p_acts,  # [k]
     p_indices,  # [k]
@@ -241,9 +276,9 @@ def select_row(
     b_group = tl.load(p_indices + o_s, mask=o_s < count, other=0).to(tl.int32)
     o_m = b_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     m_m = (o_s < count)[:, None] & (o_m < M)
-    b_bits = tl.load(p_scores + o_m, mask=m_m, other=0)
+    b_key = _keys(p_scores, threshold, o_m, m_m, INF, TOP)
     # [SLOTS * GROUP]
-    b_key = tl.reshape(key(b_bits, INF, TOP), [SLOTS * GROUP])
+    b_key = tl.reshape(b_key, [SLOTS * GROUP])
     o_m = tl.reshape(o_m, [SLOTS * GROUP])
     m_taken, b_slot, count, low = _take(b_key, low, k)
     tl.store(p_acts + b_slot, b_key, mask=m_taken)
@@ -296,6 +331,8 @@ def select_kernel(
     groups,
     s_scores,
     k,
+    threshold,  # [M] or None
+    n_active,  # [n] or None; written where BM > 0
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -308,9 +345,14 @@ def select_kernel(
     p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
     p_acts, p_indices = acts + i_n * k, indices + i_n * k
     if BM > 0:
+        count = 0
         for i_m in range(0, tl.cdiv(M, BM)):
-            _strip_maxima(p_scores, p_best, i_m, M, groups, GROUP, BM, INF, TOP)
+            count += _strip_maxima(p_scores, threshold, p_best, i_m, M, groups, GROUP, BM, INF, TOP)
+        if n_active is not None:
+            tl.store(n_active + i_n, count)
         tl.debug_barrier()  # other threads wrote the maxima than read them
-    select_row(p_scores, p_best, p_acts, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP)
+    select_row(
+        p_scores, threshold, p_best, p_acts, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP
+    )
     if BJ > 0:
         _sort_row(p_acts, p_indices, k, SLOTS, BJ)

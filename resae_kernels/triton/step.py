@@ -211,7 +211,9 @@ def select_decode_kernel(
     o_row = (i_n * tl.num_programs(1) + i_s) * k
     p_keys, p_indices = program_keys + o_row, program_indices + o_row
     p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
-    select_row(p_scores, p_best, p_keys, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP)
+    select_row(
+        p_scores, None, p_best, p_keys, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP
+    )
     tl.debug_barrier()  # the row is read by other threads than those that wrote it
     if i_s == 0:
         o_s = tl.arange(0, SLOTS)

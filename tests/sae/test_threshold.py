@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
 from resae.sae.record import SAERecord
 from resae.sae.registry import load_sae
-from resae.sae.threshold import DEFAULT_MAX_ACTIVE, threshold_encode
+from resae.sae.threshold import DEFAULT_MAX_ACTIVE
 from resae.stack.affine import AffinePredictor
 
 D, M = 8, 40
@@ -99,15 +101,24 @@ def test_slots_follow_the_mean_number_of_active_latents():
         assert ThresholdSAE(SAERecord(**options)).max_active == slots
 
 
-def test_many_latents_are_scored_a_few_rows_at_a_time(monkeypatch):
-    sae = ThresholdSAE(record())
-    x = torch.randn(50, D)
-    whole = sae.encode(x)
-    monkeypatch.setattr("resae.sae.threshold.SCORES_AT_ONCE", 7 * M)
-    for ours, theirs in zip(sae.encode(x), whole, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert sae.encode(x[:0]).acts.shape == (0, M)
-    assert threshold_encode(x[0], sae.weight, sae.bias, sae.threshold, 3).n_active.shape == ()
+def test_codes_are_screened_on_a_cpu(screened_at_any_size):  # noqa: ARG001
+    wide = 1024
+    made = SAERecord(
+        torch.randn(wide, 64),
+        torch.randn(wide),
+        torch.randn(wide, 64),
+        torch.randn(64),
+        threshold=10 + 5 * torch.rand(wide),
+    )
+    sae, x = ThresholdSAE(made), torch.randn(40, 64)
+    assert sae.screened.threshold_encode_with_info(x, sae.threshold, 512).rows_screened == 40
+    with torch.no_grad():
+        code = sae.encode(x)
+    exact = ThresholdSAE(made)
+    exact.config = replace(exact.config, screening=None)
+    for ours, theirs in zip(code, exact.encode(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert sae.at_k(3).screened is sae.screened  # one copy of the weight serves both
 
 
 def test_a_prediction_is_subtracted_and_needed_where_residuals_are_encoded():
