@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import foreign_files as files
@@ -402,10 +403,9 @@ def test_inspect_says_which_path_codes_take(tmp_path, screened_at_any_size):
     path = describe_sae(read_sae(tmp_path / "a"))["encode_here"]
     assert path["path"] == "screened"
     assert screened_at_any_size in path["why"]
-    convert(tmp_path / "a", tmp_path / "lens", "saelens")
-    cfg = json.loads((tmp_path / "lens" / "cfg.json").read_text()) | {"architecture": "standard"}
-    (tmp_path / "lens" / "cfg.json").write_text(json.dumps(cfg))
-    assert describe_sae(read_sae(tmp_path / "lens"))["encode_here"]["path"] == "screened"
+    found = read_sae(tmp_path / "a")
+    high = replace(found.record, threshold=torch.full((1024,), 3.0))
+    assert describe_sae(found._replace(record=high))["encode_here"]["path"] == "screened"
     files.sparsify(tmp_path / "b", plain(), k=M)
     path = describe_sae(read_sae(tmp_path / "b"))["encode_here"]
     assert path["path"] == "exact"
