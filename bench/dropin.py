@@ -32,7 +32,10 @@ from resae_kernels.profiling.clock import Clock  # noqa: E402
 
 CASES = [(128, 4096, 16), (768, 24576, 32), (2048, 32768, 64)]
 """D, M, k."""
+GEMMA_SCOPE = (2304, 16384, 70)
+"""D, M and the mean number of active latents of an autoencoder of Gemma Scope."""
 TOKENS = (1, 16, 256, 2048)
+JUMPRELU = "sae_lens, JumpReLU"
 DISTRIBUTIONS = {
     "sae_lens": "sae-lens",
     "sparsify": "eai-sparsify",
@@ -72,6 +75,17 @@ def new_sae(library: str, D: int, M: int, k: int) -> nn.Module:
     return sae.requires_grad_(False).eval()
 
 
+def new_jumprelu(D: int, M: int, active: int) -> nn.Module:
+    """SAELens' JumpReLU autoencoder with random weights, and one threshold for all latents above
+    which there are this many on average."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D, d_sae=M)).requires_grad_(False).eval()
+    scores = activations(256, D) @ sae.W_enc
+    sae.threshold.fill_(float(scores.flatten().topk(256 * active).values[-1]))
+    return sae
+
+
 def activations(N: int, D: int) -> Tensor:
     """`[N, D]` of rank D / 8 and a little noise."""
     rank = max(1, D // 8)
@@ -88,7 +102,8 @@ def check(sae: nn.Module, fast: nn.Module, x: Tensor) -> None:
 
 def measured(clock: Clock, library: str, D: int, M: int, k: int, rounds: int) -> Iterator[Row]:
     torch.manual_seed(0)
-    sae = new_sae(library, D, M, k)
+    thresholds = library == JUMPRELU
+    sae = new_jumprelu(D, M, k) if thresholds else new_sae(library, D, M, k)
     fast = accelerate(sae)
     for N in TOKENS:
         x = activations(N, D)
@@ -126,11 +141,13 @@ def main() -> None:
         parser.error('no library is installed; pip install "resae[peers]"')
     clock = Clock(torch.device("cpu"))
     rows: list[Row] = []
-    for library in libraries:
-        for sizes in CASES:
-            for row in measured(clock, library, *sizes, o.rounds):
-                rows.append(row)
-                print(row, flush=True)
+    cases = [(library, sizes) for library in libraries for sizes in CASES]
+    if "sae_lens" in libraries:
+        cases.append((JUMPRELU, GEMMA_SCOPE))
+    for library, sizes in cases:
+        for row in measured(clock, library, *sizes, o.rounds):
+            rows.append(row)
+            print(row, flush=True)
     about = environment() | {
         "peers": {DISTRIBUTIONS[name]: version(DISTRIBUTIONS[name]) for name in libraries},
         "rounds": o.rounds,

@@ -14,36 +14,33 @@ gathers; others are packed into a code where they are sparse enough, and multipl
 """
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from resae_kernels.decode import sparse_decode
-from resae_kernels.encode import topk_encode
-from resae_kernels.screened import MARGINS, ScreenedEncoder, layout_of
+from resae_kernels.accelerated import Accelerated, accelerated
+from resae_kernels.screened import MARGINS
 from resae_kernels.types import Margin, SparseCode
 
 SAE = TypeVar("SAE", bound=nn.Module)
 
-DENSE_SHARE = 8
-"""A dense tensor of acts is packed into a code if no row has more than M / DENSE_SHARE of them."""
-
 
 def accelerate(sae: SAE, *, margin: Margin = "statistical") -> SAE:
-    """An autoencoder of the same interface that encodes and decodes by `topk_encode` and
-    `sparse_decode`.
+    """An autoencoder of the same interface that encodes and decodes by `topk_encode` or
+    `threshold_encode`, and `sparse_decode`.
 
     It shares the parameters, buffers, hooks and configuration of `sae`, which stays as it is:
     `state_dict`, `isinstance`, saving, moving and hooks work as before. Codes agree with those of
     `sae` up to the rounding of the scores.
 
     Args:
-        sae: SAELens `TopKSAE`, sparsify `SparseCoder` with activation "topk" (transcoders too), or
-            dictionary_learning `AutoEncoderTopK`. One that is accelerated already is returned.
+        sae: SAELens `TopKSAE`, `JumpReLUSAE` and `StandardSAE`; sparsify `SparseCoder` with
+            activation "topk" (transcoders too); dictionary_learning `AutoEncoderTopK`,
+            `BatchTopKSAE`, `MatryoshkaBatchTopKSAE`, `JumpReluAutoEncoder` and `AutoEncoder`. One
+            that is accelerated already is returned.
         margin: of the screening on a CPU (`ScreenedEncoder`).
 
     Returns:
@@ -54,13 +51,15 @@ def accelerate(sae: SAE, *, margin: Margin = "statistical") -> SAE:
 
     Raises:
         TypeError: any other class, training classes of SAELens among them.
-        ValueError: an activation that is not TopK; unknown margin.
+        ValueError: an activation function that is none of these; unknown margin.
 
     Note:
         Memory: weights whose latents are not contiguous rows (SAELens' `W_enc`, the decoder of
         dictionary_learning) are held a second time, as rows, and on a CPU the 8-bit copy of the
-        encoder. Both are made anew at the first call after the weight has changed. With gradients
-        of parameters wanted no copy is used.
+        encoder. Both are made anew at the first call after the weight has changed; a change through
+        `.data` is seen by a sample of entries, on a CPU. With gradients of parameters wanted no
+        copy is used, and kinds with thresholds (all but TopK) run the library's own code: call them
+        under `torch.no_grad()`. So do they where some token has more than M / 8 active latents.
     """
     if margin not in MARGINS:
         raise ValueError(f"accelerate: margin={margin!r}, expected {' or '.join(MARGINS)}")
@@ -74,147 +73,15 @@ def accelerate(sae: SAE, *, margin: Margin = "statistical") -> SAE:
             f"accelerate: got {cls.__module__}.{cls.__qualname__}, expected one of: {known}"
         )
     adapter.require(sae)
-    new = _copied(sae, _accelerated(adapter, cls))
-    vars(new)["_margin"] = margin
-    new.set_up()
-    return new
-
-
-class _Rows(NamedTuple):
-    """Weights with one latent per contiguous row, and the tensors that they were made of."""
-
-    sources: tuple[Tensor, ...]
-    versions: tuple[Any, ...]
-    weight: Tensor
-    bias: Tensor | None
-    W_dec: Tensor
-    encoder: ScreenedEncoder | None
-
-
-class Accelerated(nn.Module):
-    """An autoencoder of another library with our encode and decode. Adapters say where a class
-    keeps its parameters; their methods replace those of the class."""
-
-    _margin: Margin
-    _rows: _Rows | None = None
-    _last: tuple[weakref.ref[Tensor], int, SparseCode] | None = None
-
-    # -- said by adapters --------------------------------------------------------------------------
-
-    @staticmethod
-    def require(sae: Any) -> None:
-        """Raise ValueError for a configuration that cannot be accelerated."""
-
-    def set_up(self) -> None:
-        """Mend what the library keeps in closures over the object that was copied."""
-
-    def sources(self) -> tuple[Tensor, ...]:
-        """The tensors that `weights` reads."""
-        raise NotImplementedError
-
-    def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Encoder weight `[M, D]`, bias `[M]` or None, and dictionary `[M, D']`: views, where the
-        library's own tensors allow it."""
-        raise NotImplementedError
-
-    # -- ours --------------------------------------------------------------------------------------
-
-    def __reduce__(self):
-        """Copied and pickled as the library's own object, accelerated anew."""
-        return _accelerate_with, (_copied(self, type(self).__bases__[1]), self._margin)
-
-    def _current_rows(self) -> _Rows:
-        sources = self.sources()
-        versions = tuple((layout_of(t), t._version, t.dtype, t.device) for t in sources)
-        rows = self._rows
-        if rows is None or rows.versions != versions:
-            with torch.no_grad():
-                weight, bias, W_dec = (
-                    None if t is None else t.detach().contiguous() for t in self.weights()
-                )
-            assert weight is not None
-            assert W_dec is not None
-            screened = weight.device.type == "cpu"
-            encoder = ScreenedEncoder(weight, bias, margin=self._margin) if screened else None
-            rows = _Rows(sources, versions, weight, bias, W_dec, encoder)
-            vars(self)["_rows"] = rows
-        return rows
-
-    def _trains(self) -> bool:
-        """True if parameters need gradients: then the copies cannot be used."""
-        return torch.is_grad_enabled() and any(t.requires_grad for t in self.sources())
-
-    def _topk(self, x: Tensor, k: int, pre_bias: Tensor | None = None) -> SparseCode:
-        """The code of `x − pre_bias`, `[..., D]` → `[..., k]`."""
-        if self._trains():
-            weight, bias, _ = self.weights()
-            return topk_encode(x, weight, bias, k, pre_bias=pre_bias)
-        rows = self._current_rows()
-        if rows.encoder is not None:
-            return rows.encoder.encode(x, k, pre_bias=pre_bias)
-        return topk_encode(x, rows.weight, rows.bias, k, pre_bias=pre_bias)
-
-    def _gather(self, code: SparseCode, bias: Tensor) -> Tensor:
-        W_dec = self.weights()[2] if self._trains() else self._current_rows().W_dec
-        return sparse_decode(code.acts.to(W_dec.dtype), code.indices, W_dec, bias=bias)
-
-    def _dense(self, code: SparseCode, M: int) -> Tensor:
-        """`[..., M]`, remembered as this code's."""
-        acts, indices = code
-        dense = acts.new_zeros(*acts.shape[:-1], M)
-        dense.scatter_add_(-1, indices, acts)  # padding adds 0 to latent 0
-        vars(self)["_last"] = weakref.ref(dense), dense._version, code
-        return dense
-
-    def _code_of(self, dense: Tensor) -> SparseCode | None:
-        """The code of dense acts `[..., M]`; None where they are not sparse enough."""
-        last = self._last
-        if last is not None and last[0]() is dense and last[1] == dense._version:
-            return last[2]
-        return _packed(dense)
-
-
-def _accelerate_with(sae: nn.Module, margin: Margin) -> nn.Module:
-    return accelerate(sae, margin=margin)
-
-
-@cache
-def _accelerated(adapter: type[Accelerated], cls: type[nn.Module]) -> type[Accelerated]:
-    return type(cls.__name__, (adapter, cls), {"__module__": cls.__module__})
-
-
-def _copied(sae: Any, cls: type[Any]) -> Any:
-    """An object of `cls` with the same parameters, modules and attributes as `sae`."""
-    new: Any = object.__new__(cls)
-    for name, value in vars(sae).items():
-        if name not in ("_margin", "_rows", "_last", "_known_k"):
-            registry = name in ("_parameters", "_buffers", "_modules")
-            vars(new)[name] = type(value)(value) if registry else value
-    return new
-
-
-def _packed(dense: Tensor) -> SparseCode | None:
-    if dense.layout != torch.strided or not dense.is_cpu or not dense.numel():
-        return None  # on a GPU the host would wait for the number of acts
-    M = dense.shape[-1]
-    flat = dense.reshape(-1, M)
-    active = flat != 0
-    counts = active.sum(-1)
-    most = int(counts.max())
-    if most * DENSE_SHARE > M:
-        return None
-    token, latent = active.nonzero(as_tuple=True)
-    slot = torch.arange(len(token)) - (counts.cumsum(0) - counts)[token]
-    acts = flat.new_zeros(len(flat), max(1, most)).index_put((token, slot), flat[token, latent])
-    indices = torch.zeros(acts.shape, dtype=torch.int64).index_put_((token, slot), latent)
-    shape = (*dense.shape[:-1], acts.shape[1])
-    return SparseCode(acts.view(shape), indices.view(shape))
+    return accelerated(sae, adapter, margin)
 
 
 # -- SAELens ---------------------------------------------------------------------------------------
 
 
-class _SAELensTopK(Accelerated):
+class _SAELens(Accelerated):
+    """Hook points around each stage, `W_enc [D, M]`, dense acts."""
+
     def set_up(self) -> None:
         me: Any = self
         me._setup_activation_normalization()
@@ -227,23 +94,25 @@ class _SAELensTopK(Accelerated):
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         me: Any = self
-        weight, bias, W_dec = me.W_enc.T, me.b_enc, me.W_dec
-        if me.cfg.rescale_acts_by_decoder_norm:  # scores count times the norm, rows of norm 1
-            norm = W_dec.norm(dim=-1)
-            weight, bias, W_dec = weight * norm[:, None], bias * norm, W_dec / norm[:, None]
-        return weight, bias, W_dec
+        return me.W_enc.T, me.b_enc, me.W_dec
 
-    def _hidden(self, x: Tensor) -> SparseCode:
+    def code(self, sae_in: Tensor) -> SparseCode:
+        """The code of an input as `process_sae_in` returns it."""
+        raise NotImplementedError
+
+    def reads_all_scores(self, x: Tensor) -> bool:  # noqa: ARG002
         me: Any = self
-        return self._topk(me.process_sae_in(x), me.cfg.k)
+        return _is_hooked(me.hook_sae_acts_pre)
 
     def encode(self, x: Tensor) -> Tensor:
         me: Any = self
-        if _is_hooked(me.hook_sae_acts_pre) or getattr(
-            me.activation_fn, "use_sparse_activations", False
-        ):
+        if self.reads_all_scores(x):
             return super().encode(x)  # type: ignore[misc]
         return me.hook_sae_acts_post(self._dense(self._hidden(x), me.W_dec.shape[0]))
+
+    def _hidden(self, x: Tensor) -> SparseCode:
+        me: Any = self
+        return self.code(me.process_sae_in(x))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         code = self._code_of(feature_acts)
@@ -256,13 +125,52 @@ class _SAELensTopK(Accelerated):
 
     def forward(self, x: Tensor) -> Tensor:
         me: Any = self
-        if (
-            me.use_error_term
-            or _is_hooked(me.hook_sae_acts_pre)
-            or _is_hooked(me.hook_sae_acts_post)
-        ):
+        if me.use_error_term or self.reads_all_scores(x) or _is_hooked(me.hook_sae_acts_post):
             return super().forward(x)  # type: ignore[misc]
         return me.hook_sae_output(self._recons(self._hidden(x)))
+
+
+class _SAELensTopK(_SAELens):
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        me: Any = self
+        if not me.cfg.rescale_acts_by_decoder_norm:
+            return super().weights()
+        norm = me.W_dec.norm(dim=-1)  # scores count times the norm, rows of norm 1
+        return me.W_enc.T * norm[:, None], me.b_enc * norm, me.W_dec / norm[:, None]
+
+    def reads_all_scores(self, x: Tensor) -> bool:
+        me: Any = self
+        sparse = getattr(me.activation_fn, "use_sparse_activations", False)
+        return sparse or super().reads_all_scores(x)
+
+    def code(self, sae_in: Tensor) -> SparseCode:
+        me: Any = self
+        return self._topk(sae_in, me.cfg.k)
+
+
+class _SAELensThreshold(_SAELens):
+    """JumpReLU, and ReLU as the threshold 0."""
+
+    @staticmethod
+    def require(sae: Any) -> None:
+        if not isinstance(sae.activation_fn, nn.ReLU):
+            name = type(sae.activation_fn).__name__
+            raise ValueError(f"accelerate: SAELens' activation_fn is {name}, expected ReLU")
+
+    def sources(self) -> tuple[Tensor, ...]:
+        me: Any = self
+        thresholds = (me.threshold,) if hasattr(me, "threshold") else ()
+        return (*super().sources(), *thresholds)
+
+    def thresholds(self) -> Tensor | None:
+        me: Any = self
+        return me.threshold if hasattr(me, "threshold") else me.b_enc.new_zeros(())
+
+    def reads_all_scores(self, x: Tensor) -> bool:
+        return self._wants_gradient(x) or self._is_dense or super().reads_all_scores(x)
+
+    def code(self, sae_in: Tensor) -> SparseCode:
+        return self._above(sae_in)
 
 
 def _is_hooked(point: nn.Module) -> bool:
@@ -365,8 +273,8 @@ def _encoder_output(cls: Any) -> Callable[[Tensor, Tensor, Callable[[], Tensor]]
 # -- dictionary_learning ---------------------------------------------------------------------------
 
 
-class _DictionaryTopK(Accelerated):
-    _known_k: tuple[tuple[int, int], int] | None = None
+class _Dictionary(Accelerated):
+    """Dense acts, and `decoder.weight [D, M]`."""
 
     def sources(self) -> tuple[Tensor, ...]:
         me: Any = self
@@ -376,9 +284,52 @@ class _DictionaryTopK(Accelerated):
         me: Any = self
         return me.encoder.weight, me.encoder.bias, me.decoder.weight.T
 
-    def _hidden(self, x: Tensor) -> SparseCode:
+    def biases(self) -> tuple[Tensor | None, Tensor]:
+        """What is subtracted before the encoder, and what is added after the decoder."""
         me: Any = self
-        return self._topk(x, self._k(), me.b_dec)
+        return me.b_dec, me.b_dec
+
+    def code(self, x: Tensor) -> SparseCode:
+        return self._above(x, self.biases()[0])
+
+    def reads_all_scores(self, x: Tensor) -> bool:
+        return self._wants_gradient(x) or self._is_dense
+
+    def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
+        me: Any = self
+        if values or _differ(options) or self.reads_all_scores(x):
+            return super().encode(x, *values, **options)  # type: ignore[misc]
+        return self._dense(self.code(x), me.dict_size)
+
+    def decode(self, f: Tensor) -> Tensor:
+        code = self._code_of(f)
+        return super().decode(f) if code is None else self._gather(code, self.biases()[1])  # type: ignore[misc]
+
+    def forward(self, x: Tensor, *values: Any, **options: Any) -> Any:
+        if values or _differ(options) or self.reads_all_scores(x):
+            return super().forward(x, *values, **options)  # type: ignore[misc]
+        return self._gather(self.code(x), self.biases()[1])
+
+
+def _differ(options: dict[str, Any]) -> bool:
+    """True if options ask for more than acts or a reconstruction. `use_threshold` is the default of
+    the kinds that have thresholds, and not of TopK."""
+    return any(value for name, value in options.items() if name != "use_threshold")
+
+
+class _DictionaryTopK(_Dictionary):
+    _known_k: tuple[tuple[int, int], int] | None = None
+
+    def reads_all_scores(self, x: Tensor) -> bool:  # noqa: ARG002
+        return False
+
+    def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
+        if options.get("use_threshold"):
+            return super(_Dictionary, self).encode(x, *values, **options)  # type: ignore[misc]
+        return super().encode(x, *values, **options)
+
+    def code(self, x: Tensor) -> SparseCode:
+        return self._topk(x, self._k(), self.biases()[0])
 
     def _k(self) -> int:
         """k, which the library keeps in a buffer: read anew when it has changed, since reading
@@ -390,26 +341,83 @@ class _DictionaryTopK(Accelerated):
         assert self._known_k is not None
         return self._known_k[1]
 
-    def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
-        me: Any = self
-        if return_topk or use_threshold:
-            return super().encode(x, return_topk=return_topk, use_threshold=use_threshold)  # type: ignore[misc]
-        return self._dense(self._hidden(x), me.dict_size)
 
-    def decode(self, x: Tensor) -> Tensor:
+class _DictionaryReLU(_Dictionary):
+    def thresholds(self) -> Tensor | None:
         me: Any = self
-        code = self._code_of(x)
-        return super().decode(x) if code is None else self._gather(code, me.b_dec)  # type: ignore[misc]
+        return me.encoder.bias.new_zeros(())
 
-    def forward(self, x: Tensor, output_features: bool = False) -> Any:
+    def biases(self) -> tuple[Tensor | None, Tensor]:
         me: Any = self
-        if output_features:
-            return super().forward(x, output_features=True)  # type: ignore[misc]
-        return self._gather(self._hidden(x), me.b_dec)
+        return me.bias, me.bias
+
+
+class _DictionaryBatchTopK(_Dictionary):
+    """One threshold, which the batches of training left."""
+
+    def sources(self) -> tuple[Tensor, ...]:
+        me: Any = self
+        return (*super().sources(), me.threshold)
+
+    def thresholds(self) -> Tensor | None:
+        me: Any = self
+        return me.threshold
+
+    def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
+        if not options.get("use_threshold", True):
+            return super(_Dictionary, self).encode(x, *values, **options)  # type: ignore[misc]
+        return super().encode(x, *values, **options)
+
+
+class _DictionaryMatryoshka(_DictionaryBatchTopK):
+    def sources(self) -> tuple[Tensor, ...]:
+        me: Any = self
+        return me.W_enc, me.b_enc, me.W_dec, me.threshold
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        me: Any = self
+        return me.W_enc.T, me.b_enc, me.W_dec
+
+    def thresholds(self) -> Tensor | None:
+        """Latents of groups that are switched off are never active."""
+        me: Any = self
+        all_of_them = me.threshold.expand(len(me.b_enc)).clone()
+        all_of_them[int(me.group_indices[me.active_groups]) :] = float("inf")
+        return all_of_them
+
+    def _current_rows(self) -> Any:
+        me: Any = self
+        if vars(self).get("_groups") != me.active_groups:
+            vars(self).update(_groups=me.active_groups, _rows=None)
+        return super()._current_rows()
+
+
+class _DictionaryJumpReLU(_Dictionary):
+    def sources(self) -> tuple[Tensor, ...]:
+        me: Any = self
+        return me.W_enc, me.b_enc, me.W_dec, me.threshold
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        me: Any = self
+        return me.W_enc.T, me.b_enc, me.W_dec
+
+    def thresholds(self) -> Tensor | None:
+        me: Any = self
+        return me.threshold
+
+    def biases(self) -> tuple[Tensor | None, Tensor]:
+        me: Any = self
+        return me.b_dec if me.apply_b_dec_to_input else None, me.b_dec
 
 
 _ADAPTERS: dict[tuple[str, str], type[Accelerated]] = {
     ("sae_lens", "TopKSAE"): _SAELensTopK,
+    ("sae_lens", "JumpReLUSAE"): _SAELensThreshold,
+    ("sae_lens", "StandardSAE"): _SAELensThreshold,
     ("sparsify", "SparseCoder"): _SparsifyTopK,
     ("dictionary_learning", "AutoEncoderTopK"): _DictionaryTopK,
+    ("dictionary_learning", "BatchTopKSAE"): _DictionaryBatchTopK,
+    ("dictionary_learning", "MatryoshkaBatchTopKSAE"): _DictionaryMatryoshka,
+    ("dictionary_learning", "JumpReluAutoEncoder"): _DictionaryJumpReLU,
+    ("dictionary_learning", "AutoEncoder"): _DictionaryReLU,
 }

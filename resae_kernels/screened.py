@@ -531,7 +531,7 @@ class ScreenedEncoder:
                 return state
             self.invalidate()
             tensors = [t.detach() for t in (self.weight, self.bias) if t is not None]
-            samples = [(now, now.copy()) for now in map(_sample, tensors)]
+            samples = [(now, now.copy()) for now in map(sample, tensors)]
             made = self._make_copy(*tensors)
             self._state = None if made is None else _State(made, versions, samples)
             return self._state
@@ -668,7 +668,7 @@ def _require_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _sample(tensor: Tensor) -> Any:
+def sample(tensor: Tensor) -> Any:
     """`SAMPLES` entries of the tensor, a view as a numpy array."""
     memory = tensor
     if tensor.is_neg():  # numpy takes no tensor whose memory is to be read negated

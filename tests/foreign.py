@@ -65,6 +65,28 @@ class TopKSAE(nn.Module):
         return self.hook_sae_output(x_hat + (x - x_hat).detach() if self.use_error_term else x_hat)
 
 
+class StandardSAE(TopKSAE):
+    """SAELens: ReLU in place of the selection."""
+
+    def encode(self, x):
+        scores = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        return self.hook_sae_acts_post(self.gate(scores, self.activation_fn(scores)))
+
+    def gate(self, scores, acts):  # noqa: ARG002
+        return acts
+
+
+class JumpReLUSAE(StandardSAE):
+    """SAELens: a threshold for each latent."""
+
+    def __init__(self, D: int, M: int, k: int, **config: object):
+        super().__init__(D, M, k, **config)
+        self.threshold = nn.Parameter(torch.empty(M))
+
+    def gate(self, scores, acts):
+        return acts * (scores > self.threshold)
+
+
 class EncoderOutput(NamedTuple):
     top_acts: Tensor
     top_indices: Tensor
@@ -142,13 +164,103 @@ class AutoEncoderTopK(nn.Module):
         return (self.decode(dense), dense) if output_features else self.decode(dense)
 
 
-for cls, library in (
-    (TopKSAE, "sae_lens"),
-    (SparseCoder, "sparsify"),
-    (AutoEncoderTopK, "dictionary_learning"),
-):
-    cls.__module__ = f"{library}.foreign"
-    module = sys.modules.setdefault(cls.__module__, ModuleType(cls.__module__))
-    vars(module).update(
-        {cls.__name__: cls, "EncoderOutput": EncoderOutput, "ForwardOutput": ForwardOutput}
-    )
+class BatchTopKSAE(AutoEncoderTopK):
+    """dictionary_learning: one threshold at inference."""
+
+    def encode(self, x, return_active=False, use_threshold=True):
+        scores = self.encoder(x - self.b_dec).relu()
+        if use_threshold:
+            acts = scores * (scores > self.threshold)
+        else:
+            values, indices = scores.flatten().topk(int(self.k) * len(x))
+            acts = torch.zeros_like(scores).flatten().scatter(-1, indices, values).view_as(scores)
+        return (acts, acts.sum(0) > 0, scores) if return_active else acts
+
+
+class MatryoshkaBatchTopKSAE(nn.Module):
+    """dictionary_learning: groups of latents, of which the last may be switched off."""
+
+    def __init__(self, D: int, M: int, k: int):
+        super().__init__()
+        self.activation_dim, self.dict_size = D, M
+        self.group_indices, self.active_groups = [0, M // 4, M], 2
+        self.register_buffer("k", torch.tensor(k))
+        self.register_buffer("threshold", torch.tensor(-1.0))
+        self.W_enc, self.b_enc = nn.Parameter(torch.empty(D, M)), nn.Parameter(torch.empty(M))
+        self.W_dec, self.b_dec = nn.Parameter(torch.empty(M, D)), nn.Parameter(torch.empty(D))
+
+    def encode(self, x, return_active=False, use_threshold=True):
+        scores = ((x - self.b_dec) @ self.W_enc + self.b_enc).relu()
+        acts = scores * (scores > self.threshold) if use_threshold else scores
+        acts[:, self.group_indices[self.active_groups] :] = 0
+        return (acts, acts.sum(0) > 0, scores) if return_active else acts
+
+    def decode(self, x):
+        return x @ self.W_dec + self.b_dec
+
+    def forward(self, x, output_features=False):
+        acts = self.encode(x)
+        return (self.decode(acts), acts) if output_features else self.decode(acts)
+
+
+class JumpReluAutoEncoder(nn.Module):
+    """dictionary_learning: a threshold for each latent."""
+
+    def __init__(self, D: int, M: int):
+        super().__init__()
+        self.activation_dim, self.dict_size = D, M
+        self.W_enc, self.b_enc = nn.Parameter(torch.empty(D, M)), nn.Parameter(torch.empty(M))
+        self.W_dec, self.b_dec = nn.Parameter(torch.empty(M, D)), nn.Parameter(torch.empty(D))
+        self.threshold = nn.Parameter(torch.empty(M))
+        self.apply_b_dec_to_input = False
+
+    def encode(self, x, output_pre_jump=False):
+        scores = (x - self.b_dec if self.apply_b_dec_to_input else x) @ self.W_enc + self.b_enc
+        acts = (scores * (scores > self.threshold)).relu()
+        return (acts, scores) if output_pre_jump else acts
+
+    def decode(self, f):
+        return f @ self.W_dec + self.b_dec
+
+    def forward(self, x, output_features=False):
+        acts = self.encode(x)
+        return (self.decode(acts), acts) if output_features else self.decode(acts)
+
+
+class AutoEncoder(nn.Module):
+    """dictionary_learning: ReLU, and one bias on both sides."""
+
+    def __init__(self, D: int, M: int):
+        super().__init__()
+        self.activation_dim, self.dict_size = D, M
+        self.bias = nn.Parameter(torch.empty(D))
+        self.encoder, self.decoder = nn.Linear(D, M), nn.Linear(M, D, bias=False)
+
+    def encode(self, x):
+        return self.encoder(x - self.bias).relu()
+
+    def decode(self, f):
+        return self.decoder(f) + self.bias
+
+    def forward(self, x, output_features=False, ghost_mask=None):  # noqa: ARG002
+        acts = self.encode(x)
+        return (self.decode(acts), acts) if output_features else self.decode(acts)
+
+
+LIBRARIES = {
+    "sae_lens": (TopKSAE, StandardSAE, JumpReLUSAE),
+    "sparsify": (SparseCoder,),
+    "dictionary_learning": (
+        AutoEncoderTopK,
+        BatchTopKSAE,
+        MatryoshkaBatchTopKSAE,
+        JumpReluAutoEncoder,
+        AutoEncoder,
+    ),
+}
+for library, classes in LIBRARIES.items():
+    module = sys.modules.setdefault(f"{library}.foreign", ModuleType(f"{library}.foreign"))
+    vars(module).update(EncoderOutput=EncoderOutput, ForwardOutput=ForwardOutput)
+    for cls in classes:
+        cls.__module__ = module.__name__
+        setattr(module, cls.__name__, cls)

@@ -12,31 +12,53 @@ from resae_kernels import accelerate
 
 D, M, K, N = 64, 2048, 6, 40
 LIBRARIES = ["sae_lens", "sparsify", "dictionary_learning"]
+THRESHOLDS = [
+    "JumpReLUSAE",
+    "StandardSAE",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+    "JumpReluAutoEncoder",
+    "AutoEncoder",
+]
+"""Kinds whose code has as many latents as are above thresholds."""
 
 
-def library_sae(library: str, **config):
+def library_sae(kind: str, **config):
     """An autoencoder of the installed library."""
-    if library == "sae_lens":
+    if kind in ("sae_lens", "JumpReLUSAE", "StandardSAE"):
         lens = pytest.importorskip("sae_lens")
+        name = "TopKSAE" if kind == "sae_lens" else kind
         normalize = "constant_norm_rescale" if config.pop("normalize", None) else "none"
-        settings = lens.TopKSAEConfig(
-            d_in=D, d_sae=M, k=K, normalize_activations=normalize, **config
+        config |= {"k": K} if kind == "sae_lens" else {}
+        settings = getattr(lens, f"{name}Config")(
+            d_in=D, d_sae=M, normalize_activations=normalize, **config
         )
-        return lens.TopKSAE(settings)
-    if library == "sparsify":
+        return getattr(lens, name)(settings)
+    if kind == "sparsify":
         pytest.importorskip("sparsify")
         from sparsify import SparseCoder, SparseCoderConfig
 
         return SparseCoder(D, SparseCoderConfig(num_latents=M, k=K, **config))
-    trainers = pytest.importorskip("dictionary_learning.trainers.top_k")
-    return trainers.AutoEncoderTopK(D, M, K)
+    pytest.importorskip("dictionary_learning")
+    from dictionary_learning import dictionary
+    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
+
+    if kind == "dictionary_learning":
+        return top_k.AutoEncoderTopK(D, M, K)
+    if kind == "BatchTopKSAE":
+        return batch_top_k.BatchTopKSAE(D, M, K)
+    if kind == "MatryoshkaBatchTopKSAE":
+        return matryoshka_batch_top_k.MatryoshkaBatchTopKSAE(D, M, K, [M // 4, M - M // 4])
+    return getattr(dictionary, kind)(D, M)
 
 
-def stand_in(library: str, **config):
-    if library == "sae_lens" and config.pop("normalize", None):
+def stand_in(kind: str, **config):
+    if config.pop("normalize", None):
         config["normalize"] = D**0.5
-    cls = {"sae_lens": foreign.TopKSAE, "sparsify": foreign.SparseCoder}
-    return cls.get(library, foreign.AutoEncoderTopK)(D, M, K, **config)
+    names = {"sae_lens": "TopKSAE", "sparsify": "SparseCoder"}
+    names["dictionary_learning"] = "AutoEncoderTopK"
+    sizes = (D, M) if kind in ("JumpReluAutoEncoder", "AutoEncoder") else (D, M, K)
+    return getattr(foreign, names.get(kind, kind))(*sizes, **config)
 
 
 @pytest.fixture(params=["stand-in", "library"])
@@ -47,8 +69,13 @@ def make(request):
         sae = (stand_in if request.param == "stand-in" else library_sae)(library, **config)
         torch.manual_seed(0)
         with torch.no_grad():
-            for parameter in sae.parameters():
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+            for name, parameter in sae.named_parameters():
+                parameter.copy_(torch.randn_like(parameter) / D**0.5)
+                if name == "threshold":
+                    parameter.copy_(2 + torch.rand_like(parameter))
+            for name, buffer in sae.named_buffers():
+                if name == "threshold":
+                    buffer.fill_(2.0)
         return sae
 
     return made
@@ -304,6 +331,83 @@ def test_k_of_dictionary_learning_may_change(make, x):
     close(ours(x), sae(x))
 
 
+# -- thresholds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", THRESHOLDS)
+@torch.no_grad()
+def test_kinds_with_thresholds_are_those_of_the_library(make, x, kind):
+    """Those without thresholds, whose acts are half of all latents, run the library's code from the
+    second call on."""
+    sae = make(kind)
+    ours = accelerate(sae)
+    for _ in range(2):
+        acts = sae.encode(x)
+        close(ours.encode(x), acts)
+        close(ours.decode(ours.encode(x)), sae.decode(acts))
+        close(ours(x), sae(x))
+    assert ours._is_dense == (kind in ("StandardSAE", "AutoEncoder"))
+
+
+@torch.no_grad()
+def test_the_room_of_a_code_grows_with_the_acts_and_loses_none(make, x):
+    sae = make("JumpReLUSAE")
+    ours = accelerate(sae)
+    close(ours(x), sae(x))
+    before = ours._room
+    sae.threshold.fill_(1.8)
+    most = int((sae.encode(x) != 0).sum(-1).max())
+    assert before < most < M // 8
+    close(ours.encode(x), sae.encode(x))
+    assert ours._room >= most
+
+
+def test_with_gradients_wanted_a_threshold_runs_the_librarys_own_code(make, x):
+    sae = make("JumpReLUSAE")
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    accelerate(sae)(ours).square().sum().backward()
+    sae(theirs).square().sum().backward()
+    close(ours.grad, theirs.grad)
+
+
+@torch.no_grad()
+def test_groups_of_a_matryoshka_are_switched_off(make, x):
+    sae = make("MatryoshkaBatchTopKSAE")
+    ours = accelerate(sae)
+    ours(x)
+    ours.active_groups = sae.active_groups = 1
+    acts = ours.encode(x)
+    close(acts, sae.encode(x))
+    assert not acts[:, M // 4 :].any()
+    assert acts.any()
+
+
+@torch.no_grad()
+def test_options_of_kinds_with_thresholds_are_the_librarys(make, x):
+    for kind, options in (
+        ("BatchTopKSAE", {"return_active": True}),
+        ("BatchTopKSAE", {"use_threshold": False, "return_active": True}),
+        ("JumpReluAutoEncoder", {"output_pre_jump": True}),
+    ):
+        sae = make(kind)
+        for result, reference in zip(
+            accelerate(sae).encode(x, **options), sae.encode(x, **options), strict=True
+        ):
+            close(result.float(), reference.float())
+
+
+@torch.no_grad()
+def test_a_change_through_data_is_seen(make, x):
+    """The libraries fold norms and scales so."""
+    for kind in ("sae_lens", "JumpReLUSAE", "BatchTopKSAE"):
+        sae = make(kind)
+        ours = accelerate(sae)
+        ours(x)
+        for parameter in sae.parameters():
+            parameter.data *= 1.25
+        close(ours(x), sae(x))
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -328,7 +432,7 @@ def test_a_hooked_transformer_of_saelens_runs_with_it():
     sae = library_sae("sae_lens")
     sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
     for parameter in sae.parameters():
-        parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+        parameter.copy_(torch.randn_like(parameter) / D**0.5)
     tokens = torch.arange(12).view(1, -1)
     plain = model(tokens)
     expected, cache = model.run_with_cache_with_saes(tokens, saes=[sae])

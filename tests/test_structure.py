@@ -66,7 +66,7 @@ TESTED_BY = {
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
     "interop.saelens interop.sparsify",
     "interop/test_hostile_files.py": "interop.files sae.files",
-    "models/test_hooked.py": "models.families models.points models.splice",
+    "models/test_hooked.py": "models.points models.splice",
     "replacements/test_context.py": "replacements.counts replacements.generation",
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_page.py": "evaluation.labels report.figures",
@@ -149,6 +149,7 @@ def test_only_the_registry_asks_which_kind_an_autoencoder_is():
 
 KERNEL_FLOORS = [
     {"step", "dropin"},
+    {"accelerated"},
     {"screened", "chain"},
     {"threshold"},
     {"encode", "decode"},

@@ -213,8 +213,8 @@ def ids(rows: int = 3, length: int = 12, seed: int = 3) -> torch.Tensor:
     return torch.randint(10, 2048, (rows, length), generator=generator)
 
 
-def predictor(lm: HookedLM, kind: str, **form) -> AffinePredictor:
-    points = lm.hook_points(LAYERS)
+def predictor(lm: HookedLM, kind: str, layers=LAYERS, **form) -> AffinePredictor:
+    points = lm.hook_points(layers)
     moments = Moments(len(points), lm.d_model)
     moments.add(capture_tokens(lm, ids(16, 16, seed=5), points))
     return fit_predictor(kind, moments, **form)
@@ -225,15 +225,16 @@ def stack(
     kind: str = "previous",
     k: int = 4,
     d_sae: int | tuple[int, ...] = 64,
+    layers: tuple[int, ...] = LAYERS,
     **form,
 ) -> ReSAE:
-    """An untrained stack on three blocks: random directions, fitted maps."""
+    """An untrained stack on a few blocks: random directions, fitted maps."""
     made = new_stack(
-        NAMES,
-        predictor(lm, kind, **form),
+        [point.name for point in lm.hook_points(layers)],
+        predictor(lm, kind, layers, **form),
         d_in=lm.d_model,
         d_sae=d_sae,
-        k=(k,) * len(NAMES),
+        k=(k,) * len(layers),
         seed=7,
         model=ModelIdentity.of(lm),
     )

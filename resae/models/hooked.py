@@ -7,7 +7,8 @@
     blocks.{i}.hook_resid_post    the stream the block leaves
 
 `resid_post ≈ resid_pre + attn_out + mlp_out` up to rounding, in every family: what is added is read
-after any post-norm. A family is one entry of `FAMILIES`. Weights stay the raw HF weights. Blocks
+after any post-norm and multiplier. A family is one entry of `FAMILIES`; blocks of other models are
+found by their shape (`models/detection.py`). Weights stay the raw HF weights. Blocks
 that return a tuple get a tuple back, with everything but its first element untouched.
 """
 
@@ -24,9 +25,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from resae.assets import TINY_PYTHIA
-from resae.models.families import family_of
+from resae.models.detection import detect
+from resae.models.families import family_of, text_config
 from resae.models.points import SITES, HookPoint
-from resae.models.splice import EAGER, add_function, in_this_thread, on_input, on_output
+from resae.models.splice import (
+    EAGER,
+    add_function,
+    copied,
+    flattened,
+    in_this_thread,
+    on_input,
+    on_output,
+    scaled,
+)
 
 EMBEDDED = "embedded"
 """The name of the model and of the corpus that come with the package."""
@@ -43,15 +54,16 @@ class HookedLM:
     """A causal LM, its tokenizer, and its hook points.
 
     Args:
-        model: any HF causal LM of a family in `FAMILIES`; also one inside a wrapper that hands on
-            its attributes, as `peft.PeftModel`.
+        model: any HF decoder-only causal LM of a family in `FAMILIES`, or one whose blocks fit a
+            known shape, which is then checked by a pass over a few random tokens and logged; also
+            one inside a wrapper that hands on its attributes, as `peft.PeftModel`.
         tokenizer: its tokenizer, or None if only token ids are used.
         name: what results record as the model.
 
     Raises:
         TypeError: no module with a config.
-        ValueError: an architecture that has no entry in `FAMILIES`, or a model without the blocks
-            that its entry names.
+        ValueError: no decoder-only model; an architecture that has no entry in `FAMILIES` and
+            fits no known shape; or a model without the blocks that its entry names.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, name: str | None = None):
@@ -62,14 +74,15 @@ class HookedLM:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.config: Any = model.config
-        self.name = name or getattr(self.config, "name_or_path", "") or self.config.model_type
-        self.family = family_of(self.config, self.name)
-        path = self.family.blocks
-        self._root = _root_of(model, path, self.name)
-        self.blocks: Any = self._root.get_submodule(path)
-        around_blocks = type(self._root.get_submodule(path.rpartition(".")[0]))
-        known = signature(around_blocks.forward).parameters
+        whole: Any = model.config
+        self.config: Any = text_config(whole)
+        """Config of the text model, also of a model that reads images too."""
+        self.name = name or getattr(whole, "name_or_path", "") or whole.model_type
+        self.family = family_of(whole, self.name) or detect(model, self.name)
+        self._root = _root_of(model, self.family.blocks, self.name)
+        self.blocks: Any = self._root.get_submodule(self.family.blocks)
+        self._base = self.family.base or self.family.blocks.rpartition(".")[0]
+        known = signature(type(self._root.get_submodule(self._base)).forward).parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
         """Keyword and output by which the model takes and returns keys and values."""
 
@@ -97,7 +110,7 @@ class HookedLM:
         Raises:
             FileNotFoundError: no such model, neither local nor on the hub.
             ModuleNotFoundError: `auto` without accelerate.
-            ValueError: a model without tokenizer, or of an architecture that is not in `FAMILIES`.
+            ValueError: a model without tokenizer, or one that `HookedLM` refuses.
         """
         spread = device == "auto"
         if spread and not find_spec("accelerate"):
@@ -107,7 +120,8 @@ class HookedLM:
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
             config = AutoConfig.from_pretrained(path)
-            family_of(config, name)  # an unknown one is an error before gigabytes are read
+            if family_of(config, name) is None:  # an error before gigabytes are read
+                _described(config, None, name)
             tokenizer = _tokenizer(path, name)
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, device_map="auto" if spread else None
@@ -130,9 +144,9 @@ class HookedLM:
 
         Raises:
             FileNotFoundError: no such config, neither local nor on the hub.
-            ValueError: no tokenizer, or an architecture that is not in `FAMILIES`.
+            ValueError: no tokenizer, or a model that `HookedLM` refuses.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         path = str(TINY_PYTHIA) if name == EMBEDDED else name
         try:
@@ -141,8 +155,7 @@ class HookedLM:
             words = _tokenizer(path, name) if tokenizer else None
         except OSError as error:
             raise _not_found(name, error) from None
-        with torch.device("meta"):
-            return cls(AutoModelForCausalLM.from_config(config), words, name)
+        return _described(config, words, name)
 
     @property
     def d_model(self) -> int:
@@ -155,6 +168,16 @@ class HookedLM:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def require_weights(self) -> None:
+        """Raise ValueError if the first weights are on the meta device. Offloaded blocks are no
+        hindrance: accelerate fetches them when their turn comes."""
+        if self.device.type == "meta":
+            raise ValueError(
+                f"model {self.name}: its first weights are on no device but offloaded or not "
+                f"loaded, so that it cannot be told where it runs; give a device_map that keeps "
+                f"its embeddings on a device, or load it with HookedLM.from_pretrained"
+            )
 
     def require_context(self, tokens: int) -> None:
         """Raise ValueError if the model was not made for rows of so many tokens. Some families fail
@@ -170,7 +193,7 @@ class HookedLM:
     def special_ids(self) -> tuple[int, ...]:
         """BOS, EOS and padding, whichever there are: left untouched by replacement by default."""
         ids: set[int] = set()
-        for holder in (self.tokenizer, self.config):
+        for holder in (self.tokenizer, self.model.config, self.config):
             for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 value: Any = getattr(holder, role, None)
                 if value is not None:
@@ -185,8 +208,9 @@ class HookedLM:
 
     def sites(self) -> tuple[str, ...]:
         """The sites that this architecture has."""
-        flag = self.family.parallel
-        parallel = flag is not None and getattr(self.config, flag)
+        parallel = self.family.parallel
+        if not isinstance(parallel, bool):
+            parallel = any(getattr(self.config, flag) for flag in parallel)
         return tuple(site for site in SITES if not (parallel and site == "resid_mid"))
 
     def hook_point(self, name: str | int) -> HookPoint:
@@ -258,10 +282,10 @@ class HookedLM:
             around: called as `around(forward, *args, **kwargs)` in place of each forward pass of
                 the whole model; returns what `forward(*args, **kwargs)` returns.
         """
+        self.require_weights()
         with ExitStack() as stack:
             if around is not None:
-                path = self.family.blocks.rpartition(".")[0]
-                stack.callback(add_function(self._root, path, "around", 0, around))
+                stack.callback(add_function(self._root, self._base, "around", 0, around))
             for point, function in hooks.items():
                 for splice in self._splices(point, function):
                     stack.callback(add_function(*splice))
@@ -272,12 +296,16 @@ class HookedLM:
     ) -> list[tuple[nn.Module, str, str, int, Callable[..., Any]]]:
         """Arguments of `add_function` that have `function` called at one hook point."""
         block = str(point.layer)
-        if point.site == "resid_pre":
-            return [(self.blocks, block, "before", point.order, on_input(function))]
-        if point.site != "resid_mid":
-            inside = {"attn_out": self.family.attn_out, "mlp_out": self.family.mlp_out}
-            path = f"{block}.{inside[point.site]}" if point.site in inside else block
-            return [(self.blocks, path, "after", point.order, on_output(function))]
+        if point.site in ("resid_pre", "resid_post"):
+            at, wrap = ("before", on_input) if point.site == "resid_pre" else ("after", on_output)
+            return [(self.blocks, block, at, point.order, wrap(function))]
+        if point.site == "mlp_out":
+            return self._mlp_splices(point, function)
+        attention = f"{block}.{self.family.attn_out}"
+        if point.site == "attn_out":
+            return [
+                (self.blocks, attention, "after", point.order, on_output(self._added(function)))
+            ]
         # No module returns resid_mid: it is the block's input plus attn_out, and is changed by
         # changing attn_out, since the block goes on with that same sum.
         thread = threading.local()
@@ -292,11 +320,29 @@ class HookedLM:
             new = function(resid_pre + attn_out)
             return None if new is None else new - resid_pre
 
-        attention = f"{block}.{self.family.attn_out}"
         return [
             (self.blocks, block, "before", point.order, on_input(remember)),
-            (self.blocks, attention, "after", point.order, on_output(change)),
+            (self.blocks, attention, "after", point.order, on_output(self._added(change))),
         ]
+
+    def _mlp_splices(
+        self, point: HookPoint, function: Callable[[Tensor], Tensor | None]
+    ) -> list[tuple[nn.Module, str, str, int, Callable[..., Any]]]:
+        """`_splices` at `mlp_out`."""
+        block, function = str(point.layer), self._added(function)
+        splices = []
+        if self.family.flat_mlp:
+            remember, function = flattened(function)
+            splices.append((self.blocks, block, "before", point.order, on_input(remember)))
+        if self.family.in_place:
+            function = copied(function)
+        mlp = f"{block}.{self.family.mlp_out}"
+        return [*splices, (self.blocks, mlp, "after", point.order, on_output(function))]
+
+    def _added(self, function: Callable[[Tensor], Tensor | None]):
+        """`function` applied to the output of attention or MLP as the block will add it."""
+        scale = self.family.scale
+        return function if scale is None else scaled(function, getattr(self.config, scale))
 
     def logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """`[B, T, V]` of one uncached forward pass, without gradient."""
@@ -367,6 +413,21 @@ def type_name(value: object) -> str:
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
     """Keys and values among the keyword arguments of a pass; None: there are none."""
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def _described(config: Any, tokenizer: Any, name: str) -> HookedLM:
+    """A model on the meta device, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except ValueError:
+            raise ValueError(
+                f"model {name}: transformers has no causal LM of architecture "
+                f"{config.model_type!r}; resae needs a decoder-only model"
+            ) from None
+        return HookedLM(model, tokenizer, name)
 
 
 def _not_found(name: str, error: OSError) -> FileNotFoundError:

@@ -164,3 +164,41 @@ def on_output(function: Callable[[Tensor], Tensor | None]):
         return output if new is None else (new, *output[1:])
 
     return after
+
+
+def scaled(function: Callable[[Tensor], Tensor | None], scale: float):
+    """`function` applied to `scale` times a tensor, where the caller multiplies afterwards."""
+
+    def change(activation: Tensor) -> Tensor | None:
+        new = function(activation * scale)
+        return None if new is None else new / scale
+
+    return change
+
+
+def copied(function: Callable[[Tensor], Tensor | None]):
+    """`function` applied to a tensor, of which the caller, who writes into it, gets a copy."""
+
+    def change(activation: Tensor) -> Tensor:
+        new = function(activation)
+        return (activation if new is None else new).clone()
+
+    return change
+
+
+def flattened(function: Callable[[Tensor], Tensor | None]):
+    """Two functions: one takes the stream `[B, T, D]` at the block's beginning, the other applies
+    `function` to `[B·T, D]` in the shape of that stream."""
+    thread = threading.local()
+
+    def remember(stream: Tensor) -> None:
+        thread.shape = stream.shape
+
+    def change(activation: Tensor) -> Tensor | None:
+        shape, thread.shape = getattr(thread, "shape", None), None
+        if shape is None:  # a pass of another thread, which was in this block before
+            return None
+        new = function(activation.view(shape))
+        return None if new is None else new.reshape(activation.shape)
+
+    return remember, change

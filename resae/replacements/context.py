@@ -569,12 +569,8 @@ def replacement(
 
 
 def _require_devices(lm: HookedLM, stack: ReSAE | AffineOnly) -> None:
+    lm.require_weights()
     devices = {parameter.device for parameter in lm.model.parameters()}
-    if lm.device.type == "meta":
-        raise ValueError(
-            f"replacement: the first weights of {lm.name} are on no device but offloaded, so that "
-            f"it cannot be told where it runs; give a device_map that keeps its embeddings there"
-        )
     for layer in range(stack.n_layers):
         home = _home(stack, layer)
         if home is not None and home.device not in devices:

@@ -67,6 +67,9 @@ class ModelSizes(NamedTuple):
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         products = 2.0 * sum(p.numel() for p in inside if p.ndim == 2)
+        # Weights of experts, [experts, ., .]: a token goes through a few of them.
+        chosen = getattr(config, "num_experts_per_tok", None) or 0
+        products += 2.0 * sum(p[0].numel() * min(chosen, len(p)) for p in inside if p.ndim == 3)
         attention = 4.0 * context_tokens * width * (last + 1)
         everything = sum(p.numel() for p in lm.model.parameters())
         read = sum(p.numel() for p in inside)

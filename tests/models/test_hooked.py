@@ -8,6 +8,7 @@ from threading import Thread
 import pytest
 import tiny
 import torch
+from families import made
 
 from resae import HookedLM, replacement
 from resae.assets import TINY_PYTHIA
@@ -207,6 +208,35 @@ def test_a_model_without_the_blocks_of_its_family_is_refused():
 
 def test_a_model_in_a_wrapper_that_hands_on_attributes_is_hooked_and_left_as_it_was(lm):
     check_wrapped(lm, Wrapper("base_model", Wrapper("model", lm.model)))
+
+
+@pytest.mark.parametrize("kind", ["bloom", "exaone", "falcon", "opt"])
+def test_a_wrapped_model_of_an_architecture_of_its_own_kind_is_hooked(kind):
+    sizes = {"n_layer" if kind == "bloom" else "num_hidden_layers": 4}
+    lm = made(kind, **sizes)
+    check_wrapped(lm, Wrapper("base_model", Wrapper("model", lm.model)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft
+@pytest.mark.parametrize("kind", ["bloom", "exaone", "opt"])
+def test_peft_layers_where_a_hook_point_is_are_hooked(kind):
+    """LoRA on the very products whose outputs are attn_out or mlp_out."""
+    peft = pytest.importorskip("peft")
+    targets = {"bloom": ["dense", "dense_4h_to_h"], "exaone": ["o_proj"], "opt": ["fc2"]}
+    sizes = {"n_layer" if kind == "bloom" else "num_hidden_layers": 4}
+    lm = made(kind, **sizes)
+    plain = lm.logits(tiny.ids())
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=targets[kind], init_lora_weights=False
+    )
+    wrapped = peft.get_peft_model(lm.model, config).eval()
+    assert not torch.equal(lm.logits(tiny.ids()), plain)
+    check_wrapped(lm, wrapped)
+    lm = HookedLM(wrapped)
+    at = {p: lm.capture(tiny.ids(), [p])[p] for p in all_points(lm) if p.layer == 1}
+    by_site = {p.site: activation for p, activation in at.items()}
+    total = by_site["resid_pre"] + by_site["attn_out"] + by_site["mlp_out"]
+    torch.testing.assert_close(by_site["resid_post"], total)
 
 
 @pytest.mark.filterwarnings("ignore")  # of peft
@@ -445,7 +475,7 @@ def test_a_missing_model_and_an_unknown_architecture_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="not found.*local folder"):
         HookedLM.from_pretrained(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="bert.*FAMILIES"):
+    with pytest.raises(ValueError, match="bert.*is an encoder.*decoder-only"):
         HookedLM.from_pretrained(str(tmp_path))
 
 

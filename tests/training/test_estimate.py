@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from families import made
 from safetensors import safe_open
 from test_loop import calibration_of, config_of, run
 from torch.utils.flop_counter import FlopCounterMode
@@ -99,6 +100,18 @@ def test_flops_of_the_language_model_are_those_that_torch_counts(family):
         assert ModelSizes.of(lm, tuple(layers), 20).flops_per_token == pytest.approx(
             counted, rel=0.001
         )
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "olmoe", "opt", "granite"])
+def test_flops_of_more_families_are_those_that_torch_counts(kind):
+    lm = made(kind)
+    lm.model.set_attn_implementation("eager")
+    if hasattr(lm.config, "num_experts_per_tok"):
+        lm.model.set_experts_implementation("eager")
+    points = lm.hook_points([0, 1])
+    counted = flops_of(lambda: lm.capture(tiny.ids(2, 20), points)) / 40
+    estimate = ModelSizes.of(lm, tuple(point.name for point in points), 20).flops_per_token
+    assert estimate == pytest.approx(counted, rel=0.001)
 
 
 @pytest.mark.parametrize("kind", ["identity", "previous", "all_previous"])
