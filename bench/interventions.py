@@ -51,7 +51,7 @@ def cosines(lm: HookedLM, stack: ReSAE, ids: Tensor, n: int, keep_error: bool) -
     for latent in frequent(lm, stack, ids, n):
         edit = {"layer": stack.hook_points[0], "action": "ablate", "latents": latent}
         for row in edit_effects(lm, stack, ids, {"edits": [edit], "keep_error": keep_error}):
-            found.setdefault(row["hook_point"], []).append(row["cosine"])
+            found.setdefault(row.hook_point, []).append(row.cosine)
     return [[name, statistics.mean(values), min(values)] for name, values in found.items()]
 
 

@@ -1,7 +1,7 @@
 """Values of settings as text: what each must look like, checked before a command begins.
 
 Every function here reads one value from text: it returns the value, or raises ArgumentTypeError
-with what was given and what is expected. `resae.settings` says which setting takes which.
+with what was given and what is expected. `resae.settings` assigns them to settings.
 """
 
 import math
@@ -127,8 +127,8 @@ def peaks(text: str) -> tuple[float, float]:
 
 
 def device(text: str) -> str:
-    """`auto`, `cpu`, `cuda` or `cuda:1`; whether it is there is `environment.find_device`'s to
-    say."""
+    """`auto`, `cpu`, `cuda` or `cuda:1`; `environment.find_device` checks whether it
+    exists."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise ArgumentTypeError(f"{text!r}: expected auto, cpu, cuda or cuda:1")
     return text

@@ -4,19 +4,105 @@ They stand here, and not where they are used, so that the command line can read 
 without importing torch.
 """
 
-KINDS = ("none", "identity", "previous", "all_previous")
-"""Predictors: what a layer is predicted from."""
+from enum import StrEnum
 
-FORMS = {
-    "full": ("A",),
-    "scalar": ("alpha",),
-    "diagonal": ("diagonal",),
-    "low_rank": ("U", "V", "skip"),
-}
-"""Form of the maps → what is stored of each."""
 
-WAYS = ("data", "layers")
-"""Ways of parallelism: by data (each batch is shared out) or by layers."""
+class Choice(StrEnum):
+    """A word of a closed set. It equals the plain string, which is accepted in its place."""
+
+    __repr__ = str.__repr__
+
+    @classmethod
+    def check(cls, word: object, what: str, *others: str) -> None:
+        """Raise ValueError, naming the words of the set, unless `word` is one of them.
+
+        Args:
+            what: place and name of the value, for the message.
+            others: further values that are accepted, for the message.
+        """
+        if word not in tuple(cls):
+            *most, last = [*map(repr, cls), *others]
+            raise ValueError(f"{what}={word!r}, expected {', '.join(most)} or {last}")
+
+
+class PredictorKind(Choice):
+    """Sources that a layer is predicted from."""
+
+    NONE = "none"
+    IDENTITY = "identity"
+    PREVIOUS = "previous"
+    ALL_PREVIOUS = "all_previous"
+
+
+class MapType(Choice):
+    """Type of the maps of the predictors `previous` and `all_previous`."""
+
+    FULL = "full"
+    SCALAR = "scalar"
+    DIAGONAL = "diagonal"
+    LOW_RANK = "low_rank"
+
+
+class Loop(Choice):
+    """Predictions from true activations (open) or from reconstructions (closed)."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Mode(Choice):
+    """Ways to replace layers (`resae.replacements.context`)."""
+
+    ONLINE = "online"
+    TEACHER_FORCED = "teacher_forced"
+    ERROR_ADDED = "error_added"
+
+
+class Action(Choice):
+    """Edits of a latent (`resae.replacements.edits`)."""
+
+    ABLATE = "ablate"
+    CLAMP = "clamp"
+    SCALE = "scale"
+    ADD = "add"
+
+
+class Place(Choice):
+    """Tokens that an edit applies to (`Edit.at`)."""
+
+    ALL = "all"
+    PROMPT = "prompt"
+    LAST_PROMPT = "last_prompt"
+    GENERATED = "generated"
+
+
+class Effects(Choice):
+    """Effects of an edit: in the input of later predictions (propagated) or not (frozen)."""
+
+    PROPAGATED = "propagated"
+    FROZEN = "frozen"
+
+
+class InputKind(Choice):
+    """Input of an autoencoder: the activation, or its residual."""
+
+    ACTIVATION = "activation"
+    AFFINE_RESIDUAL = "affine_residual"
+
+
+class Screening(Choice):
+    """Screening of latents on a CPU (`SAEConfig.screening`)."""
+
+    STATISTICAL = "statistical"
+    CERTAIN = "certain"
+
+
+class Parallelism(Choice):
+    """Work of each rank: a share of every batch (data), or some layers."""
+
+    DATA = "data"
+    LAYERS = "layers"
+
 
 EXPORTS = ("sparsify", "saelens", "resae")
 """File formats of an autoencoder that are written."""
@@ -31,20 +117,19 @@ GPUS = ("h200", "h100", "a100")
 """Machines of its cost model."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Of weights and activations, by their names in torch."""
+"""Data types of weights and activations, by their names in torch."""
 
 
-def check_form(kind: str, form: str, rank: int | None, what: str = "affine fit") -> None:
-    """Raise ValueError unless a predictor of this kind can have this form."""
-    if form not in FORMS:
-        raise ValueError(f"{what}: unknown form {form!r}; choose one of {', '.join(FORMS)}")
-    if form != "full" and kind not in ("previous", "all_previous"):
+def check_map_type(kind: str, map_type: str, rank: int | None, what: str = "affine fit") -> None:
+    """Raise ValueError unless a predictor of this kind can have maps of this type."""
+    MapType.check(map_type, f"{what}: map_type")
+    if map_type != "full" and kind not in ("previous", "all_previous"):
         raise ValueError(
-            f"{what}: form={form!r} for predictor {kind!r}; only 'previous' and 'all_previous' "
-            f"have forms"
+            f"{what}: map_type={map_type!r} for predictor {kind!r}; only 'previous' and "
+            f"'all_previous' have a map type"
         )
-    if (form == "low_rank") != (rank is not None) or (rank is not None and rank < 1):
+    if (map_type == "low_rank") != (rank is not None) or (rank is not None and rank < 1):
         raise ValueError(
-            f"{what}: form={form!r} with rank={rank}; expected a rank of at least 1 for "
+            f"{what}: map_type={map_type!r} with rank={rank}; expected a rank of at least 1 for "
             f"'low_rank', and none for the others"
         )

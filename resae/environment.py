@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's `malloc.h`."""
+"""Option of `mallopt`, from glibc's `malloc.h`."""
 KEPT_BYTES = 1 << 28
 
 

@@ -4,7 +4,7 @@ keys of a settings file.
 A field is one setting. Its docstring is its help text; its annotation gives the values:
 
     steps: Annotated[int, whole(1)] = 50          read by a function of `resae.arguments`
-    loop: Annotated[str, ("open", "closed")]      one of several words
+    loop: Annotated[str, Loop]                    one of a closed set of words (`resae.choices`)
     shared: bool = False                          a flag
     model: Annotated[str, filled, Shown("MODEL", positional=True)]
 
@@ -21,14 +21,18 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from enum import EnumType
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
+RENAMED = {"form": "map_type"}
+"""Names of settings in files of earlier versions → names now."""
+
 
 class Shown(NamedTuple):
-    """How the command line shows a setting, where not as `--name NAME`."""
+    """Display of a setting on the command line, where it is not `--name NAME`."""
 
     metavar: str
     positional: bool = False
@@ -68,8 +72,8 @@ def _setting(field: Any, owner: type, cls: type) -> Setting:
     for extra in get_args(annotation)[1:] if get_origin(annotation) is Annotated else ():
         if isinstance(extra, Shown):
             shown = extra
-        elif isinstance(extra, tuple):
-            choices = extra
+        elif isinstance(extra, tuple | EnumType):
+            choices = tuple(map(str, extra))
         else:
             assert callable(extra), f"{cls.__name__}.{field.name}: {extra!r} in its annotation"
             parse = extra
@@ -102,6 +106,11 @@ def _docstrings(cls: type) -> dict[str, str]:
     return _READ[cls]
 
 
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a file, under their current names."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
 def read_file(path: Path, cls: type) -> dict[str, Any]:
     """Settings of `cls` from a TOML or JSON file, or from the record that a run wrote.
 
@@ -124,7 +133,7 @@ def read_file(path: Path, cls: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"--config: {path} holds no settings; expected name = value")
     known = {setting.name: setting for setting in settings_of(cls)}
-    values = {name.replace("-", "_"): value for name, value in content.items()}
+    values = current_names({name.replace("-", "_"): v for name, v in content.items()})
     if unknown := sorted(values.keys() - known.keys()):
         near = get_close_matches(unknown[0], known, n=1) or list(known)
         raise ValueError(

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -77,7 +77,7 @@ def is_unused(folder: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Generator[None]:
     """Make the folder and hold its lock, so that no other process writes there.
 
     The operating system keeps the lock and releases it when the process ends, however that happens:
@@ -85,7 +85,7 @@ def locked(folder: Path) -> Iterator[None]:
     nothing was written into is removed again.
 
     Raises:
-        BlockingIOError: another process is writing there; the message says which.
+        BlockingIOError: another process is writing there; the message names it.
         OSError: the folder cannot be made or written.
     """
     path = folder.resolve() / LOCK

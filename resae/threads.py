@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class PerThread(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return iter([value for _, value in self._values])
 
-    def _adopt(self) -> T:
+    def adopt(self) -> T:
         """The value of a thread that has ended, or else a new one; from now on this thread's."""
         thread = threading.current_thread()
         with self._lock:
@@ -49,5 +49,5 @@ class PerThread(Generic[T]):
 class _Mine(threading.local):
     """Python calls `__init__` again in every thread that looks at an attribute."""
 
-    def __init__(self, values: PerThread):
-        self.value = values._adopt()
+    def __init__(self, values: PerThread[Any]):
+        self.value = values.adopt()

@@ -58,10 +58,10 @@ def imported(path: Path) -> set[str]:
 TESTED_BY = {
     "cli/test_cli.py": "__main__ cli.demo cli.eval cli.fit cli.generate cli.libraries cli.profile "
     "cli.report cli.train cli.tune training.loggers training.runs",
-    "cli/test_display.py": "console",
+    "cli/test_terminal.py": "console",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
-    "demo/test_demo.py": "demo.comparison",
-    "evaluation/test_comparison.py": "evaluation.methods",
+    "demo/test_demo.py": "demo.comparison demo.rows",
+    "evaluation/test_comparison.py": "evaluation.methods evaluation.rows",
     "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
     "interop.saelens interop.sparsify",

@@ -213,11 +213,11 @@ def ids(rows: int = 3, length: int = 12, seed: int = 3) -> torch.Tensor:
     return torch.randint(10, 2048, (rows, length), generator=generator)
 
 
-def predictor(lm: HookedLM, kind: str, layers=LAYERS, **form) -> AffinePredictor:
+def predictor(lm: HookedLM, kind: str, layers=LAYERS, **map_type) -> AffinePredictor:
     points = lm.hook_points(layers)
     moments = Moments(len(points), lm.d_model)
     moments.add(capture_tokens(lm, ids(16, 16, seed=5), points))
-    return fit_predictor(kind, moments, **form)
+    return fit_predictor(kind, moments, **map_type)
 
 
 def stack(
@@ -226,12 +226,12 @@ def stack(
     k: int = 4,
     d_sae: int | tuple[int, ...] = 64,
     layers: tuple[int, ...] = LAYERS,
-    **form,
+    **map_type,
 ) -> ReSAE:
     """An untrained stack on a few blocks: random directions, fitted maps."""
     made = new_stack(
         [point.name for point in lm.hook_points(layers)],
-        predictor(lm, kind, layers, **form),
+        predictor(lm, kind, layers, **map_type),
         d_in=lm.d_model,
         d_sae=d_sae,
         k=(k,) * len(layers),

@@ -1,7 +1,7 @@
-"""Where the files that ship with the package lie: a tiny language model and its corpus.
+"""Paths of the files that ship with the package: a tiny language model and its corpus.
 
-Both are made by `resae.assets.build`; `PROVENANCE.md` in this folder says from what, and under
-which licences.
+Both are made by `resae.assets.build`; `PROVENANCE.md` in this folder names the sources and
+their licences.
 """
 
 from pathlib import Path

@@ -167,7 +167,7 @@ def clean(text: str) -> str:
 
 
 def carries_own_licence(text: str) -> bool:
-    """Whether a source file names a holder or a licence that is not the PSF's."""
+    """True if a source file names a holder or a licence that is not the PSF's."""
     named = [line for line in text.splitlines() if OWN_NOTICE.search(line)]
     return any(not PSF_NOTICE.search(line) for line in named)
 
@@ -585,7 +585,7 @@ def train(out: Path, state: Path, steps: int) -> tuple[GPTNeoXForCausalLM, list[
 
 
 def ngram_numbers(train_rows: torch.Tensor, held_out: torch.Tensor) -> dict[str, float]:
-    """What token counts alone predict, in nats per token, over the positions the model predicts.
+    """Entropies from token counts alone, in nats per token, over the positions the model predicts.
 
     The entropies are those of the empirical distributions of the training rows; the held-out bigram
     adds `BIGRAM_PRIOR` pseudo-counts in the proportions of the add-one smoothed unigram.

@@ -16,8 +16,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from resae.cli.display import Display
 from resae.cli.options import Parser, add_settings, given
+from resae.cli.terminal import TerminalConsole
 from resae.environment import commit, installed_version, keep_freed_memory
 from resae.settings import make, read_file
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     from_file = any(a == "--config" or a.startswith("--config=") for a in arguments)
     parsed = full_parser(from_file=from_file).parse_args(arguments)
-    display = Display(
+    console = TerminalConsole(
         parsed.command,
         shlex.join(["resae", *arguments]),
         quiet=parsed.quiet,
@@ -60,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         values = {} if parsed.config is None else read_file(Path(parsed.config), command.Options)
         values |= given(parsed, command.Options)
-        return command.run(make(command.Options, values), display)
+        return command.run(make(command.Options, values), console)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if parsed.traceback:
             raise
-        display.complain(" ".join(str(error).split()))
+        console.error(" ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
-        display.complain("interrupted")
+        console.error("interrupted")
         return 130
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from resae.cli.display import Display
 from resae.cli.options import Parser
+from resae.cli.terminal import TerminalConsole
 from resae.settings import Shown
 
 SHELLS = ("bash", "zsh", "fish")
@@ -33,7 +33,7 @@ _resae() {
 }
 complete -o default -F _resae resae
 """
-"""Where no word is found, the shell completes names of files."""
+"""Script for bash. The shell completes names of files if no word is found."""
 OF_COMMAND = """\
         '%(command)s '*)
             case $word in
@@ -55,14 +55,14 @@ class Options:
     """bash, zsh or fish."""
 
 
-def run(options: Options, display: Display) -> int:
+def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli import full_parser
 
     root = full_parser()
     if options.shell == "fish":
-        display.result(_fish(root))
+        console.result(_fish(root))
     else:
-        display.result((ZSH if options.shell == "zsh" else "") + _bash(root))
+        console.result((ZSH if options.shell == "zsh" else "") + _bash(root))
     return 0
 
 

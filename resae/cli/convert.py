@@ -6,7 +6,7 @@ from typing import Annotated
 
 from resae.arguments import filled, whole
 from resae.choices import EXPORTS, IMPORTS
-from resae.cli.display import Display
+from resae.cli.terminal import TerminalConsole
 from resae.settings import Shown
 
 EPILOG = (
@@ -35,7 +35,7 @@ class Options:
     """Slots of a code, for autoencoders with a threshold (--to resae)."""
 
 
-def run(options: Options, display: Display) -> int:
+def run(options: Options, console: TerminalConsole) -> int:
     from resae.interop.formats import convert
 
     if options.max_active is not None and options.to != "resae":
@@ -50,9 +50,9 @@ def run(options: Options, display: Display) -> int:
         max_active=options.max_active,
     )
     for found, folder in written:
-        display.say(f"{found.path} ({found.format}) written to {folder} ({options.to})")
+        console.log(f"{found.path} ({found.format}) written to {folder} ({options.to})")
         for what in found.record.folded:
-            display.say(f"  folded: {what}")
+            console.log(f"  folded: {what}")
         if found.record.input_kind != "activation":
-            display.say("  encodes an affine residual: its encode needs a prediction")
+            console.log("  encodes an affine residual: its encode needs a prediction")
     return 0

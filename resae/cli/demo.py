@@ -7,7 +7,7 @@ from typing import Annotated
 
 from resae.arguments import compared, names, whole, writable
 from resae.arguments import seed as seed_number
-from resae.cli.display import Display
+from resae.cli.terminal import TerminalConsole
 from resae.demo.recipes import EXTRA_METHODS, METHOD_GROUPS
 
 EPILOG = f"Names that --methods takes: {', '.join(EXTRA_METHODS)}."
@@ -26,7 +26,7 @@ class Options:
     layers: Annotated[tuple[str, ...], names] = ("1", "3", "5")
     """Blocks to replace."""
     methods: Annotated[tuple[str, ...], names] = ()
-    """Further methods, beside raw SAEs, identity residuals and ReSAE: all (11 to 15 minutes), fair
+    """Further methods besides raw SAEs, identity residuals and ReSAE: all (11 to 15 minutes), fair
     (rows without an advantage for ReSAE, longer training among them), elsewhere (other hook
     points), learning_rates (a grid), or the names below."""
     train_tokens: Annotated[int, whole(1)] = 200_000
@@ -37,7 +37,7 @@ class Options:
     """Torch CPU threads (more hardly helps at this size)."""
 
 
-def run(options: Options, display: Display) -> int:
+def run(options: Options, console: TerminalConsole) -> int:
     from resae.report.figures import require_matplotlib
     from resae.storage import is_unused, locked
 
@@ -46,10 +46,10 @@ def run(options: Options, display: Display) -> int:
     with locked(out):
         if not is_unused(out) and not (out / "report.json").exists():
             raise ValueError(f"{out} exists and is not an earlier demo; choose another --out")
-        return _run_into(out, options, display)
+        return _run_into(out, options, console)
 
 
-def _run_into(out: Path, options: Options, display: Display) -> int:
+def _run_into(out: Path, options: Options, console: TerminalConsole) -> int:
     import torch
 
     from resae.cli.libraries import quiet_libraries
@@ -61,7 +61,7 @@ def _run_into(out: Path, options: Options, display: Display) -> int:
     # The model is so small that a second thread gains a third, and loses far more than that where
     # another process is using its core.
     torch.set_num_threads(options.threads)
-    display.say(f"device: {describe_device('cpu')}, where the demo always runs")
+    console.log(f"device: {describe_device('cpu')}, where the demo always runs")
     named = (METHOD_GROUPS.get(name, (name,)) for name in options.methods)
     config = DemoConfig(
         layers=options.layers,
@@ -71,11 +71,11 @@ def _run_into(out: Path, options: Options, display: Display) -> int:
         train_tokens=options.train_tokens,
         held_out_rows=options.held_out_rows,
     )
-    report = run_demo(out, config, say=display.say, show=display.show)
+    report = run_demo(out, config, log=console.log, progress=console.progress)
     page = write_report(out)
-    display.say()
+    console.log()
     for sentence in report["findings"]:
-        display.say(f"• {sentence}")
-    display.say()
-    display.say(f"report: {page}   rows: {out / 'report.json'}   stacks: {out / 'stacks'}")
+        console.log(f"• {sentence}")
+    console.log()
+    console.log(f"report: {page}   rows: {out / 'report.json'}   stacks: {out / 'stacks'}")
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from resae.arguments import compared, filled, whole, writable
-from resae.cli.display import Display
+from resae.cli.terminal import TerminalConsole
 from resae.data.config import Machine, Source
 from resae.environment import describe_device, environment, find_device
 from resae.settings import Shown
@@ -31,7 +31,7 @@ HELD_OUT_DEFAULTS: dict[str, Any] = {
     "context_tokens": 128,
     "held_out_rows": 64,
 }
-"""Taken where neither the command nor the run says otherwise."""
+"""Defaults for settings that neither the command nor the run gives."""
 ROW_SHAPE = ("context_tokens", "held_out_rows")
 
 
@@ -65,7 +65,7 @@ class Options(Machine):
     """Print the rows of the table as JSON; progress goes to standard error."""
 
 
-def run(options: Options, display: Display) -> int:
+def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli.libraries import quiet_libraries
     from resae.data.activations import MODEL_ROWS
     from resae.evaluation.comparison import evaluate, forward_passes
@@ -76,9 +76,9 @@ def run(options: Options, display: Display) -> int:
     from resae.training.runs import model_of, open_run
 
     if options.json:
-        display.report_to_stderr()
+        console.report_to_stderr()
     device = find_device(options.device)
-    display.say(f"device: {describe_device(device)}")
+    console.log(f"device: {describe_device(device)}")
     folders = [Path(folder) for folder in options.run_directories]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is named twice; name each once")
@@ -97,18 +97,18 @@ def run(options: Options, display: Display) -> int:
                 f"{', '.join(runs[0][2].hook_points)}; evaluate them apart"
             )
     ids, data, overlaps = _unseen(
-        options, [(folder, record) for folder, record, _ in runs], shapes, display
+        options, [(folder, record) for folder, record, _ in runs], shapes, console
     )
     lm = load_model(shapes.name, options.dtype, device)
     batches = list(ids.split(MODEL_ROWS))
-    display.say(f"{forward_passes(methods)} passes over {ids.numel():,} held-out tokens of {data}")
+    console.log(f"{forward_passes(methods)} passes over {ids.numel():,} held-out tokens of {data}")
     began = time.perf_counter()
 
     def progress(done: int) -> None:
         left = (time.perf_counter() - began) * (len(batches) - done) / done
-        display.show(f"{done}/{len(batches)} batches, about {left:.0f} s left")
+        console.progress(f"{done}/{len(batches)} batches, about {left:.0f} s left")
 
-    report = evaluate(lm, methods, batches, on_batch=progress)
+    report = evaluate(lm, methods, batches, on_batch=progress).to_dict()
     config = {
         "model": lm.name,
         "data": data,
@@ -138,8 +138,8 @@ def run(options: Options, display: Display) -> int:
         },
     )
     rows = whole_selection(report["replacement"])
-    display.result(json.dumps(rows, indent=1) if options.json else _table(rows))
-    display.say(f"written to {out / 'report.json'}; next: resae report {out}")
+    console.result(json.dumps(rows, indent=1) if options.json else _table(rows))
+    console.log(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
 
 
@@ -147,7 +147,7 @@ def _unseen(
     options: Options,
     runs: Sequence[tuple[Path, dict[str, Any]]],
     lm: HookedLM,
-    display: Display,
+    console: TerminalConsole,
 ) -> tuple[torch.Tensor, str, list[dict[str, Any]]]:
     """Rows `[R, T]` to evaluate on, the name of their text, and per run how much of them it was
     trained on.
@@ -172,17 +172,17 @@ def _unseen(
         row = {"run": str(folder), "held_out": text is not None and known is None}
         overlaps.append(row if known is None else row | known._asdict())
         if text is None:
-            display.say(f"{folder}: not known whether it was trained on this text")
+            console.log(f"{folder}: not known whether it was trained on this text")
         elif known is not None:
-            _require_new(options, folder, known, display)
+            _require_new(options, folder, known, console)
     return ids, data, overlaps
 
 
-def _require_new(options: Options, folder: Path, known: Overlap, display: Display) -> None:
+def _require_new(options: Options, folder: Path, known: Overlap, console: TerminalConsole) -> None:
     """Say how much of the text a run was trained on; refuse more than chance unless allowed."""
     share = f"{known.known:,} of {known.compared:,} compared pieces of 16 tokens"
     if known.new or options.allow_trained_text:
-        display.say(f"{folder} was trained on {share} of this text")
+        console.log(f"{folder} was trained on {share} of this text")
         return
     if known.new is None:
         raise ValueError(
@@ -217,7 +217,7 @@ def _rows_to_evaluate(
         if chosen[name] is None and (given or name not in ROW_SHAPE):
             chosen[name] = record.get(name, default)
     if chosen["data"] is None:
-        raise ValueError(f"{folder} does not say which text to evaluate on; name it with --data")
+        raise ValueError(f"{folder} does not record a text to evaluate on; name it with --data")
     kept = None if given or len(texts) < len(runs) else held_out_by_all(texts)
     if kept is not None:
         headed = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id) != (None, None)
@@ -230,7 +230,7 @@ def _rows_to_evaluate(
         if record.get("held_out_split") != "validation":
             raise ValueError(
                 f"{folder} held out {len(kept)} rows of {kept.shape[1]} tokens and trained on the "
-                f"rest of {chosen['data']}; ask for at most so many, or give other text with --data"
+                f"rest of {chosen['data']}; ask for fewer, or give other text with --data"
             )
     for name in ROW_SHAPE:
         if chosen[name] is None:
@@ -242,7 +242,7 @@ def _rows_to_evaluate(
 
 
 def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """R² per method and hop, of the first run that has it."""
+    """R² per method and pair of layers, of the first run that has it."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in chain.from_iterable(record.get("affine", []) for record in records):
         rows.setdefault((row["method"], row["hop"]), row)

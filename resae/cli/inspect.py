@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from resae.arguments import filled
 from resae.choices import IMPORTS
-from resae.cli.display import Display
+from resae.cli.terminal import TerminalConsole
 from resae.settings import Shown
 
 
@@ -27,13 +27,13 @@ class Options:
     """Print JSON."""
 
 
-def run(options: Options, display: Display) -> int:
+def run(options: Options, console: TerminalConsole) -> int:
     from resae.interop.formats import read_sae
     from resae.interop.inspection import describe_sae
 
     found = read_sae(options.source, options.format, options.hook_point, options.revision)
     facts = describe_sae(found)
-    display.result(json.dumps(facts, indent=2) if options.json else _text(facts))
+    console.result(json.dumps(facts, indent=2) if options.json else _text(facts))
     return 0
 
 

@@ -28,7 +28,9 @@ class Parser(argparse.ArgumentParser):
             fill(self)
         return list(self._actions)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         self.arguments()
         return super().parse_known_args(args, namespace)
 

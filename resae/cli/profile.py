@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from resae.arguments import filled, whole, writable_file
 from resae.choices import GPUS, OPS
-from resae.cli.display import Display
+from resae.cli.terminal import TerminalConsole
 from resae.data.config import Machine
 from resae.environment import describe_device, find_device
 from resae.settings import Shown
@@ -63,46 +63,46 @@ def _case(options: Options, op: str) -> Any:
     )
 
 
-def _expected(options: Options, model: str, display: Display) -> int:
+def _expected(options: Options, model: str, console: TerminalConsole) -> int:
     from resae_kernels.profiling.cost_model import model_table, read_rows
 
     few = options.tokens is None or options.tokens <= 16  # of what an online step takes
     ops = [options.op] if options.op else [op for op in OPS if op != "step" or few]
     rows = read_rows(Path(options.measured)) if options.measured else []
-    display.result(model_table([_case(options, op) for op in ops], model, rows))
+    console.result(model_table([_case(options, op) for op in ops], model, rows))
     return 0
 
 
-def run(options: Options, display: Display) -> int:
+def run(options: Options, console: TerminalConsole) -> int:
     import torch
 
     from resae.storage import write_atomically
     from resae_kernels.profiling import Clock, measure_roofs, profile, table, trace
 
     if options.model:
-        return _expected(options, options.model, display)
+        return _expected(options, options.model, console)
     if options.op is None or options.measured:
         missing = "OP" if options.op is None else "--model, which --measured is compared with"
         raise ValueError(f"profile needs {missing}")
     if options.json:
-        display.report_to_stderr()
+        console.report_to_stderr()
     name = find_device(options.device)
-    display.say(f"device: {describe_device(name)}")
+    console.log(f"device: {describe_device(name)}")
     device = torch.device(name)
     case = _case(options, options.op)
     clock = Clock(device)
     roofs = measure_roofs(clock, case.dtype)
-    display.say(
+    console.log(
         f"roofs of this machine: copy {roofs.copy / 1e9:.1f} GB/s, {case.dtype} product "
         f"{roofs.gemm / 1e12:.3f} TFLOP/s; this case at best {1e3 * roofs.seconds(case):.3f} ms"
     )
     rows = profile(case, device=device, roofs=roofs, clock=clock, rounds=options.rounds)
     if options.json:
-        display.result(json.dumps({"roofs": roofs._asdict(), "rows": rows}, indent=1))
+        console.result(json.dumps({"roofs": roofs._asdict(), "rows": rows}, indent=1))
     else:
-        display.result(table(rows))
+        console.result(table(rows))
     if options.trace:
-        display.say(
+        console.log(
             f"\n{'us':>12}{'calls':>8}{'registers':>11}{'shared':>9}{'occupancy':>11}  kernel or op"
         )
         ran: list[dict[str, Any]] = []
@@ -112,9 +112,9 @@ def run(options: Options, display: Display) -> int:
         for row in ran[:20]:
             known = [row[key] for key in ("registers", "shared_bytes", "occupancy_percent")]
             facts = ["–" if value is None else str(value) for value in known]
-            display.say(
+            console.log(
                 f"{row['us']:>12.1f}{row['calls']:>8}{facts[0]:>11}{facts[1]:>9}{facts[2]:>11}  "
                 f"{row['name']}"
             )
-        display.say(f"trace: {options.trace} (open in chrome://tracing or ui.perfetto.dev)")
+        console.log(f"trace: {options.trace} (open in chrome://tracing or ui.perfetto.dev)")
     return 0

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from resae.arguments import filled
-from resae.cli.display import Display
+from resae.cli.terminal import TerminalConsole
 from resae.settings import Shown
 
 
@@ -17,8 +17,8 @@ class Options:
     """A directory with report.json."""
 
 
-def run(options: Options, display: Display) -> int:
+def run(options: Options, console: TerminalConsole) -> int:
     from resae.report.page import write_report
 
-    display.result(str(write_report(Path(options.run_directory))))
+    console.result(str(write_report(Path(options.run_directory))))
     return 0

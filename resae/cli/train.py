@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 from resae.arguments import peaks, real, whole
-from resae.cli.display import Display
+from resae.cli.terminal import TerminalConsole
 from resae.settings import Shown
 from resae.training.config import RunConfig
 
@@ -35,32 +35,32 @@ class Options(RunConfig, Planning):
     """Train."""
 
 
-def run(options: Options, display: Display) -> int:
+def run(options: Options, console: TerminalConsole) -> int:
     if options.plan:
-        return _plan(options, display)
+        return _plan(options, console)
     from resae.cli.libraries import quiet_libraries
     from resae.training import run as train
 
     quiet_libraries(options.data)
     config = RunConfig(**{f.name: getattr(options, f.name) for f in fields(RunConfig)})
-    done = train(config, console=display, command=display.command_line, stopping=_Interruptible())
+    done = train(config, console=console, command=console.command_line, stopping=_Interruptible())
     if done.stack is None:
-        display.say(
-            f"stopped; a checkpoint is in {done.folder / 'checkpoints'}, go on with --resume"
+        console.log(
+            f"stopped; a checkpoint is in {done.folder / 'checkpoints'}, continue with --resume"
         )
         return 130
-    display.say(f"written to {done.folder}; next: resae eval {done.folder}")
+    console.log(f"written to {done.folder}; next: resae eval {done.folder}")
     return 0
 
 
-def _plan(options: Options, display: Display) -> int:
+def _plan(options: Options, console: TerminalConsole) -> int:
     import torch
 
     from resae.cli.libraries import quiet_libraries
     from resae.data.activations import MODEL_ROWS
     from resae.models.hooked import HookedLM
     from resae.training.distributed import Ranks
-    from resae.training.estimate import Device, ModelSizes, plan
+    from resae.training.estimate import Device, ModelSizes, estimate_run
 
     quiet_libraries()
     lm = HookedLM.described(options.model)
@@ -75,7 +75,7 @@ def _plan(options: Options, display: Display) -> int:
         name = f"{product:.3g} FLOP/s, {bandwidth:.3g} B/s"
         device = Device(name, product, product, product, bandwidth)
     cached = getattr(torch, options.cache_dtype or options.dtype) if options.cache else None
-    estimate = plan(
+    estimate = estimate_run(
         config,
         ModelSizes.of(lm, config.layers, options.context_tokens),
         device=replace(device, utilisation=options.plan_utilisation),
@@ -89,9 +89,9 @@ def _plan(options: Options, display: Display) -> int:
     )
     if options.json:
         phases = [phase._asdict() for phase in estimate.phases]
-        display.result(json.dumps(estimate._asdict() | {"phases": phases}, indent=1))
+        console.result(json.dumps(estimate._asdict() | {"phases": phases}, indent=1))
     else:
-        display.result(estimate.table())
+        console.result(estimate.table())
     return 0
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from resae.arguments import device as device_name
 from resae.arguments import whole
-from resae.cli.display import Display
+from resae.cli.terminal import TerminalConsole
 
 EPILOG = (
     "A tile is how much of its work one program of a kernel takes at a time. Nothing but speed "
@@ -19,14 +19,14 @@ class Options:
     """Tuning."""
 
     device: Annotated[str, device_name] = "cuda"
-    """Which GPU: cuda, cuda:1."""
+    """GPU to use: cuda, cuda:1."""
     rounds: Annotated[int, whole(1)] = 20
     """Calls per tile and shape."""
     show: bool = False
     """Only print the tiles in use and where they come from."""
 
 
-def run(options: Options, display: Display) -> int:
+def run(options: Options, console: TerminalConsole) -> int:
     import torch
 
     from resae_kernels.profiling import active_tiles, tune
@@ -34,10 +34,10 @@ def run(options: Options, display: Display) -> int:
 
     gpu = torch.device("cuda" if options.device == "auto" else options.device)
     if options.show:
-        display.result(active_tiles(gpu if torch.cuda.is_available() else torch.device("cpu")))
+        console.result(active_tiles(gpu if torch.cuda.is_available() else torch.device("cpu")))
         return 0
-    chosen = tune(gpu, rounds=options.rounds, say=display.say)
-    display.say(
+    chosen = tune(gpu, rounds=options.rounds, say=console.log)
+    console.log(
         f"* chosen, by the geometric mean of the last column: the time relative to the tile that "
         f"comes with resae. {len(chosen)} tiles written to {tiles_file()}"
     )

@@ -25,7 +25,7 @@ def capture_tokens(lm: HookedLM, input_ids: Tensor, points: Sequence[HookPoint])
 def _captured(
     lm: HookedLM, input_ids: Tensor, points: Sequence[HookPoint]
 ) -> tuple[list[int], list[Tensor]]:
-    """How many tokens of each row are not special, and their activations in the model's dtype."""
+    """Number of non-special tokens of each row, and their activations in the model's dtype."""
     input_ids = input_ids.to(lm.device)
     keep = ~lm.is_special(input_ids)
     with OneDNNLinear():
@@ -36,7 +36,7 @@ def _captured(
     return keep.sum(1).tolist(), [x.index_select(0, kept.to(x.device)) for x in xs]
 
 
-Read = Callable[[int], tuple[list[int], list[Tensor]]]
+RowReader = Callable[[int], tuple[list[int], list[Tensor]]]
 """Called with n: the number of tokens of each of the next n rows (fewer at the end of the data) and
 L activations `[tokens, D]` of them, the tokens of a row one after another."""
 
@@ -44,8 +44,8 @@ L activations `[tokens, D]` of them, the tokens of a row one after another."""
 class RowActivations(Protocol):
     """Activations of rows in their order: from a model, or from disk."""
 
-    def reader(self, row: int) -> Read:
-        """What reads from this row on, for one epoch."""
+    def reader(self, row: int) -> RowReader:
+        """A reader of one epoch, from this row on."""
         ...
 
 
@@ -61,7 +61,7 @@ class ModelActivations:
         self.rows = rows
         self.points = list(points)
 
-    def reader(self, row: int) -> Read:
+    def reader(self, row: int) -> RowReader:
         rows = self.rows.from_row(row)
 
         def read(n: int) -> tuple[list[int], list[Tensor]]:

@@ -1,13 +1,13 @@
 """Batches of activations `[N, D]` of several hook points, shuffled in a bounded buffer.
 
-Everything is an iteration that can be started again at a recorded position and then goes on with
-the same bits: a position names the epoch, the first row of the buffer in use, and the batch within
+Every iteration can be started again at a recorded position and then gives bitwise the same
+batches. A position names the epoch, the first row of the buffer in use, and the batch within
 it.
 
 W processes share the work by `rank`: process r reads rows r, r+W, r+2W, … (`TokenRows.shard`) and
 makes batches of N/W tokens. Batch s of the whole is the batches s of all ranks one after another,
 which one process gets from W sources of the same ranks. Every rank is at the same fill and batch at
-the same step; how many rows a fill took differs by a few, so that each rank keeps its own position.
+the same step; the number of rows read differs by a few, so that each rank has its own position.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from resae.data.activations import MODEL_ROWS, ModelActivations, Read, RowActivations
+from resae.data.activations import MODEL_ROWS, ModelActivations, RowActivations, RowReader
 from resae.data.rows import TokenRows
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
@@ -32,7 +32,7 @@ class WithRows:
         self.activations = activations
         self.rows = rows
 
-    def reader(self, row: int) -> Read:
+    def reader(self, row: int) -> RowReader:
         activations, rows = self.activations.reader(row), self.rows.from_row(row)
 
         def read(n: int) -> tuple[list[int], list[Tensor]]:
@@ -44,26 +44,26 @@ class WithRows:
 
 
 class Position(NamedTuple):
-    """Where an iteration of activation batches stands: enough to go on with the same bits."""
+    """Position in the activation batches: enough to continue with bitwise the same batches."""
 
     epoch: int = 0
     row: int = 0
     """First row of the buffer in use."""
     fill: int = 0
-    """How many buffers came before: seeds the shuffle."""
+    """Number of buffers before this one; seeds the shuffle."""
     batch: int = 0
     """Batches of this buffer already used."""
 
 
 class ActivationSource(Protocol):
-    """What training reads: endless batches, from any recorded position."""
+    """Source of training batches: endless, from any recorded position."""
 
     def batches(self, start: Position) -> Iterator[tuple[list[Tensor], Position]]:
         """L activations `[N, D]`, and the position after them."""
         ...
 
 
-def in_order(activations: RowActivations, row: int = 0) -> Iterator[list[Tensor]]:
+def sequential(activations: RowActivations, row: int = 0) -> Iterator[list[Tensor]]:
     """L activations `[n, D]` in fp32 of the rows from this one on, pass by pass, for one epoch."""
     read = activations.reader(row)
     while (taken := read(MODEL_ROWS))[0]:
@@ -75,18 +75,18 @@ class ActivationBatches:
     out; the rows start over when they end.
 
     Args:
-        lm, rows, points: what to run on what, and where to look. With `world` > 1 the rows of all
-            ranks: each takes its share.
+        lm, rows, points: the model, its input rows, and the hook points to capture. With
+            `world` > 1 the rows of all ranks: each takes its share.
         batch_tokens: N, tokens per batch, of all ranks together.
         buffer_tokens: tokens whose activations are held and shuffled together, of all ranks
             together.
-        buffer_dtype: in which they are held; None: as the model computes them. bfloat16 has the
+        buffer_dtype: data type of the buffer; None: that of the model. bfloat16 has the
             range of float32, and a relative error of at most 1/512 per entry.
-        total_tokens: how many will be taken in all; the last buffer is then no larger than needed.
+        total_tokens: total to be read; the last buffer is then no larger than needed.
         model_rows: rows per forward pass.
-        device: where the buffer is, and batches come from; None: on the model's.
-        rank, world: of several processes that share the work.
-        stored: reads the activations of the rows in place of running the model, such as an
+        device: device of the buffer and the batches; None: the model's.
+        rank, world: number of this process and of all that share the work.
+        cache: gives the activations of the rows in place of running the model, such as an
             `ActivationCache`.
     """
 
@@ -105,7 +105,7 @@ class ActivationBatches:
         device: str | torch.device | None = None,
         rank: int = 0,
         world: int = 1,
-        stored: RowActivations | None = None,
+        cache: RowActivations | None = None,
     ):
         if buffer_tokens < batch_tokens:
             raise ValueError(
@@ -117,7 +117,7 @@ class ActivationBatches:
                 f"a multiple"
             )
         rows = rows.shard(rank, world)
-        self.activations = stored or ModelActivations(lm, rows, points)
+        self.activations = cache or ModelActivations(lm, rows, points)
         self.batch_tokens = batch_tokens // world
         self.batches_per_fill = buffer_tokens // batch_tokens
         self.batches_in_all = None if total_tokens is None else -(-total_tokens // batch_tokens)
@@ -126,7 +126,7 @@ class ActivationBatches:
         self.model_rows = model_rows
         self.seed = seed
         self.device = device
-        self._first: _Fill | None = None
+        self._first: _Buffer | None = None
 
     def batches(self, start: Position = Position()) -> Iterator[tuple[list[Tensor], Position]]:  # noqa: B008
         position, read = start, None
@@ -135,7 +135,7 @@ class ActivationBatches:
                 fill, self._first = self._first, None
             else:
                 read = read or self.activations.reader(position.row)
-                fill = self._fill(read, position)
+                fill = self._refill(read, position)
             _, xs, epoch, row, read = fill
             del fill  # the batches are all that holds on to the buffer
             for batch, picked in _shuffled(xs, self.batch_tokens, self.seed, position.fill):
@@ -144,16 +144,16 @@ class ActivationBatches:
             del xs  # before the next buffer is filled
             position = Position(epoch, row, position.fill + 1)
 
-    def in_order(self) -> Iterator[list[Tensor]]:
+    def sequential(self) -> Iterator[list[Tensor]]:
         """L activations `[n, D]` of the first epoch in the order of the rows, for calibration.
 
         The first buffer comes first. What is read here, up to a buffer beyond the first, is kept
         for `batches`: the model runs on it only once.
         """
-        first = self._first or self._fill(self.activations.reader(0), Position())
+        first = self._first or self._refill(self.activations.reader(0), Position())
         tokens, xs, epoch, row, read = first
         ahead: deque[tuple[list[int], list[Tensor]]] = deque()
-        self._first = first._replace(read=_reading_again(ahead, read))
+        self._first = first._replace(read=_with_lookahead(ahead, read))
         step = self.model_rows * self.context_tokens
         for start in range(0, tokens, step):
             yield [x[start : min(start + step, tokens)].float() for x in xs]
@@ -167,7 +167,7 @@ class ActivationBatches:
                 self._first = first._replace(read=self.activations.reader(row))
             yield [x.float() for x in taken[1]]
 
-    def _fill(self, read: Read, at: Position) -> "_Fill":
+    def _refill(self, read: RowReader, at: Position) -> "_Buffer":
         """The next buffer: as many tokens as its batches have, and a part of a row at most."""
         batches = self.batches_per_fill
         if self.batches_in_all is not None:
@@ -197,11 +197,11 @@ class ActivationBatches:
             for x, piece in zip(xs, pieces, strict=True):
                 x[taken] = piece[: taken.stop - taken.start]
             held = taken.stop
-        return _Fill(first_epoch, xs, epoch, row, read)
+        return _Buffer(first_epoch, xs, epoch, row, read)
 
 
-def _reading_again(ahead: deque[tuple[list[int], list[Tensor]]], read: Read) -> Read:
-    """What was read ahead, and then what `read` goes on with."""
+def _with_lookahead(ahead: deque[tuple[list[int], list[Tensor]]], read: RowReader) -> RowReader:
+    """Yield the rows that were read ahead, then those that `read` continues with."""
 
     def again(n: int) -> tuple[list[int], list[Tensor]]:
         if not ahead:
@@ -215,15 +215,15 @@ def _reading_again(ahead: deque[tuple[list[int], list[Tensor]]], read: Read) -> 
     return again
 
 
-class _Fill(NamedTuple):
-    """A buffer, and where the rows stand after it."""
+class _Buffer(NamedTuple):
+    """A buffer, and the position in the rows after it."""
 
     tokens: int
-    """Of the epoch in which it began."""
+    """Rows read in the epoch in which the buffer began."""
     xs: list[Tensor]
     epoch: int
     row: int
-    read: Read
+    read: RowReader
 
 
 class StoredActivations:

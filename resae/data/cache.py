@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from resae.choices import DTYPES
-from resae.data.activations import MODEL_ROWS, ModelActivations, Read
+from resae.data.activations import MODEL_ROWS, ModelActivations, RowReader
 from resae.models.hooked import HookedLM
 from resae.models.identity import ModelIdentity
 from resae.storage import load_json, save_json, save_tensors
@@ -31,14 +31,14 @@ from resae.storage import load_json, save_json, save_tensors
 log = logging.getLogger(__name__)
 
 SHARD_TOKENS = 16_384
-"""About so many tokens per file: 0.5 GB with four layers of width 2048 in float32."""
+"""Approximate number of tokens per file: 0.5 GB with four layers of width 2048 in float32."""
 FORMAT_VERSION = 1
 ROWS = "tokens_per_row"
 """Name of the tensor `[rows]` int32 in a shard."""
 
 
 class ActivationCache:
-    """The activations of `activations` in `folder`; an `ActivationBatches(stored=…)` reads them.
+    """The activations of `activations` in `folder`; an `ActivationBatches(cache=…)` reads them.
 
     Args:
         folder: of this cache alone; made when something is written.
@@ -94,7 +94,7 @@ class ActivationCache:
         self._settings = list(self._index)
         self._index |= {"rows_in_all": None, "shards": {}}
         self._open: tuple[int, _Shard] | None = None
-        self._model: tuple[int, Read] | None = None
+        self._model: tuple[int, RowReader] | None = None
         self._find()
 
     @property
@@ -102,12 +102,12 @@ class ActivationCache:
         return sum(shard["tokens"] for shard in self._index["shards"].values())
 
     def bytes_for(self, tokens: int) -> int:
-        """Disk that so many tokens take."""
+        """Bytes on disk of this number of tokens."""
         lm = self.activations.lm
         return tokens * len(self.activations.points) * lm.d_model * self.dtype.itemsize
 
     def require_disk(self, tokens: int) -> None:
-        """Raise ValueError unless so many tokens that are not there yet have room."""
+        """Raise ValueError unless the disk has room for this number of new tokens."""
         missing = self.bytes_for(tokens)
         there = next(p for p in (self.folder.absolute(), *self.folder.absolute().parents)
                      if p.exists())  # fmt: skip
@@ -119,8 +119,8 @@ class ActivationCache:
                 f"--cache-dtype bfloat16"
             )
 
-    def reader(self, row: int) -> Read:
-        """What reads from this row on (`RowActivations`)."""
+    def reader(self, row: int) -> RowReader:
+        """A reader from this row on (`RowActivations`)."""
         at = row
 
         def read(n: int) -> tuple[list[int], list[Tensor]]:
@@ -249,7 +249,7 @@ class _Shard:
 
 
 def _fingerprint(lm: HookedLM) -> str:
-    """Of some numbers from every parameter: other weights under the same name are noticed."""
+    """Hash of some numbers from every parameter: other weights under the same name are noticed."""
     digest = hashlib.sha256()
     for name, parameter in lm.model.named_parameters():
         flat = parameter.detach().flatten()

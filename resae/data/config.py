@@ -39,6 +39,6 @@ class Machine:
     """Machine."""
 
     device: Annotated[str, device_name] = "auto"
-    """Where to run: cpu, cuda, cuda:1, or auto: the GPU where there is one."""
+    """Device to run on: cpu, cuda, cuda:1, or auto: the GPU where there is one."""
     dtype: Annotated[str, DTYPES] = "float32"
     """Data type of the weights and activations of the language model."""

@@ -23,7 +23,7 @@ class TokenRows:
         texts: documents; iterated anew for each epoch.
         tokenizer: an HF tokenizer.
         context_tokens: T, the length of a row.
-        skip, take: leave out the first rows; stop after so many.
+        skip, take: leave out the first rows; stop after this number.
         rank, world: of what is left, rows rank, rank + world, … (see `shard`).
     """
 

@@ -1,5 +1,5 @@
-"""Which text a run was trained on and which it held out, by content: whatever the data is called,
-however it is shuffled and cut into rows.
+"""Record of the text that a run was trained on and of the rows it held out, by content:
+independent of the name of the data, of its order and of how it is cut into rows.
 
     held_out.safetensors       the token ids of the rows that were held out
     trained_text.safetensors   hashes of the text that was trained on; of W ranks one file each
@@ -39,7 +39,7 @@ _ALL = 2**64 - 1
 
 
 class Overlap(NamedTuple):
-    """How much of some text was trained on."""
+    """Share of some text that was trained on."""
 
     known: int
     """Windows that occur in the training text."""
@@ -48,7 +48,7 @@ class Overlap(NamedTuple):
 
     @property
     def new(self) -> bool | None:
-        """Whether the text is new, up to chance; None where too little of it can be compared."""
+        """True if the text is new, up to chance; None if too little of it can be compared."""
         if self.known > max(1, CHANCE * self.compared):
             return False
         return True if self.compared >= ENOUGH else None
@@ -72,7 +72,7 @@ class TrainedText:
             self._hash_rows()
 
     def overlap(self, rows: Tensor) -> Overlap:
-        """Of the windows of rows `[R, T]` those that were trained on."""
+        """The windows of rows `[R, T]` that were trained on."""
         self._settle()
         hashes = _windows(rows.numpy())
         hashes = hashes[hashes <= self._limit]
@@ -166,8 +166,8 @@ class RunText(NamedTuple):
         return cls(load_tensors(path, "held-out rows")["rows"].long(), trained)
 
     def overlap(self, rows: Tensor) -> Overlap | None:
-        """How much of rows `[R, T]` was trained on, none of those that were held out as they are;
-        None where all of them were."""
+        """Share of rows `[R, T]` that was trained on; held-out rows do not count as trained on.
+        None if all rows were held out."""
         kept = set(map(tuple, self.held_out.tolist()))
         others = [row for row in rows.tolist() if tuple(row) not in kept]
         if not others:

@@ -17,7 +17,7 @@ READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "cs
 
 
 DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""Files beside the data that say something of it; datasets passes over them too."""
+"""Files that describe the data; `datasets` skips them too."""
 
 
 def load_texts(
@@ -60,7 +60,7 @@ def load_texts(
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
         return [files[i].read_text("utf-8") for i in order.tolist()]
     if files and not any(file.stat().st_size for file in files):
-        raise ValueError(f"dataset {data!r} is empty: {_listed(files)} of 0 bytes; give more text")
+        raise ValueError(f"dataset {data!r} is empty: {_join(files)} of 0 bytes; give more text")
     loaded = _load_dataset(data, path, split, streaming, files)
     _require_text_column(data, loaded, text_column)
     if streaming:
@@ -126,16 +126,16 @@ def _files(data: str, path: Path) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     kinds = {READERS[file.suffix] for file in tables}
-    # A README.md may say which files are which split: datasets reads it.
+    # A README.md may assign files to splits: datasets reads it.
     if (plain and tables) or (len(kinds) > 1 and not (path / "README.md").exists()):
         raise ValueError(
-            f"dataset {data!r} holds files of several kinds: {_listed([*plain, *tables])}; only "
+            f"dataset {data!r} holds files of several kinds: {_join([*plain, *tables])}; only "
             f"one kind is read: pass one of the files, or a folder that holds one kind alone"
         )
     return plain or tables
 
 
-def _listed(files: Sequence[Path]) -> str:
+def _join(files: Sequence[Path]) -> str:
     """`3 .txt (a.txt, …), 1 .csv (b.csv)`"""
     groups: dict[str, list[str]] = {}
     for file in files:

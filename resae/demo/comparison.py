@@ -1,5 +1,5 @@
-"""The whole method on the embedded model and corpus: fit, train, replace, measure, and say what
-holds.
+"""The whole method on the embedded model and corpus: fit, train, replace, measure, and check the
+claims.
 
 Raw SAEs, raw SAEs with the total latents of a ReSAE reconstruction, identity residuals and ReSAE
 are trained on the same activations in the same order with the same seeds, and evaluated on the same
@@ -32,10 +32,21 @@ from resae.demo.recipes import (
     RECIPES,
     Recipe,
 )
+from resae.demo.rows import (
+    BoostRow,
+    ElsewhereRow,
+    FairRow,
+    FvuRow,
+    NestedFvuRow,
+    RoutingRow,
+    Sample,
+    TrainingRow,
+)
 from resae.environment import environment
 from resae.evaluation.comparison import collapse_difference, evaluate
 from resae.evaluation.methods import Method
 from resae.evaluation.predictors import r2_per_layer, routing_shares
+from resae.evaluation.rows import LayerPairRow, ReconstructionRow, ReplacementRow
 from resae.models.hooked import EMBEDDED, HookedLM
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
@@ -101,16 +112,16 @@ BOOST_DOMAIN = "csrc"
 BOOST_K = 4
 
 
-class Plan:
-    """What is done and what comes, with a time that corrects itself by the speed met so far.
+class ProgressEstimate:
+    """Stages done and stages to come, with the remaining time corrected by the speed so far.
 
     Stages are given with the seconds they took where they were measured; `at(fraction)` reports how
     far the current one is.
     """
 
-    def __init__(self, stages: dict[str, float], show: Callable[[str], None]):
+    def __init__(self, stages: dict[str, float], progress: Callable[[str], None]):
         self._stages = stages
-        self._show = show
+        self._progress = progress
         self._began = time.perf_counter()
         self._done = 0.0
         self._current = ""
@@ -129,7 +140,7 @@ class Plan:
         pace = (spent + 5.0) / (expected + 5.0)
         left = (total - expected) * pace
         number = list(self._stages).index(self._current) + 1
-        self._show(
+        self._progress(
             f"[{number}/{len(self._stages)}] {self._current:<42} {fraction:4.0%}  "
             f"{spent:4.0f} s, about {left:.0f} s left  {detail}"
         )
@@ -148,7 +159,7 @@ class _Run(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """What a stack was trained on and what was held out, for `resae eval`."""
+    """Trained text and held-out rows of a stack, which `resae eval` reads."""
 
     trained: TrainedText
     held_out: torch.Tensor
@@ -174,34 +185,34 @@ class _Comparison(NamedTuple):
 
 
 def run_demo(
-    out: Path, config: DemoConfig, *, say: Callable[[str], None], show: Callable[[str], None]
+    out: Path, config: DemoConfig, *, log: Callable[[str], None], progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Run everything into `out`; returns what is written to `out/report.json`.
 
     Args:
-        say: for lines that stay. show: for progress that may overwrite itself.
+        log: for lines that stay. progress: for progress that may overwrite itself.
     """
     lm = HookedLM.from_pretrained(EMBEDDED)
     main, *others = _comparisons(config, lm)
     points, names = main.points, [point.name for point in main.points]
     stages = _stages(config, [main, *others])
-    say(
+    log(
         f"{len(main.runs) + 2 * ('boost' in config.methods)} stacks of {len(names)} autoencoders "
         f"({config.d_sae} latents; k = {', '.join(map(str, config.k))}) for {', '.join(names)} of "
         f"a {lm.n_layers}-layer Pythia of width {lm.d_model}"
     )
     for other in others:
-        say(f"{len(other.runs)} stacks for {', '.join(point.name for point in other.points)}")
-    say(
+        log(f"{len(other.runs)} stacks for {', '.join(point.name for point in other.points)}")
+    log(
         f"{config.train_tokens:,} training tokens{_longer(config, main)}, "
         f"{config.held_out_rows * config.context_tokens:,} held out; "
         f"about {sum(stages.values()) / 60:.0f} minutes"
     )
-    say(
+    log(
         f"what comes: {_CAPTURE}, {_FIT}, train each stack, {_EVALUATE}, {_GENERATE}; then a page "
         f"with figures"
     )
-    plan = Plan(stages, show)
+    plan = ProgressEstimate(stages, progress)
 
     plan.stage(_CAPTURE)
     rows, held_out = train_and_held_out(
@@ -228,44 +239,45 @@ def run_demo(
     if "hierarchical" in config.methods:
         ordinary = _stack_of(methods, "raw", config.k[-1])
         methods += [Method("raw_truncated", ordinary.at_k(k), k) for k in config.k[:-1]]
-    boost: list[dict[str, Any]] = []
+    boost: list[BoostRow] = []
     if "boost" in config.methods:
         boosted, boost = _boost(lm, points, config, out, plan)
         methods += boosted
     methods.append(_affine_only(methods))
-    elsewhere: list[dict[str, Any]] = []
+    elsewhere: list[ElsewhereRow] = []
     for other in others:
         elsewhere += _elsewhere(other, rows, batches, config, stacks, lm, plan, text)
 
     plan.stage(_EVALUATE)
-    report = evaluate(lm, methods, batches, on_batch=lambda done: plan.at(done / len(batches)))
+    evaluation = evaluate(lm, methods, batches, on_batch=lambda done: plan.at(done / len(batches)))
     resae = _stack_of(methods, "resae", config.k[-1])
     collapse = collapse_difference(lm, resae, batches[0])
 
     plan.stage(_GENERATE)
     samples = _samples(lm, methods, config)
-    report = {
+    tables = evaluation.to_dict()
+    report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "title": "ReSAE on the embedded model",
         "config": {**asdict(config), "model": EMBEDDED, "data": EMBEDDED, "layers": names},
         "environment": environment(),
-        **report,
-        "affine": affine,
-        "training": training,
-        "samples": samples,
+        **tables,
+        "affine": [row.to_dict() for row in affine],
+        "training": [asdict(row) for row in training],
+        "samples": [asdict(sample) for sample in samples],
         "teacher_forced_collapse": collapse,
-        "findings": findings(report, collapse),
+        "findings": findings(tables, collapse),
     }
-    fair = _fair_table(report["replacement"], main.runs)
+    fair = _fair_table(evaluation.replacement, main.runs)
     for name, table in (
         ("routing", routing),
         ("boost", boost),
         ("fair", fair),
         ("elsewhere", elsewhere),
+        *_fvu_tables(evaluation.reconstruction).items(),
     ):
         if table:
-            report[name] = table
-    report |= _fvu_tables(report["reconstruction"])
+            report[name] = [asdict(row) for row in table]
     report["findings"] += extra_findings(report, BOOST_K)
     save_json(out / "report.json", report)
     return report
@@ -280,7 +292,7 @@ _BOOST_DATA = "capture activations of one domain and the rest"
 _BOOST_BASE, _BOOST_TRAIN = "train on the rest", "boost on the domain"
 
 
-def _at(stage: str, where: str) -> str:
+def _stage_name(stage: str, where: str) -> str:
     """Name of a stage of a comparison at other hook points."""
     return f"{where}: {stage}" if where else stage
 
@@ -336,9 +348,9 @@ def _stages(config: DemoConfig, comparisons: Sequence[_Comparison]) -> dict[str,
     stages: dict[str, float] = {}
     for where, _, runs in comparisons[1:]:
         layers = len(runs[0].settings.layers) / 3
-        stages[_at(_CAPTURE, where)] = 6.0 * tokens
-        stages |= {_at(_training_stage(run), where): _training_seconds(run) for run in runs}
-        stages[_at(_EVALUATE, where)] = 18 * layers * held_out_rows
+        stages[_stage_name(_CAPTURE, where)] = 6.0 * tokens
+        stages |= {_stage_name(_training_stage(run), where): _training_seconds(run) for run in runs}
+        stages[_stage_name(_EVALUATE, where)] = 18 * layers * held_out_rows
     main = comparisons[0]
     ways = 18 * len(config.k) + 3
     training: dict[str, float] = {}
@@ -365,7 +377,7 @@ def _training_seconds(run: _Run) -> float:
 
 
 def _capture(
-    lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint], tokens: int, plan: Plan
+    lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint], tokens: int, plan: ProgressEstimate
 ) -> list[torch.Tensor]:
     pieces: list[list[torch.Tensor]] = []
     held = 0
@@ -398,8 +410,8 @@ def _settings(
         prefixes=prefixes if recipe.nested else None,
         lr=recipe.lr,
         predictor=recipe.predictor,
-        form=recipe.form,
-        rank=max(1, lm.d_model // LOW_RANK) if recipe.form == "low_rank" else None,
+        map_type=recipe.map_type,
+        rank=max(1, lm.d_model // LOW_RANK) if recipe.map_type == "low_rank" else None,
         loop=recipe.loop,
         shared=recipe.shared,
         train_tokens=config.train_tokens * recipe.length,
@@ -439,16 +451,16 @@ def _train_all(
     config: DemoConfig,
     folder: Path,
     lm: HookedLM,
-    plan: Plan,
+    plan: ProgressEstimate,
     text: _Text,
-) -> tuple[list[Method], list[dict[str, Any]]]:
+) -> tuple[list[Method], list[TrainingRow]]:
     """Train every stack of a comparison; returns the methods to evaluate and the curves."""
     methods: list[Method] = []
-    training: list[dict[str, Any]] = []
+    training: list[TrainingRow] = []
     last = (comparison.points[-1].name,)
     for run in comparison.runs:
         recipe, k, settings = run
-        plan.stage(_at(_training_stage(run), comparison.where))
+        plan.stage(_stage_name(_training_stage(run), comparison.where))
         stored = [x[: settings.train_tokens] for x in xs]
         source = StoredActivations(stored, batch_tokens=config.batch_tokens, seed=config.seed)
         calibration = _calibration(recipe, moments, settings)
@@ -461,7 +473,7 @@ def _train_all(
         if not recipe.nested:
             methods.append(Method(recipe.name, stack, k, (last,) if alone else ()))
         rank = config.k.index(k)
-        training.append({"method": recipe.name, "k": k, "rank": rank, "log": log})
+        training.append(TrainingRow(recipe.name, k, rank, log))
     return methods, training
 
 
@@ -472,33 +484,38 @@ def _elsewhere(
     config: DemoConfig,
     folder: Path,
     lm: HookedLM,
-    plan: Plan,
+    plan: ProgressEstimate,
     text: _Text,
-) -> list[dict[str, Any]]:
+) -> list[ElsewhereRow]:
     """The comparison at other hook points: rows of Δ CE, and of its ratio to that of raw SAEs."""
     where, points, _ = comparison
-    plan.stage(_at(_CAPTURE, where))
+    plan.stage(_stage_name(_CAPTURE, where))
     xs = _capture(lm, rows, points, comparison.tokens, plan)
     moments, folder = _moments(xs, config), folder / where
     methods, _ = _train_all(comparison, moments, xs, config, folder, lm, plan, text)
-    plan.stage(_at(_EVALUATE, where))
-    report = evaluate(lm, methods, batches, on_batch=lambda done: plan.at(done / len(batches)))
-    measured = report["replacement"]
-    raw = {row["mode"]: row["delta_ce"] for row in measured if row["method"] == "raw"}
-    columns = ("method", "loop", "mode", "layers", "k", "active_total", "delta_ce")
+    plan.stage(_stage_name(_EVALUATE, where))
+    evaluation = evaluate(lm, methods, batches, on_batch=lambda done: plan.at(done / len(batches)))
+    measured = evaluation.replacement
+    raw = {row.mode: row.delta_ce for row in measured if row.method == "raw"}
     return [
-        {
-            "where": where,
-            **{name: row[name] for name in columns},
-            "of_raw": row["delta_ce"] / raw[row["mode"]],
-        }
+        ElsewhereRow(
+            where=where,
+            method=row.method,
+            loop=row.loop,
+            mode=row.mode,
+            layers=row.layers,
+            k=row.k,
+            active_total=row.active_total,
+            delta_ce=row.delta_ce,
+            of_raw=row.delta_ce / raw[row.mode],
+        )
         for row in measured
     ]
 
 
 def _calibration(recipe: Recipe, moments: Moments, settings: TrainConfig) -> Calibration:
-    form, rank = settings.form, settings.rank
-    return calibrate(recipe.predictor, moments, ridge=settings.ridge, form=form, rank=rank)
+    map_type, rank = settings.map_type, settings.rank
+    return calibrate(recipe.predictor, moments, ridge=settings.ridge, map_type=map_type, rank=rank)
 
 
 def _train(
@@ -507,12 +524,12 @@ def _train(
     source: StoredActivations,
     folder: Path,
     lm: HookedLM,
-    plan: Plan,
+    plan: ProgressEstimate,
 ) -> tuple[ReSAE, list[dict[str, Any]]]:
     """One stack and its training curve."""
     log: list[dict[str, Any]] = []
 
-    def note(p: Progress) -> None:
+    def record(p: Progress) -> None:
         plan.at(p.step / p.steps, f"fvu {' '.join(f'{m.fvu:.3f}' for m in p.layers)}")
         curve = [{"fvu": m.fvu} for m in p.layers]
         log.append({"step": p.step, "tokens": p.tokens, "layers": curve})
@@ -525,7 +542,7 @@ def _train(
         identity=ModelIdentity.of(lm),
         keep_checkpoints=1,
         log_steps=10,
-        on_progress=note,
+        on_progress=record,
     )
     assert stack is not None  # nothing asks it to stop
     return stack, log
@@ -537,30 +554,30 @@ def _hop_rows(
     moments: Moments,
     runs: Sequence[_Run],
     rows: torch.Tensor,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Per method and hop R² on held-out tokens, and of several sources each one's share."""
+) -> tuple[list[LayerPairRow], list[RoutingRow]]:
+    """R² on held-out tokens per method and pair of layers, and the shares of several sources."""
     unseen = [capture_tokens(lm, ids, points) for ids in rows.split(16)]
     names = [point.name for point in points]
-    table, routing = [], []
+    table: list[LayerPairRow] = []
+    routing: list[RoutingRow] = []
     first_with: dict[Any, _Run] = {}  # many methods have the maps of an earlier one
     for run in runs:
         if run.recipe.predictor != "none":
-            first_with.setdefault((run.recipe.predictor, run.recipe.form), run)
+            first_with.setdefault((run.recipe.predictor, run.recipe.map_type), run)
     for recipe, _, settings in first_with.values():
         method, maps = recipe.name, _calibration(recipe, moments, settings).predictor
         shares = routing_shares(maps, moments)
         for i, r2 in enumerate(r2_per_layer(maps, unseen)):
-            table.append({"method": method, "hop": f"{names[i]} → {names[i + 1]}", "r2": r2})
+            table.append(LayerPairRow(method, f"{names[i]} → {names[i + 1]}", r2))
             for source, share in zip(names, shares[i], strict=False):
                 if len(shares[i]) > 1:
-                    place = {"method": method, "layer": names[i + 1], "source": source}
-                    routing.append({**place, "share": share})
+                    routing.append(RoutingRow(method, names[i + 1], source, share))
     return table, routing
 
 
 def _boost(
-    lm: HookedLM, points: Sequence[HookPoint], config: DemoConfig, out: Path, plan: Plan
-) -> tuple[list[Method], list[dict[str, Any]]]:
+    lm: HookedLM, points: Sequence[HookPoint], config: DemoConfig, out: Path, plan: ProgressEstimate
+) -> tuple[list[Method], list[BoostRow]]:
     """SAE Boost where it is meant for: raw SAEs that never saw one domain of the corpus, and beside
     them small ones trained on that domain alone.
 
@@ -605,25 +622,33 @@ def _boost(
     for layer in range(topk.n_layers):
         topk.sae(layer).get_buffer("threshold").zero_()
     compared = [("before", base_stack), ("after", boosted), ("after, TopK alone", topk)]
-    table = []
+    table: list[BoostRow] = []
     for text, inside in (("rest", False), (BOOST_DOMAIN, True)):
         texts = _texts(inside, config.seed, split="validation")
         unseen = TokenRows(texts, lm.tokenizer, config.context_tokens, take=config.held_out_rows)
         result = evaluate(lm, [Method(w, s, k) for w, s in compared], unseen.batches(16))
+        before: dict[str, float] = {}
         for which, _ in compared:
             online = next(
-                row["delta_ce"]
-                for row in result["replacement"]
-                if (row["method"], row["mode"]) == (which, "online")
+                row.delta_ce
+                for row in result.replacement
+                if (row.method, row.mode) == (which, "online")
             )
-            for row in result["reconstruction"]:
-                if row["method"] == which:
-                    place = {"text": text, "which": which, "layer": row["layer"]}
-                    fvu = {"fvu": row["fvu_stream"], "l0": row["l0"]}
-                    table.append({**place, **fvu, "delta_ce": online})
-    before = {(r["text"], r["layer"]): r["fvu"] for r in table if r["which"] == "before"}
-    for row in table:
-        row["change"] = row["fvu"] / before[row["text"], row["layer"]] - 1
+            for row in result.reconstruction:
+                if row.method == "before":
+                    before[row.layer] = row.fvu_stream
+                if row.method == which:
+                    table.append(
+                        BoostRow(
+                            text=text,
+                            which=which,
+                            layer=row.layer,
+                            fvu=row.fvu_stream,
+                            l0=row.l0,
+                            delta_ce=online,
+                            change=row.fvu_stream / before[row.layer] - 1,
+                        )
+                    )
     return [Method("boost_base", base_stack, k), Method("boost", boosted, k)], table
 
 
@@ -642,28 +667,28 @@ def _affine_only(methods: Sequence[Method]) -> Method:
     return Method("affine_only", AffineOnly(resae.stack), None)
 
 
-def _fair_table(rows: Sequence[dict[str, Any]], runs: Sequence[_Run]) -> list[dict[str, Any]]:
+def _fair_table(rows: Sequence[ReplacementRow], runs: Sequence[_Run]) -> list[FairRow]:
     """Sizes of the stacks compared, and Δ CE of replacing all layers (in closed loop, where there
     is a choice); empty if none of `FAIR_METHODS` and `LR_METHODS` was asked for."""
     further = (*FAIR_RECIPES, *LR_RECIPES)
     if not any(run.recipe in further for run in runs):
         return []
     delta = {
-        (r["method"], r["k"], r["mode"]): r["delta_ce"]
+        (r.method, r.k, r.mode): r.delta_ce
         for r in rows
-        if r["loop"] != "open" and len(r["layers"]) == len(runs[0].settings.layers)
+        if r.loop != "open" and len(r.layers) == len(runs[0].settings.layers)
     }
     return [
-        {
-            "method": recipe.name,
-            "k": k,
-            "k_per_layer": list(settings.k),
-            "d_sae": list(settings.d_saes),
-            "train_tokens": settings.train_tokens,
-            "lr": list(settings.peak_lrs),
-            "online": delta[recipe.name, k, "online"],
-            "teacher_forced": delta[recipe.name, k, "teacher_forced"],
-        }
+        FairRow(
+            method=recipe.name,
+            k=k,
+            k_per_layer=list(settings.k),
+            d_sae=list(settings.d_saes),
+            train_tokens=settings.train_tokens,
+            lr=list(settings.peak_lrs),
+            online=delta[recipe.name, k, "online"],
+            teacher_forced=delta[recipe.name, k, "teacher_forced"],
+        )
         for recipe, k, settings in runs
         if recipe in (*RECIPES, *further)
     ]
@@ -675,42 +700,36 @@ def _stack_of(methods: Sequence[Method], name: str, k: int) -> ReSAE:
     return stack
 
 
-def _samples(
-    lm: HookedLM, methods: Sequence[Method], config: DemoConfig
-) -> list[dict[str, str | int]]:
+def _samples(lm: HookedLM, methods: Sequence[Method], config: DemoConfig) -> list[Sample]:
     k = config.k[-1]
     writers: list[tuple[str, ReSAE | None]] = [("nothing replaced", None)]
     for name in ("raw", "resae"):
         stack = _stack_of(methods, name, k)
         writers.append((f"{name}, k = {k}, {stack.n_layers} layers replaced online", stack))
-    samples: list[dict[str, str | int]] = []
+    samples: list[Sample] = []
     for prompt in PROMPTS:
         for how, stack in writers:
             written = generate(lm, prompt, stack, max_new_tokens=48, seed=config.seed)
             replaced = sum(c.replaced for c in written.counts)
             detail = f" ({replaced} activations)" if stack is not None else ""
-            samples.append(
-                {"how": how + detail, "prompt": prompt, "text": written.text, "replaced": replaced}
-            )
+            samples.append(Sample(how + detail, prompt, written.text, replaced))
     return samples
 
 
-def _fvu_tables(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """`mlsae` and `hierarchical`: FVU per layer and k beside that of raw SAEs of the same k."""
+def _fvu_tables(rows: Sequence[ReconstructionRow]) -> dict[str, list[FvuRow]]:
+    """`mlsae` and `hierarchical`: FVU per layer and k, with that of raw SAEs of the same k."""
 
     def of(method: str) -> dict[tuple[int, str], float]:
-        return {(r["k"], r["layer"]): r["fvu_stream"] for r in rows if r["method"] == method}
+        return {
+            (r.k, r.layer): r.fvu_stream for r in rows if r.method == method and r.k is not None
+        }
 
     single, truncated = of("raw"), of("raw_truncated")
-    tables = {}
-    for method in ("mlsae", "hierarchical"):
-        table = []
+    tables: dict[str, list[FvuRow]] = {"mlsae": [], "hierarchical": []}
+    for method, table in tables.items():
         for (k, layer), fvu in of(method).items():
-            row = {"k": k, "layer": layer, "fvu": fvu, "single": single[k, layer]}
-            row["over_single"] = fvu / single[k, layer] - 1
+            row = FvuRow(k, layer, fvu, single[k, layer], fvu / single[k, layer] - 1)
             if method == "hierarchical":
-                row["truncated"] = truncated.get((k, layer))
+                row = NestedFvuRow(**asdict(row), truncated=truncated.get((k, layer)))
             table.append(row)
-        if table:
-            tables[method] = table
     return tables

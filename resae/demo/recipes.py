@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one compared method is trained."""
+    """Training settings of one compared method."""
 
     name: str
     predictor: str
     k_grows: bool = False
     """Layer l gets (l+1)·k active latents: as many as a ReSAE reconstruction there is made of."""
     loop: str = "open"
-    form: str = "full"
+    map_type: str = "full"
     shared: bool = False
     nested: bool = False
     """One stack, of the largest k, trained over prefixes and evaluated at every k."""
@@ -61,9 +61,9 @@ LONG = 4
 FAMILY_RECIPES = (
     Recipe("resae_closed", "previous", loop="closed"),
     Recipe("all_previous", "all_previous"),
-    Recipe("all_previous_scalar", "all_previous", form="scalar", one_k=True),
-    Recipe("all_previous_diagonal", "all_previous", form="diagonal", one_k=True),
-    Recipe("all_previous_low_rank", "all_previous", form="low_rank", one_k=True),
+    Recipe("all_previous_scalar", "all_previous", map_type="scalar", one_k=True),
+    Recipe("all_previous_diagonal", "all_previous", map_type="diagonal", one_k=True),
+    Recipe("all_previous_low_rank", "all_previous", map_type="low_rank", one_k=True),
     Recipe("mlsae", "none", shared=True),
     Recipe("hierarchical", "none", nested=True, lr=NESTED_LR),
 )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resae.choices import Loop, Mode
 from resae.evaluation.methods import Method
 from resae.evaluation.metrics import (
     HISTOGRAM_EDGES,
@@ -23,10 +24,17 @@ from resae.evaluation.metrics import (
     recovered,
     redundancy,
 )
+from resae.evaluation.rows import (
+    Evaluation,
+    HistogramRow,
+    ReconstructionRow,
+    RedundancyRow,
+    ReplacementRow,
+)
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
-from resae.replacements.context import Mode, replacement
-from resae.stack.stack import Loop, ReSAE
+from resae.replacements.context import replacement
+from resae.stack.stack import ReSAE
 
 
 @dataclass
@@ -60,15 +68,12 @@ def evaluate(
     batches: Iterable[Tensor],
     *,
     on_batch: Callable[[int], None] | None = None,
-) -> dict[str, list[dict[str, Any]]]:
+) -> Evaluation:
     """Measure every method on the same token batches `[B, T]`; all stacks at the same hook points.
 
     Args:
         batches: held-out rows, kept in memory (tokens only).
         on_batch: called with the number of batches done.
-
-    Returns:
-        `replacement`, `reconstruction`, `redundancy`, `redundancy_histogram`: lists of flat rows.
 
     Raises:
         ValueError: no tokens, stacks of different layers or of another model, NaN in the result.
@@ -76,14 +81,7 @@ def evaluate(
     batches = [batch.to(lm.device) for batch in batches]
     if not batches:
         raise ValueError("evaluate: no held-out tokens; the dataset is empty or too short")
-    names = methods[0].stack.hook_points
-    for method in methods:
-        method.stack.require_model(lm)
-        if method.stack.hook_points != names:
-            raise ValueError(
-                f"evaluate: {method.name} has layers {', '.join(method.stack.hook_points)}, "
-                f"{methods[0].name} {', '.join(names)}; evaluate them apart"
-            )
+    names = _common_layers(lm, methods)
     points = lm.hook_points(names)
     variants = _variants(methods, tuple(names))
     layer_sets = sorted({v.layers for v in variants})
@@ -119,62 +117,68 @@ def evaluate(
         if on_batch is not None:
             on_batch(done)
 
-    ce_clean = clean_sums.ce / clean_sums.tokens
-    rows: list[dict[str, Any]] = []
-    for v in variants:
-        ce = v.sums.ce / v.sums.tokens
-        if ce != ce:
-            raise ValueError(
-                f"evaluate: cross-entropy of {v.method.name} ({v.mode}) is NaN; the stack or the "
-                f"model's activations hold NaN"
-            )
-        zero, mean = (ablated[kind, v.layers].ce / v.sums.tokens for kind in ("zero", "mean"))
-        rows.append(
-            {
-                "method": v.method.name,
-                "loop": v.loop,
-                "mode": v.mode,
-                "layers": list(v.layers),
-                "k": v.method.k,
-                "active_total": v.method.stack.active_total(names.index(v.layers[-1])),
-                "ce_clean": ce_clean,
-                "ce": ce,
-                "delta_ce": ce - ce_clean,
-                "ce_recovered_zero": recovered(zero, ce, ce_clean),
-                "ce_recovered_mean": recovered(mean, ce, ce_clean),
-                "kl": v.sums.kl / v.sums.tokens,
-                "tokens": v.sums.tokens,
-            }
-        )
     compared = [(m, W_dec) for m in methods if len(W_dec := _dictionaries(m)) > 1]
-    return {
-        "replacement": rows,
-        "reconstruction": [row for r in reconstructions for row in r.rows()],
-        "redundancy": [
-            {"method": m.name, "k": m.k, **asdict(redundancy(W_dec))} for m, W_dec in compared
+    return Evaluation(
+        replacement=[
+            _replacement_row(v, clean_sums, ablated["zero", v.layers], ablated["mean", v.layers])
+            for v in variants
         ],
-        "redundancy_histogram": [
-            {
-                "method": m.name,
-                "k": m.k,
-                "edges": HISTOGRAM_EDGES,
-                "counts": cosine_histogram(W_dec),
-            }
-            for m, W_dec in compared
+        reconstruction=[row for r in reconstructions for row in r.rows()],
+        redundancy=[RedundancyRow(m.name, m.k, **asdict(redundancy(W))) for m, W in compared],
+        redundancy_histogram=[
+            HistogramRow(m.name, m.k, HISTOGRAM_EDGES, cosine_histogram(W)) for m, W in compared
         ],
-    }
+    )
+
+
+def _common_layers(lm: HookedLM, methods: Sequence[Method]) -> list[str]:
+    """Hook points of all methods. Raises ValueError where they differ, or for another model."""
+    names = methods[0].stack.hook_points
+    for method in methods:
+        method.stack.require_model(lm)
+        if method.stack.hook_points != names:
+            raise ValueError(
+                f"evaluate: {method.name} has layers {', '.join(method.stack.hook_points)}, "
+                f"{methods[0].name} {', '.join(names)}; evaluate them apart"
+            )
+    return names
+
+
+def _replacement_row(v: _Variant, clean: _Sums, zero: _Sums, mean: _Sums) -> ReplacementRow:
+    stack, tokens = v.method.stack, v.sums.tokens
+    ce, ce_clean = v.sums.ce / tokens, clean.ce / clean.tokens
+    if ce != ce:
+        raise ValueError(
+            f"evaluate: cross-entropy of {v.method.name} ({v.mode}) is NaN; the stack or the "
+            f"model's activations hold NaN"
+        )
+    return ReplacementRow(
+        method=v.method.name,
+        loop=None if v.loop is None else str(v.loop),
+        mode=str(v.mode),
+        layers=list(v.layers),
+        k=v.method.k,
+        active_total=stack.upstream_l0(stack.hook_points.index(v.layers[-1])),
+        ce_clean=ce_clean,
+        ce=ce,
+        delta_ce=ce - ce_clean,
+        ce_recovered_zero=recovered(zero.ce / tokens, ce, ce_clean),
+        ce_recovered_mean=recovered(mean.ce / tokens, ce, ce_clean),
+        kl=v.sums.kl / tokens,
+        tokens=tokens,
+    )
 
 
 def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str, float]:
-    """What replacing all layers costs on token batches `[B, T]`, closed loop, in nats per token:
-    `online` and `teacher_forced`, rows of `evaluate` without the rest of it."""
-    sums = {"clean": _Sums(), "online": _Sums(), "teacher_forced": _Sums()}
+    """ΔCE of replacing all layers on token batches `[B, T]`, closed loop, in nats per token: modes
+    `online` and `teacher_forced`, equal to the rows of `evaluate`."""
+    sums: dict[str, _Sums] = {"clean": _Sums(), "online": _Sums(), "teacher_forced": _Sums()}
     for ids in batches:
         ids = ids.to(lm.device)
         counted = ~lm.is_special(ids)[:, :-1]
         clean = lm.logits(ids)
         sums["clean"].add(clean, clean, ids, counted)
-        modes: tuple[Mode, ...] = ("online", "teacher_forced")
+        modes = (Mode.ONLINE, Mode.TEACHER_FORCED)
         for mode in modes:
             with replacement(lm, stack, mode=mode, loop="closed"):
                 sums[mode].add(lm.logits(ids), clean, ids, counted)
@@ -199,18 +203,18 @@ def collapse_difference(lm: HookedLM, stack: ReSAE, input_ids: Tensor) -> float:
 
 
 def forward_passes(methods: Sequence[Method]) -> int:
-    """How many passes `evaluate` makes over each batch: its cost."""
+    """Number of forward passes that `evaluate` makes over each batch."""
     variants = _variants(methods, tuple(methods[0].stack.hook_points))
     return len(variants) + 2 * len({v.layers for v in variants}) + 3
 
 
 def _variants(methods: Sequence[Method], everything: tuple[str, ...]) -> list[_Variant]:
-    modes: tuple[Mode, ...] = ("teacher_forced", "online", "error_added")
+    modes = (Mode.TEACHER_FORCED, Mode.ONLINE, Mode.ERROR_ADDED)
     variants = []
     for method in methods:
         for loop in method.loops:
             variants += [_Variant(method, mode, loop, everything) for mode in modes]
-            variants += [_Variant(method, "teacher_forced", loop, s) for s in method.subsets]
+            variants += [_Variant(method, Mode.TEACHER_FORCED, loop, s) for s in method.subsets]
     return variants
 
 
@@ -239,7 +243,7 @@ class _Reconstruction:
 
     def __init__(self, method: Method, loop: Loop | None):
         self.method = method
-        self.loop: Loop | None = loop
+        self.loop = loop
         layers = range(method.stack.n_layers)
         self.stream = [VarianceUnexplained() for _ in layers]
         self.target = [VarianceUnexplained() for _ in layers]
@@ -253,7 +257,7 @@ class _Reconstruction:
 
     def add(self, xs: Sequence[Tensor]) -> None:
         stack = self.method.stack
-        loop: Loop = self.loop or "open"
+        loop = self.loop or Loop.OPEN
         x_hats, codes = stack(xs, loop=loop)
         for layer, x in enumerate(xs):
             self.stream[layer].add(x, x_hats[layer])
@@ -268,21 +272,21 @@ class _Reconstruction:
             assert fired is not None
             fired[code.indices[code.acts > 0].cpu()] = True
 
-    def rows(self) -> list[dict[str, Any]]:
-        rows = []
+    def rows(self) -> list[ReconstructionRow]:
+        rows: list[ReconstructionRow] = []
         for layer, name in enumerate(self.method.stack.hook_points):
             fired = self.fired[layer]
             rows.append(
-                {
-                    "method": self.method.name,
-                    "loop": self.loop,
-                    "k": self.method.k,
-                    "layer": name,
-                    "fvu_stream": self.stream[layer].fvu(),
-                    "fvu_target": None if fired is None else self.target[layer].fvu(),
-                    "l0": self.active[layer] / self.stream[layer].count,
-                    "dead_fraction": None if fired is None else float((~fired).double().mean()),
-                }
+                ReconstructionRow(
+                    method=self.method.name,
+                    loop=None if self.loop is None else str(self.loop),
+                    k=self.method.k,
+                    layer=name,
+                    fvu_stream=self.stream[layer].fvu(),
+                    fvu_target=None if fired is None else self.target[layer].fvu(),
+                    l0=self.active[layer] / self.stream[layer].count,
+                    dead_fraction=None if fired is None else float((~fired).double().mean()),
+                )
             )
         return rows
 

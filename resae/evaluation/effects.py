@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resae.evaluation.rows import EffectRow
 from resae.models.hooked import HookedLM
 from resae.replacements.context import replacement
 from resae.replacements.edits import Interventions, predicted_effects
@@ -22,23 +23,20 @@ def edit_effects(
     *,
     prompt_tokens: int | None = None,
     **options: Any,
-) -> list[dict[str, Any]]:
-    """What edits really do to the stream that arrives at later selected layers, beside what the
-    transported directions predict (`resae.predicted_effects`).
+) -> list[EffectRow]:
+    """Compare the measured effects of edits on the stream at later selected layers with those that
+    the transported directions predict (`resae.predicted_effects`).
 
     The tokens are run twice, replaced without and with the edits, error and all else alike.
 
     Args:
         input_ids: `[B, T]`, no padding.
-        prompt_tokens: so many tokens of each row are the prompt, the rest continue the cache as
-            generated ones; default: all.
+        prompt_tokens: length of the prompt in each row; later tokens continue the KV cache as
+            generated ones do. Default: the whole row is the prompt.
         options: further ones of `replacement`.
 
     Returns:
-        One row per later selected layer that a prediction reaches, over the tokens where it is not
-        zero: `tokens`, `cosine` (mean over tokens), `norm_ratio` (predicted over real, root mean
-        square) and `relative_error` (of the prediction, root mean square over that of the real
-        change).
+        One row per later selected layer that a prediction reaches.
     """
     asked = Interventions.parse(interventions)
     T = input_ids.shape[1]
@@ -48,7 +46,7 @@ def edit_effects(
     points = lm.hook_points(stack.hook_points)
     plain, _ = _arrivals(lm, stack, parts, replace(asked, edits=()), options)
     edited, predicted = _arrivals(lm, stack, parts, asked, options)
-    rows = []
+    rows: list[EffectRow] = []
     for layer, point in enumerate(points):
         real = (edited[layer] - plain[layer]).double()
         here = predicted[layer].double().to(real.device)
@@ -56,13 +54,13 @@ def edit_effects(
         if reached.any():
             real, here = real[reached], here[reached]
             rows.append(
-                {
-                    "hook_point": point.name,
-                    "tokens": len(real),
-                    "cosine": float(torch.cosine_similarity(here, real, dim=-1).mean()),
-                    "norm_ratio": float(here.norm() / real.norm()),
-                    "relative_error": float((here - real).norm() / real.norm()),
-                }
+                EffectRow(
+                    hook_point=point.name,
+                    tokens=len(real),
+                    cosine=float(torch.cosine_similarity(here, real, dim=-1).mean()),
+                    norm_ratio=float(here.norm() / real.norm()),
+                    relative_error=float((here - real).norm() / real.norm()),
+                )
             )
     return rows
 
@@ -74,8 +72,8 @@ def _arrivals(
     interventions: Interventions,
     options: dict[str, Any],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What arrives at each selected layer, before anything is put in there, and what of it the
-    edits of earlier layers are predicted to have added: `[B, T, D]` each."""
+    """The stream at each selected layer before its replacement, and the predicted change in it
+    from edits of earlier layers: `[B, T, D]` each."""
     arrived: list[list[Tensor]] = [[] for _ in stack.hook_points]
     predicted: list[list[Tensor]] = [[] for _ in stack.hook_points]
     record = {

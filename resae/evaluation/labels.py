@@ -5,16 +5,16 @@ from typing import Any
 
 Row = dict[str, Any]
 
-LABELS = {
+_OF_METHOD = {
     "raw": "raw SAEs",
     "raw_equal_total": "raw SAEs, equal total latents",
     "identity": "identity residual",
     "resae": "ReSAE",
     "all_previous": "all previous layers",
     **{
-        f"{kind}_{form}": f"{label}, {form.replace('_', ' ')}"
+        f"{kind}_{map_type}": f"{label}, {map_type.replace('_', ' ')}"
         for kind, label in (("resae", "ReSAE"), ("all_previous", "all previous layers"))
-        for form in ("scalar", "diagonal", "low_rank")
+        for map_type in ("scalar", "diagonal", "low_rank")
     },
     "mlsae": "MLSAE, one dictionary",
     "hierarchical": "HierarchicalTopK",
@@ -32,11 +32,12 @@ LABELS = {
 
 
 COMPARED = ("raw", "raw_equal_total", "raw_matched", "raw_wide", "identity", "resae")
-LABELS |= {
-    f"{name}_{suffix}": f"{LABELS[name]}, {text}"
+LABELS = _OF_METHOD | {
+    f"{name}_{suffix}": f"{_OF_METHOD[name]}, {text}"
     for name in COMPARED
     for suffix, text in (("best_lr", "best learning rate"), ("long", "more tokens"))
 }
+"""Name of a method in result rows → its label."""
 
 
 MODES = {

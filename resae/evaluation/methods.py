@@ -2,29 +2,30 @@
 
 from dataclasses import dataclass
 
-from resae.stack.stack import AffineOnly, Loop, ReSAE
+from resae.choices import Loop, PredictorKind
+from resae.stack.stack import AffineOnly, ReSAE
 
-METHOD_OF_PREDICTOR = {
-    "none": "raw",
-    "identity": "identity",
-    "previous": "resae",
-    "all_previous": "all_previous",
+METHOD_OF_PREDICTOR: dict[str, str] = {
+    PredictorKind.NONE: "raw",
+    PredictorKind.IDENTITY: "identity",
+    PredictorKind.PREVIOUS: "resae",
+    PredictorKind.ALL_PREVIOUS: "all_previous",
 }
 
 
 def method_name(stack: ReSAE) -> str:
-    """What rows call a stack that says nothing else of itself."""
+    """Default method name of a stack in result rows."""
     if stack.boosted:
         return "boost"
     if stack.shared:
         return "mlsae"
-    return predictor_name(stack.predictor.kind, stack.predictor.form)
+    return predictor_name(stack.predictor.kind, stack.predictor.map_type)
 
 
-def predictor_name(kind: str, form: str) -> str:
-    """What rows call a stack, or the maps alone, with this prediction."""
+def predictor_name(kind: str, map_type: str) -> str:
+    """Method name of a stack, or of the maps alone, with this predictor, in result rows."""
     name = METHOD_OF_PREDICTOR[kind]
-    return name if form == "full" else f"{name}_{form}"
+    return name if map_type == "full" else f"{name}_{map_type}"
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,9 @@ class Method:
     k: int | None
     """Nominal active latents per layer; None without autoencoders."""
     subsets: tuple[tuple[str, ...], ...] = ()
-    """Further sets of layers to replace teacher-forced, beside all of them."""
+    """Further sets of layers to replace teacher-forced, in addition to all of them."""
 
     @property
     def loops(self) -> tuple[Loop | None, ...]:
         """The loops that differ for this method; None where there is but one."""
-        return (
-            ("open", "closed") if isinstance(self.stack, ReSAE) and self.stack.chained else (None,)
-        )
+        return tuple(Loop) if isinstance(self.stack, ReSAE) and self.stack.chained else (None,)

@@ -1,4 +1,4 @@
-"""What results are made of: pure functions of tensors, and streaming sums in float64.
+"""Metrics: pure functions of tensors, and streaming sums in float64.
 
 fvu                Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean over the whole set, per dimension
 explained variance 1 − fvu
@@ -76,7 +76,7 @@ def recovered(ablated: float, replaced: float, original: float) -> float:
 
 @dataclass(frozen=True)
 class Redundancy:
-    """How much the dictionaries of different layers repeat each other."""
+    """Redundancy between the dictionaries of different layers."""
 
     mean_max_cos: float
     share_over_0_5: float
@@ -87,7 +87,7 @@ class Redundancy:
 
 
 HISTOGRAM_EDGES = [round(-0.2 + 0.02 * i, 2) for i in range(61)]
-"""Of `max_cosines`: −0.2 to 1 in steps of 0.02."""
+"""Bin edges for `max_cosines`: −0.2 to 1 in steps of 0.02."""
 
 
 def max_cosines(dictionaries: Sequence[Tensor]) -> Tensor:
@@ -96,14 +96,14 @@ def max_cosines(dictionaries: Sequence[Tensor]) -> Tensor:
     if len(dictionaries) < 2:
         raise ValueError(f"redundancy: got {len(dictionaries)} dictionaries, expected at least 2")
     unit = []
-    for W in dictionaries:
-        W = W.detach().float()
-        norm = W.norm(dim=1, keepdim=True)
-        unit.append((W / norm.clamp_min(1e-30))[norm.squeeze(1) > 0])
+    for dictionary in dictionaries:
+        rows = dictionary.detach().float()
+        norm = rows.norm(dim=1, keepdim=True)
+        unit.append((rows / norm.clamp_min(1e-30))[norm.squeeze(1) > 0])
     largest = []
-    for layer, W in enumerate(unit):
+    for layer, directions in enumerate(unit):
         others = torch.cat([V for other, V in enumerate(unit) if other != layer])
-        largest += [(rows @ others.T).amax(1) for rows in W.split(4096)]
+        largest += [(rows @ others.T).amax(1) for rows in directions.split(4096)]
     return torch.cat(largest)
 
 
@@ -115,7 +115,7 @@ def cosine_histogram(dictionaries: Sequence[Tensor]) -> list[int]:
 
 
 def redundancy(dictionaries: Sequence[Tensor], seed: int = 0) -> Redundancy:
-    """Summary of `max_cosines`, beside the floor of random directions."""
+    """Summary of `max_cosines`, with the floor of random directions."""
     generator = torch.Generator().manual_seed(seed)
     random = [torch.randn(W.shape, generator=generator) for W in dictionaries]
     cosines = max_cosines(dictionaries)

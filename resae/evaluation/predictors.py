@@ -1,4 +1,4 @@
-"""How well the affine maps predict: R² per layer, and the share of each source."""
+"""Quality of the affine maps: R² per layer, and the share of each source."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ from resae.stack.fit import Moments
 
 
 def routing_shares(predictor: AffinePredictor, moments: Moments) -> list[list[float]]:
-    """Of each prediction (layers 1 … L−1) the share of every source, `E‖(x_j − μ_j) A_lj‖²` over
+    """Share of every source in each prediction (layers 1 … L−1), `E‖(x_j − μ_j) A_lj‖²` over
     its sum over j: what a LIMe router's heat map shows (arXiv 2502.09245). Sources are correlated,
     so that a share is not a share of the explained variance."""
     shares = []

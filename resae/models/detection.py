@@ -6,7 +6,7 @@ a candidate; a pass over a few random tokens decides whether, and after which no
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -195,13 +195,13 @@ def _error(parts: list[tuple[Tensor, ...]], scale: float) -> float:
 
 
 def _is_parallel(model: nn.Module, root: nn.Module, family: Family, ids: Tensor) -> bool:
-    """Whether the MLP of the first block reads nothing of what attention adds."""
+    """True if the MLP of the first block does not depend on the output of attention."""
     clean, moved = (_parts(model, root, family, ids, gain)[0][2] for gain in (1.0, 3.0))
     return torch.equal(clean, moved)
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def _evaluation(model: nn.Module) -> Generator[None]:
     """Evaluation mode, in which no module draws random numbers; each is as it was afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

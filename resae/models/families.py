@@ -1,4 +1,4 @@
-"""Where each model family of transformers keeps what the hook points name: one entry per family."""
+"""Submodules behind the hook points, per model family of transformers: one entry per family."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """Where one HF architecture keeps what the hook points name; paths are relative to a block."""
+    """Submodules behind the hook points of one HF architecture; paths are relative to a block."""
 
     blocks: str
     """Path from the causal LM to its list of blocks."""
@@ -16,14 +16,14 @@ class Family:
     mlp_out: str
     """Submodule whose output the MLP (or the mixture of experts) adds to the stream."""
     parallel: bool | tuple[str, ...] = False
-    """Whether attention and MLP read the same stream, so that the block has no `resid_mid`: always,
-    or where one of these config flags is true."""
+    """True if attention and MLP read the same stream, so that the block has no `resid_mid`; or the
+    config flags of which one must be true for that."""
     scale: str | None = None
     """Config attribute by which the block multiplies both outputs before it adds them."""
     flat_mlp: bool = False
-    """Whether the output of `mlp_out` has all tokens in one dimension, `[B·T, D]`."""
+    """True if the output of `mlp_out` has all tokens in one dimension, `[B·T, D]`."""
     in_place: bool = False
-    """Whether the block changes the output of `mlp_out` in place afterwards."""
+    """True if the block changes the output of `mlp_out` in place afterwards."""
     base: str | None = None
     """Path from the causal LM to the module that it calls with token ids; None: the parent of
     `blocks`."""

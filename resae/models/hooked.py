@@ -4,7 +4,7 @@
     blocks.{i}.hook_attn_out      what attention adds to it
     blocks.{i}.hook_resid_mid     the stream between attention and MLP (not in parallel blocks)
     blocks.{i}.hook_mlp_out       what the MLP adds
-    blocks.{i}.hook_resid_post    the stream the block leaves
+    blocks.{i}.hook_resid_post    the stream after the block
 
 `resid_post ≈ resid_pre + attn_out + mlp_out` up to rounding, in every family: what is added is read
 after any post-norm and multiplier. A family is one entry of `FAMILIES`; blocks of other models are
@@ -13,7 +13,7 @@ that return a tuple get a tuple back, with everything but its first element unto
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -180,8 +180,8 @@ class HookedLM:
             )
 
     def require_context(self, tokens: int) -> None:
-        """Raise ValueError if the model was not made for rows of so many tokens. Some families fail
-        beyond their context, others go on with positions that they never saw in training."""
+        """Raise ValueError if the model was not made for rows of this length. Some families fail
+        beyond their context, others continue with positions that they never saw in training."""
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and tokens > limit:
             raise ValueError(
@@ -268,14 +268,14 @@ class HookedLM:
         hooks: Mapping[HookPoint, Callable[[Tensor], Tensor | None]],
         *,
         around: Callable[..., Any] | None = None,
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """While inside, call `hooks[p](activation [B, T, D])` at each point of every forward pass,
         whichever thread runs it; a tensor it returns takes the activation's place.
 
         Functions at one point run in the order in which they came, each on what the one before it
         left. While inside, stand-ins replace the modules concerned in their parents; on exit, in
         whatever order and after whatever error, the modules themselves are back. A model works
-        under `torch.compile`, be it compiled before or inside. A copy of the model made inside, by
+        under `torch.compile`, compiled before or inside. A copy of the model made inside, by
         `copy.deepcopy` or by pickling, is a plain one.
 
         Args:
@@ -307,7 +307,7 @@ class HookedLM:
                 (self.blocks, attention, "after", point.order, on_output(self._added(function)))
             ]
         # No module returns resid_mid: it is the block's input plus attn_out, and is changed by
-        # changing attn_out, since the block goes on with that same sum.
+        # changing attn_out, since the block continues with that same sum.
         thread = threading.local()
 
         def remember(resid_pre: Tensor) -> None:
@@ -443,6 +443,7 @@ def _tokenizer(path: str, name: str) -> Any:
     family, a tokenizer without words, or an error that names everything but the folder."""
     from transformers import AutoTokenizer
 
+    tokenizer: Any = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)

@@ -1,4 +1,4 @@
-"""What a stack remembers of the model that it was trained on."""
+"""Identity of the model that a stack was trained on."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from resae.models.hooked import HookedLM
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a stack remembers of the model that it was trained on."""
+    """Identity of the model that a stack was trained on."""
 
     name: str
     model_type: str

@@ -104,7 +104,7 @@ class _Splice:
             setattr(self.parent, self.name, self.module)
 
     def _meanwhile(self) -> dict[str, Any]:
-        """What was set, as by `model.eval()`, was set on the stand-in."""
+        """Attributes set since, as by `model.eval()`: they were set on the stand-in."""
         ours = ("forward", "__deepcopy__", "__reduce_ex__")
         return {name: value for name, value in vars(self.stand_in).items() if name not in ours}
 
@@ -134,17 +134,17 @@ def add_function(
     return remove
 
 
-def in_this_thread(function: Callable[[Tensor], Tensor | None]):
+def in_this_thread(function: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Any]:
     """`function` in the passes of the calling thread; nothing in those of others."""
     thread = threading.local()
     thread.calling = True
     return lambda activation: function(activation) if hasattr(thread, "calling") else None
 
 
-def on_input(function: Callable[[Tensor], Tensor | None]):
+def on_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     """`function` applied to the stream that a block is called with, wherever it is passed."""
 
-    def before(args, kwargs):
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         new = function(args[0] if args else kwargs["hidden_states"])
         if new is None:
             return args, kwargs
@@ -153,10 +153,10 @@ def on_input(function: Callable[[Tensor], Tensor | None]):
     return before
 
 
-def on_output(function: Callable[[Tensor], Tensor | None]):
+def on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     """`function` applied to a tensor output, or to a tuple's first element."""
 
-    def after(output):
+    def after(output: Any) -> Any:
         if not isinstance(output, tuple):
             new = function(output)
             return output if new is None else new

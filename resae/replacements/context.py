@@ -1,45 +1,44 @@
-"""Replace the residual stream at several layers of a running model by what a stack reconstructs.
+"""Replace the residual stream at several layers of a running model by a stack's reconstruction.
 
     online          one pass; codes come from the running stream, which upstream replacements have
-                    already changed; x̂_l goes in at once
-    teacher_forced  codes of all layers come from the clean pass; all x̂_l go in during a second pass
+                    already changed; x̂_l is written at once
+    teacher_forced  codes of all layers come from the clean pass; a second pass writes all x̂_l
     error_added     as teacher_forced, but x̂_l − x_l is added to the running stream instead
 
-Teacher-forced, what goes in at the last layer overwrites everything before it: all layers at once
-equal the last one alone, exactly. Online and error-added are the forms that see every layer.
+Teacher-forced, the replacement of the last layer overwrites all earlier ones: replacing all layers
+equals replacing only the last one, exactly. Online and error-added measure every layer.
 (Online, adding the error of the running stream to that stream is replacing it.)
 
 Online, the residual is taken against the reconstructions that were put into the stream (closed
 loop); loop "open" takes it against the stream as it was before each replacement. The chain runs
-through all selected layers, one token at a time, within one forward pass; nothing is kept between
-decode steps but the model's own cache, and beams may be reordered between them. `layers` chooses
+through all selected layers, one token at a time, within one forward pass; between decode steps
+only the model's own KV cache is kept, and beams may be reordered between them. `layers` chooses
 where its result enters the stream. Codes can be read and edited on the way
 (`resae.replacements.edits`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from resae.choices import Loop, Mode
 from resae.models.hooked import HookedLM, cache_of, type_name
 from resae.models.points import HookPoint
 from resae.replacements.counts import LayerCounts, PassCounts
 from resae.replacements.decode_loop import DEFERRED
 from resae.replacements.edits import ActiveEdits, Change, Interventions, PassTokens
-from resae.stack.stack import AffineOnly, Loop, ReSAE
+from resae.stack.stack import AffineOnly, ReSAE
 from resae.threads import PerThread
 from resae_kernels import SparseCode, Transported
 from resae_kernels.step import FEW_TOKENS
 
-Mode = Literal["online", "teacher_forced", "error_added"]
-MODES = ("online", "teacher_forced", "error_added")
 OnCodes = Callable[[str, SparseCode], object]
 
 
@@ -47,20 +46,21 @@ OnCodes = Callable[[str, SparseCode], object]
 class _Pass:
     """State of one forward pass of the whole model."""
 
-    keep: Tensor | None
-    """`[B, T, 1]` bool, where the stream is left alone; None: nowhere."""
+    skip: Tensor | None
+    """`[B, T, 1]` bool, tokens whose stream is not replaced; None: none."""
     tokens: PassTokens | None
-    """Where edits look for their places; None without edits."""
-    seen: list[Tensor]
-    """Running stream at the selected layers passed so far; of two passes the clean one at all."""
+    """Tokens of this pass, among which edits look for theirs; None without edits."""
+    predictor_inputs: list[Tensor]
+    """Running stream at the selected layers passed so far, from which later ones are predicted in
+    open loop; in modes of two passes the clean stream at all layers."""
     x_hats: list[Tensor]
     """Reconstructions of the selected layers passed so far; of two passes of all."""
     changes: list[Change | None]
-    """What edits added at each selected layer."""
+    """Change added by edits at each selected layer."""
     codes: list[SparseCode] = field(default_factory=list)
     """Codes of the layers passed so far, where dictionaries are transported."""
     tally: Tensor | None = None
-    """`[3]` calls, tokens, tokens left alone; the same at every layer."""
+    """`[3]` calls, tokens, tokens skipped; the same at every layer."""
 
 
 class _ThreadState:
@@ -70,8 +70,8 @@ class _ThreadState:
         self.current: _Pass | None = None
         """The pass that this thread runs; None outside a pass."""
         self.capturing = False
-        """Whether this thread runs the clean pass of a mode of two passes."""
-        # [2, 3] per layer, (prefill, decode) by (calls, tokens, left): tensors, so that counting
+        """True while this thread runs the clean pass of a mode of two passes."""
+        # [2, 3] per layer, (prefill, decode) by (calls, tokens, skipped): tensors, so that counting
         # waits for no GPU, recompiles nothing and goes on in a replayed graph. Each thread has its
         # own: an addition to a tensor is not atomic. (`inference_mode` would make tensors that
         # later passes outside it could not change.)
@@ -83,12 +83,12 @@ class _ThreadState:
         self.host_counts = [[[0, 0, 0], [0, 0, 0]] for _ in range(n_layers)]
 
     def totals(self, layer: int) -> Tensor:
-        """`[2, 3]` on the CPU: (prefill, decode) by (calls, tokens, left)."""
+        """`[2, 3]` on the CPU: (prefill, decode) by (calls, tokens, skipped)."""
         return self.counts[layer].cpu() + torch.tensor(self.host_counts[layer])
 
 
 class Replacement:
-    """A replacement in force; made by `replacement`. As a context manager it is removed on exit,
+    """An active replacement; made by `replacement`. As a context manager it is removed on exit,
     and what the calling thread runs inside runs without gradient.
 
     The state of a pass belongs to the pass: any number of threads may run the model at a time. A
@@ -99,9 +99,9 @@ class Replacement:
         self,
         lm: HookedLM,
         stack: ReSAE | AffineOnly,
-        mode: Mode,
-        loop: Loop,
-        put_at: Sequence[HookPoint],
+        mode: str,
+        loop: str,
+        write_points: Sequence[HookPoint],
         replace_special: bool,
         clean: Sequence[Tensor] | None,
         keep_error: bool,
@@ -111,20 +111,20 @@ class Replacement:
     ):
         self._lm = lm
         self._stack = stack
-        self._mode: Mode = mode
-        self._loop: Loop = loop
+        self._mode = str(mode)  # plain, as torch.compile compares it
+        self._loop = str(loop)
         self._points = [lm.hook_point(name) for name in stack.hook_points]
-        self._puts = [point in put_at for point in self._points]
-        self._last = self._points.index(max(put_at))
+        self._writes = [point in write_points for point in self._points]
+        self._last = self._points.index(max(write_points))
         self._clean = clean
         self._keep_error = keep_error
         self.edits = edits
-        """The interventions in force, with counts of what they changed; None without any."""
+        """The active interventions, with counts of their changes; None without any."""
         self._on_codes = on_codes
-        self._carried = transported
+        self._transported = transported
         self._reads_codes = not (edits is None and on_codes is None and transported is None)
-        self._homes = [_home(stack, layer) for layer in range(len(self._points))]
-        self._spread = len({home.device for home in self._homes if home is not None}) > 1
+        self._device_refs = [_device_ref(stack, layer) for layer in range(len(self._points))]
+        self._spread = len({ref.device for ref in self._device_refs if ref is not None}) > 1
         self._special = None  # [S] ids of special tokens, made once: a copy to a GPU waits for it
         if not replace_special:
             self._special = torch.tensor(lm.special_ids, dtype=torch.int64, device=lm.device)
@@ -142,9 +142,9 @@ class Replacement:
 
     def __repr__(self) -> str:
         layers = ", ".join(
-            point.name for point, puts in zip(self._points, self._puts, strict=True) if puts
+            point.name for point, writes in zip(self._points, self._writes, strict=True) if writes
         )
-        state = "removed" if self._removed else "in force"
+        state = "removed" if self._removed else "active"
         return (
             f"Replacement({state} at {layers} of {self._lm.name!r}, mode={self._mode!r}, "
             f"loop={self._loop!r}, keep_error={self._keep_error}, "
@@ -153,10 +153,10 @@ class Replacement:
 
     @property
     def counts(self) -> list[LayerCounts]:
-        """Per layer at which something is put in: calls, tokens replaced, tokens left alone."""
+        """Per layer that is replaced: calls, tokens replaced, tokens skipped."""
         counts = []
         for layer, point in enumerate(self._points):
-            if self._puts[layer]:
+            if self._writes[layer]:
                 sums = sum(thread.totals(layer) for thread in self._threads)
                 assert isinstance(sums, Tensor)
                 kinds = [
@@ -168,16 +168,16 @@ class Replacement:
     def assert_replaced(
         self, *, decode_steps: int | None = None, layers: Sequence[str | int] | None = None
     ) -> None:
-        """For tests of what is built on a replacement: it has not silently done nothing.
+        """Check, in tests of code that uses a replacement, that it did replace tokens.
 
         Args:
-            decode_steps: how many single-token passes each layer must have seen, with tokens
+            decode_steps: how many single-token passes each layer must have run, with tokens
                 replaced in them; default: any number.
-            layers: which layers to look at; default all at which something is put in.
+            layers: layers to check; default all that are replaced.
 
         Raises:
             AssertionError: naming the first layer that was never reached, whose tokens were all
-                left alone, or whose decode steps were not all seen and replaced.
+                left alone, or whose decode steps were not all run and replaced.
         """
         counts = {count.hook_point: count for count in self.counts}
         names = list(counts) if layers is None else [p.name for p in self._lm.hook_points(layers)]
@@ -189,8 +189,8 @@ class Replacement:
                 raise AssertionError(f"{name} was never reached by a forward pass")
             if not count.replaced:
                 raise AssertionError(
-                    f"{name} was reached by {count.calls} passes, but all {count.left} tokens were "
-                    f"left alone as special or padding"
+                    f"{name} was reached by {count.calls} passes, but all {count.skipped} tokens "
+                    f"were left alone as special or padding"
                 )
             if decode_steps is None:
                 continue
@@ -201,11 +201,11 @@ class Replacement:
             if decode_steps and not count.decode.replaced:
                 raise AssertionError(
                     f"{name}: no token of its {decode_steps} decode steps was replaced; all "
-                    f"{count.decode.left} were left alone as special or padding"
+                    f"{count.decode.skipped} were left alone as special or padding"
                 )
 
     def remove(self) -> None:
-        """End it: the model is as it was. Once more does nothing."""
+        """Restore the model. A second call does nothing."""
         self._removed = True
         self._in_force.close()
 
@@ -240,24 +240,26 @@ class Replacement:
         return output
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pass:
-        """The state at the beginning: which tokens are special, and what a clean pass says."""
+        """The state at the beginning: which tokens are special, and the outputs of a clean pass."""
         input_ids = args[0] if args else kwargs.get("input_ids")
-        keep = self._kept(input_ids, kwargs.get("attention_mask"))
+        skip = self._skip_mask(input_ids, kwargs.get("attention_mask"))
         tokens = None
         changes: list[Change | None] = [None] * len(self._points)
         if self.edits is not None:
             given = kwargs["inputs_embeds"] if input_ids is None else input_ids
-            left_alone = None if keep is None else keep.squeeze(-1)
+            left_alone = None if skip is None else skip.squeeze(-1)
             tokens = PassTokens.of_pass(given, kwargs, left_alone)
         if self._mode == "online":
-            return _Pass(keep, tokens, [], [], changes)
+            return _Pass(skip, tokens, [], [], changes)
         xs = self._clean
         if xs is None:
             xs = self._capture(input_ids, kwargs)
-        x_hats = self._stack([_to(x, self._homes[0]) for x in xs], loop=self._loop).x_hats
-        return _Pass(keep, tokens, list(xs), x_hats, changes)
+        x_hats = self._stack(
+            [_cast_like(x, self._device_refs[0]) for x in xs], loop=self._loop
+        ).x_hats
+        return _Pass(skip, tokens, list(xs), x_hats, changes)
 
-    def _kept(self, input_ids: Tensor | None, mask: Any) -> Tensor | None:
+    def _skip_mask(self, input_ids: Tensor | None, mask: Any) -> Tensor | None:
         """`[B, T, 1]` bool, which tokens are special or padding."""
         if self._special is None:
             return None
@@ -268,19 +270,19 @@ class Replacement:
             )
         if self._replaces_all(input_ids, mask):
             return None
-        keep = torch.isin(input_ids, self._special)
+        skip = torch.isin(input_ids, self._special)
         if isinstance(mask, dict):  # one per kind of attention
             mask = next(iter(mask.values()))
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            keep = keep | (mask[:, -input_ids.shape[1] :] == 0)
+            skip = skip | (mask[:, -input_ids.shape[1] :] == 0)
         elif isinstance(mask, Tensor) and mask.ndim == 4:
             # [B, 1, T, past + T], made by `generate` for a static cache: True or 0 where a token
             # may look. One that may look nowhere, not even at itself, is padding.
             visible = mask if mask.dtype == torch.bool else mask == 0
-            keep = keep | ~visible[:, 0].any(-1)
-        if _on_host(keep) and not keep.any():
+            skip = skip | ~visible[:, 0].any(-1)
+        if _on_host(skip) and not skip.any():
             return None  # as for most tokens that a model writes: nothing to pick, nothing to count
-        return keep.unsqueeze(-1)
+        return skip.unsqueeze(-1)
 
     def _replaces_all(self, input_ids: Tensor, mask: Any) -> bool:
         """Are these single tokens of a few rows for certain neither special nor padding? Looked at
@@ -314,9 +316,9 @@ class Replacement:
             thread.capturing = False
         return [captured[point] for point in self._points]
 
-    def _at(self, layer: int, stream: Tensor) -> Tensor | None:
-        """The pass reaches selected layer `layer` with `stream [B, T, D]`; what goes on from
-        there."""
+    def _on_activation(self, layer: int, stream: Tensor) -> Tensor | None:
+        """Hook at selected layer `layer`: returns the replacement for `stream [B, T, D]`, or
+        None."""
         thread = self._threads.here
         if thread.capturing:
             return None
@@ -336,47 +338,54 @@ class Replacement:
         new = state.x_hats[layer]
         if self._keep_error:
             # Without gradient: through x̂ + h − x̂ none would reach the latents.
-            new = new + (_to(stream, new) - new).detach()
+            new = new + (_cast_like(stream, new) - new).detach()
         if delta is not None:
             new = new + delta
             if self.edits is not None and self.edits.effects == "propagated":
                 state.x_hats[layer] = state.x_hats[layer] + delta
-        new = _to(new, stream)
+        new = _cast_like(new, stream)
         if self._mode == "error_added":
-            new = stream + (new - _to(state.seen[layer], stream))
-        if not self._puts[layer]:
+            new = stream + (new - _cast_like(state.predictor_inputs[layer], stream))
+        if not self._writes[layer]:
             return None
         self._count(layer, stream, thread, state)
-        return new if state.keep is None else torch.where(state.keep.to(stream.device), stream, new)
+        return new if state.skip is None else torch.where(state.skip.to(stream.device), stream, new)
 
     def _step(self, layer: int, stream: Tensor, state: _Pass) -> tuple[Tensor, SparseCode | None]:
         """x̂ `[B, T, D]` and code of selected layer `layer`, where its parameters are."""
-        home = self._homes[layer]
-        x = _to(stream, home)
-        put_in, seen = state.x_hats, state.seen
+        ref = self._device_refs[layer]
+        x = _cast_like(stream, ref)
+        reconstructions, predictor_inputs = state.x_hats, state.predictor_inputs
         if self._spread:
-            put_in, seen = ([_to(y, home) for y in ys] for ys in (put_in, seen))
+            reconstructions, predictor_inputs = (
+                [_cast_like(y, ref) for y in ys] for ys in (reconstructions, predictor_inputs)
+            )
         if self._loop == "closed":
-            seen = put_in
-        if self._carried is None or not isinstance(self._stack, ReSAE):
-            step = self._stack.step(layer, x, seen, put_in)
+            predictor_inputs = reconstructions
+        if self._transported is None or not isinstance(self._stack, ReSAE):
+            step = self._stack.step(layer, x, predictor_inputs, reconstructions)
         else:
             step = self._stack.step(
-                layer, x, seen, put_in, codes=state.codes, transported=self._carried
+                layer,
+                x,
+                predictor_inputs,
+                reconstructions,
+                codes=state.codes,
+                transported=self._transported,
             )
-        state.seen.append(x)
+        state.predictor_inputs.append(x)
         return step
 
     def _edit(self, layer: int, code: SparseCode, state: _Pass) -> Tensor | None:
-        """Edit the code of selected layer `layer`, and show it to who reads; what the edits add to
-        the stream, `[B, T, D]`."""
+        """Edit the code of selected layer `layer` and pass it to `on_codes`; returns the change
+        that the edits add to the stream, `[B, T, D]`."""
         delta, transported = None, code
         if self.edits is not None and state.tokens is not None:
             code, change = self.edits.at(layer, code, state.tokens)
             transported = self.edits.code_for_prediction(layer, transported, code, change)
             state.changes[layer] = change
             delta = None if change is None else change.delta
-        if self._carried is not None:
+        if self._transported is not None:
             state.codes.append(transported)
         if self._on_codes is not None:
             name = self._points[layer].name
@@ -390,7 +399,7 @@ class Replacement:
         B, T, _ = stream.shape
         row = 0 if T > 1 else 1
         if _on_host(stream):  # in numbers: a tensor would take longer than a prediction
-            left = 0 if state.keep is None else int(state.keep.sum())
+            left = 0 if state.skip is None else int(state.skip.sum())
             sums = thread.host_counts[layer][row]
             sums[0] += 1
             sums[1] += B * T
@@ -400,7 +409,7 @@ class Replacement:
         if counts.device != stream.device:  # of a model spread over devices, in its first pass
             counts = thread.counts[layer] = counts.to(stream.device)
         if state.tally is None:
-            left = counts.new_zeros(()) if state.keep is None else state.keep.sum()
+            left = counts.new_zeros(()) if state.skip is None else state.skip.sum()
             calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
             state.tally = torch.stack([calls, tokens, left])
         counts[row].add_(state.tally.to(stream.device))
@@ -412,35 +421,35 @@ def _on_host(tensor: Tensor) -> bool:
 
 
 _REPLACED: WeakKeyDictionary[nn.Module, set[HookPoint]] = WeakKeyDictionary()
-"""Per list of blocks, where replacements in force put something in."""
+"""Per list of blocks, hook points at which active replacements write."""
 _CLAIMING = RLock()
 
 
 @contextmanager
-def _claimed(lm: HookedLM, put_at: Sequence[HookPoint]) -> Iterator[None]:
+def _claimed(lm: HookedLM, write_points: Sequence[HookPoint]) -> Generator[None]:
     """Hold hook points against other replacements. Raises ValueError if one is held already."""
     with _CLAIMING:
         replaced = _REPLACED.setdefault(lm.blocks, set())
-        for point in put_at:
+        for point in write_points:
             if point in replaced:
                 raise ValueError(
                     f"replacement: {point.name} of {lm.name} is being replaced already; remove() "
                     f"that replacement first, or choose other layers"
                 )
-        replaced.update(put_at)
+        replaced.update(write_points)
     try:
         yield
     finally:
         with _CLAIMING:
-            replaced.difference_update(put_at)
+            replaced.difference_update(write_points)
 
 
 def replacement(
     lm: HookedLM | nn.Module,
     stack: ReSAE | AffineOnly,
     *,
-    mode: Mode = "online",
-    loop: Loop = "closed",
+    mode: Mode | str = "online",
+    loop: Loop | str = "closed",
     layers: Sequence[str | int] | None = None,
     replace_special: bool = False,
     clean: Sequence[Tensor] | None = None,
@@ -449,7 +458,7 @@ def replacement(
     on_codes: OnCodes | None = None,
     transport_bytes: int = 0,
 ) -> Replacement:
-    """From here on every forward pass of the model, `generate` included, runs replaced.
+    """Replace the stream in every forward pass of the model from now on, `generate` included.
 
         with replacement(lm, stack): …                until the block ends, and without gradient
         active = replacement(lm, stack); …            until active.remove()
@@ -464,19 +473,19 @@ def replacement(
 
     Args:
         lm: the model that the stack was trained on, or the Hugging Face model inside.
-        stack: what reconstructs.
+        stack: reconstructs the stream.
         mode: `online`, `teacher_forced` or `error_added` (above); only `online` with a KV cache.
         loop: `closed`: residuals against reconstructions; `open`: against true activations (online:
             against the running stream before replacement).
         layers: where reconstructions enter the stream, a subset of the stack's hook points; default
             all. The chain itself always runs through every selected layer before the last of these.
         replace_special: also replace at BOS, EOS and padding.
-        clean: the clean activations `[B, T, D]` of the one batch that will be run, if at hand;
-            saves the clean pass of the teacher-forced modes.
+        clean: the clean activations `[B, T, D]` of the one batch that will be run, if already
+            computed; saves the clean pass of the teacher-forced modes.
         keep_error: online only: x̂ + (h − x̂) goes in, the running stream h itself up to rounding.
-            The codes are made all the same, so that this is the clean model with its codes beside.
-            The error h − x̂ carries no gradient: all of it goes through x̂, to the latents.
-            Interventions that keep the error need not say so here again.
+            The codes are computed all the same: this is the clean model, and its codes can be
+            read. The error h − x̂ carries no gradient: all of it goes through x̂, to the latents.
+            Not needed where the interventions keep the error.
         interventions: online only: edits of the codes, as `resae.Interventions.parse` reads them.
         on_codes: online only: called at every selected layer of every pass with the name of its
             hook point and its code `[B, T, k]`, edited, on the device, in the thread of the pass;
@@ -485,8 +494,8 @@ def replacement(
             layers take no more than this, they are made now, and passes of up to 16 tokens predict
             by gathering their rows instead of multiplying by the maps; on a CPU as long as these
             are at most D rows, as more take longer than a map. They do not follow later changes of
-            the stack. Not in an open loop: its codes are taken against streams, and no code says
-            what those hold.
+            the stack. Not in an open loop, whose predictions come from streams
+            instead of codes.
 
     Returns:
         A `Replacement`, whose `counts` tell what was replaced, and `edits` what was edited.
@@ -494,8 +503,8 @@ def replacement(
     Raises:
         TypeError: something else than a model and a stack.
         ValueError: another model's stack, or one on another device; unknown mode or loop; layers
-            that the stack has not, or that are replaced already; interventions that are no such
-            description, or ask for what the stack has not.
+            that the stack does not have, or that are replaced already; interventions that cannot
+            be parsed, or that the stack cannot do.
     """
     if not isinstance(stack, ReSAE | AffineOnly):
         raise TypeError(
@@ -505,10 +514,8 @@ def replacement(
         )
     lm = lm if isinstance(lm, HookedLM) else HookedLM(lm)
     stack.require_model(lm)
-    if mode not in MODES:
-        raise ValueError(f"replacement: mode={mode!r}, expected one of {', '.join(MODES)}")
-    if loop not in ("open", "closed"):
-        raise ValueError(f"replacement: loop={loop!r}, expected 'open' or 'closed'")
+    Mode.check(mode, "replacement: mode")
+    Loop.check(loop, "replacement: loop")
     asked = Interventions() if interventions is None else Interventions.parse(interventions)
     keep_error = keep_error or asked.keep_error
     wants_codes = asked.edits or on_codes is not None
@@ -520,19 +527,19 @@ def replacement(
     if keep_error and mode != "online":
         raise ValueError(f"replacement: keep_error=True with mode={mode!r}; use mode='online'")
     points = lm.hook_points(stack.hook_points)
-    put_at = points if layers is None else lm.hook_points(layers)
-    for point in put_at:
+    write_points = points if layers is None else lm.hook_points(layers)
+    for point in write_points:
         if point not in points:
             raise ValueError(
                 f"replacement: the stack has no {point.name} but {', '.join(stack.hook_points)}"
             )
     _require_devices(lm, stack)
     with ExitStack() as in_force:  # which undoes what was done, if any of it fails
-        in_force.enter_context(_claimed(lm, put_at))
+        in_force.enter_context(_claimed(lm, write_points))
         edits = None
         if asked.edits:
             assert isinstance(stack, ReSAE)
-            edits = ActiveEdits(asked, stack, [point.name for point in put_at])
+            edits = ActiveEdits(asked, stack, [point.name for point in write_points])
         transported = None
         if transport_bytes and isinstance(stack, ReSAE):
             if mode != "online" or loop != "closed":
@@ -550,7 +557,7 @@ def replacement(
             stack,
             mode,
             loop,
-            put_at,
+            write_points,
             replace_special,
             clean,
             keep_error,
@@ -559,9 +566,9 @@ def replacement(
             transported,
         )
         hooks = {
-            point: partial(active._at, layer)
+            point: partial(active._on_activation, layer)
             for layer, point in enumerate(points)
-            if point <= max(put_at)
+            if point <= max(write_points)
         }
         in_force.enter_context(lm.hooked(hooks, around=active._run))
         active._in_force = in_force.pop_all()
@@ -572,15 +579,15 @@ def _require_devices(lm: HookedLM, stack: ReSAE | AffineOnly) -> None:
     lm.require_weights()
     devices = {parameter.device for parameter in lm.model.parameters()}
     for layer in range(stack.n_layers):
-        home = _home(stack, layer)
-        if home is not None and home.device not in devices:
+        ref = _device_ref(stack, layer)
+        if ref is not None and ref.device not in devices:
             raise ValueError(
-                f"replacement: the stack is on {home.device}, the model on {lm.device}; use "
+                f"replacement: the stack is on {ref.device}, the model on {lm.device}; use "
                 f"stack.to({str(lm.device)!r})"
             )
 
 
-def _home(stack: ReSAE | AffineOnly, layer: int) -> Tensor | None:
+def _device_ref(stack: ReSAE | AffineOnly, layer: int) -> Tensor | None:
     """A tensor of the device and dtype that selected layer `layer` of the stack computes in; None
     where the stack has no parameters."""
     if isinstance(stack, ReSAE):
@@ -588,7 +595,7 @@ def _home(stack: ReSAE | AffineOnly, layer: int) -> Tensor | None:
     return next(stack.predictor.buffers(), None)
 
 
-def _to(x: Tensor, like: Tensor | None) -> Tensor:
+def _cast_like(x: Tensor, like: Tensor | None) -> Tensor:
     # Not always by `to`, which takes as long as a prediction for one token.
     if like is None or (x.dtype == like.dtype and x.device == like.device):
         return x

@@ -5,19 +5,19 @@ from typing import NamedTuple
 
 
 class PassCounts(NamedTuple):
-    """What happened at one hook point in the passes of one kind."""
+    """Counts at one hook point in the passes of one kind."""
 
     calls: int = 0
     """Forward passes."""
     replaced: int = 0
     """Tokens whose activation was replaced."""
-    left: int = 0
-    """Tokens left alone: special tokens and padding."""
+    skipped: int = 0
+    """Tokens not replaced: special tokens and padding."""
 
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """What happened at one hook point since the replacement began."""
+    """Counts at one hook point since the replacement began."""
 
     hook_point: str
     prefill: PassCounts
@@ -36,6 +36,6 @@ class LayerCounts:
         return self.prefill.replaced + self.decode.replaced
 
     @property
-    def left(self) -> int:
-        """Tokens left alone: special tokens and padding."""
-        return self.prefill.left + self.decode.left
+    def skipped(self) -> int:
+        """Tokens not replaced: special tokens and padding."""
+        return self.prefill.skipped + self.decode.skipped

@@ -1,5 +1,4 @@
-"""The fast way to write: a static cache, one single-token step that is compiled once, and no host
-between two tokens but for the loop itself.
+"""Fast generation: static KV cache and one compiled single-token step.
 
     with replacement(lm, stack):
         write = DecodeLoop(lm, max_length=128)
@@ -8,14 +7,14 @@ between two tokens but for the loop itself.
 On a GPU the step runs as a CUDA graph (`torch.compile`, mode "reduce-overhead"). The model is run
 as it is at each call: replaced, if that is inside a replacement.
 
-What the graph needs, and who sees to it: the tensors that a step changes stay at their addresses
-(keys and values: `StaticLayer` declares it; counts: `Replacement`), nothing in a step depends on a
-number that Python counts, and what a step returns is used up before the next one begins. Codes that
-are read on the way are handed over between two steps, by functions that run outside the graph.
+Requirements of the graph: the tensors that a step changes stay at their addresses (keys and values:
+`StaticLayer` declares it; counts: `Replacement`), nothing in a step depends on a Python number that
+changes, and the output of a step is used before the next step begins. Codes are passed to
+`on_codes` between two steps, outside the graph.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 LOOK_EVERY = 16
-"""Tokens between two looks at whether every row has ended: a look waits for a GPU."""
+"""Tokens between two checks whether every row has ended: a check waits for a GPU."""
 
 
 class _Deferred(threading.local):
@@ -46,8 +45,8 @@ class DecodeLoop:
     loop each.
 
     Args:
-        lm: the model; what replaces its layers stays in force as long as the loop is used.
-        max_length: keys and values of so many tokens per row are held.
+        lm: the model; a replacement of its layers must stay active as long as the loop is used.
+        max_length: tokens per row for which the KV cache has room.
         compile: whether to compile the step. None: on a GPU. On a CPU compiling takes some seconds
             per layer and gains a few percent.
         options: further options of `torch.compile` (`backend`, `mode`, …).
@@ -140,7 +139,7 @@ class DecodeLoop:
             return written
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> Generator[None]:
         """Hold the keys and values for one text."""
         if not self._writing.acquire(blocking=False):
             raise RuntimeError(
@@ -191,7 +190,7 @@ class DecodeLoop:
         return self._cache
 
     def _run(self, step: Callable[..., Tensor], *args: Any) -> Tensor:
-        """A step, and then what it leaves to be called."""
+        """Run a step, then the calls that it deferred."""
         calls = DEFERRED.calls = []
         try:
             logits = step(*args)

@@ -4,16 +4,17 @@ At a selected layer the stream is h, `prediction` what the chain of maps predict
 
     z = TopK_k(relu((h − prediction − b_dec) W_enc + b_enc))      x̂ = prediction + b_dec + z W_dec
     ablate   z_j → 0            clamp   z_j → v, also where latent j is not active
-    scale    z_j → v · z_j      add     z_j → z_j + v, or a vector u beside the code
+    scale    z_j → v · z_j      add     z_j → z_j + v, or a vector u added to x̂
 
 The edits of a layer, in their order, give z', and so `Δ = (z' − z) W_dec + Σ u`. Into the stream
 goes x̂ + Δ, or h + Δ where the error h − x̂ is kept.
 
-Effects "propagated": later layers predict from x̂ + Δ, so that their codes hold what the maps do not
-foresee of the edit. Effects "frozen": from x̂, as though there were no edit; all of its effect meets
-their codes as news. Either way the code that is reported is z'. In an open loop codes are taken
-against the stream before replacement, in which Δ of that layer is not: it meets later codes as news
-whatever is said, and "propagated" adds to their x̂ what the maps foresee of it once more.
+Effects "propagated": later layers predict from x̂ + Δ, so that their codes encode only the part of
+the edit's effect that the maps do not predict. Effects "frozen": later layers predict from x̂, as if
+there were no edit, and their codes must encode its whole effect. The reported code is always z'.
+In open loop, predictions come from the stream before replacement, which lacks Δ of that layer:
+ later codes must encode its whole effect in both cases, and "propagated" adds the predicted
+effect to their x̂ a second time.
 
 Only the edited latents are touched: Δ is a sum over E of them, never `[N, M]`.
 """
@@ -24,24 +25,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from resae.choices import Action, Effects, Place
 from resae.models.hooked import cache_of
 from resae.stack.stack import ReSAE
 from resae.storage import load_json
 from resae.threads import PerThread
 from resae_kernels import SparseCode, transport
 
-ACTIONS = ("ablate", "clamp", "scale", "add")
-EFFECTS = ("propagated", "frozen")
-PLACES = ("all", "prompt", "last_prompt", "generated")
-Effects = Literal["propagated", "frozen"]
-
-
-# -- what is asked for -----------------------------------------------------------------------------
+# -- descriptions of edits -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -50,22 +46,21 @@ class Edit:
 
     layer: int | str
     """Block number, or hook point as the stack names it."""
-    action: str
+    action: Action | str
     """`ablate`, `clamp`, `scale` or `add` (formulas above)."""
     latents: tuple[int, ...] = ()
-    """Which latents; none where a vector is added."""
+    """Indices of the latents; empty where a vector is added."""
     value: float | None = None
     """v: what to clamp to, scale by or add; none for `ablate`."""
     vector: tuple[float, ...] | None = None
     """u, `[D]`: for `add`, in place of latents and value."""
-    at: str | tuple[int, ...] = "all"
+    at: Place | str | tuple[int, ...] = "all"
     """Tokens: `all`; `prompt`, those of a pass that starts without cache; `last_prompt`, the last
     of them; `generated`, those of passes that continue a cache; or positions in the row, counted
-    from 0 without padding. Never padding, nor special tokens that replacement leaves alone."""
+    from 0 without padding. Never padding, nor special tokens that are not replaced."""
 
     def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise ValueError(f"unknown action {self.action!r}; there are {', '.join(ACTIONS)}")
+        Action.check(self.action, "action")
         if self.vector is not None and (self.action != "add" or self.latents):
             raise ValueError(
                 f"{self.action} with a vector{' and latents' * bool(self.latents)}; a vector is "
@@ -83,15 +78,14 @@ class Edit:
         if not all(map(math.isfinite, (self.value or 0.0, *(self.vector or ())))):
             raise ValueError(f"{self.action}: value and vector must be finite")
         if isinstance(self.at, str):
-            if self.at not in PLACES:
-                raise ValueError(f"at={self.at!r}; expected {', '.join(PLACES)} or positions")
+            Place.check(self.at, "at", "positions")
         elif not self.at or min(self.at) < 0:
             raise ValueError(f"at={list(self.at)}; expected positions, counting from 0")
 
     def __str__(self) -> str:
-        what = "a vector" if self.vector is not None else f"latents {_listed(self.latents)}"
+        what = "a vector" if self.vector is not None else f"latents {_join(self.latents)}"
         value = "" if self.value is None else f" value {self.value:g}"
-        place = self.at if isinstance(self.at, str) else f"positions {_listed(self.at)}"
+        place = self.at if isinstance(self.at, str) else f"positions {_join(self.at)}"
         return f"{self.action} {what}{value} of layer {self.layer}, {place}"
 
     @classmethod
@@ -99,7 +93,7 @@ class Edit:
         """Read `{"layer": 3, "action": "clamp", "latents": 17, "value": 5.0, "at": "generated"}`.
 
         Raises:
-            ValueError: not such a dict; the message says which entry and what is expected.
+            ValueError: not such a dict; the message names the entry and what is expected.
         """
         entry = _keys(entry, {"layer", "action"}, {"latents", "value", "vector", "at"})
         layer, at = entry["layer"], entry.get("at", "all")
@@ -120,7 +114,7 @@ class Edit:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, without the fields that say nothing."""
+        """A dictionary for `from_dict`, without the fields that are at their defaults."""
         entry: dict[str, Any] = {"layer": self.layer, "action": self.action}
         if self.latents:
             entry["latents"] = list(self.latents)
@@ -137,13 +131,12 @@ class Interventions:
 
     edits: tuple[Edit, ...] = ()
     keep_error: bool = False
-    """Whether h + Δ goes into the stream instead of x̂ + Δ."""
-    effects: Effects = "propagated"
-    """Whether later layers predict from x̂ + Δ (`propagated`) or from x̂ (`frozen`)."""
+    """Write h + Δ into the stream instead of x̂ + Δ."""
+    effects: Effects | str = "propagated"
+    """Input of later layers' predictions: x̂ + Δ (`propagated`) or x̂ (`frozen`)."""
 
     def __post_init__(self) -> None:
-        if self.effects not in EFFECTS:
-            raise ValueError(f"effects={self.effects!r}, expected {' or '.join(EFFECTS)}")
+        Effects.check(self.effects, "effects")
 
     @classmethod
     def parse(cls, source: Any) -> "Interventions":
@@ -153,7 +146,7 @@ class Interventions:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not such a description; the message says where and what is expected.
+            ValueError: not such a description; the message names the place and what is expected.
         """
         if isinstance(source, cls):
             return source
@@ -176,12 +169,13 @@ class Interventions:
                 where = f"interventions: edit {number}"
                 edits.append(entry if isinstance(entry, Edit) else Edit.from_dict(entry))
             where = "interventions"
-            return cls(**{**source, "edits": tuple(edits)})
+            settings: dict[str, Any] = {**source, "edits": tuple(edits)}
+            return cls(**settings)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `parse` reads; fit for JSON."""
+        """A dictionary for `parse`, which JSON can hold."""
         edits = [edit.to_dict() for edit in self.edits]
         return {"edits": edits, "keep_error": self.keep_error, "effects": self.effects}
 
@@ -222,7 +216,7 @@ def _integers(name: str, value: Any) -> tuple[int, ...]:
     return values
 
 
-def _listed(numbers: Iterable[object]) -> str:
+def _join(numbers: Iterable[object]) -> str:
     return ", ".join(map(str, numbers))
 
 
@@ -236,7 +230,8 @@ class PassTokens:
     positions: Tensor
     """`[B, T]` int64, place in the row, padding not counted."""
     starts: bool | Tensor
-    """Whether no cache precedes them (bool `[]` on the device with a static cache: no waiting)."""
+    """True if no KV cache precedes them; with a static cache a bool `[]` on the device, which is
+    not waited for."""
     attended: Tensor | None
     """`[B, T]` bool, not padding; None: all."""
     left_alone: Tensor | None
@@ -246,7 +241,7 @@ class PassTokens:
     def of_pass(
         cls, tokens: Tensor, kwargs: dict[str, Any], left_alone: Tensor | None
     ) -> "PassTokens":
-        """Of a pass over `tokens [B, T, ...]` with these keyword arguments of an HF model."""
+        """Describe a pass over `tokens [B, T, ...]` with these keyword arguments of an HF model."""
         B, T = tokens.shape[:2]
         cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         past = 0 if cache is None else cache.get_seq_length()
@@ -260,7 +255,7 @@ class PassTokens:
         return cls(positions.expand(B, T), past == 0, attended, left_alone)
 
     def chosen(self, at: str | Tensor) -> Tensor:
-        """`[B, T, 1]` bool: the tokens at a place of `PLACES`, or at positions `[P]`, but for
+        """`[B, T, 1]` bool: the tokens at a `Place`, or at positions `[P]`, but for
         padding and tokens left alone."""
         if isinstance(at, Tensor):
             here = torch.isin(self.positions, at.to(self.positions.device))
@@ -281,7 +276,7 @@ class PassTokens:
 
 
 class Change(NamedTuple):
-    """What edits add to the stream at one layer: `Δ = amounts @ directions`."""
+    """Change of the stream by edits at one layer: `Δ = amounts @ directions`."""
 
     amounts: Tensor
     """`[..., E]`: z' − z of each edited latent, then 1 where a vector is added."""
@@ -295,7 +290,7 @@ class Change(NamedTuple):
 
 
 class EditCount(NamedTuple):
-    """How often an edit changed something."""
+    """Number of changes that an edit made."""
 
     edit: Edit
     hook_point: str
@@ -332,7 +327,7 @@ class ActiveEdits:
             layer: _LayerEdits(edits, stack, layer) for layer, edits in of_layer.items()
         }
         self.changes: list[Change | None] = [None] * stack.n_layers
-        """What was added at each selected layer in the forward pass that ended last."""
+        """Changes added at each selected layer in the last completed forward pass."""
 
     def at(
         self, layer: int, code: SparseCode, tokens: PassTokens
@@ -386,7 +381,7 @@ class ActiveEdits:
         idle = []
         for edit, _, changed in self.counts:
             quiet = [latent for latent, tokens in changed.items() if not tokens]
-            which = f" (only {_listed(quiet)})" if len(quiet) < len(changed) else ""
+            which = f" (only {_join(quiet)})" if len(quiet) < len(changed) else ""
             if quiet:
                 idle.append(f"{edit}{which}")
         if idle:
@@ -474,11 +469,11 @@ def _zeros(lengths: Sequence[int], device: torch.device) -> list[Tensor]:
         return [torch.zeros(n, dtype=torch.int64, device=device) for n in lengths]
 
 
-# -- what the maps say of an edit ------------------------------------------------------------------
+# -- predicted effects of an edit ------------------------------------------------------------------
 
 
 def predicted_effects(stack: ReSAE, changes: Sequence[Change | None]) -> list[Tensor | None]:
-    """How x̂ of every selected layer changes when the codes of later layers stay as they are:
+    """Predicted change of x̂ of every selected layer, the codes of later layers held fixed:
     `Σ_{l≤m} amounts_l @ (directions_l A_{l+1} … A_m)`, the transported directions.
 
     Exact for the chain (effects "propagated", codes of later layers held); for the model's own

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resae.choices import Loop
 from resae.models.hooked import HookedLM
 from resae.replacements.context import replacement
 from resae.replacements.counts import LayerCounts
 from resae.replacements.decode_loop import DecodeLoop
 from resae.replacements.edits import EditCount
-from resae.stack.stack import Loop, ReSAE
+from resae.stack.stack import ReSAE
 
 
 class Generated(NamedTuple):
@@ -25,7 +26,7 @@ class Generated(NamedTuple):
     ids: list[int]
     """All tokens, of BOS and prompt too."""
     edits: list[EditCount]
-    """What interventions changed."""
+    """Number of changes that each edit made."""
 
 
 def prompt_ids(lm: HookedLM, prompt: str, max_new_tokens: int) -> list[int]:
@@ -59,7 +60,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.8,
     seed: int = 0,
-    loop: Loop = "closed",
+    loop: Loop | str = "closed",
     fast: bool = False,
     **options: Any,
 ) -> Generated:
@@ -124,8 +125,8 @@ def generate(
     return Generated(lm.tokenizer.decode(new), len(new), counts, out[0].tolist(), edits)
 
 
-# What a model's own generation_config may say without changing what the fast loop writes: what
-# `generate` says itself or what is no matter of tokens; and, of the most likely token, cut-offs.
+# Settings of a model's own generation_config that do not change the tokens of the fast loop: those
+# that `generate` sets itself, and those that are not about tokens; if greedy, cut-offs too.
 _WITHOUT_EFFECT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length"),
     *("max_new_tokens", "do_sample", "temperature", "top_k", "use_cache", "cache_implementation"),

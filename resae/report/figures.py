@@ -25,7 +25,7 @@ COLORS = {  # Okabe and Ito: told apart by colour-blind readers too
 
 TABLES_ONLY = {
     *("raw_truncated", "boost_base", "boost"),
-    *(f"all_previous_{form}" for form in ("scalar", "diagonal", "low_rank")),
+    *(f"all_previous_{map_type}" for map_type in ("scalar", "diagonal", "low_rank")),
 }
 """Methods of one k, or of a comparison of their own: left out where lines run over k."""
 
@@ -140,16 +140,17 @@ def _redundancy(report: Row) -> Any:
 
 def _r2(report: Row) -> Any:
     rows = report["affine"]
-    hops = list(dict.fromkeys(row["hop"] for row in rows))
+    pairs = list(dict.fromkeys(row["hop"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure, (axis,) = _figure(2.5 + 1.5 * len(methods), 3.2)
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
         values = [
-            next(r["r2"] for r in rows if (r["hop"], r["method"]) == (hop, method)) for hop in hops
+            next(r["r2"] for r in rows if (r["hop"], r["method"]) == (pair, method))
+            for pair in pairs
         ]
         bars = axis.bar(
-            [x + i * width for x in range(len(hops))],
+            [x + i * width for x in range(len(pairs))],
             values,
             width,
             color=COLORS.get(method, "#aaaaaa"),
@@ -157,15 +158,17 @@ def _r2(report: Row) -> Any:
             label=LABELS.get(method, method),
         )
         axis.bar_label(bars, fmt="%.3f", fontsize=8)
-    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(hops))], [_short(hop) for hop in hops])
+    axis.set_xticks(
+        [x + 0.4 - width / 2 for x in range(len(pairs))], [_short_name(pair) for pair in pairs]
+    )
     axis.set_ylabel("R², held-out tokens")
     axis.set_ylim(0, 1.12)
     figure.legend(loc="outside lower center", ncols=min(3, len(methods)), fontsize=8, frameon=False)
     return figure
 
 
-def _short(text: str) -> str:
-    """Hook point names as people say them."""
+def _short_name(text: str) -> str:
+    """Short form of a hook point name."""
     return text.replace("blocks.", "block ").replace(".hook_resid_post", "").replace(".hook_", " ")
 
 
@@ -183,7 +186,7 @@ def _training(report: Row) -> Any:
                 linewidth=1.2,
                 linestyle={0: "-", 1: "--", 2: ":"}[run.get("rank", 0) % 3],
             )
-            axis.set_title(_short(report["config"]["layers"][layer]), fontsize=9)
+            axis.set_title(_short_name(report["config"]["layers"][layer]), fontsize=9)
             axis.set_yscale("log")
             axis.set_xlabel("thousand tokens")
     axes[0].set_ylabel("FVU of the training target")

@@ -1,4 +1,4 @@
-"""What the rows of a demo report say, in sentences: also where a claim does not hold.
+"""Findings from the rows of a demo report, in sentences: also where a claim does not hold.
 
 findings        of the paper's claims
 extra_findings  of the further methods, each held against what it promises
@@ -22,7 +22,7 @@ def findings(report: dict[str, list[dict[str, Any]]], collapse: float) -> list[s
             and len(row["layers"]) == several
         )
 
-    def listed(values: Sequence[float], digits: int = 2) -> str:
+    def join(values: Sequence[float], digits: int = 2) -> str:
         return ", ".join(f"{v:.{digits}f}" for v in values)
 
     at = f"at k = {', '.join(map(str, ks))}"
@@ -36,45 +36,45 @@ def findings(report: dict[str, list[dict[str, Any]]], collapse: float) -> list[s
     ratios = [ours / raw for ours, raw in zip(online["resae"], online["raw"], strict=True)]
     held = "below 0.6 at every k" if max(ratios) < 0.6 else "NOT below 0.6 at every k"
     sentences = [
-        f"Online, all {several} layers replaced at once, ReSAE loses {listed(online['resae'])} "
-        f"nats per token where raw SAEs lose {listed(online['raw'])} ({at}): "
-        f"{listed(ratios)} of it, {held}.",
+        f"Online, all {several} layers replaced at once, ReSAE loses {join(online['resae'])} "
+        f"nats per token where raw SAEs lose {join(online['raw'])} ({at}): "
+        f"{join(ratios)} of it, {held}.",
     ]
     fair = sum(a < b for a, b in zip(online["resae"], online["equal"], strict=True))
     sentences.append(
         f"Raw SAEs given as many latents in total as a ReSAE reconstruction is made of lose "
-        f"{listed(online['equal'])} online: ReSAE is ahead at {fair} of {len(ks)} k."
+        f"{join(online['equal'])} online: ReSAE is ahead at {fair} of {len(ks)} k."
     )
     sentences.append(
         f"The residual must be taken against what was put into the stream: against the stream "
-        f"before replacement, ReSAE loses {listed(online['before'])} online."
+        f"before replacement, ReSAE loses {join(online['before'])} online."
     )
     opened = [delta("resae", k, "teacher_forced", "open") for k in ks]
     closed = [delta("resae", k, "teacher_forced", "closed") for k in ks]
     order = "closed is below open" if all(map(float.__lt__, closed, opened)) else "the order VARIES"
     sentences.append(
         f"With clean codes, teacher-forced, encoding the error made so far again (closed loop) "
-        f"loses {listed(closed)}, the open loop {listed(opened)}: {order}."
+        f"loses {join(closed)}, the open loop {join(opened)}: {order}."
     )
     equal = [delta("raw_equal_total", k, "teacher_forced", None) for k in ks]
     behind = sum(a > b for a, b in zip(opened, equal, strict=True))
     sentences.append(
-        f"Teacher-forced at equal total latents, raw SAEs lose {listed(equal)}: open-loop ReSAE is "
+        f"Teacher-forced at equal total latents, raw SAEs lose {join(equal)}: open-loop ReSAE is "
         f"behind them at {behind} of {len(ks)} k, so its gain is online, not here."
         if behind
-        else f"Teacher-forced at equal total latents, raw SAEs lose {listed(equal)}, more than "
+        else f"Teacher-forced at equal total latents, raw SAEs lose {join(equal)}, more than "
         f"open-loop ReSAE."
     )
     identity_open = [delta("identity", k, "teacher_forced", "open") for k in ks]
     shares = [a / b for a, b in zip(online["resae"], online["identity"], strict=True)]
     sentences.append(
         f"Control: with the identity in place of the learned map the online loss is "
-        f"{listed(online['identity'])}, teacher-forced in open loop {listed(identity_open)}. "
+        f"{join(online['identity'])}, teacher-forced in open loop {join(identity_open)}. "
         + (
             "So the gain comes from passing the previous reconstruction on, hardly from the map "
             "being learned."
             if min(shares) > 0.85
-            else f"Learning the map leaves {listed(shares)} of that loss online."
+            else f"Learning the map leaves {join(shares)} of that loss online."
         )
     )
     added = [delta("resae", k, "error_added", "closed") for k in ks]
@@ -83,8 +83,8 @@ def findings(report: dict[str, list[dict[str, Any]]], collapse: float) -> list[s
     fair = sum(a < b for a, b in zip(added, added_equal, strict=True))
     sentences.append(
         f"With the clean errors of all layers added to the running stream, closed-loop ReSAE loses "
-        f"{listed(added)}, raw SAEs {listed(added_raw)}, raw SAEs with as many latents in total "
-        f"{listed(added_equal)}: ReSAE is ahead of the last at {fair} of {len(ks)} k."
+        f"{join(added)}, raw SAEs {join(added_raw)}, raw SAEs with as many latents in total "
+        f"{join(added_equal)}: ReSAE is ahead of the last at {fair} of {len(ks)} k."
     )
     alone = delta("affine_only", None, "online", None)
     beaten = [k for k, ours in zip(ks, online["resae"], strict=True) if alone < ours]
@@ -95,9 +95,9 @@ def findings(report: dict[str, list[dict[str, Any]]], collapse: float) -> list[s
     )
     sentences.append(_redundancy_sentence(report["redundancy"]))
     sentences.append(
-        f"Replacing whole streams with clean codes, all layers at once differ from the last one "
-        f"alone by exactly {collapse:g} in every logit: what goes in last overwrites the rest, so "
-        f"read online and error-added."
+        f"Teacher-forced replacement of all layers equals replacing only the last one (max logit "
+        f"difference {collapse:g}), because the last replacement overwrites the stream. Use the "
+        f"online and error-added numbers."
     )
     return sentences
 
@@ -110,20 +110,20 @@ def _redundancy_sentence(rows: Sequence[dict[str, Any]]) -> str:
     floor = rows[0]["random_floor"]
     near = all(value < floor + 0.05 for k, value in ours.items() if k <= 8)
 
-    def listed(values: dict[int, float]) -> str:
+    def join(values: dict[int, float]) -> str:
         return ", ".join(f"{v:.2f}" for v in values.values())
 
     return (
         f"Dictionaries of different layers repeat each other far less: mean of the largest cosine "
-        f"{listed(ours)} against {listed(raw)} for raw SAEs (k = {', '.join(map(str, ours))}); "
+        f"{join(ours)} against {join(raw)} for raw SAEs (k = {', '.join(map(str, ours))}); "
         f"{'within' if near else 'NOT within'} 0.05 of random directions ({floor:.2f}) at k ≤ 8. "
-        f"The identity residual does the same ({listed(identity)})."
+        f"The identity residual does the same ({join(identity)})."
     )
 
 
 def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
-    """Of the further methods that are in the report; `boost_k` active latents have the second
-    autoencoders of SAE Boost."""
+    """Findings for the further methods that are in the report. `boost_k`: active latents of the
+    second autoencoders of SAE Boost."""
     sentences = []
     rows = report["replacement"]
     everything = max(len(row["layers"]) for row in rows)
@@ -133,7 +133,7 @@ def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
         if len(r["layers"]) == everything
     }
 
-    def listed(values: Sequence[float], digits: int = 3) -> str:
+    def join(values: Sequence[float], digits: int = 3) -> str:
         return ", ".join(f"{v:.{digits}f}" for v in values)
 
     def deltas(method: str, mode: str, loop: str | None) -> dict[int, float]:
@@ -148,15 +148,15 @@ def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
             for r in report["reconstruction"]
             if (r["layer"], r["loop"]) == (last, "closed")
         }
-        errors = [listed([fvu[m, k] for k in closed]) for m in ("resae_closed", "resae")]
+        errors = [join([fvu[m, k] for k in closed]) for m in ("resae_closed", "resae")]
         better = sum(closed[k] < opened[k] for k in closed)
         worse = sum(online[k] > online_open[k] for k in closed)
         sentences.append(
-            f"Trained in closed loop, ReSAE loses {listed(list(closed.values()))} with clean codes "
-            f"encoded in closed loop, trained in open loop {listed([opened[k] for k in closed])} "
+            f"Trained in closed loop, ReSAE loses {join(list(closed.values()))} with clean codes "
+            f"encoded in closed loop, trained in open loop {join([opened[k] for k in closed])} "
             f"(k = {', '.join(map(str, closed))}): better at {better} of {len(closed)} k; FVU "
             f"there at the last layer {errors[0]} against {errors[1]}. Online "
-            f"{listed(list(online.values()))} against {listed([online_open[k] for k in closed])}: "
+            f"{join(list(online.values()))} against {join([online_open[k] for k in closed])}: "
             f"{'worse at ' + str(worse) if worse else 'worse at none'} of {len(closed)} k."
         )
     names = list(dict.fromkeys(m for m, *_ in measured if m.startswith("all_previous")))
@@ -164,7 +164,7 @@ def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
     r2 = {m: [r["r2"] for r in report["affine"] if r["method"] == m] for m in (*names, "resae")}
     told = [
         f"{m.removeprefix('all_previous_').replace('_', ' ') if m != 'all_previous' else 'full'} "
-        f"R² {r2[m][-1]:.3f}, online {listed(list(of_k.values()))} at "
+        f"R² {r2[m][-1]:.3f}, online {join(list(of_k.values()))} at "
         f"k = {', '.join(map(str, of_k))}"
         for m, of_k in forms.items()
     ]
@@ -172,7 +172,7 @@ def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
         sentences.append(
             f"Predicting the last layer from all before it: {'; '.join(told)}. From the one before "
             f"(ReSAE): R² {r2['resae'][-1]:.3f}, online "
-            f"{listed(list(deltas('resae', 'online', 'closed').values()))}."
+            f"{join(list(deltas('resae', 'online', 'closed').values()))}."
         )
     if "mlsae" in report:
         over = [row["over_single"] for row in report["mlsae"]]
@@ -180,8 +180,8 @@ def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
         sentences.append(
             f"One dictionary for all layers (MLSAE) has an FVU {min(over):+.0%} to "
             f"{max(over):+.0%} from that of a dictionary of the same size per layer, and loses "
-            f"{listed(list(own.values()), 2)} online where those lose "
-            f"{listed([raw[k] for k in own], 2)}."
+            f"{join(list(own.values()), 2)} online where those lose "
+            f"{join([raw[k] for k in own], 2)}."
         )
     if "hierarchical" in report:
         sentences.append(_hierarchical_sentence(report["hierarchical"]))
@@ -316,7 +316,7 @@ def _boost_sentence(table: Sequence[dict[str, Any]], k: int) -> str:
     def changes(text: str, which: str) -> list[float]:
         return [r["change"] for r in table if (r["text"], r["which"]) == (text, which)]
 
-    def listed(values: Sequence[float]) -> str:
+    def join(values: Sequence[float]) -> str:
         return ", ".join(f"{v:+.1%}" for v in values)
 
     rest, domain = changes("rest", "after"), changes(name, "after")
@@ -324,8 +324,8 @@ def _boost_sentence(table: Sequence[dict[str, Any]], k: int) -> str:
     held = max(map(abs, rest)) < 0.01 and max(domain) <= -0.10
     return (
         f"SAE Boost, SAEs that never saw {name} and beside them others trained on it alone "
-        f"(k = {k}), changes FVU on {name} by {listed(domain)} (layer by layer) and "
-        f"on the rest by {listed(rest)}: {'within' if held else 'NOT within'} the bounds (at least "
+        f"(k = {k}), changes FVU on {name} by {join(domain)} (layer by layer) and "
+        f"on the rest by {join(rest)}: {'within' if held else 'NOT within'} the bounds (at least "
         f"10 % better, less than 1 % change). With TopK alone in use, without the threshold: "
-        f"{listed(plain_domain)} and {listed(plain)}."
+        f"{join(plain_domain)} and {join(plain)}."
     )

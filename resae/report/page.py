@@ -1,6 +1,6 @@
 """`report.json` → figures and one self-contained HTML page, for people who would rather look.
 
-Reads what `resae demo` and `resae eval` write; draws what is there and leaves out what is not.
+Reads the report.json of `resae demo` or `resae eval`; sections without rows are omitted.
 """
 
 import html
@@ -57,7 +57,7 @@ FURTHER: dict[str, tuple[str, str, dict[str, str]]] = {
     # report key → heading, note, columns; those in percent end in %
     "hierarchical": (
         "HierarchicalTopK: one autoencoder at every k",
-        "FVU of the stream, from clean activations, beside an autoencoder trained at that k, and "
+        "FVU of the stream, from clean activations, next to an autoencoder trained at that k, and "
         "an ordinary one of the largest k truncated to it.",
         {
             "k": "k",

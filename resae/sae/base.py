@@ -7,18 +7,14 @@ A kind of autoencoder is one file with a class that derives from `Autoencoder`, 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from resae.choices import InputKind, Screening
 from resae.sae.losses import Reduce, no_reduce
-from resae.sae.record import INPUT_KINDS, InputKind, SAERecord
+from resae.sae.record import SAERecord
 from resae_kernels import ScreenedEncoder, SparseCode
-
-Screening = Literal["statistical", "certain"]
-
-
-SCREENINGS = ("statistical", "certain", None)
 
 
 @dataclass(frozen=True)
@@ -32,27 +28,21 @@ class SAEConfig:
     k: int
     """Active latents per token."""
     prefix_gain: float = 0.0
-    """Of the j strongest latents alone every act counts (k / j) ** prefix_gain times: fewer latents
-    have to carry a part of what the others would have added."""
-    input_kind: InputKind = "activation"
+    """Exponent of the scale of activations when only the j strongest latents are decoded:
+    (k / j) ** prefix_gain. It makes up for a part of what the other latents would have added."""
+    input_kind: InputKind | str = "activation"
     """`activation`: x itself; `affine_residual`: x minus a prediction, which `encode` then needs. A
     `ReSAE` sets it."""
-    screening: Screening | None = "statistical"
-    """How latents are ruled out by an 8-bit product when encoding on a CPU, before the rest are
+    screening: Screening | str | None = "statistical"
+    """Method that rules latents out by an 8-bit product when encoding on a CPU, before the rest are
     scored in float32. `statistical`: a latent of the TopK is missed with probability below 1e-12
     per row (proof: `resae_kernels.screened`); `certain`: never, at more candidates; None: no
     screening, the whole float32 product."""
 
     def __post_init__(self) -> None:
-        if self.screening not in SCREENINGS:
-            raise ValueError(
-                f"SAEConfig: screening={self.screening!r}, expected 'statistical', 'certain' or "
-                f"None"
-            )
-        if self.input_kind not in INPUT_KINDS:
-            raise ValueError(
-                f"SAEConfig: input_kind={self.input_kind!r}, expected {' or '.join(INPUT_KINDS)}"
-            )
+        if self.screening is not None:
+            Screening.check(self.screening, "SAEConfig: screening", "None")
+        InputKind.check(self.input_kind, "SAEConfig: input_kind")
         for name in ("d_in", "d_sae", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SAEConfig: {name}={getattr(self, name)}, expected at least 1")
@@ -64,7 +54,7 @@ class SAEConfig:
 
 
 class SAEOutput(NamedTuple):
-    """What one autoencoder makes of N tokens."""
+    """Output of one autoencoder for N tokens."""
 
     x_hat: Tensor
     """`[..., D]`, reconstruction, `prediction` included."""
@@ -96,7 +86,7 @@ class Autoencoder(nn.Module, ABC):
     dictionaries: ClassVar[int] = 1
     """Number of dictionaries that a decode gathers from; of several, `W_dec` is a copy."""
     follows_acts: ClassVar[bool] = False
-    """Whether `follow` is called with the acts of every batch in training."""
+    """True if training calls `follow` with the acts of every batch."""
     config: SAEConfig
     W_dec: Tensor
     """Dictionary `[M, D]`, one direction per row."""
@@ -125,16 +115,16 @@ class Autoencoder(nn.Module, ABC):
 
     @property
     def step_weights(self) -> StepWeights | None:
-        """What `resae_kernels.online_step` fuses into one call, where encode and decode are one
-        TopK and one gather; None: they are not."""
+        """Arguments of `resae_kernels.online_step`, if encode and decode are one TopK and one
+        gather; otherwise None."""
         return None
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """What encodes on a CPU in place of `resae_kernels.topk_encode`, if anything."""
+        """Encoder used on a CPU in place of `resae_kernels.topk_encode`, or None."""
         return None
 
-    def set_input_kind(self, kind: InputKind) -> None:
+    def set_input_kind(self, kind: InputKind | str) -> None:
         """Set what it encodes: `ReSAE` does, for layers that are predicted."""
         self.config = replace(self.config, input_kind=kind)
 
@@ -206,7 +196,8 @@ class Autoencoder(nn.Module, ABC):
         Args:
             x, error: `[N, D]`, the activation and `x − x̂`.
             dead: `[M]` bool, of `trainable`.
-            reduce: of a batch in pieces; the losses of the pieces add up to that of the batch.
+            reduce: reduction of the loss's normaliser, called at most once: from the sum over
+                these tokens to the sum over the batch that they are a piece of.
         """
 
     def follow(self, acts: Tensor) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resae.sae.base import Autoencoder, InputKind, SAEConfig, describe_sizes
+from resae.choices import InputKind
+from resae.sae.base import Autoencoder, SAEConfig, describe_sizes
 from resae.sae.files import load_config
 from resae.sae.losses import Reduce, no_reduce
 from resae.sae.topk import TopKSAE
@@ -14,7 +15,7 @@ from resae_kernels import SparseCode, sparse_decode
 
 
 class BoostedSAE(Autoencoder):
-    """A frozen autoencoder and a second one of the same input, trained on what the first leaves:
+    """A frozen autoencoder and a second one of the same input, trained on the error of the first:
     x̂ = x̂_frozen + z_boost W_boost, without decoder bias.         SAE Boost (arXiv 2507.12990)
 
     The code is that of the frozen one, then that of the boost with indices M_frozen higher: to all
@@ -57,13 +58,13 @@ class BoostedSAE(Autoencoder):
     def trainable(self) -> TopKSAE:
         return self.boost
 
-    @property
-    def W_dec(self) -> Tensor:
+    @property  # of two dictionaries, which are no one parameter
+    def W_dec(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """`[M_frozen + M_boost, D]`, a copy."""
         return torch.cat([self.frozen.W_dec, self.boost.W_dec])
 
     @property
-    def b_dec(self) -> Tensor:
+    def b_dec(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.frozen.b_dec
 
     def encode(
@@ -116,7 +117,7 @@ class BoostedSAE(Autoencoder):
     def extra_repr(self) -> str:
         return f"{describe_sizes(self.config)}, threshold={float(self.threshold):g}"
 
-    def set_input_kind(self, kind: InputKind) -> None:
+    def set_input_kind(self, kind: InputKind | str) -> None:
         super().set_input_kind(kind)
         self.frozen.set_input_kind(kind)
         self.boost.set_input_kind(kind)

@@ -1,4 +1,4 @@
-"""Loss terms of one autoencoder beside its reconstruction error, and sums of batches in pieces."""
+"""Loss terms of one autoencoder besides its reconstruction error, and sums of batches in pieces."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -22,7 +22,7 @@ class TopKWeights(Protocol):
 
 
 Reduce = Callable[[Tensor], Tensor]
-"""Makes of a sum over a piece of a batch the sum over the whole batch."""
+"""Reduction of a sum over a piece of a batch to the sum over the whole batch."""
 
 
 def no_reduce(sum_of_piece: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ def auxk_loss(
     prediction: Tensor | None = None,
     reduce: Reduce = no_reduce,
 ) -> Tensor:
-    """How badly the k_aux strongest dead latents encode_with_info what the live ones leave; 0 if
-    none is dead.
+    """AuxK loss: error of the k_aux strongest dead latents at reconstructing the error of the live
+    ones; 0 if none is dead.
 
     `Σ‖e − ê‖² / Σ‖e‖²` with `e` the detached error and `ê` the decode of the dead latents' code, no
     bias. The code is the TopK of the dead latents alone, so the gradient reaches the encoder.
@@ -49,7 +49,7 @@ def auxk_loss(
 
     Args:
         x: `[N, D]`. error: `[N, D]`, x − x̂. dead: `[M]` bool. prediction: as in `encode`.
-        reduce: of a batch in pieces; the losses of the pieces add up to that of the batch.
+        reduce: of the normaliser `Σ‖e‖²`; the losses of the pieces add up to that of the batch.
 
     Note:
         The gradients of `encoder.weight` and `W_dec` are sparse: added to those of the main loss
@@ -66,8 +66,9 @@ def auxk_loss(
         residual = x - sae.b_dec if prediction is None else x - prediction - sae.b_dec
         rebuilt = F.relu(F.linear(residual, weight, bias)) @ W_dec
     else:
-        offsets = {"pre_bias": sae.b_dec, "prediction": prediction}
-        code = topk_encode(x, weight, bias, k_aux, sorted=False, **offsets)
+        code = topk_encode(
+            x, weight, bias, k_aux, pre_bias=sae.b_dec, prediction=prediction, sorted=False
+        )
         rebuilt = sparse_decode(*code, W_dec)
     error_left = F.mse_loss(rebuilt.to(error.dtype), error, reduction="sum")
     return error_left / reduce(error.square().sum()).clamp_min(1e-12)

@@ -1,14 +1,13 @@
 """One autoencoder as tensors and facts: the common ground of the file formats of all libraries."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-InputKind = Literal["activation", "affine_residual"]
+from resae.choices import InputKind
 
-INPUT_KINDS = ("activation", "affine_residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -34,7 +33,7 @@ class SAERecord:
     """`[M]`; None: TopK."""
     apply_b_dec_to_input: bool = True
     """Whether b_dec is subtracted from x before encoding."""
-    input_kind: InputKind = "activation"
+    input_kind: InputKind | str = InputKind.ACTIVATION
     hook_point: str | None = None
     """Such as `blocks.6.hook_resid_post`; a name of another kind is kept as it is."""
     model: str | None = None
@@ -72,10 +71,7 @@ class SAERecord:
             raise ValueError(f"SAE {where}: no k and no threshold; expected one of them")
         if self.k is not None and not 1 <= self.k <= M:
             raise ValueError(f"SAE {where}: k={self.k}, expected 1 to {M}, the number of latents")
-        if self.input_kind not in INPUT_KINDS:
-            raise ValueError(
-                f"SAE {where}: input_kind={self.input_kind!r}, expected {' or '.join(INPUT_KINDS)}"
-            )
+        InputKind.check(self.input_kind, f"SAE {where}: input_kind")
         return self
 
     def tensors(self) -> dict[str, Tensor]:

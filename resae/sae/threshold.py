@@ -9,7 +9,7 @@ when it is used, and θ = 0 is ReLU. The number of active latents differs from t
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from resae.sae.losses import Reduce, no_reduce
 from resae.sae.record import SAERecord
 from resae.storage import save_json, save_tensors
 from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, threshold_encode
+
+if TYPE_CHECKING:
+    from resae_kernels.types import Margin
 
 DEFAULT_MAX_ACTIVE = 512
 """Slots of a code where the mean number of active latents is not known."""
@@ -92,7 +95,7 @@ class ThresholdSAE(Autoencoder):
                 active latents than a code has slots.
         """
         require_prediction(self, prediction)
-        offsets = {
+        offsets: dict[str, Any] = {
             "pre_bias": self.b_dec if self.apply_b_dec_to_input else None,
             "prediction": prediction,
         }
@@ -115,7 +118,9 @@ class ThresholdSAE(Autoencoder):
         held = self._screened
         same = held is not None and held.weight is self.weight and held.bias is self.bias
         if held is None or not same or held.margin != self.config.screening:
-            held = ScreenedEncoder(self.weight, self.bias, margin=self.config.screening)
+            held = ScreenedEncoder(
+                self.weight, self.bias, margin=cast("Margin", str(self.config.screening))
+            )
             self._screened = held
         return held
 

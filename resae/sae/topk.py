@@ -10,15 +10,15 @@ cannot encode without it. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`,
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from resae.choices import Screening
 from resae.sae.base import (
     Autoencoder,
     SAEConfig,
-    Screening,
     StepWeights,
     describe_sizes,
     require_prediction,
@@ -28,6 +28,9 @@ from resae.sae.losses import Reduce, auxk_loss, no_reduce
 from resae.sae.record import SAERecord
 from resae.storage import save_json, save_tensors
 from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, topk_encode
+
+if TYPE_CHECKING:
+    from resae_kernels.types import Margin
 
 
 class TopKSAE(Autoencoder):
@@ -82,7 +85,7 @@ class TopKSAE(Autoencoder):
         """
         require_prediction(self, prediction)
         k = self.config.k if k is None else k
-        offsets = {"pre_bias": self.b_dec, "prediction": prediction}
+        offsets: dict[str, Any] = {"pre_bias": self.b_dec, "prediction": prediction}
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             screened = self.screened
             if screened is not None:
@@ -91,23 +94,24 @@ class TopKSAE(Autoencoder):
         return topk_encode(x, weight, bias, k, sorted=sorted, **offsets)
 
     @property
-    def screening(self) -> Screening | None:
+    def screening(self) -> Screening | str | None:
         """`config.screening`; may be set."""
         return self.config.screening
 
     @screening.setter
-    def screening(self, screening: Screening | None) -> None:
+    def screening(self, screening: Screening | str | None) -> None:
         self.config = replace(self.config, screening=screening)
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """What encodes on a CPU; its `encode_with_info` tells which path a call takes."""
+        """Encoder used on a CPU; its `encode_with_info` tells which path a call takes."""
         if self.screening is None:
             return None
         held, weight, bias = self._screened, self.encoder.weight, self.encoder.bias
         same = held is not None and held.weight is weight and held.bias is bias
         if held is None or not same or held.margin != self.screening:
-            held = self._screened = ScreenedEncoder(weight, bias, margin=self.screening)
+            margin = cast("Margin", str(self.screening))
+            held = self._screened = ScreenedEncoder(weight, bias, margin=margin)
         return held
 
     def decode(self, acts: Tensor, indices: Tensor, *, prediction: Tensor | None = None) -> Tensor:

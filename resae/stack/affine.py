@@ -5,8 +5,8 @@
     previous      x_l ≈ x_{l-1} A_l + c_l                              ReSAE, arXiv 2605.27819
     all_previous  x_l ≈ Σ_{j<l} x_j A_lj + c_l                         after LIMe, arXiv 2502.09245
 
-The maps of the last two have a form: `full`, `scalar` α_lj·I, `diagonal`, or `low_rank`
-skip_lj·I + U V: a stream keeps most of what it was, which no low rank alone could say.
+The maps of the last two have a type: `full`, `scalar` α_lj·I, `diagonal`, or `low_rank`
+skip_lj·I + U V (the skip, because a residual stream mostly stays the same from layer to layer).
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resae.choices import FORMS, KINDS
+from resae.choices import MapType, PredictorKind
 from resae.storage import load_tensors, save_tensors
 from resae_kernels.types import accumulation_dtype
+
+MAP_TENSORS: dict[str, tuple[str, ...]] = {
+    MapType.FULL: ("A",),
+    MapType.SCALAR: ("alpha",),
+    MapType.DIAGONAL: ("diagonal",),
+    MapType.LOW_RANK: ("U", "V", "skip"),
+}
+"""Map type → names of the tensors that one map of it has."""
 
 
 def sources_of(kind: str, layer: int) -> range:
@@ -34,8 +42,8 @@ class AffinePredictor(nn.Module):
     "none" there are no maps; "identity" holds `A = I` so that every kind runs the same code.
 
     Args:
-        A: per map what its form holds (`FORMS`): `A [s·D, D]`, `alpha [s]`, `diagonal [s, D]`, or
-            `U [s·D, r]`, `V [r, D]`, `skip [s]`.
+        A: per map the tensors of its type (`MAP_TENSORS`): `A [s·D, D]`, `alpha [s]`,
+            `diagonal [s, D]`, or `U [s·D, r]`, `V [r, D]`, `skip [s]`.
     """
 
     def __init__(
@@ -44,22 +52,22 @@ class AffinePredictor(nn.Module):
         A: Sequence[Tensor | tuple[Tensor, ...]] = (),
         c: Sequence[Tensor] = (),
         *,
-        form: str = "full",
+        map_type: str = "full",
     ):
         super().__init__()
-        check_kind(kind)
+        PredictorKind.check(kind, "AffinePredictor: kind")
         self.kind = kind
-        self.form = form
+        self.map_type = map_type
         self.n_maps = len(A)
         for layer, (A_l, c_l) in enumerate(zip(A, c, strict=True), start=1):
             parts = A_l if isinstance(A_l, tuple) else (A_l,)
-            for name, part in zip(FORMS[form], parts, strict=True):
+            for name, part in zip(MAP_TENSORS[map_type], parts, strict=True):
                 self.register_buffer(f"{name}_{layer}", part)
             self.register_buffer(f"c_{layer}", c_l)
 
     @property
     def A(self) -> list[Tensor]:
-        """Dense maps `[s·D, D]`; made on each call unless the form is "full"."""
+        """Dense maps `[s·D, D]`; made on each call unless the map type is "full"."""
         return [self._dense(layer) for layer in range(1, self.n_maps + 1)]
 
     @property
@@ -68,34 +76,34 @@ class AffinePredictor(nn.Module):
 
     @property
     def rank(self) -> int | None:
-        """r of the form "low_rank"."""
-        return self._parts(1)[1].shape[0] if self.form == "low_rank" else None
+        """r of map type "low_rank"."""
+        return self._parts(1)[1].shape[0] if self.map_type == "low_rank" else None
 
     def _parts(self, layer: int) -> tuple[Tensor, ...]:
         # Not by get_buffer, which takes as long as a prediction for one token.
-        return tuple(getattr(self, f"{name}_{layer}") for name in FORMS[self.form])
+        return tuple(getattr(self, f"{name}_{layer}") for name in MAP_TENSORS[self.map_type])
 
     def _dense(self, layer: int) -> Tensor:
         parts = self._parts(layer)
-        if self.form == "full":
+        if self.map_type == "full":
             return parts[0]
         rows = parts[-1].reshape(len(parts[-1]), -1).expand(-1, len(self.c[layer - 1]))
         dense = torch.cat([torch.diag(row) for row in rows])
-        return dense + parts[0] @ parts[1] if self.form == "low_rank" else dense
+        return dense + parts[0] @ parts[1] if self.map_type == "low_rank" else dense
 
     def forward(self, layer: int, previous: Sequence[Tensor]) -> Tensor | None:
         """The prediction of selected layer `layer` from the layers before it, each `[..., D]`, in
         the maps' dtype.
 
-        Without dense products where the form is cheaper: s·D multiplications per token and, of low
-        rank, (s + 1)·r·D more, against s·D².
+        Without dense products where the map type is cheaper: s·D multiplications per token, for
+        low rank (s + 1)·r·D more, instead of s·D².
 
         None where nothing is predicted: the first layer, and every layer of kind "none".
         """
         if layer == 0 or self.kind == "none":
             return None
         parts, c = self._parts(layer), getattr(self, f"c_{layer}")
-        if self.form != "full":
+        if self.map_type != "full":
             sources = [previous[j] for j in sources_of(self.kind, layer)]
             return (apply_map(parts, sources) + c.to(accumulation_dtype(c.dtype))).to(c.dtype)
         A = parts[0]
@@ -113,7 +121,7 @@ class AffinePredictor(nn.Module):
     def one_map(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """`(A [D, D], c)` of which the prediction of layer ≥ 1 is `x A + c`, x being the layer
         before; None: it is another sum."""
-        if self.form != "full":
+        if self.map_type != "full":
             return None
         A, c = getattr(self, f"A_{layer}"), getattr(self, f"c_{layer}")
         return None if len(A) != len(c) else (A, c)
@@ -123,14 +131,14 @@ class AffinePredictor(nn.Module):
         A, c = [], []
         for layer in range(1, self.n_maps + 1):
             per_source = [factors[layer] / factors[j] for j in sources_of(self.kind, layer)]
-            A.append(times_per_source(self.form, self._parts(layer), per_source))
+            A.append(times_per_source(self.map_type, self._parts(layer), per_source))
             c.append(self.get_buffer(f"c_{layer}") * factors[layer])
-        return AffinePredictor(self.kind, A, c, form=self.form)
+        return AffinePredictor(self.kind, A, c, map_type=self.map_type)
 
     def tensors(self) -> dict[str, Tensor]:
         """`A.1`, `c.1`, …: the maps by the names they have in files."""
         layers = range(1, self.n_maps + 1)
-        names = (*FORMS[self.form], "c")
+        names = (*MAP_TENSORS[self.map_type], "c")
         return {f"{name}.{i}": self.get_buffer(f"{name}_{i}") for name in names for i in layers}
 
     def save(self, path: Path) -> None:
@@ -138,42 +146,39 @@ class AffinePredictor(nn.Module):
 
     @classmethod
     def load(cls, path: Path, kind: str) -> "AffinePredictor":
-        """Read what `save` wrote; the names of the tensors say the form."""
+        """Read what `save` wrote; the names of the tensors give the map type."""
         tensors = load_tensors(path, "affine maps")
-        form = next((f for f, names in FORMS.items() if f"{names[0]}.1" in tensors), "full")
+        map_type = next(
+            (f for f, names in MAP_TENSORS.items() if f"{names[0]}.1" in tensors), "full"
+        )
         layers = sorted(int(name[2:]) for name in tensors if name.startswith("c."))
-        maps = [tuple(tensors[f"{name}.{i}"] for name in FORMS[form]) for i in layers]
-        return cls(kind, maps, [tensors[f"c.{i}"] for i in layers], form=form)
+        maps = [tuple(tensors[f"{name}.{i}"] for name in MAP_TENSORS[map_type]) for i in layers]
+        return cls(kind, maps, [tensors[f"c.{i}"] for i in layers], map_type=map_type)
 
 
 def apply_map(parts: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
-    """`Σ_j x_j A_j` of sources `[..., D]` for a form that is not full."""
+    """`Σ_j x_j A_j` of sources `[..., D]` for a map type that is not full."""
     *low_rank, factors = (part.to(accumulation_dtype(part.dtype)) for part in parts)
     wide = [x.to(factors.dtype) for x in sources]
-    moved = wide[0] * factors[0]  # factors: [s] or [s, D]
+    mapped = wide[0] * factors[0]  # factors: [s] or [s, D]
     for x, factor in zip(wide[1:], factors[1:], strict=True):
-        moved = moved + x * factor
+        mapped = mapped + x * factor
     if low_rank:
         U, V = low_rank
-        moved = moved + torch.cat(wide, dim=-1) @ U @ V
-    return moved
+        mapped = mapped + torch.cat(wide, dim=-1) @ U @ V
+    return mapped
 
 
 def times_per_source(
-    form: str, parts: Sequence[Tensor], factors: Sequence[float]
+    map_type: str, parts: Sequence[Tensor], factors: Sequence[float]
 ) -> tuple[Tensor, ...]:
     """A map times one factor per source. The rows of every part but V belong to one source after
     the other."""
     scaled = []
-    for name, part in zip(FORMS[form], parts, strict=True):
+    for name, part in zip(MAP_TENSORS[map_type], parts, strict=True):
         if name != "V":
             rows = torch.tensor(factors, dtype=torch.float64)
             rows = rows.repeat_interleave(len(part) // len(factors)).to(part)
             part = part * rows.reshape(-1, *[1] * (part.ndim - 1))
         scaled.append(part)
     return tuple(scaled)
-
-
-def check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"unknown predictor {kind!r}; choose one of {', '.join(KINDS)}")

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resae.choices import check_form
-from resae.stack.affine import AffinePredictor, apply_map, check_kind, sources_of, times_per_source
+from resae.choices import PredictorKind, check_map_type
+from resae.stack.affine import AffinePredictor, apply_map, sources_of, times_per_source
 
 
 class Moments:
     """Streamed first and second moments of the activations at L hook points, in float64."""
 
     def __init__(self, n_layers: int, d_in: int, kind: str = "all_previous"):
-        check_kind(kind)
+        PredictorKind.check(kind, "Moments: kind")
         self.kind = kind
         self.count = 0
         self.sums = [torch.zeros(d_in, dtype=torch.float64) for _ in range(n_layers)]
@@ -50,13 +50,13 @@ class Moments:
 
     def scale(self) -> list[float]:
         """RMS of each layer: the activations divided by it have a mean squared entry of 1."""
-        self._require_tokens(1)
+        self.require_tokens(1)
         d_in = len(self.sums[0])
         return [max(float(s / (self.count * d_in)) ** 0.5, 1e-12) for s in self.squares]
 
     def mean(self, layer: int) -> Tensor:
         """`[D]` float64, the mean activation."""
-        self._require_tokens(1)
+        self.require_tokens(1)
         return self.sums[layer] / self.count
 
     def covariance(self, i: int, j: int) -> Tensor:
@@ -64,7 +64,7 @@ class Moments:
         block = self.blocks[i, j] if (i, j) in self.blocks else self.blocks[j, i].T
         return block / self.count - torch.outer(self.mean(i), self.mean(j))
 
-    def _require_tokens(self, n: int) -> None:
+    def require_tokens(self, n: int) -> None:
         if self.count < n:
             raise ValueError(
                 f"affine fit: {self.count} calibration tokens, expected at least {n}; the dataset "
@@ -77,30 +77,31 @@ def fit_predictor(
     moments: Moments,
     *,
     ridge: float = 1e-4,
-    form: str = "full",
+    map_type: str = "full",
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> AffinePredictor:
-    """Ridge least squares from moments: `A = (Σ_ss + λI)⁻¹ Σ_st`, `c = μ_t − μ_s A`; in the cheap
-    forms the minimum of the same sum, penalty included, among the maps of the form.
+    """Ridge least squares from moments: `A = (Σ_ss + λI)⁻¹ Σ_st`, `c = μ_t − μ_s A`; for the
+    cheap map types the minimum of the same sum, penalty included, among the maps of that type.
 
     Args:
-        kind: one of `KINDS`; the moments must have been summed for it, or for "all_previous".
+        kind: one of `PredictorKind`; the moments must have been summed for it, or for
+            "all_previous".
         ridge: λ relative to the mean eigenvalue of the sources' covariance (each layer divided by
             its RMS).
-        form: one of `FORMS`. rank: r of "low_rank", at most D.
+        map_type: one of `MapType`. rank: r of "low_rank", at most D.
 
     Raises:
-        ValueError: unknown kind or form, negative ridge, no tokens, or a singular system at ridge
-            0.
+        ValueError: unknown kind or map type, negative ridge, no tokens, or a singular system at
+            ridge 0.
     """
-    check_kind(kind)
-    check_form(kind, form, rank)
+    PredictorKind.check(kind, "affine fit: predictor")
+    check_map_type(kind, map_type, rank)
     if ridge < 0:
         raise ValueError(f"affine fit: ridge={ridge}, expected ≥ 0")
     if kind == "none":
         return AffinePredictor(kind)
-    moments._require_tokens(2)
+    moments.require_tokens(2)
     scale = moments.scale()
     D = len(moments.sums[0])
     if rank is not None and rank > D:
@@ -113,12 +114,12 @@ def fit_predictor(
             parts: tuple[Tensor, ...] = (torch.eye(D, dtype=torch.float64),)
         else:
             units = [scale[target] / scale[j] for j in sources]
-            fitted = _solve(moments, sources, target, scale, ridge, form, rank)
-            parts = times_per_source(form, fitted, units)
-        moved = torch.cat(means) @ parts[0] if form == "full" else apply_map(parts, means)
+            fitted = _solve(moments, sources, target, scale, ridge, map_type, rank)
+            parts = times_per_source(map_type, fitted, units)
+        mapped = torch.cat(means) @ parts[0] if map_type == "full" else apply_map(parts, means)
         maps.append(tuple(part.to(dtype) for part in parts))
-        offsets.append((moments.mean(target) - moved).to(dtype))
-    return AffinePredictor(kind, maps, offsets, form=form)
+        offsets.append((moments.mean(target) - mapped).to(dtype))
+    return AffinePredictor(kind, maps, offsets, map_type=map_type)
 
 
 def _solve(
@@ -127,7 +128,7 @@ def _solve(
     target: int,
     scale: Sequence[float],
     ridge: float,
-    form: str,
+    map_type: str,
     rank: int | None,
 ) -> tuple[Tensor, ...]:
     """The parts of one map, in units of each layer's RMS.
@@ -157,17 +158,17 @@ def _solve(
             )
         return torch.cholesky_solve(cross, factor)
 
-    if form == "full":
+    if map_type == "full":
         return (solve(gram, cross),)
     # The diagonals of the blocks: [D, s, s] and [D, s, 1].
     grams = gram.view(s, D, s, D).diagonal(dim1=1, dim2=3).permute(2, 0, 1)
     crosses = cross.view(s, D, D).diagonal(dim1=1, dim2=2).T.unsqueeze(-1)
-    if form == "diagonal":
+    if map_type == "diagonal":
         return (solve(grams, crosses).squeeze(-1).T.contiguous(),)
     alpha = solve(grams.sum(0), crosses.sum(0)).view(s)
-    if form == "scalar":
+    if map_type == "scalar":
         return (alpha,)
-    assert rank is not None  # check_form
+    assert rank is not None  # check_map_type
     B = solve(gram, cross)
     B.view(s, D, D).diagonal(dim1=1, dim2=2).sub_(alpha.unsqueeze(1))
     V = torch.linalg.eigh(B.T @ gram @ B).eigenvectors[:, D - rank :]

@@ -17,14 +17,14 @@ from dataclasses import asdict
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from resae.choices import KINDS
+from resae.choices import Loop, PredictorKind
 from resae.models.hooked import HookedLM, type_name
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
@@ -47,14 +47,13 @@ FORMAT_VERSION = 1
 FEW_ENTRIES = 2048
 """N·D up to which a prediction that reads the map for each token is faster than a call of torch's
 product (one core of an Intel Xeon, D = 128 and 768)."""
-Loop = Literal["open", "closed"]
 Activations = Sequence[Tensor] | Mapping[HookPoint, Tensor] | Mapping[str, Tensor]
 """One `[..., D]` per hook point: in the order of the forward pass, or by hook point, as
 `HookedLM.capture` returns them, or by its name."""
 
 
 class StackOutput(NamedTuple):
-    """What a stack makes of L activations."""
+    """Output of a stack for L activations."""
 
     x_hats: list[Tensor]
     """L reconstructions `[..., D]`."""
@@ -87,9 +86,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     ):
         super().__init__()
         _require_types(hook_points, predictor, saes)
-        self._hub_mixin_config = (
-            None  # resae.json says everything; the mixin need not write its own
-        )
+        self._hub_mixin_config = None  # resae.json has everything; the mixin need not write its own
         if len(saes) != len(hook_points):
             raise ValueError(
                 f"ReSAE: {len(saes)} autoencoders for {len(hook_points)} hook points; give one each"
@@ -123,14 +120,14 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         k = [self.sae(i).config.k for i in range(self.n_layers)]
         return (
             f"model={model!r}, hook_points={self.hook_points}, "
-            f"predictor={self.predictor.kind!r}, form={self.predictor.form!r}, "
+            f"predictor={self.predictor.kind!r}, map_type={self.predictor.map_type!r}, "
             f"d_in={self.d_in}, k={k}, shared={self.shared}, boosted={self.boosted}"
         )
 
     def _hold(self, saes: Sequence[Autoencoder]) -> None:
         distinct = list(dict.fromkeys(saes))
         self.saes = nn.ModuleList(distinct)
-        self._of_layer = [distinct.index(sae) for sae in saes]
+        self._sae_of_layer = [distinct.index(sae) for sae in saes]
 
     @property
     def n_layers(self) -> int:
@@ -149,31 +146,31 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
 
     def sae(self, layer: int) -> Autoencoder:
         """The autoencoder of selected layer `layer` (its position in `hook_points`)."""
-        module = self.saes[self._of_layer[layer]]
+        module = self.saes[self._sae_of_layer[layer]]
         assert isinstance(module, Autoencoder)
         return module
 
     def unique_saes(self) -> list[Autoencoder]:
         """The autoencoders, each once, where `saes` of several layers are one."""
-        return [self.sae(self._of_layer.index(i)) for i in range(len(self.saes))]
+        return [self.sae(self._sae_of_layer.index(i)) for i in range(len(self.saes))]
 
     def sae_index(self, layer: int) -> int:
-        """Where in `unique_saes()` and `saes` the autoencoder of a layer is."""
-        return self._of_layer[layer]
+        """Index of a layer's autoencoder in `unique_saes()` and `saes`."""
+        return self._sae_of_layer[layer]
 
     @property
     def shared(self) -> bool:
-        """Whether all layers have one dictionary (MLSAE); biases may differ by a factor each."""
+        """True if all layers have one dictionary (MLSAE); biases may differ by a factor each."""
         # Held while they are compared: a boosted autoencoder's W_dec is a copy made at each call.
         dictionaries = [self.sae(layer).W_dec for layer in range(self.n_layers)]
         return self.n_layers > 1 and len({id(W_dec) for W_dec in dictionaries}) == 1
 
     @property
     def chained(self) -> bool:
-        """Whether reconstructions depend on those of earlier layers."""
+        """True if reconstructions depend on those of earlier layers."""
         return self.predictor.kind != "none"
 
-    def active_total(self, layer: int) -> int:
+    def upstream_l0(self, layer: int) -> int:
         """Active latents that x̂ of selected layer `layer` is made of: those of all layers whose
         code reaches it through the maps."""
         layers = range(layer + 1) if self.chained else (layer,)
@@ -181,7 +178,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
 
     @property
     def boosted(self) -> bool:
-        """Whether autoencoders have a second one beside them (SAE Boost)."""
+        """True if every autoencoder is a boosted one: a frozen and a trained one (SAE Boost)."""
         return any(sae.dictionaries > 1 for sae in self.unique_saes())
 
     def at_k(self, k: int) -> "ReSAE":
@@ -192,7 +189,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         stack = ReSAE(self.hook_points, self.predictor, saes, self.model_identity)
         return stack.train(self.training)
 
-    def encode(self, xs: Activations, *, loop: Loop = "open") -> list[SparseCode]:
+    def encode(self, xs: Activations, *, loop: Loop | str = "open") -> list[SparseCode]:
         """L activations `[..., D]` → L codes `[..., k_l]`; errors as of `forward`."""
         return self(xs, loop=loop).codes
 
@@ -200,8 +197,8 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         """L codes → L reconstructions `[..., D]`, back through the chain of maps."""
         if not self.chained:
             return [self.sae(i).decode(*code) for i, code in enumerate(codes)]
-        # Dense products are what a cheap form saves, one dictionary what a boosted SAE has not.
-        if self.predictor.form != "full" or self.boosted:
+        # A cheap map type is there to save dense products; a boosted SAE has two dictionaries.
+        if self.predictor.map_type != "full" or self.boosted:
             x_hats: list[Tensor] = []
             for i, code in enumerate(codes):
                 x_hats.append(self.sae(i).decode(*code, prediction=self.predictor(i, x_hats)))
@@ -215,7 +212,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             b_dec=[sae.b_dec for sae in saes],
         )
 
-    def forward(self, xs: Activations, *, loop: Loop = "open") -> StackOutput:
+    def forward(self, xs: Activations, *, loop: Loop | str = "open") -> StackOutput:
         """Codes and reconstructions of L activations `[..., D]` of a clean pass.
 
         Raises:
@@ -240,8 +237,8 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         self,
         layer: int,
         x: Tensor,
-        seen: Sequence[Tensor],
-        put_in: Sequence[Tensor],
+        predictor_inputs: Sequence[Tensor],
+        reconstructions: Sequence[Tensor],
         *,
         codes: Sequence[SparseCode] = (),
         transported: Transported | None = None,
@@ -252,27 +249,34 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         on a CPU one call of the compiled library.
 
         Args:
-            seen: the activations `[..., D]` of earlier selected layers that the residual is taken
-                against: the reconstructions (closed loop), or the activations they replaced (open).
-            put_in: the reconstructions of earlier selected layers.
+            predictor_inputs: tensors `[..., D]` of earlier selected layers from which this layer is
+                predicted: the reconstructions (closed loop), or the activations that they
+                replaced (open).
+            reconstructions: the reconstructions of earlier selected layers.
             codes, transported: the codes of all earlier selected layers, and the dictionaries from
-                `transported`, by which up to 16 tokens are predicted in place of `put_in`; on a CPU
-                where they are at most D active latents: more rows than a map has take longer.
+                `transported`, by which up to 16 tokens are predicted in place of `reconstructions`;
+                on a CPU only for at most D active latents: gathering more rows than a map has
+                takes longer.
         """
         prepared = self._prepared.get(layer)
-        if prepared is not None and seen is put_in and transported is None and _is_inference():
-            step = prepared(x, seen)
+        if (
+            prepared is not None
+            and predictor_inputs is reconstructions
+            and transported is None
+            and _is_inference()
+        ):
+            step = prepared(x, predictor_inputs)
             if step is not None:
                 return step
         sae, N = self.sae(layer), x.shape[:-1].numel()
         few = N <= FEW_TOKENS and not torch.is_grad_enabled()
-        weights = sae.step_weights if few and seen is put_in else None
+        weights = sae.step_weights if few and predictor_inputs is reconstructions else None
         if weights is not None:
             on_cpu = x.is_cpu and not torch.compiler.is_compiling()
             encoder = sae.screened if on_cpu else None
             by_maps = transported is None or (on_cpu and _maps_are_faster(N, x.shape[-1], codes))
             if encoder is not None and by_maps:
-                step = self._step_at_once(layer, x, seen, sae, encoder)
+                step = self._step_at_once(layer, x, predictor_inputs, sae, encoder)
                 if step is not None:
                     return step
             if not by_maps:
@@ -280,24 +284,24 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                     x, *weights, codes=codes, transported=transported, encoder=encoder
                 )
             if x.is_cuda:
-                prediction = self.predictor(layer, seen)
+                prediction = self.predictor(layer, predictor_inputs)
                 return online_step(x, *weights, b_dec=sae.b_dec, prediction=prediction)
-        prediction = self.predictor(layer, seen)
+        prediction = self.predictor(layer, predictor_inputs)
         code = sae.encode(x, prediction=prediction)
-        if seen is not put_in:
-            prediction = self.predictor(layer, put_in)
+        if predictor_inputs is not reconstructions:
+            prediction = self.predictor(layer, reconstructions)
         return sae.decode(*code, prediction=prediction), code
 
     def _step_at_once(
         self,
         layer: int,
         x: Tensor,
-        seen: Sequence[Tensor],
+        predictor_inputs: Sequence[Tensor],
         sae: Autoencoder,
         encoder: ScreenedEncoder,
     ) -> tuple[Tensor, SparseCode] | None:
-        """`online_step`, prediction included, as one call of the compiled library; None: not the
-        way for these tensors."""
+        """`online_step`, prediction included, as one call of the compiled library; None if the
+        library does not take these tensors."""
         affine = predict = None
         if layer and self.chained:
             affine = self.predictor.one_map(layer) if x.numel() <= FEW_ENTRIES else None
@@ -309,7 +313,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         prepared = _PreparedLayer(self, layer, sae, step, predict)
         if prepared.is_whole:
             self._prepared[layer] = prepared
-        return prepared(x, seen)
+        return prepared(x, predictor_inputs)
 
     def transported(
         self, max_bytes: int, *, vectors: Sequence[Tensor] | None = None
@@ -319,7 +323,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         there are no maps, or autoencoders are boosted.
 
         Args:
-            vectors: per layer `[V, D]`, what may be added to the stream beside its latents:
+            vectors: per layer `[V, D]`, vectors that may be added to the stream:
                 transported as rows M … M + V − 1 of its tables.
         """
         own = [self.sae(i).W_dec.detach() for i in range(self.n_layers)]
@@ -379,7 +383,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                 "format_version": FORMAT_VERSION,
                 "hook_points": self.hook_points,
                 "predictor": self.predictor.kind,
-                "form": self.predictor.form,
+                "map_type": self.predictor.map_type,
                 "shared": self.shared,
                 "boosted": self.boosted,
                 "d_in": self.d_in,
@@ -399,7 +403,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         return ModelCard(
             f"---\n{header}\n---\n\n# TopK autoencoders of {self.n_layers} layers of {model}\n\n"
             f"Layers {', '.join(self.hook_points)}; {self.d_sae} latents per layer, "
-            f"k = {k}; affine predictor `{self.predictor.kind}`, {self.predictor.form} (ReSAE, "
+            f"k = {k}; affine predictor `{self.predictor.kind}`, {self.predictor.map_type} (ReSAE, "
             "arXiv 2605.27819).\n\n"
             f"{_screening_on_card(self.sae(0).config.screening)}\n\n"
             "```python\nfrom resae import ReSAE\n\n"
@@ -446,8 +450,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                 f"stack {folder}: format_version {description.get('format_version')}, this resae "
                 f"reads {FORMAT_VERSION}; update resae"
             )
-        if description["predictor"] not in KINDS:
-            raise ValueError(f"stack {folder}: unknown predictor {description['predictor']!r}")
+        PredictorKind.check(description["predictor"], f"stack {folder}: predictor")
         folders = [folder / name for name in description["hook_points"]]
         boosted = description.get("boosted", False)
         saes = [load_sae(path, "boosted" if boosted else None) for path in folders]
@@ -497,8 +500,8 @@ def _share(saes: Sequence[Autoencoder], folder: Path) -> None:
     for sae in saes[1:]:
         if not sae.share_dictionary(first):
             raise ValueError(
-                f"stack {folder}: resae.json says that all layers share one dictionary, but their "
-                f"files hold different ones; restore them"
+                f"stack {folder}: resae.json states that all layers share one dictionary, but "
+                f"their files hold different ones; restore them"
             )
 
 
@@ -527,17 +530,19 @@ class _PreparedLayer:
             places.append((stack.predictor._buffers, (f"A_{layer}", f"c_{layer}")))
         self._found = [(place, n, place.get(n)) for place, names in places for n in names]
         self.is_whole = all(found is not None for *_, found in self._found)
-        """Whether all objects are where modules keep theirs: parametrised ones are made anew at
+        """True if all objects are where modules keep theirs: parametrised ones are made anew at
         each use."""
         self._step = step
         self._predict = predict
 
-    def __call__(self, x: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, SparseCode] | None:
-        """As `ReSAE.step`; None: something is not what it was."""
+    def __call__(
+        self, x: Tensor, predictor_inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, SparseCode] | None:
+        """As `ReSAE.step`; None if an object was exchanged."""
         for place, name, found in self._found:
             if place.get(name) is not found:
                 return None
-        step = self._step(x, None if self._predict is None else self._predict(seen))
+        step = self._step(x, None if self._predict is None else self._predict(predictor_inputs))
         return None if step is None else (step[0], SparseCode(step[1], step[2]))
 
 
@@ -555,10 +560,10 @@ class AffineOnly:
         self.n_layers = stack.n_layers
         self.require_model = stack.require_model
 
-    def active_total(self, layer: int) -> int:  # noqa: ARG002
+    def upstream_l0(self, layer: int) -> int:  # noqa: ARG002
         return 0
 
-    def __call__(self, xs: Activations, *, loop: Loop = "open") -> StackOutput:  # noqa: ARG002
+    def __call__(self, xs: Activations, *, loop: Loop | str = "open") -> StackOutput:  # noqa: ARG002
         xs = _activations(xs, self.hook_points)
         x_hats: list[Tensor] = []
         for layer, x in enumerate(xs):
@@ -569,10 +574,10 @@ class AffineOnly:
         self,
         layer: int,
         x: Tensor,
-        seen: Sequence[Tensor],  # noqa: ARG002
-        put_in: Sequence[Tensor],
+        predictor_inputs: Sequence[Tensor],  # noqa: ARG002
+        reconstructions: Sequence[Tensor],
     ) -> tuple[Tensor, None]:
-        prediction = self.predictor(layer, put_in)
+        prediction = self.predictor(layer, reconstructions)
         return x if prediction is None else prediction, None
 
 
@@ -647,6 +652,6 @@ def _activations(xs: Activations, hook_points: Sequence[str]) -> list[Tensor]:
 
 
 def _check_loop(loop: str) -> str:
-    if loop not in ("open", "closed"):
-        raise ValueError(f"loop={loop!r}, expected 'open' or 'closed'")
+    if loop not in ("open", "closed"):  # as torch.compile reads it
+        Loop.check(loop, "loop")
     return loop

@@ -15,7 +15,7 @@ from resae.storage import load_tensors, save_tensors
 
 
 class Calibration(NamedTuple):
-    """What is fixed before training, in raw units of the activations."""
+    """Maps, scales and means fixed before training, in raw units of the activations."""
 
     predictor: AffinePredictor
     scale: list[float]
@@ -37,19 +37,19 @@ class Calibration(NamedTuple):
 
 
 def calibrate(
-    kind: str, moments: Moments, *, ridge: float, form: str = "full", rank: int | None = None
+    kind: str, moments: Moments, *, ridge: float, map_type: str = "full", rank: int | None = None
 ) -> Calibration:
     """Maps, scales and means from the moments of the calibration tokens."""
     return Calibration(
-        fit_predictor(kind, moments, ridge=ridge, form=form, rank=rank),
+        fit_predictor(kind, moments, ridge=ridge, map_type=map_type, rank=rank),
         moments.scale(),
         [moments.mean(layer).float() for layer in range(len(moments.sums))],
     )
 
 
 def boost_calibration(base_stack: ReSAE, moments: Moments) -> Calibration:
-    """What boosting a stack needs: its own maps, and scales rounded to powers of two, which bring
-    its weights into units of training and back without changing a bit."""
+    """Calibration for boosting a stack: its own maps, and scales rounded to powers of two, which
+    bring its weights into units of training and back without changing a bit."""
     return Calibration(
         base_stack.predictor,
         [2.0 ** round(math.log2(s)) for s in moments.scale()],

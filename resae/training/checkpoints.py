@@ -1,8 +1,8 @@
 """Checkpoints of a training: one safetensors file each, of weights, optimiser, counters and
 positions in the data; schedule and shuffles follow from the step, the seed and these.
 
-On a CPU a resumed run ends in the bits of an uninterrupted one. With more tokens than it began with
-it goes on from before its learning rate fell (`resumed_config`).
+On a CPU a resumed run ends bitwise equal to an uninterrupted one. With more tokens than before, it
+continues from before its learning rate fell (`resumed_config`).
 """
 
 import json
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resae.data.batches import Position
+from resae.settings import current_names
 from resae.stack.stack import ReSAE
 from resae.storage import write_atomically
 from resae.training.config import TrainConfig
@@ -31,8 +32,8 @@ log = logging.getLogger(__name__)
 def save_checkpoint(
     folder: Path, state: TrainState, config: TrainConfig, keep: int, ranks: Ranks
 ) -> None:
-    tensors = ranks.collect(named_in_whole(_tensors(state), ranks))
-    positions = ranks.every(state.position)
+    tensors = ranks.gather_to_rank0(named_in_whole(_tensors(state), ranks))
+    positions = ranks.all_gather_ints(state.position)
     if ranks.rank > 0:
         return
     metadata = {
@@ -45,11 +46,13 @@ def save_checkpoint(
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
     except OSError as error:
         kept = [path.name for path in _checkpoints(folder)]
-        intact = f"{kept[-1]} is intact, go on from it with --resume" if kept else "there is none"
+        intact = (
+            f"{kept[-1]} is intact, continue from it with --resume" if kept else "there is none"
+        )
         raise OSError(f"{error}; of the earlier checkpoints {intact}") from error
     there = _checkpoints(folder)
     kept, common = there[-keep:], [p for p in there if _step_in(p) <= config.common_steps]
-    if keep > 1 and common:  # from there a run of more tokens can go on
+    if keep > 1 and common:  # from there a run of more tokens can continue
         kept = [common[-1], *kept[1:]] if common[-1] not in kept else kept
     for old in set(there) - set(kept):
         old.unlink()
@@ -61,8 +64,8 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     for name, parameter in state.stack.named_parameters():
         for entry, t in state.optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{entry}"] = t
-    for i, since in enumerate(state.tokens_since_fired):
-        tensors[f"saes.{i}.tokens_since_fired"] = since
+    for i, idle_tokens in enumerate(state.tokens_since_fired):
+        tensors[f"saes.{i}.tokens_since_fired"] = idle_tokens
     return tensors
 
 
@@ -78,8 +81,7 @@ def named_in_whole(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor
 
 
 def trained_tensors(stack: ReSAE) -> dict[str, Tensor]:
-    """What training may change, by name, each once: all but the maps, which are the
-    calibration's."""
+    """Trainable tensors by name, each once: all but the maps, which belong to the calibration."""
     named = chain(stack.named_parameters(), stack.named_buffers())
     return {name: tensor for name, tensor in named if not name.startswith("predictor.")}
 
@@ -95,14 +97,14 @@ def _step_in(checkpoint: Path) -> int:
 
 
 def resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
-    """`config` as the run in `out` goes on with it.
+    """`config` as the resumed run in `out` uses it.
 
-    With more `train_tokens` the run goes on from its newest checkpoint that the longer run shares:
+    With more `train_tokens` the run continues from the newest checkpoint that both runs share:
     from before the learning rate fell. It ends as a run of that length from the start would have,
     with the `warmup_steps` and `dead_after_tokens` of the shorter one.
 
     Returns:
-        `config`, with these two as the run has them where `config` leaves them open.
+        `config`, with these two as the run has them where `config` has None.
 
     Raises:
         ValueError: the run has other settings, or no checkpoint that the longer run shares.
@@ -145,7 +147,10 @@ def _begun(checkpoint: Path) -> TrainConfig | None:
             saved = json.loads(file.metadata()["config"])
     except SafetensorError:
         return None
-    settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()}
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in current_names(saved).items()
+    }
     return TrainConfig(**settings)
 
 
@@ -181,8 +186,8 @@ def load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ran
         state.position = Position(*positions[ranks.rank])
         break
     else:
-        log.warning("no checkpoint in %s to go on from: training starts from step 0", folder)
-    if len({step for (step,) in ranks.every([state.step])}) > 1:
+        log.warning("no checkpoint in %s to continue from: training starts from step 0", folder)
+    if len({step for (step,) in ranks.all_gather_ints([state.step])}) > 1:
         raise ValueError(f"--resume: ranks see different checkpoints in {folder}; share the folder")
     return left_behind
 

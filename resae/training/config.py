@@ -19,7 +19,14 @@ from resae.arguments import (
     writable,
 )
 from resae.arguments import device as device_name
-from resae.choices import DTYPES, FORMS, KINDS, WAYS, check_form
+from resae.choices import (
+    DTYPES,
+    Loop,
+    MapType,
+    Parallelism,
+    PredictorKind,
+    check_map_type,
+)
 from resae.data.config import Machine, Source
 from resae.settings import Shown, make, read_file
 
@@ -38,7 +45,7 @@ residuals over the first, in the demo (embedded model, blocks 1, 3 and 5, k = 8,
 class TrainingSettings:
     """Training."""
 
-    loop: Annotated[str, ("open", "closed")] = "open"
+    loop: Annotated[str, Loop] = "open"
     """Residuals are taken against predictions from true activations (open) or from reconstructions
     (closed)."""
     shared: bool = False
@@ -88,7 +95,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainConfig(TrainingSettings):
-    """What is trained, and how. Defaults are those measured on the embedded model."""
+    """Settings of the training loop. Defaults were chosen by measurements on the embedded model."""
 
     layers: tuple[str, ...]
     """Hook points, in the order of the forward pass; at those in `NO_GAIN` raw SAEs (predictor
@@ -99,15 +106,16 @@ class TrainConfig(TrainingSettings):
     """M, latents: one number for every layer, or one per layer."""
     predictor: str = "previous"
     """`none`, `identity`, `previous` or `all_previous`."""
-    form: str = "full"
-    """Of the maps of the last two: `full`, `scalar`, `diagonal` or `low_rank`."""
+    map_type: str = "full"
+    """Map type for predictors `previous` and `all_previous`: `full`, `scalar`, `diagonal` or
+    `low_rank`."""
     rank: int | None = None
-    """Of the form `low_rank`."""
+    """Rank of maps of type `low_rank`."""
     calibration_tokens: int = 100_000
     """Tokens that the affine maps are fitted on; without maps, scales and means are measured on a
     buffer at most."""
     ridge: float = 1e-4
-    """Of the affine fit, relative to the mean eigenvalue of the sources' covariance."""
+    """Ridge of the affine fit, relative to the mean eigenvalue of the sources' covariance."""
     seed: int = 0
     """Fixes initial directions and the order of the data."""
 
@@ -124,13 +132,9 @@ class TrainConfig(TrainingSettings):
                 raise ValueError(
                     f"TrainConfig: k={k} for d_sae={d_sae} latents; expected 1 ≤ k ≤ d_sae"
                 )
-        if self.predictor not in KINDS:
-            raise ValueError(
-                f"TrainConfig: unknown predictor {self.predictor!r}; choose {', '.join(KINDS)}"
-            )
-        check_form(self.predictor, self.form, self.rank, "TrainConfig")
-        if self.loop not in ("open", "closed"):
-            raise ValueError(f"TrainConfig: loop={self.loop!r}, expected 'open' or 'closed'")
+        PredictorKind.check(self.predictor, "TrainConfig: predictor")
+        check_map_type(self.predictor, self.map_type, self.rank, "TrainConfig")
+        Loop.check(self.loop, "TrainConfig: loop")
         equal_k = len(set(self.k)) == 1
         equal_d_sae = len(set(self.d_saes)) == 1
         if self.shared and (self.predictor != "none" or not equal_k or not equal_d_sae):
@@ -274,12 +278,12 @@ class TrainConfig(TrainingSettings):
 class MapSettings:
     """Affine maps."""
 
-    predictor: Annotated[str | None, KINDS] = None
-    """What predicts a layer from others; None: previous."""
-    form: Annotated[str | None, tuple(FORMS)] = None
-    """Form of the maps of the predictors previous and all_previous; None: full."""
+    predictor: Annotated[str | None, PredictorKind] = None
+    """Predictor of a layer from others; None: previous."""
+    map_type: Annotated[str | None, MapType] = None
+    """Map type of the predictors previous and all_previous; None: full."""
     rank: Annotated[int | None, whole(1)] = None
-    """Rank of the maps of the form low_rank."""
+    """Rank of maps of type low_rank."""
     calibration_tokens: Annotated[int | None, whole(2)] = None
     """Tokens that the maps are fitted on; without maps, scales and means are measured on a buffer
     at most; None: 100000."""
@@ -334,9 +338,9 @@ class Placement(Machine):
     """Machine."""
 
     model_device: Annotated[str | None, device_name] = None
-    """Where the language model runs, if not with the autoencoders: cpu, cuda:1, or auto: spread
+    """Device of the language model, if not that of the autoencoders: cpu, cuda:1, or auto: spread
     over all devices (accelerate)."""
-    parallel: Annotated[str, WAYS] = "data"
+    parallel: Annotated[str, Parallelism] = "data"
     """Work of each process, where torchrun starts several: all autoencoders on a share of every
     batch (data), or the autoencoders of some layers (layers; open loop only)."""
 
@@ -409,7 +413,7 @@ class RunConfig(Source, Dictionaries, MapSettings, TrainingSettings, Files, Plac
         return make(cls, read_file(Path(path), cls) | changes)
 
     def for_model(self, layers: tuple[str, ...], d_in: int) -> TrainConfig:
-        """What the training loop gets, for hook points of these names and of width `d_in`.
+        """Settings of the training loop, for hook points of these names and of width `d_in`.
 
         Raises:
             ValueError: settings that do not fit together.

@@ -12,7 +12,7 @@ Checkpoints and logs are written by rank 0, into a folder that all ranks see.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,19 +27,19 @@ from resae.stack.fit import Moments
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of `size` processes. Every method that moves something is called by all of them."""
+    """One of `size` processes. Methods that communicate are collective: all ranks call them."""
 
     rank: int = 0
     size: int = 1
-    way: str = "data"
+    parallelism: str = "data"
     """`data` or `layers`."""
 
     @classmethod
-    def launched(cls, way: str, device: str) -> tuple["Ranks", str]:
+    def launched(cls, parallelism: str, device: str) -> tuple["Ranks", str]:
         """This process among those of torchrun, and its device: each rank of a node gets a GPU of
         its own. Without torchrun one process alone, and the device as it is."""
         if not dist.is_torchelastic_launched():
-            return cls(way=way), device
+            return cls(parallelism=parallelism), device
         backend = "gloo"
         if device == "cuda":
             device = f"cuda:{dist.get_node_local_rank()}"  # pyright: ignore
@@ -48,24 +48,24 @@ class Ranks:
         elif device != "cpu":
             raise ValueError(f"device {device!r} under torchrun; give cpu, or cuda for one each")
         dist.init_process_group(backend)
-        return cls(dist.get_rank(), dist.get_world_size(), way), device
+        return cls(dist.get_rank(), dist.get_world_size(), parallelism), device
 
     @property
     def by_data(self) -> bool:
-        return self.size > 1 and self.way == "data"
+        return self.size > 1 and self.parallelism == "data"
 
     @property
     def by_layers(self) -> bool:
-        return self.size > 1 and self.way == "layers"
+        return self.size > 1 and self.parallelism == "layers"
 
-    def own(self, n_layers: int) -> list[int]:
+    def local_layers(self, n_layers: int) -> list[int]:
         """The layers of this rank."""
         return list(range(self.rank, n_layers, self.size) if self.by_layers else range(n_layers))
 
     # -- sums --------------------------------------------------------------------------------------
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Over all ranks; the same bits on each."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """All-reduce: the sum over all ranks, bitwise the same on each."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone()
@@ -74,39 +74,41 @@ class Ranks:
 
     @property
     def reduce_over_batch(self) -> Reduce:
-        """Makes of a sum over this rank's tokens the sum over the batch."""
-        return self.sum if self.by_data else no_reduce
+        """All-reduce of a sum over this rank's tokens to the sum over the batch."""
+        return self.all_reduce if self.by_data else no_reduce
 
     @property
     def reduce_over_layers(self) -> Reduce:
-        """Makes of a sum over this rank's layers the sum over all layers."""
-        return self.sum if self.by_layers else no_reduce
+        """All-reduce of a sum over this rank's layers to the sum over all layers."""
+        return self.all_reduce if self.by_layers else no_reduce
 
-    def whole(self, share: Tensor) -> Tensor:
-        """`[N / ranks, …]` of this rank's tokens → `[N, …]` of the batch, rank by rank."""
+    def all_gather_cat(self, share: Tensor) -> Tensor:
+        """All-gather: `[N / ranks, …]` of this rank's tokens → `[N, …]` of the batch, in rank
+        order."""
         if not self.by_data:
             return share
         parts = [torch.empty_like(share) for _ in range(self.size)]
         dist.all_gather(parts, share.contiguous())
         return torch.cat(parts)
 
-    def least_(self, counts: Iterable[Tensor]) -> None:
-        """Tokens since a latent fired: fired on one rank is fired."""
+    def all_reduce_min_(self, counts: Iterable[Tensor]) -> None:
+        """All-reduce (minimum, in place) of tokens since a latent fired: fired on one rank is
+        fired."""
         if self.by_data:
             for count in counts:
                 dist.all_reduce(count, dist.ReduceOp.MIN)
 
-    def add_up_(self, moments: Moments) -> None:
-        """Make the moments of this rank's tokens those of all ranks', in float64."""
+    def all_reduce_moments_(self, moments: Moments) -> None:
+        """All-reduce the moments over the tokens of all ranks, in place, in float64."""
         if self.size > 1:
             for tensor in (*moments.sums, moments.squares, *moments.blocks.values()):
                 dist.all_reduce(tensor)
-            moments.count = sum(count for (count,) in self.every([moments.count]))
+            moments.count = sum(count for (count,) in self.all_gather_ints([moments.count]))
 
     @contextmanager
-    def summed_gradients(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Inside, a backward; afterwards the gradients are the sums over all ranks. A gradient sets
-        out as soon as it is complete."""
+    def summed_gradients(self, parameters: Iterable[nn.Parameter]) -> Generator[None]:
+        """Context of a backward: afterwards the gradients are the sums over all ranks. Each
+        gradient's all-reduce starts as soon as it has been accumulated."""
         if not self.by_data:
             yield
             return
@@ -126,10 +128,11 @@ class Ranks:
         for work in under_way:
             work.wait()
 
-    # -- who has what ------------------------------------------------------------------------------
+    # -- gather and broadcast ----------------------------------------------------------------------
 
-    def to_owners(self, residuals: Sequence[Tensor]) -> list[Tensor]:
-        """`[N / ranks, D]` of every layer → `[N, D]` of the layers of this rank, rank by rank."""
+    def gather_by_layer(self, residuals: Sequence[Tensor]) -> list[Tensor]:
+        """Gather `[N / ranks, D]` of every layer to `[N, D]` of the layers of this rank, in rank
+        order."""
         under_way, received = [], []
         for layer, mine in enumerate(residuals):
             owner, parts = layer % self.size, None
@@ -142,13 +145,13 @@ class Ranks:
         return [torch.cat(parts) for parts in received]
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Those of rank 0 to all."""
+        """Broadcast rank 0's tensors to every rank."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
-    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """To rank 0, on the CPU, what the ranks hold of different layers; nothing to the others."""
+    def gather_to_rank0(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gather the tensors of different layers on rank 0, on the CPU; other ranks get none."""
         held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         if not self.by_layers:
             return held if self.rank == 0 else {}
@@ -156,7 +159,7 @@ class Ranks:
             [name, str(t.dtype).removeprefix("torch."), *t.shape] for name, t in held.items()
         ]
         header = torch.frombuffer(bytearray(json.dumps(described).encode()), dtype=torch.uint8)
-        lengths = [length for (length,) in self.every([len(header)])]
+        lengths = [length for (length,) in self.all_gather_ints([len(header)])]
         if self.rank > 0:
             for tensor in (header, *held.values()):
                 dist.send(tensor, 0)
@@ -171,20 +174,20 @@ class Ranks:
 
     # -- agreement ---------------------------------------------------------------------------------
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Which flags are up on any rank. On the CPU: no device is waited for."""
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Logical or of each flag over the ranks. On the CPU: waits for no device."""
         if self.size == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return [bool(flag) for flag in raised.tolist()]
 
-    def meet(self) -> None:
-        """Nobody goes on before all are here."""
-        self.any(False)
+    def barrier(self) -> None:
+        """Barrier."""
+        self.any_rank(False)
 
-    def every(self, numbers: Sequence[int]) -> list[list[int]]:
-        """The numbers of all ranks, in their order."""
+    def all_gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
+        """All-gather: the numbers of every rank, in rank order."""
         mine = torch.tensor(numbers, dtype=torch.int64)
         if self.size == 1:
             return [mine.tolist()]
@@ -193,4 +196,4 @@ class Ranks:
         return [t.tolist() for t in gathered]
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()

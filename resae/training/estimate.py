@@ -1,4 +1,4 @@
-"""What a training run will take, before anything runs: an estimate from sizes alone.
+"""Estimate of time and memory of a training run, from sizes alone, before anything runs.
 
 Memory of weights, gradients, Adam's moments, the buffer and checkpoints is exact; activations of a
 step are counted in streams `[N, D]`. Time is a cost model, never a measurement: the larger of FLOPs
@@ -48,13 +48,13 @@ class Device:
 
 
 class ModelSizes(NamedTuple):
-    """Of a language model, up to its last selected layer where it says so."""
+    """Sizes of a language model."""
 
     name: str
     d_model: int
     parameters: int
     flops_per_token: float
-    """Of a forward pass that stops at the last selected layer."""
+    """FLOPs of a forward pass that stops at the last selected layer."""
     weights_read: int
     """Parameters that such a pass reads."""
 
@@ -81,7 +81,7 @@ class Phase(NamedTuple):
 
     name: str
     tokens: int
-    """That go through it in all, on all ranks."""
+    """Total tokens over all ranks."""
     flops: float
     """Per token."""
     bytes: float
@@ -90,17 +90,17 @@ class Phase(NamedTuple):
     """Per token of the whole run."""
 
 
-class Plan(NamedTuple):
-    """The estimate; bytes are per rank unless they say otherwise."""
+class RunEstimate(NamedTuple):
+    """The estimate; bytes are per rank unless stated otherwise."""
 
     phases: list[Phase]
     tokens_per_second: float
-    """Of training, on all ranks, calibration left out."""
+    """Training speed over all ranks, without the calibration."""
     hours: float
     device_memory: dict[str, int]
     host_memory: dict[str, int]
     disk: dict[str, int]
-    """Of all ranks together."""
+    """Bytes of all ranks together."""
     settings: dict[str, Any]
 
     def table(self) -> str:
@@ -108,10 +108,10 @@ class Plan(NamedTuple):
         s = self.settings
         lines = [
             f"estimate (a cost model, nothing was measured): {s['model']}, layers "
-            f"{', '.join(s['layers'])}, M = {_listed(s['d_sae'])}, k = {s['k']}, "
+            f"{', '.join(s['layers'])}, M = {_join(s['d_sae'])}, k = {s['k']}, "
             f"{s['train_tokens']:,} tokens, {s['batch_tokens']:,} per step",
-            f"{s['ranks']} × {s['device']}, by {s['way']}; {s['utilisation']:.0%} of its peaks "
-            f"assumed",
+            f"{s['ranks']} × {s['device']}, by {s['parallelism']}; {s['utilisation']:.0%} of its "
+            f"peaks assumed",
             "",
             f"{'phase':<18}{'tokens':>16}{'GFLOP/token':>13}{'MB/token':>11}{'hours':>9}",
         ]
@@ -135,12 +135,12 @@ class Plan(NamedTuple):
         return "\n".join(lines)
 
 
-def _listed(numbers: int | Sequence[int]) -> str:
+def _join(numbers: int | Sequence[int]) -> str:
     several = (numbers,) if isinstance(numbers, int) else numbers
     return " + ".join(f"{number:,}" for number in several)
 
 
-def plan(
+def estimate_run(
     config: TrainConfig,
     model: ModelSizes,
     *,
@@ -152,7 +152,7 @@ def plan(
     keep_checkpoints: int = 2,
     checkpoint_steps: int = 1_000,
     cache_dtype: torch.dtype | None = None,
-) -> Plan:
+) -> RunEstimate:
     """The estimate for one run.
 
     Args:
@@ -261,12 +261,12 @@ def plan(
         "batch_tokens": N,
         "checkpoints": ceil(config.steps / checkpoint_steps),
         "ranks": R,
-        "way": ranks.way,
+        "parallelism": ranks.parallelism,
         "device": device.name,
         "utilisation": device.utilisation,
     }
     hours = (training * T + phases[0].seconds * config.calibration_tokens) / 3600
-    return Plan(phases, 1 / training, hours, device_memory, host, disk, settings)
+    return RunEstimate(phases, 1 / training, hours, device_memory, host, disk, settings)
 
 
 def checkpoint_bytes(config: TrainConfig, d_in: int) -> int:
@@ -282,7 +282,7 @@ def _parameters(M: int, d_in: int) -> int:
 
 
 def _map_sizes(config: TrainConfig, d_in: int) -> list[int]:
-    """Numbers in each map and its offset, in the full form."""
+    """Numbers in each map and its offset, in a full map."""
     if config.predictor == "none":
         return []
     every = config.predictor == "all_previous"

@@ -1,4 +1,4 @@
-"""Metric loggers beside the run's own log: TensorBoard, Weights & Biases."""
+"""Metric loggers in addition to the run's own log: TensorBoard, Weights & Biases."""
 
 import sys
 from collections.abc import Callable

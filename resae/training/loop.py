@@ -33,14 +33,14 @@ from resae.training.checkpoints import (
     trained_tensors,
 )
 from resae.training.config import TrainConfig
-from resae.training.distributed import ALONE, Ranks
-from resae.training.loss import LayerMetrics, Measured
+from resae.training.distributed import SINGLE_PROCESS, Ranks
+from resae.training.loss import LayerMetrics
 from resae.training.start import initial_state, require_divisible, state_of_rank
 from resae.training.step import TrainState, train_step
 
 
 class Progress(NamedTuple):
-    """What the log says of an interval."""
+    """One entry of the log."""
 
     step: int
     steps: int
@@ -48,7 +48,7 @@ class Progress(NamedTuple):
     tokens_per_second: float
     seconds_left: float
     loss: float
-    layers: list[LayerMetrics]
+    layers: list[LayerMetrics[float]]
     delta_ce: Mapping[str, float] | None = None
     """Nats per held-out token lost by replacing all layers, by way of replacing; at intervals."""
 
@@ -83,18 +83,19 @@ def train(
     on_progress: Callable[[Progress], None] | None = None,
     on_checkpoint: Callable[[], None] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> ReSAE | None:
     """Train, log and checkpoint into `out`; save the finished stack there and return it.
 
     Args:
         source: batches of L raw activations `[batch_tokens / ranks, D]`.
         identity: the model, as recorded with the stack.
-        resume: go on from the newest readable checkpoint of `out`, a folder that exists (from step
-            0 if there is no checkpoint); with more `train_tokens` than before see `resumed_config`.
+        resume: continue from the newest readable checkpoint of `out`, a folder that exists (from
+            step 0 without a checkpoint); with more `train_tokens` than before see
+            `resumed_config`.
         checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
-        keep_checkpoints: so many stay, and one more while it is written: the newest, and of two or
-            more one from before the learning rate falls.
+        keep_checkpoints: number of newest checkpoints to keep (one more while it is written); of
+            two or more, one is from before the learning rate falls.
         eval_steps: interval at which `delta_ce` measures a copy of the stack, for raw activations,
             on `device` (in the place that gradients take in a step); the run is the same without.
         on_checkpoint: called on every rank before a checkpoint is written: what belongs to it and
@@ -109,15 +110,12 @@ def train(
         OSError: the disk is full; the checkpoints there are intact.
         FileNotFoundError: `resume`, and no folder `out`.
     """
-    intervals = {
-        "keep_checkpoints": keep_checkpoints,
-        "checkpoint_steps": checkpoint_steps,
-        "log_steps": log_steps,
-        "eval_steps": eval_steps,
-    }
-    for name, value in intervals.items():
-        if value is not None and value < 1:
-            raise ValueError(f"train: {name}={value}, expected at least 1")
+    _require_intervals(
+        keep_checkpoints=keep_checkpoints,
+        checkpoint_steps=checkpoint_steps,
+        log_steps=log_steps,
+        eval_steps=eval_steps,
+    )
     if resume and not out.exists():
         raise FileNotFoundError(f"train: no folder {out} to resume from; look for the right one")
     if resume:
@@ -126,59 +124,49 @@ def train(
     begun = initial_state(config, calibration, identity, "cpu" if ranks.by_layers else device)
     state, step_config = state_of_rank(begun, config, ranks, device)
     maps = begun.stack.predictor.to(device)
-    own, first = ranks.own(len(config.layers)), ranks.rank == 0
+    own = ranks.local_layers(len(config.layers))
     checkpoints, logged = out / "checkpoints", out / "log.jsonl"
-    if first:
+    if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if resume:
             remove_partial(out)
         else:
             logged.unlink(missing_ok=True)
-    ranks.meet()  # nobody reads before
+    ranks.barrier()  # nobody reads before
     if resume:
         left_behind = load_newest(checkpoints, state, config, ranks)
-        if first:
-            _truncate_log(logged, state.step)
-            for path in left_behind:
-                path.unlink()
-            if state.step < config.steps:  # the stack there is of fewer tokens
-                (out / "resae.json").unlink(missing_ok=True)
+        if ranks.rank == 0:
+            _drop_later(out, state.step, config.steps, left_behind)
     inverse = [1.0 / s for s in calibration.scale]
     batches = source.batches(state.position)
-    pace = _Pace(config, state.step)
-    unchecked: _Batch | None = None
+    pace, check = _Pace(config, state.step), _LossCheck()
     while state.step < config.steps:
         raw, state.position = next(batches)
         xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
         if ranks.by_layers:
-            xs = ranks.to_owners(_residuals(maps, xs))
-        loss, measured = train_step(state, step_config, xs, ranks)
+            xs = ranks.gather_by_layer(_residuals(maps, xs))
+        loss, metrics = train_step(state, step_config, xs, ranks)
         last = state.step == config.steps
         due = last or state.step % checkpoint_steps == 0
         due |= state.step == config.common_steps and keep_checkpoints > 1
         measure = eval_steps is not None and (last or state.step % eval_steps == 0)
         report = measure or last or state.step % log_steps == 0
-        # Asking for a loss waits for the device: while it works on this step, the host asks for the
-        # one before.
         batch = _Batch(state.step, loss, raw)
-        recent = [batch] if unchecked is None else [unchecked, batch]
-        asked = recent if due or report else recent[:-1]
-        bad = next((b for b in asked if not bool(b.loss.isfinite())), None)
-        unchecked = batch
-        stop, diverged = ranks.any(not last and should_stop(), bad is not None)
+        bad = check.add(batch, now=due or report)
+        stop, diverged = ranks.any_rank(not last and should_stop(), bad is not None)
         if (stop or due) and not diverged:
             finite = all(bool(p.isfinite().all()) for p in state.stack.parameters())
             bad = None if finite and bool(loss.isfinite()) else batch
-            (diverged,) = ranks.any(bad is not None)
+            (diverged,) = ranks.any_rank(bad is not None)
         if diverged:
-            raise ValueError(_diverged(recent, bad, out, config, ranks))
+            raise ValueError(_diverged(check.recent, bad, out, config, ranks))
         if report:
-            progress = pace.progress(state.step, _of_all_ranks(loss, measured, own, config, ranks))
+            progress = pace.progress(state.step, _of_all_ranks(loss, metrics, own, config, ranks))
             whole = _in_raw_units(state, begun, calibration, ranks) if measure else None
             if whole is not None and delta_ce is not None:
                 progress = progress._replace(delta_ce=delta_ce(whole.to(device).eval()))
                 del whole
-            if first:
+            if ranks.rank == 0:
                 _append(logged, progress)
                 if on_progress is not None:
                     on_progress(progress)
@@ -190,13 +178,28 @@ def train(
     stack = _in_raw_units(state, begun, calibration, ranks)
     if stack is not None:
         stack.to("cpu").save_pretrained(out)
-    ranks.meet()  # nobody reads before
+    ranks.barrier()  # nobody reads before
     return ReSAE.load(out) if stack is None else stack.eval()
+
+
+def _require_intervals(**intervals: int | None) -> None:
+    for name, value in intervals.items():
+        if value is not None and value < 1:
+            raise ValueError(f"train: {name}={value}, expected at least 1")
+
+
+def _drop_later(out: Path, step: int, steps: int, left_behind: Sequence[Path]) -> None:
+    """Remove from a run directory that is resumed at `step` everything of later steps."""
+    _truncate_log(out / "log.jsonl", step)
+    for path in left_behind:
+        path.unlink()
+    if step < steps:  # the stack there is of fewer tokens
+        (out / "resae.json").unlink(missing_ok=True)
 
 
 @torch.no_grad()
 def _residuals(maps: AffinePredictor, xs: Sequence[Tensor]) -> list[Tensor]:
-    """What the maps leave of L activations `[N, D]`."""
+    """Residuals of L activations `[N, D]`: each minus its prediction by the maps."""
     predictions = [maps(layer, xs) for layer in range(len(xs))]
     return [
         x if prediction is None else x - prediction
@@ -210,7 +213,7 @@ def _in_raw_units(
     """A copy of the whole stack as it is now, for raw activations, on rank 0; None elsewhere."""
     state.optimizer.zero_grad(set_to_none=True)  # makes room for the copy
     if ranks.by_layers:
-        held = ranks.collect(named_in_whole(trained_tensors(state.stack), ranks))
+        held = ranks.gather_to_rank0(named_in_whole(trained_tensors(state.stack), ranks))
         for name, tensor in trained_tensors(begun.stack).items() if held else ():
             tensor.data.copy_(held[name])
     if ranks.rank > 0:
@@ -222,29 +225,34 @@ def _in_raw_units(
 
 def _of_all_ranks(
     loss: Tensor,
-    measured: Sequence[Measured],
+    metrics: Sequence[LayerMetrics[Tensor]],
     own: Sequence[int],
     config: TrainConfig,
     ranks: Ranks,
-) -> tuple[float, list[LayerMetrics]]:
-    """The loss and the measures of a batch, from each rank's part."""
-    table = torch.zeros(len(config.layers), 4, dtype=torch.float64, device=loss.device)
-    table[list(own)] = torch.stack([torch.stack([v.double() for v in row]) for row in measured])
+) -> tuple[float, list[LayerMetrics[float]]]:
+    """The loss and the metrics of a batch, from each rank's part."""
+    L = len(config.layers)
+    columns = {name: loss.new_zeros(L, dtype=torch.float64) for name in LayerMetrics._fields}
+    for name, column in columns.items():
+        column[list(own)] = torch.stack([getattr(of_layer, name).double() for of_layer in metrics])
     if ranks.by_data:
-        table[:, 1:3] /= ranks.size  # of means over tokens, equally many on each rank
-    total, *rows = ranks.sum(torch.cat([loss.double().view(1), table.flatten()])).tolist()
-    return total, [LayerMetrics(*rows[i : i + 4]) for i in range(0, len(rows), 4)]
+        for name in ("l0", "dead_fraction"):  # means over tokens, equally many on each rank
+            columns[name] /= ranks.size
+    sums = ranks.all_reduce(torch.cat([loss.double().view(1), *columns.values()])).cpu()
+    rows = sums[1:].view(len(columns), L).T.tolist()
+    layers = [LayerMetrics(**dict(zip(columns, row, strict=True))) for row in rows]
+    return float(sums[0]), layers
 
 
 class _Pace:
-    """How fast it goes since this process began."""
+    """Training speed since this process began."""
 
     def __init__(self, config: TrainConfig, first_step: int):
         self.config = config
         self.first_step = first_step
         self.started = time.perf_counter()
 
-    def progress(self, step: int, of_batch: tuple[float, list[LayerMetrics]]) -> Progress:
+    def progress(self, step: int, of_batch: tuple[float, list[LayerMetrics[float]]]) -> Progress:
         tokens = self.config.batch_tokens
         seconds = max(1e-9, time.perf_counter() - self.started)
         rate = (step - self.first_step) * tokens / seconds
@@ -260,23 +268,38 @@ class _Pace:
 
 
 class _Batch(NamedTuple):
-    """What was trained on, until it is known that the loss is finite."""
+    """A batch whose loss has not yet been checked for NaN."""
 
     step: int
     loss: Tensor
     raw: list[Tensor]
 
 
+class _LossCheck:
+    """Check that losses are finite, one step late unless it is needed now: reading a loss waits for
+    the device, so that while it works on this step, the host reads the loss of the step before."""
+
+    def __init__(self) -> None:
+        self.recent: list[_Batch] = []
+        """The last two batches."""
+
+    def add(self, batch: _Batch, *, now: bool) -> _Batch | None:
+        """The first batch, among those that are checked, whose loss is not finite."""
+        self.recent = [*self.recent[-1:], batch]
+        checked = self.recent if now else self.recent[:-1]
+        return next((b for b in checked if not bool(b.loss.isfinite())), None)
+
+
 def _diverged(
     recent: Sequence[_Batch], bad: _Batch | None, out: Path, config: TrainConfig, ranks: Ranks
 ) -> str:
-    """Save the batch that it happened on, each rank its share, and say so."""
-    step = max(step for (step,) in ranks.every([-1 if bad is None else bad.step]))
+    """Save the batch with the bad loss, each rank its share; returns the error message."""
+    step = max(step for (step,) in ranks.all_gather_ints([-1 if bad is None else bad.step]))
     batch = next(b for b in recent if b.step == step)
     path = out / f"nan_batch{f'.rank{ranks.rank}' if ranks.size > 1 else ''}.safetensors"
     tensors = dict(zip(config.layers, batch.raw, strict=True))
     save_tensors(path, {**tensors, "step": torch.tensor(batch.step)})
-    if any(ranks.any(not all(bool(x.isfinite().all()) for x in batch.raw))):
+    if any(ranks.any_rank(not all(bool(x.isfinite().all()) for x in batch.raw))):
         remedy = "hold NaN or inf; look there, or load the model in float32 or bfloat16"
     else:
         remedy = f"are finite: train with a lower lr (now {config.peak_lr:g}) or clip_norm"

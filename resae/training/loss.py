@@ -2,11 +2,16 @@
 
     loss = Σ_l  ‖r_l − r̂_l‖² / ‖r_l − mean‖²  +  auxk_coefficient · auxk_l
 
-with r_l what the affine maps leave of x_l, every layer divided by its RMS.
+with r_l the residual of x_l after the affine maps, every layer divided by its RMS.
+
+Every denominator is a sum over the tokens of the whole batch, a *normaliser*. A batch may be
+computed in pieces, on several ranks or one after the other (gradient accumulation): each normaliser
+has a name, and the caller's `NormaliserReduce` gives the reduction from the sum over a piece to the
+sum over the batch. The losses of all pieces then add up to the loss of the batch.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +21,41 @@ from resae.sae.losses import Reduce, no_reduce
 from resae.stack.stack import ReSAE
 from resae.training.config import TrainConfig
 
+Number = TypeVar("Number", float, Tensor)
 
-class LayerMetrics(NamedTuple):
-    """Of one layer and one batch, on the residual target."""
-
-    fvu: float
-    l0: float
-    dead_fraction: float
-    auxk: float
+NormaliserReduce = Callable[[str], Reduce]
+"""Name of a normaliser → the reduction of its sum over a piece to the sum over the batch."""
 
 
-Measured = tuple[Tensor, Tensor, Tensor, Tensor]
+def within_piece(_normaliser: str) -> Reduce:
+    """The `NormaliserReduce` of a batch that is one piece."""
+    return no_reduce
+
+
+class LayerMetrics(NamedTuple, Generic[Number]):
+    """Metrics of one layer and one batch, on the residual target: numbers, or scalars still on the
+    device."""
+
+    fvu: Number
+    """Share of the batch's variance; over pieces of a batch it adds up."""
+    l0: Number
+    """Active latents per token: a mean over tokens."""
+    dead_fraction: Number
+    """Share of the latents that are dead before the batch."""
+    auxk: Number
+    """AuxK loss, without its coefficient; over pieces of a batch it adds up."""
 
 
 class StackLoss(NamedTuple):
-    """What one batch says of all layers; scalars are still on the device."""
+    """Loss of one batch over all layers, and its metrics; scalars are still on the device."""
 
     loss: Tensor
-    measured: list[Measured]
-    """Per layer `(fvu, l0, dead fraction, auxk)`, detached."""
+    metrics: list[LayerMetrics[Tensor]]
+    """Per layer, detached."""
     fired: list[Tensor]
-    """Of each of `stack.saes` the latents that fired, in any order, repeated as often as they
-    did."""
+    """Per SAE of `stack.saes`: indices of latents that fired (unordered, with repeats)."""
     acts: list[Tensor]
-    """Of each of `stack.saes` what its trained part made of the tokens, `[N, k]`, detached."""
+    """Per SAE of `stack.saes`: activations of its trained part, `[N, k]`, detached."""
 
 
 def stack_loss(
@@ -48,20 +64,18 @@ def stack_loss(
     xs: Sequence[Tensor],
     dead: Sequence[Tensor],
     *,
-    reduce: Reduce = no_reduce,
+    normaliser: NormaliserReduce = within_piece,
 ) -> StackLoss:
     """The loss of L activations `[N, D]`, already divided by their RMS.
 
     Args:
-        dead: for each of `stack.saes` which latents AuxK shall revive, `[M]` bool.
-        reduce: makes a sum over these tokens the sum over the batch that they are a piece of; the
-            losses of all pieces then add up to the loss of the batch. Whatever a loss divides by
-            goes through it, always in the same order, and no argument depends on what an earlier
-            call returned.
+        dead: per SAE of `stack.saes`, latents that AuxK shall revive, `[M]` bool.
+        normaliser: called with the name of each normaliser: `variance.{layer}`, and, where latents
+            are dead, `auxk.{layer}`. No sum depends on the result of an earlier reduction.
     """
     loss = xs[0].new_zeros(())
     x_hats: list[Tensor] = []
-    measured: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    metrics: list[LayerMetrics[Tensor]] = []
     fired: list[list[Tensor]] = [[] for _ in stack.saes]
     all_acts: list[list[Tensor]] = [[] for _ in stack.saes]
     for layer, x in enumerate(xs):
@@ -72,22 +86,32 @@ def stack_loss(
         *partial, x_hat = sae.reconstructions(code, prediction=prediction)
         x_hats.append(x_hat.detach())
         target = x if prediction is None else x - prediction
-        variance = centred_energy(target, reduce).to(x.dtype)
+        variance = centred_energy(target, normaliser(f"variance.{layer}")).to(x.dtype)
         fvu = F.mse_loss(x_hat, x, reduction="sum") / variance
         errors = [F.mse_loss(y, x, reduction="sum") / variance for y in partial]
         error = sum(errors, fvu) / (1 + len(errors))
-        aux = sae.dead_latent_loss(
-            x, x - x_hats[-1], its_dead, prediction=prediction, reduce=reduce
+        auxk = sae.dead_latent_loss(
+            x,
+            x - x_hats[-1],
+            its_dead,
+            prediction=prediction,
+            reduce=normaliser(f"auxk.{layer}"),
         )
-        loss = loss + error + config.auxk_coefficient * aux
+        loss = loss + error + config.auxk_coefficient * auxk
         acts, indices = sae.trainable_code(code)
         active = acts > 0
         fired[stack.sae_index(layer)].append(indices[active])
         all_acts[stack.sae_index(layer)].append(acts.detach())
-        l0 = active.sum(-1).double().mean()
-        measured.append((fvu.detach(), l0, its_dead.double().mean(), aux.detach()))
+        metrics.append(
+            LayerMetrics(
+                fvu=fvu.detach(),
+                l0=active.sum(-1).double().mean(),
+                dead_fraction=its_dead.double().mean(),
+                auxk=auxk.detach(),
+            )
+        )
     joined = ([torch.cat(of_layers) for of_layers in of_saes] for of_saes in (fired, all_acts))
-    return StackLoss(loss, measured, *joined)
+    return StackLoss(loss, metrics, *joined)
 
 
 def centred_energy(x: Tensor, reduce: Reduce = no_reduce) -> Tensor:

@@ -12,8 +12,10 @@ from resae.data.rows import TokenRows
 from resae.evaluation.labels import LABELS
 from resae.evaluation.methods import predictor_name
 from resae.evaluation.predictors import r2_per_layer, routing_shares
+from resae.evaluation.rows import LayerPairRow
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
+from resae.settings import current_names
 from resae.stack.fit import Moments
 from resae.storage import load_json
 from resae.training.calibration import Calibration, calibrate, sum_moments
@@ -36,7 +38,7 @@ def measure_moments(
         for xs in batches:
             done += len(xs[0])
             share = min(1.0, done * ranks.size / config.moment_tokens)
-            console.show(f"affine maps: {share:4.0%} of {config.moment_tokens:,} tokens")
+            console.progress(f"affine maps: {share:4.0%} of {config.moment_tokens:,} tokens")
             yield xs
 
     # The identity needs no products of activations, so its moments are in everyone's.
@@ -47,9 +49,9 @@ def measure_moments(
         d_in=lm.d_model,
         n_layers=len(points),
     )
-    ranks.add_up_(moments)
+    ranks.all_reduce_moments_(moments)
     if moments.count < config.moment_tokens:
-        console.say(
+        console.log(
             f"affine maps: the data has {moments.count:,} tokens, fewer than the "
             f"{config.moment_tokens:,} asked for"
         )
@@ -64,14 +66,19 @@ def fit_calibration(
     config: TrainConfig,
     console: Console,
     ranks: Ranks,
-) -> tuple[Calibration, list[dict[str, Any]]]:
-    """The calibration by `batches` of L activations, and R² per hop on those of held-out tokens,
-    beside the identity's; of a hop that several layers are sources of, also their shares. There
-    are none without a predictor (nothing held out is read then) or where `unseen` is empty."""
+) -> tuple[Calibration, list[LayerPairRow]]:
+    """The calibration by `batches` of L activations, and R² per pair of layers on those of held-out
+    tokens, with the identity's for comparison; with several source layers also their shares. No R²
+    without a predictor (no held-out rows are read then) or if `unseen` is empty."""
     moments = measure_moments(lm, points, batches, config, console, ranks)
-    form: dict[str, Any] = {"form": config.form, "rank": config.rank}
-    calibration = calibrate(config.predictor, moments, ridge=config.ridge, **form)
-    table: list[dict[str, Any]] = []
+    calibration = calibrate(
+        config.predictor,
+        moments,
+        ridge=config.ridge,
+        map_type=config.map_type,
+        rank=config.rank,
+    )
+    table: list[LayerPairRow] = []
     unseen = [] if config.predictor == "none" else [[x.cpu() for x in xs] for xs in unseen]
     if not unseen:
         return calibration, table
@@ -81,18 +88,17 @@ def fit_calibration(
     for maps in compared:
         shares = routing_shares(maps, moments)
         for i, r2 in enumerate(r2_per_layer(maps, unseen)):
-            hop = f"{points[i].name} → {points[i + 1].name}"
-            row = {"method": predictor_name(maps.kind, maps.form), "hop": hop, "r2": r2}
+            layer_pair = f"{points[i].name} → {points[i + 1].name}"
+            method = predictor_name(maps.kind, maps.map_type)
+            of_sources = None
             if len(shares[i]) > 1:
-                row["shares"] = {
-                    point.name: share
-                    for point, share in zip(points[: i + 1], shares[i], strict=True)
-                }
-            table.append(row)
+                names = (point.name for point in points[: i + 1])
+                of_sources = dict(zip(names, shares[i], strict=True))
+            table.append(LayerPairRow(method, layer_pair, r2, of_sources))
     for row in table:
-        console.say(f"R² {row['hop']}  {LABELS[row['method']]}: {row['r2']:.4f}")
-        for source, share in row.get("shares", {}).items():
-            console.say(f"   {share:6.1%} from {source}")
+        console.log(f"R² {row.hop}  {LABELS[row.method]}: {row.r2:.4f}")
+        for source, share in (row.shares or {}).items():
+            console.log(f"   {share:6.1%} from {source}")
     return calibration, table
 
 
@@ -125,7 +131,7 @@ class FittedMaps(NamedTuple):
                 f"--maps: {folder} holds no maps (no fit.json); make them with `resae fit`"
             )
         record = load_json(file, "maps")
-        record |= record.get("train", {})
+        record = current_names(record | record.get("train", {}))
         if not record.keys() >= {"layers", *FITTED}:
             raise ValueError(f"--maps: {file} was written by an earlier resae; fit the maps anew")
         calibration = Calibration.load(folder / "calibration.safetensors", record["predictor"])
@@ -162,7 +168,7 @@ class FittedMaps(NamedTuple):
                 f"--maps: of layers {', '.join(self.record['layers'])}, here are "
                 f"{', '.join(train.layers)}; leave --layers out"
             )
-        # Without a split for validation the first rows are held out: which, these settings say.
+        # Without a split for validation the first rows are held out; these settings decide which.
         names = ("text_column", "streaming", "context_tokens", "held_out_rows", "seed")
         other = [name for name in names if self.record[name] != getattr(config, name)]
         if rows.skip and self.record["data"] == config.data and other:

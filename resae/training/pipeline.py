@@ -18,7 +18,7 @@ from torch import Tensor
 
 from resae.console import Console, SilentConsole
 from resae.data.activations import MODEL_ROWS, ModelActivations, capture_tokens
-from resae.data.batches import ActivationBatches, WithRows, in_order
+from resae.data.batches import ActivationBatches, WithRows, sequential
 from resae.data.cache import ActivationCache
 from resae.data.rows import TokenRows, read_rows
 from resae.data.text_record import TrainedText, save_held_out
@@ -32,7 +32,7 @@ from resae.storage import is_unused, load_json, locked, save_json
 from resae.training.calibration import Calibration, boost_calibration
 from resae.training.checkpoints import resumed_config
 from resae.training.config import FITTED, FitConfig, RunConfig, TrainConfig
-from resae.training.distributed import ALONE, Ranks
+from resae.training.distributed import SINGLE_PROCESS, Ranks
 from resae.training.loggers import metric_loggers, require_loggers
 from resae.training.loop import Progress, train
 from resae.training.maps import FittedMaps, fit_calibration, measure_moments, require_rank
@@ -77,7 +77,7 @@ def run(
 ) -> Run:
     """Train the autoencoders of several layers of a model on a text, into a run directory.
 
-    With `config.resume` the run in `config.out` goes on from its newest checkpoint. Started by
+    With `config.resume` the run in `config.out` continues from its newest checkpoint. Started by
     torchrun, all processes train together.
 
     Args:
@@ -87,7 +87,7 @@ def run(
 
     Raises:
         ValueError: settings that do not fit together or do not fit the model, the text or the run
-            to go on with; or the training diverged.
+            to resume; or the training diverged.
         FileNotFoundError: no such model, text, maps or run.
         ModuleNotFoundError: a metric logger is not installed.
         OSError: another process writes into the folder, or the disk is full.
@@ -97,7 +97,7 @@ def run(
     ranks, device = Ranks.launched(config.parallel, find_device(config.device))
     out = Path(config.out)
     with (
-        Watch(ranks.rank, ranks.size, console.complain, with_traceback=console.traceback),
+        Watch(ranks.rank, ranks.size, console.error, with_traceback=console.traceback),
         locked(out) if ranks.rank == 0 else nullcontext(),
     ):
         require_startable(out, config.resume)
@@ -130,7 +130,7 @@ def fit_maps(
         if not is_unused(out):
             raise ValueError(f"{out} exists and is not empty; choose another --out")
         device = find_device(config.device)
-        console.say(f"device: {describe_device(device)}")
+        console.log(f"device: {describe_device(device)}")
         if not config.layers:
             raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
         shapes = HookedLM.described(config.model, tokenizer=True)
@@ -142,11 +142,14 @@ def fit_maps(
         text = TrainedText()
         batches = _captured(lm, rows.noted(text.add), points)
         unseen = _captured(lm, held_out, points)
-        calibration, affine = fit_calibration(lm, points, batches, unseen, fit, console, ALONE)
+        calibration, affine = fit_calibration(
+            lm, points, batches, unseen, fit, console, SINGLE_PROCESS
+        )
         calibration.save(out / "calibration.safetensors")
+        table = [row.to_dict() for row in affine]
         text.save(out)
         fitted = {name: getattr(fit, name) for name in ("layers", *FITTED, "seed")}
-        save_json(out / "fit.json", record_of(config, rows, affine, device, command) | fitted)
+        save_json(out / "fit.json", record_of(config, rows, table, device, command) | fitted)
     return out
 
 
@@ -170,7 +173,7 @@ class _Pipeline:
         self.out = Path(config.out)
         self.calibrated = self.out / "calibration.safetensors"
         self.record: dict[str, Any] = {}
-        """What the run to go on with recorded; empty for a new one."""
+        """`run.json` of the run to resume; empty for a new run."""
 
     def run(self, command: str, stopping: Stopping) -> Run:
         self._say_devices()
@@ -209,7 +212,7 @@ class _Pipeline:
         if apart is not None and apart != "auto":
             self.config = replace(self.config, model_device=find_device(apart))
         line = f"device: {describe_device(self.device)}"
-        self.console.say(line if apart is None else f"{line}; language model: {apart}")
+        self.console.log(line if apart is None else f"{line}; language model: {apart}")
 
     def _earlier(self, shapes: HookedLM) -> tuple[FittedMaps | None, ReSAE | None]:
         """The maps or the stack that the run starts from; its layers and maps become settings."""
@@ -222,7 +225,7 @@ class _Pipeline:
             base_stack.require_model(shapes)
             of_maps = {
                 "predictor": base_stack.predictor.kind,
-                "form": base_stack.predictor.form,
+                "map_type": base_stack.predictor.map_type,
                 "rank": base_stack.predictor.rank,
             }
             layers = self.config.layers or tuple(base_stack.hook_points)
@@ -230,7 +233,7 @@ class _Pipeline:
         return maps, base_stack
 
     def _settle(self, shapes: HookedLM, base_stack: ReSAE | None) -> TrainConfig:
-        """What the training loop gets; of a resumed run as it goes on with it."""
+        """Settings of the training loop; for a resumed run those that it continues with."""
         points = self._points(shapes)
         names = tuple(point.name for point in points)
         if base_stack is not None and list(names) != base_stack.hook_points:
@@ -267,7 +270,7 @@ class _Pipeline:
                 continue
             earlier = TrainedText.load(Path(folder))
             if earlier is None:
-                self.console.say(
+                self.console.log(
                     f"{option}: {folder} has no record of the text that it was fitted on, so that "
                     f"this run gets none: `resae eval` will not know which text is new to it"
                 )
@@ -279,7 +282,7 @@ class _Pipeline:
         self, lm: HookedLM, rows: TokenRows, noted: TokenRows, config: TrainConfig
     ) -> ActivationBatches:
         rank, world = self.ranks.rank, self.ranks.size
-        cache = self._cache(lm, rows, "train", self.ranks, config.train_tokens)
+        cache = self._open_cache(lm, rows, "train", self.ranks, config.train_tokens)
         return ActivationBatches(
             lm,
             noted,
@@ -292,10 +295,10 @@ class _Pipeline:
             device=self.device,
             rank=rank,
             world=world,
-            stored=cache and WithRows(cache, noted.shard(rank, world)),
+            cache=cache and WithRows(cache, noted.shard(rank, world)),
         )
 
-    def _cache(
+    def _open_cache(
         self, lm: HookedLM, rows: TokenRows, part: str, ranks: Ranks, tokens: int = 0
     ) -> ActivationCache | None:
         """The activation cache of one part of the text, if the run has one; of several ranks each
@@ -321,9 +324,9 @@ class _Pipeline:
             dtype=self.config.cache_dtype,
         )
         if tokens:
-            stored = sum(count for (count,) in ranks.every([cache.stored_tokens]))
+            stored = sum(count for (count,) in ranks.all_gather_ints([cache.stored_tokens]))
             cache.require_disk(max(0, tokens - stored))
-            self.console.say(
+            self.console.log(
                 f"activations: {cache.bytes_for(tokens) / 1e9:.2f} GB for {tokens:,} tokens in "
                 f"{self.config.cache} (less where the text is shorter); {stored:,} tokens are there"
             )
@@ -332,7 +335,7 @@ class _Pipeline:
     # -- before the first step ---------------------------------------------------------------------
 
     def _go_on(self, config: TrainConfig) -> Calibration:
-        """The calibration of the run to go on with; its record follows if it gets more tokens."""
+        """Calibration of the resumed run; its record is updated if it gets more tokens."""
         calibration = Calibration.load(self.calibrated, config.predictor)
         if self.ranks.rank == 0 and self.record["train"]["train_tokens"] != config.train_tokens:
             changed = self.record | {"train": asdict(config.resolved())}
@@ -349,31 +352,32 @@ class _Pipeline:
         config: TrainConfig,
         maps: FittedMaps | None,
         base_stack: ReSAE | None,
-    ) -> tuple[Calibration, Any]:
+    ) -> tuple[Calibration, list[dict[str, Any]]]:
         """The calibration, and the rows of R² that are recorded of it."""
-        # Nothing here may hold on to `source.in_order()`: it would keep the first buffer in memory
-        # for the whole training.
+        # Nothing here may hold on to `source.sequential()`: it would keep the first buffer in
+        # memory for the whole training.
         if maps is not None:
-            self.console.say(f"affine maps: those of {self.config.maps}")
+            self.console.log(f"affine maps: those of {self.config.maps}")
             return maps.calibration, maps.record["affine"]
         points = self._points(lm)
         if base_stack is not None:
             moments = measure_moments(
-                lm, points, source.in_order(), config, self.console, self.ranks
+                lm, points, source.sequential(), config, self.console, self.ranks
             )
             return boost_calibration(base_stack, moments), []
         unseen: Iterable[list[Tensor]] = []
         if self.ranks.rank == 0:  # only rank 0 reports R²
-            kept = self._cache(lm, held_out, "held_out", ALONE)
-            unseen = in_order(kept or ModelActivations(lm, held_out, points))
-        return fit_calibration(
-            lm, points, source.in_order(), unseen, config, self.console, self.ranks
+            kept = self._open_cache(lm, held_out, "held_out", SINGLE_PROCESS)
+            unseen = sequential(kept or ModelActivations(lm, held_out, points))
+        calibration, table = fit_calibration(
+            lm, points, source.sequential(), unseen, config, self.console, self.ranks
         )
+        return calibration, [row.to_dict() for row in table]
 
     def _begin(
         self,
         calibration: Calibration,
-        affine: Any,
+        affine: list[dict[str, Any]],
         config: TrainConfig,
         rows: TokenRows,
         held_out: TokenRows,
@@ -395,7 +399,7 @@ class _Pipeline:
                 },
             )
             save_held_out(self.out, held_out, self.config.context_tokens)
-        ranks.meet()  # nobody else writes into a folder that is not begun
+        ranks.barrier()  # nobody else writes into a folder that is not begun
         if text is not None:
             text.save(self.out, ranks.rank, ranks.size)
         if ranks.rank == 0:
@@ -414,7 +418,7 @@ class _Pipeline:
         stopping: Stopping,
     ) -> ReSAE | None:
         asked, ranks = self.config, self.ranks
-        self.console.say(
+        self.console.log(
             f"{len(config.layers)} autoencoders of {config.d_sae} latents on {lm.name}: "
             f"{config.steps:,} steps of {config.batch_tokens:,} tokens; checkpoints every "
             f"{asked.checkpoint_steps:,} steps"
@@ -422,7 +426,7 @@ class _Pipeline:
         unseen = list(held_out.batches(MODEL_ROWS)) if asked.eval_steps else []
 
         def progress(p: Progress) -> None:
-            self.console.say(p.line())
+            self.console.log(p.line())
             for logger in loggers:
                 logger(p)
 

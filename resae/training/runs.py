@@ -1,4 +1,4 @@
-"""Run directories: what is recorded of a run, opening one, and going on with one."""
+"""Run directories: their record, opening a run, and resuming one."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from resae.data.rows import TokenRows
 from resae.data.texts import fingerprint
 from resae.environment import environment
+from resae.settings import current_names
 from resae.stack.stack import ReSAE
 from resae.storage import is_unused, load_json
 from resae.training.config import FitConfig, RunConfig, TrainConfig
@@ -24,9 +25,13 @@ RECORDED = (
 
 
 def record_of(
-    config: RunConfig | FitConfig, rows: TokenRows, affine: Any, device: str, command: str
+    config: RunConfig | FitConfig,
+    rows: TokenRows,
+    affine: list[dict[str, Any]],
+    device: str,
+    command: str,
 ) -> dict[str, Any]:
-    """What a run or a fit records of itself. `config` repeats it: `resae train --config FILE`, or
+    """Record of a run or a fit. `config` repeats it: `resae train --config FILE`, or
     `RunConfig.load(FILE)`."""
     settings = asdict(config)
     settings.pop("resume", None)
@@ -52,21 +57,21 @@ def open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
         raise FileNotFoundError(f"{folder} is not a run directory; make one with `resae train`")
     if not (folder / "resae.json").exists():
         raise ValueError(
-            f"the run in {folder} is not finished; go on with `resae train … --resume`"
+            f"the run in {folder} is not finished; continue it with `resae train … --resume`"
         )
     record = load_json(folder / "run.json", "run") if (folder / "run.json").exists() else {}
     return record, ReSAE.load(folder).to(device)
 
 
 def require_startable(out: Path, resume: bool) -> None:
-    """Refuse to start where there is something, and to resume where there is nothing."""
+    """Refuse to start in a folder that is not empty, and to resume where there is no run."""
     if not resume and not is_unused(out):
         raise ValueError(
-            f"{out} exists and is not empty; go on with --resume, or choose another --out"
+            f"{out} exists and is not empty; continue with --resume, or choose another --out"
         )
     if resume and not (out / "run.json").exists():
         raise FileNotFoundError(
-            f"--resume: no run in {out} to go on with (no run.json there); give the --out that the "
+            f"--resume: no run in {out} to continue (no run.json there); give the --out that the "
             f"run began with, or leave --resume out to begin one"
         )
 
@@ -77,8 +82,9 @@ def require_same_run(
     """Refuse to resume with another model, dataset or predictor."""
     names = (*RECORDED, "maps")
     began = {name: record.get(name) for name in names}
-    fitted = ("layers", "predictor", "form", "rank")
-    began |= {name: record["train"].get(name) for name in fitted}
+    fitted = ("layers", "predictor", "map_type", "rank")
+    trained = current_names(record["train"])
+    began |= {name: trained.get(name) for name in fitted}
     now = {name: getattr(config, name) for name in names}
     now |= {name: getattr(train, name) for name in fitted} | {"layers": list(train.layers)}
     changed = [name for name in began if began[name] != now[name]]
@@ -109,4 +115,4 @@ def model_of(record: dict[str, Any], stack: ReSAE) -> str:
         return record["model"]
     if stack.model_identity is not None:
         return stack.model_identity.name
-    raise ValueError("the stack does not say on which model it was trained; name it with --model")
+    raise ValueError("the stack does not record the model it was trained on; name it with --model")

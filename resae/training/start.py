@@ -31,8 +31,8 @@ def initial_state(
     )
     stack.to(device)
     Ms = [sae.trainable.config.d_sae for sae in stack.unique_saes()]
-    since = [torch.zeros(M, dtype=torch.int64, device=device) for M in Ms]
-    return TrainState(stack, _optimizer(stack, config), since)
+    idle_tokens = [torch.zeros(M, dtype=torch.int64, device=device) for M in Ms]
+    return TrainState(stack, _optimizer(stack, config), idle_tokens)
 
 
 def _optimizer(stack: ReSAE, config: TrainConfig) -> torch.optim.Optimizer:
@@ -47,10 +47,10 @@ def _optimizer(stack: ReSAE, config: TrainConfig) -> torch.optim.Optimizer:
 def state_of_rank(
     state: TrainState, config: TrainConfig, ranks: Ranks, device: str
 ) -> tuple[TrainState, TrainConfig]:
-    """What one rank trains, and how. By layers: ordinary autoencoders of its layers, whose
-    activations will be what the maps leave."""
+    """Training state and settings of one rank. By layers: ordinary autoencoders of its layers,
+    trained on the residuals of the maps."""
     ranks.broadcast_(state.stack.state_dict().values())
-    own = ranks.own(len(config.layers))
+    own = ranks.local_layers(len(config.layers))
     if not ranks.by_layers:
         return state, config
     saes = []
@@ -62,18 +62,18 @@ def state_of_rank(
         saes.append(sae)
     names = tuple(config.layers[layer] for layer in own)
     part = ReSAE(names, AffinePredictor("none"), saes).to(device)
-    since = [state.tokens_since_fired[layer].to(device) for layer in own]
+    idle_tokens = [state.tokens_since_fired[layer].to(device) for layer in own]
     sizes = {
         "k": tuple(config.k[layer] for layer in own),
         "d_sae": tuple(config.d_saes[layer] for layer in own),
     }
-    alone = {"predictor": "none", "form": "full", "rank": None, "loop": "open"}
+    alone = {"predictor": "none", "map_type": "full", "rank": None, "loop": "open"}
     config = replace(config, layers=names, **sizes, **alone)
-    return TrainState(part, _optimizer(part, config), since), config
+    return TrainState(part, _optimizer(part, config), idle_tokens), config
 
 
 def require_divisible(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise ValueError unless so many ranks can share this training in their way."""
+    """Raise ValueError unless this number of ranks can share this training."""
     problem = None
     if config.batch_tokens % ranks.size:
         problem = f"batch_tokens={config.batch_tokens}; make it a multiple of the ranks"
@@ -113,12 +113,13 @@ def _random(config: TrainConfig, calibration: Calibration, identity: ModelIdenti
 
 def _boosted(config: TrainConfig, calibration: Calibration) -> ReSAE:
     base_stack = ReSAE.load(str(config.boost))
-    has = (tuple(base_stack.hook_points), base_stack.predictor.kind, base_stack.predictor.form)
-    asked = (config.layers, config.predictor, config.form)
+    has = (tuple(base_stack.hook_points), base_stack.predictor.kind, base_stack.predictor.map_type)
+    asked = (config.layers, config.predictor, config.map_type)
     if has != asked or base_stack.boosted:
         boosted = ", boosted already" if base_stack.boosted else ""
         raise ValueError(
-            f"boost: {config.boost} has layers, predictor and form {has}{boosted}; expected {asked}"
+            f"boost: {config.boost} has layers, predictor and map type {has}{boosted}; "
+            f"expected {asked}"
         )
     if any(math.frexp(s)[0] != 0.5 for s in calibration.scale):
         raise ValueError(

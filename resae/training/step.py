@@ -1,8 +1,8 @@
 """One optimiser step on one batch, of one process or of several."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from resae.data.batches import Position
 from resae.sae.losses import Reduce, no_reduce
 from resae.stack.stack import ReSAE
 from resae.training.config import TrainConfig
-from resae.training.distributed import ALONE, Ranks
-from resae.training.loss import Measured, StackLoss, stack_loss
+from resae.training.distributed import SINGLE_PROCESS, Ranks
+from resae.training.loss import LayerMetrics, NormaliserReduce, StackLoss, stack_loss
 
 
 @dataclass
@@ -30,38 +30,39 @@ class TrainState:
 
 
 def train_step(
-    state: TrainState, config: TrainConfig, xs: Sequence[Tensor], ranks: Ranks = ALONE
-) -> tuple[Tensor, list[Measured]]:
+    state: TrainState, config: TrainConfig, xs: Sequence[Tensor], ranks: Ranks = SINGLE_PROCESS
+) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
     """One optimiser step on a batch of L activations `[N, D]`, already divided by their RMS.
 
     Args:
-        ranks: of several processes; each gives its share of the batch, or the layers that it holds.
+        ranks: this process among several; each gives its share of the batch, or the layers that it
+            holds.
 
     Returns:
-        The loss, and per layer `(fvu, l0, dead fraction, auxk)` as scalars still on the device; of
-        several ranks this one's part.
+        The loss, and the metrics of each layer, as scalars still on the device; with several ranks
+        this one's part.
     """
     stack, tokens = state.stack, len(xs[0])
-    dead = [since >= config.dead_tokens for since in state.tokens_since_fired]
+    dead = [idle_tokens >= config.dead_tokens for idle_tokens in state.tokens_since_fired]
     pieces = list(zip(*(x.tensor_split(config.accumulation_steps) for x in xs), strict=True))
     autocast = torch.autocast(xs[0].device.type, torch.bfloat16, enabled=config.autocast)
     state.optimizer.zero_grad(set_to_none=True)
-    for since in state.tokens_since_fired:
-        since += tokens * (ranks.size if ranks.by_data else 1)
-    reduces = _batch_reduces(state, config, pieces, dead, autocast, ranks)
+    for idle_tokens in state.tokens_since_fired:
+        idle_tokens += tokens * (ranks.size if ranks.by_data else 1)
+    normaliser = _normalisers(state, config, pieces, dead, autocast, ranks)
     parts = []
     for piece in pieces:
         with autocast:
-            part = stack_loss(stack, config, piece, dead, reduce=next(reduces))
-        for since, latents in zip(state.tokens_since_fired, part.fired, strict=True):
-            since[latents] = 0
+            part = stack_loss(stack, config, piece, dead, normaliser=normaliser)
+        for idle_tokens, latents in zip(state.tokens_since_fired, part.fired, strict=True):
+            idle_tokens[latents] = 0
         if len(parts) + 1 < len(pieces):
             part.loss.backward()
         else:
             with ranks.summed_gradients(stack.parameters()):
                 part.loss.backward()
         parts.append((len(piece[0]) / tokens, part._replace(loss=part.loss.detach())))
-    ranks.least_(state.tokens_since_fired)
+    ranks.all_reduce_min_(state.tokens_since_fired)
     for sae in stack.unique_saes():
         sae.remove_parallel_gradient()
     if config.clip_norm is not None:
@@ -73,52 +74,68 @@ def train_step(
         sae.normalize_decoder()
     for i, sae in enumerate(stack.unique_saes()):
         if sae.follows_acts:
-            sae.follow(ranks.whole(torch.cat([part.acts[i] for _, part in parts])))
+            sae.follow(ranks.all_gather_cat(torch.cat([part.acts[i] for _, part in parts])))
     state.step += 1
-    return _sum_of_parts(parts)
+    return _sum_of_pieces(parts)
 
 
-def _batch_reduces(
+def _normalisers(
     state: TrainState,
     config: TrainConfig,
     pieces: Sequence[Sequence[Tensor]],
     dead: Sequence[Tensor],
     autocast: torch.autocast,
     ranks: Ranks,
-) -> Iterator[Reduce]:
-    """Per piece what makes its sums those of the batch: of several pieces, from a first pass."""
+) -> NormaliserReduce:
+    """Reductions of the loss's normalisers to the sums over the batch, for every piece.
+
+    Two passes for gradient accumulation: the first piece's backward needs normalisers of the whole
+    batch, so a pass without gradient over all pieces adds them up first.
+    """
     if len(pieces) == 1:
-        return iter([ranks.reduce_over_batch])
-    sums: list[Tensor] = []
+        return lambda _: ranks.reduce_over_batch
+    sums: dict[str, Tensor] = {}
     for piece in pieces:
-        place = count()
-
-        def add(part: Tensor, place: Iterator[int] = place) -> Tensor:
-            i = next(place)
-            sums[i : i + 1] = [sums[i] + part if i < len(sums) else part]
-            return part
-
+        of_piece: dict[str, Tensor] = {}
         with torch.no_grad(), autocast:
-            stack_loss(state.stack, config, piece, dead, reduce=add)
-    sums = [ranks.reduce_over_batch(part) for part in sums]
-    return (_in_turn(sums) for _ in pieces)
+            stack_loss(state.stack, config, piece, dead, normaliser=partial(_record, of_piece))
+        for name, part in of_piece.items():
+            sums[name] = sums[name] + part if name in sums else part
+    of_batch = {name: ranks.reduce_over_batch(part) for name, part in sums.items()}
+    return lambda name: lambda _: of_batch[name]
 
 
-def _in_turn(sums: Sequence[Tensor]) -> Reduce:
-    known = iter(sums)
-    return lambda _: next(known)
+def _record(sums: dict[str, Tensor], name: str) -> Reduce:
+    """A reduction that returns its sum as it is and stores it under `name`."""
+
+    def reduce(part: Tensor) -> Tensor:
+        if name in sums:
+            raise ValueError(f"training: the normaliser {name} was reduced twice; reduce it once")
+        sums[name] = part
+        return part
+
+    return reduce
 
 
-def _sum_of_parts(parts: Sequence[tuple[float, StackLoss]]) -> tuple[Tensor, list[Measured]]:
-    """Loss and measures of a batch from those of its pieces, each with its share of the tokens."""
+def _sum_of_pieces(
+    parts: Sequence[tuple[float, StackLoss]],
+) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
+    """Loss and metrics of a batch from those of its pieces, each with its share of the tokens."""
     if len(parts) == 1:
-        return parts[0][1].loss, parts[0][1].measured
+        return parts[0][1].loss, parts[0][1].metrics
     shares = torch.tensor([share for share, _ in parts], device=parts[0][1].loss.device)
-    measured = []
-    for of_layer in zip(*(part.measured for _, part in parts), strict=True):
-        fvu, l0, dead, auxk = (torch.stack(values) for values in zip(*of_layer, strict=True))
-        measured.append((fvu.sum(), (shares * l0).sum(), dead[0], auxk.sum()))
-    return torch.stack([part.loss for _, part in parts]).sum(), measured
+    metrics = []
+    for of_layer in zip(*(part.metrics for _, part in parts), strict=True):
+        pieces = LayerMetrics(*(torch.stack(values) for values in zip(*of_layer, strict=True)))
+        metrics.append(
+            LayerMetrics(
+                fvu=pieces.fvu.sum(),
+                l0=(shares * pieces.l0).sum(),
+                dead_fraction=pieces.dead_fraction[0],
+                auxk=pieces.auxk.sum(),
+            )
+        )
+    return torch.stack([part.loss for _, part in parts]).sum(), metrics
 
 
 def clip_gradients(

@@ -2,7 +2,7 @@
 
 Every rank keeps a connection to rank 0 open. The operating system closes it when the process ends,
 however that happens; of a machine that is gone, after 25 s. Rank 0 then tells the others; a rank
-that fails says so itself. Each machine prints one line, and its processes end without the
+that fails reports it itself. Each machine prints one line, and its processes end without the
 destructors of torch.distributed, which would print and abort. A collective that waits for the dead
 would raise its own error, or wait for half an hour.
 """
@@ -27,7 +27,7 @@ import torch.distributed as dist
 log = logging.getLogger(__name__)
 
 EXPECTED = (ValueError, OSError, ModuleNotFoundError)
-"""Errors of the input or the machine, whose message says all: exit code 2."""
+"""Errors of the input or the machine, whose message is complete: exit code 2."""
 GRACE = 5.0
 """Seconds in which the death of another rank is heard of, which a RuntimeError may come from."""
 LONGEST = 4_096
@@ -41,16 +41,21 @@ class Watch:
 
     Args:
         rank, size: this process among all; entered by all of them.
-        say: prints the line.
+        print_line: prints the line.
         with_traceback: on an error of this rank, print where it happened.
     """
 
     def __init__(
-        self, rank: int, size: int, say: Callable[[str], None], *, with_traceback: bool = False
+        self,
+        rank: int,
+        size: int,
+        print_line: Callable[[str], None],
+        *,
+        with_traceback: bool = False,
     ):
         self.rank = rank
         self.size = size
-        self.say = say
+        self.print_line = print_line
         self.with_traceback = with_traceback
         self._code = 1
         self._peers: dict[int, socket.socket] = {}
@@ -64,11 +69,12 @@ class Watch:
             return self
         self._terminate = signal.signal(signal.SIGTERM, self._on_terminate)
         door: list[Any] = [None, None]
+        server = None
         if self.rank == 0:
             server, address = _listen()
             door = [address, secrets.token_hex(16)]
         dist.broadcast_object_list(door, 0, device=torch.device("cpu"))
-        if self.rank == 0:
+        if server is not None:
             hearing = threading.Thread(target=self._hear_all, args=(server, door[1]), daemon=True)
         else:
             connection = _connect(door[0], door[1], self.rank)
@@ -121,12 +127,12 @@ class Watch:
         server.close()
 
     def _hear_first(self) -> None:
-        """Another rank: until rank 0 ends in order or not, or says that a rank has not."""
+        """Another rank: until rank 0 ends in order or not, or reports that a rank has not."""
         while self._peers and self._hear(0):
             pass
 
     def _hear(self, peer: int) -> bool:
-        """Wait for what a rank says and act on it; False when it has ended in order."""
+        """Wait for the message of a rank and act on it; False when it has ended in order."""
         line = _receive(self._peers[peer])
         rank, _, rest = line.partition(" ")
         how, _, text = rest.partition(" ")
@@ -157,7 +163,7 @@ class Watch:
             speaker += 1
         if unheard or self.rank == speaker:
             what = f"rank {rank} of {self.size}{':' if how == 'failed' else ''} {text}"
-            self.say(what)
+            self.print_line(what)
         sys.stdout.flush()
         os._exit(self._code)
 

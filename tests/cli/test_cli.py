@@ -17,10 +17,12 @@ import pytest
 import tiny
 import torch
 from commands import SMALL, TRAIN, free_ports
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import resae.training.loop as training
 from resae import HookedLM, ReSAE
-from resae.cli import COMMANDS, GC_THRESHOLD, Display, main
+from resae.cli import COMMANDS, GC_THRESHOLD, TerminalConsole, main
 from resae.data import cache as activation_cache
 from resae.data.rows import TokenRows
 from resae.data.text_record import RunText
@@ -271,7 +273,7 @@ def test_generate_edits_latents_and_shows_them(run, tmp_path, capsys):
     assert "— and latents edited, error left out, effects propagated —" in lines
     name = tiny.NAMES[1]
     assert f"{name}: clamp latents 5 value 30 of layer 1, generated: 5 changes" in lines
-    assert any(x.startswith(f"{tiny.NAMES[2]}: what arrives there moved") for x in lines)
+    assert any(x.startswith(f"{tiny.NAMES[2]}: change arriving here") for x in lines)
     latents = lines[lines.index(next(x for x in lines if x.startswith("latent:act"))) + 1 :]
     assert len(latents) == 5
     assert all("1| 5:30.00 " in line for line in latents)
@@ -297,7 +299,7 @@ def fitted(material):
     out = material / "fitted"
     arguments = ["fit", str(material / "model"), str(material / "text.txt"), "--layers", "0,1,3"]
     arguments += ["--context-tokens", "24", "--held-out-rows", "8", "--calibration-tokens", "2048"]
-    arguments += ["--predictor", "all_previous", "--form", "diagonal", "--out", str(out)]
+    arguments += ["--predictor", "all_previous", "--map-type", "diagonal", "--out", str(out)]
     assert main(arguments) == 0
     return out
 
@@ -315,21 +317,48 @@ def test_train_takes_the_maps_of_fit_and_fits_none(material, fitted, tmp_path, m
     record, of_fit = (load_json(p, "") for p in (tmp_path / "run/run.json", fitted / "fit.json"))
     assert record["affine"] == of_fit["affine"]
     assert record["maps"] == str(fitted)
-    settings = {n: record["train"][n] for n in ("predictor", "form", "rank", "calibration_tokens")}
+    settings = {
+        n: record["train"][n] for n in ("predictor", "map_type", "rank", "calibration_tokens")
+    }
     assert settings == {
         "predictor": "all_previous",
-        "form": "diagonal",
+        "map_type": "diagonal",
         "rank": None,
         "calibration_tokens": 2048,
     }
-    assert ReSAE.load(tmp_path / "run").predictor.form == "diagonal"
+    assert ReSAE.load(tmp_path / "run").predictor.map_type == "diagonal"
     resumed = [*arguments, "--out", str(tmp_path / "run"), "--resume"]
     assert main(resumed) == 0
     resumed.remove("--maps")
     resumed.remove(str(fitted))
-    resumed += ["--layers", "0,1,3", "--predictor", "all_previous", "--form", "diagonal"]
+    resumed += ["--layers", "0,1,3", "--predictor", "all_previous", "--map-type", "diagonal"]
     assert main([*resumed, "--calibration-tokens", "2048"]) == 2
     assert f"began with maps={fitted}" in capsys.readouterr().err
+
+
+def test_files_of_an_earlier_version_with_the_name_form_are_read(material, fitted, tmp_path):
+    """`map_type` was `form`, in records, descriptions and checkpoints."""
+    maps, out = tmp_path / "maps", tmp_path / "run"
+    shutil.copytree(fitted, maps)
+    arguments = ["train", str(material / "model"), str(material / "text.txt"), "--k", "4"]
+    arguments += ["--context-tokens", "24", "--held-out-rows", "8", "--d-sae", "64"]
+    arguments += ["--train-tokens", "512", "--batch-tokens", "128", "--maps", str(maps)]
+    arguments += ["--out", str(out)]
+    assert main(arguments) == 0
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    with safe_open(checkpoint, "pt") as file:
+        metadata = file.metadata()
+    metadata["config"] = metadata["config"].replace('"map_type"', '"form"')
+    save_file(load_file(checkpoint), checkpoint, metadata)
+    for file in (maps / "fit.json", out / "run.json", out / "resae.json"):
+        text = file.read_text()
+        assert '"map_type"' in text
+        file.write_text(text.replace('"map_type"', '"form"'))
+    assert ReSAE.load(out).predictor.map_type == "diagonal"
+    assert main([*arguments, "--resume"]) == 0
+    again = ["--out", str(tmp_path / "again")]
+    assert main(["train", "--config", str(out / "run.json"), *again]) == 0
+    assert ReSAE.load(tmp_path / "again").predictor.map_type == "diagonal"
 
 
 def test_the_maps_of_a_run_give_the_same_run_again(run, material, tmp_path):
@@ -350,7 +379,7 @@ def test_k_per_layer_gives_each_layer_its_own(material, tmp_path):
 def test_fit_says_where_the_prediction_comes_from(material, tmp_path, capsys):
     arguments = ["fit", str(material / "model"), str(material / "text.txt"), "--layers", "0,1,3"]
     arguments += ["--context-tokens", "24", "--held-out-rows", "8", "--calibration-tokens", "2048"]
-    arguments += ["--predictor", "all_previous", "--form", "diagonal"]
+    arguments += ["--predictor", "all_previous", "--map-type", "diagonal"]
     assert main([*arguments, "--out", str(tmp_path / "fit")]) == 0
     assert "all previous layers, diagonal: " in capsys.readouterr().out
     rows = json.loads((tmp_path / "fit" / "fit.json").read_text())["affine"]
@@ -375,7 +404,7 @@ def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material
             break
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130
-    assert "go on with --resume" in rest
+    assert "continue with --resume" in rest
     assert not (out / "resae.json").exists()
     assert main([*arguments, "--resume"]) == 0
     whole, resumed = (ReSAE.load(folder).state_dict() for folder in (run, out))
@@ -489,7 +518,7 @@ def train_until(arguments, written):
         fsync(descriptor)
 
     os.fsync = killed
-    Display.say = lambda *_: time.sleep(0.02)  # so that who kills us between writes is in time
+    TerminalConsole.log = lambda *_: time.sleep(0.02)  # time to be killed between two writes
     sys.exit(main(arguments))
 
 
@@ -767,7 +796,7 @@ def bad(material, tmp_path):
             "hold rows out",
         ),
         "rank-above-width": (
-            [*train, "--form", "low_rank", "--rank", "33", *out],
+            [*train, "--map-type", "low_rank", "--rank", "33", *out],
             "--rank 33 exceeds the width",
         ),
         "cache-dtype-alone": ([*train, "--cache-dtype", "bfloat16", *out], "without --cache"),

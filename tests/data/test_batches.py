@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from resae.data.activations import capture_tokens
-from resae.data.batches import ActivationBatches, Position, StoredActivations, _reading_again
+from resae.data.batches import ActivationBatches, Position, StoredActivations, _with_lookahead
 from resae.data.rows import TokenRows, train_and_held_out
 from resae.data.texts import fingerprint, load_texts
 
@@ -406,7 +406,7 @@ def test_the_first_buffer_serves_calibration_and_training_alike(lm, monkeypatch)
     expected = take(ActivationBatches(lm, rows_of(lm), points, **sizes).batches(), 20)
     source = ActivationBatches(lm, rows_of(lm), points, **sizes)
     seen = counted(lm, monkeypatch)
-    first = next(source.in_order())
+    first = next(source.sequential())
     assert sum(seen) <= 64 + 3 * 16
     calibrating = sum(seen)
     got = take(source.batches(), 8)
@@ -425,7 +425,7 @@ def test_what_calibration_reads_beyond_it_is_not_read_again(lm, monkeypatch, pas
     points = lm.hook_points([0, 2])
     expected = take(ActivationBatches(lm, rows_of(lm), points, **sizes).batches(), 24)
     source = ActivationBatches(lm, rows_of(lm), points, **sizes)
-    calibration = source.in_order()
+    calibration = source.sequential()
     seen = counted(lm, monkeypatch)
     take(calibration, 2)  # the first buffer, thirty-two tokens at a time
     first = len(seen)
@@ -446,7 +446,7 @@ def test_calibration_goes_over_the_text_once(lm):
     for buffer in (64, 10_000):  # shorter and longer than the text
         sizes = {"batch_tokens": 8, "buffer_tokens": buffer}
         source = ActivationBatches(lm, rows_of(lm), lm.hook_points([0, 2]), **sizes)
-        seen = torch.cat([xs[1] for xs in source.in_order()])
+        seen = torch.cat([xs[1] for xs in source.sequential()])
         assert len(of) - 16 < len(seen) <= len(of)  # a part of a row at the end of the buffer
         torch.testing.assert_close(seen[:60], of[:60])
 
@@ -468,15 +468,15 @@ def test_the_model_may_have_another_dtype_and_device(lm):
     (xs,), _ = next(source.batches())
     assert xs.dtype == torch.float32
     assert torch.equal(xs, xs.bfloat16().float())
-    assert source._fill(source.activations.reader(0), Position()).xs[0].dtype == torch.bfloat16
+    assert source._refill(source.activations.reader(0), Position()).xs[0].dtype == torch.bfloat16
     elsewhere = ActivationBatches(lm, rows_of(lm), lm.hook_points([2]), **sizes, device="meta")
-    fill = elsewhere._fill(elsewhere.activations.reader(0), Position())
+    fill = elsewhere._refill(elsewhere.activations.reader(0), Position())
     assert fill.xs[0].device.type == "meta"
 
 
 def test_rows_read_ahead_can_be_taken_in_parts():
     rows = iter([([2, 1, 3], [torch.arange(6)]), ([1], [torch.tensor([6])])])
-    read = _reading_again(deque([next(rows)]), lambda n: next(rows))  # noqa: ARG005
+    read = _with_lookahead(deque([next(rows)]), lambda n: next(rows))  # noqa: ARG005
     assert read(1)[0] == [2]
     counts, (x,) = read(5)
     assert (counts, x.tolist()) == ([1, 3], [2, 3, 4, 5])
@@ -491,7 +491,7 @@ def test_a_buffer_in_bfloat16_holds_the_same_batches_rounded(lm):
         for dtype in (None, torch.bfloat16)
     )
     for source in (exact, rounded):
-        for _ in source.in_order():  # what calibration reads ahead is held alike
+        for _ in source.sequential():  # what calibration reads ahead is held alike
             pass
     buffers = [source._first.xs for source in (exact, rounded) if source._first]
     whole, half = (sum(x.nbytes for x in xs) for xs in buffers)

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from resae.data.activations import ModelActivations
-from resae.data.batches import ActivationBatches, Position, in_order
+from resae.data.batches import ActivationBatches, Position, sequential
 from resae.data.cache import ActivationCache
 from resae.data.rows import TokenRows
 
@@ -44,13 +44,13 @@ def cache_of(lm, folder, dtype=None, data="text", **options):
 
 
 def joined(source):
-    return [torch.cat(layer) for layer in zip(*in_order(source), strict=True)]
+    return [torch.cat(layer) for layer in zip(*sequential(source), strict=True)]
 
 
-def source_of(lm, stored=None):
+def source_of(lm, cache=None):
     of = activations(lm)
     sizes = {"batch_tokens": 32, "buffer_tokens": 320, "seed": 3}
-    return ActivationBatches(lm, of.rows, of.points, stored=stored, **sizes)
+    return ActivationBatches(lm, of.rows, of.points, cache=cache, **sizes)
 
 
 def take(iterator, n):

@@ -7,7 +7,7 @@ import torch
 
 from resae import ReSAE
 from resae.cli import main
-from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, Plan, _divided, run_demo
+from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, ProgressEstimate, _divided, run_demo
 from resae.demo.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
 from resae.report.page import write_report
 
@@ -130,7 +130,7 @@ def everything(tmp_path_factory):
         methods=EXTRA_METHODS,
     )
     said = []
-    run_demo(out, config, say=said.append, show=said.append)
+    run_demo(out, config, log=said.append, progress=said.append)
     assert said[0].startswith("39 stacks of 3 autoencoders")
     assert [line.split(" for ")[0] for line in said[1:4]] == ["4 stacks"] * 3
     assert said[4].startswith("8,192 training tokens (32,768 where long)")
@@ -234,7 +234,7 @@ def test_plan_corrects_its_estimate_by_the_speed_it_meets(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("resae.demo.comparison.time.perf_counter", lambda: clock[0])
     lines = []
-    plan = Plan({"first": 10.0, "second": 90.0}, lines.append)
+    plan = ProgressEstimate({"first": 10.0, "second": 90.0}, lines.append)
     plan.stage("first")
     assert "[1/2] first" in lines[-1]
     assert "about 100 s left" in lines[-1]

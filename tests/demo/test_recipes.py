@@ -1,4 +1,4 @@
-from resae.choices import FORMS, KINDS
+from resae.choices import MapType, PredictorKind
 from resae.demo.recipes import (
     ELSEWHERE,
     EXTRA_METHODS,
@@ -18,6 +18,6 @@ def test_every_recipe_is_one_method_that_can_be_trained_and_has_a_label():
     extra = {recipe.name for recipe in FAMILY_RECIPES + FAIR_RECIPES} | {"boost", *ELSEWHERE}
     assert set(EXTRA_METHODS) == extra == set(METHOD_GROUPS["all"])
     for recipe in recipes:
-        assert recipe.predictor in KINDS
-        assert recipe.form in FORMS
+        assert recipe.predictor in tuple(PredictorKind)
+        assert recipe.map_type in tuple(MapType)
         assert recipe.name in LABELS or recipe in LR_RECIPES  # the grid: a name says it all

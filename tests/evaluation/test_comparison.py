@@ -1,8 +1,15 @@
+import ast
+import inspect
+import itertools
+from dataclasses import is_dataclass
+
 import pytest
 import tiny
 import torch
 
 from resae import AffineOnly, Method, evaluate
+from resae.demo import rows as demo_rows
+from resae.evaluation import rows as evaluation_rows
 from resae.evaluation.comparison import collapse_difference, forward_passes
 
 COLUMNS = {
@@ -34,7 +41,7 @@ def report(lm, batches):
         Method("exact", tiny.exact_stack(lm), 64),
         Method("affine_only", AffineOnly(stack), None),
     ]
-    return evaluate(lm, methods, batches)
+    return evaluate(lm, methods, batches).to_dict()
 
 
 def one(rows, **wanted):
@@ -163,3 +170,23 @@ def test_bad_input_is_named(lm, batches):
     broken.sae(1).b_dec.data[0] = float("nan")
     with pytest.raises(ValueError, match="is NaN"):
         evaluate(lm, [Method("resae", broken, 4)], batches)
+
+
+ROWS = [
+    cls
+    for module in (evaluation_rows, demo_rows)
+    for cls in vars(module).values()
+    if is_dataclass(cls) and cls.__module__ == module.__name__
+]
+
+
+@pytest.mark.parametrize("cls", ROWS, ids=lambda cls: cls.__name__)
+def test_every_column_is_documented_and_rows_cannot_be_changed(cls):
+    tree = ast.parse(inspect.getsource(cls)).body[0]
+    documented = {
+        field.target.id
+        for field, text in itertools.pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    assert documented == set(vars(cls).get("__annotations__", {}))
+    assert cls.__dataclass_params__.frozen

@@ -27,7 +27,7 @@ from resae import (
     generate,
     replacement,
 )
-from resae.replacements.context import MODES
+from resae.choices import Mode
 from resae.sae.boosted import BoostedSAE
 
 
@@ -55,7 +55,7 @@ EDITS = [
 class Identity(AffineOnly):
     """A stack whose reconstruction is what it reads, bit for bit."""
 
-    def step(self, layer, x, seen, put_in):  # noqa: ARG002
+    def step(self, layer, x, predictor_inputs, reconstructions):  # noqa: ARG002
         return x, None
 
 
@@ -83,7 +83,7 @@ def logits(lm, stack, ids, **options):
         return lm.logits(ids)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", tuple(Mode))
 @pytest.mark.parametrize("loop", ["open", "closed"])
 def test_a_perfect_stack_changes_nothing(lm, mode, loop):
     ids = with_special(lm)
@@ -92,7 +92,7 @@ def test_a_perfect_stack_changes_nothing(lm, mode, loop):
     assert float((replaced - clean).norm() / clean.norm()) < 1e-3
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", tuple(Mode))
 def test_an_imperfect_stack_changes_something(lm, mode):
     ids = with_special(lm)
     assert not torch.allclose(logits(lm, tiny.stack(lm), ids, mode=mode), lm.logits(ids), atol=0.1)
@@ -196,7 +196,7 @@ def test_special_tokens_and_padding_are_left_alone_unless_asked(neox):
     expected = (ids == 0) | (mask == 0)
     assert torch.equal(untouched, expected)
     (count,) = active.counts
-    assert (count.calls, count.left, count.replaced) == (1, 5, 15)
+    assert (count.calls, count.skipped, count.replaced) == (1, 5, 15)
     with replacement(neox, stack, layers=[0], replace_special=True) as active:
         neox.logits(ids)
     assert active.counts[0].replaced == 20
@@ -216,8 +216,8 @@ def test_every_decode_step_is_replaced_prefill_and_single_tokens(lm):
     special = int(lm.is_special(out[:, :-1]).sum())
     for count in active.counts:
         assert count.calls == 7
-        assert count.replaced + count.left == 6 + 6
-        assert count.left == special
+        assert count.replaced + count.skipped == 6 + 6
+        assert count.skipped == special
 
 
 def test_cached_generation_is_the_full_forward_token_by_token(lm):
@@ -317,7 +317,7 @@ def test_single_tokens_are_told_special_or_padding_as_in_longer_passes(neox):
         ):
             one = torch.tensor(ids)
             seen = None if mask is None else torch.tensor([mask] * len(ids))
-            kept = active._kept(one, seen)
+            kept = active._skip_mask(one, seen)
             expected = torch.tensor([[token == special] for [token] in ids])
             if mask is not None:
                 expected |= mask[1] == 0
@@ -804,7 +804,7 @@ def test_reprs_say_what_is_replaced_where(neox):
     with replacement(neox, tiny.stack(neox), layers=[0, 3], interventions=EDITS) as active:
         text = repr(active)
     assert text == (
-        "Replacement(in force at blocks.0.hook_resid_post, blocks.3.hook_resid_post of "
+        "Replacement(active at blocks.0.hook_resid_post, blocks.3.hook_resid_post of "
         "'tiny-neox', mode='online', loop='closed', keep_error=False, edits=2)"
     )
     assert repr(active).startswith("Replacement(removed at")
@@ -1050,8 +1050,8 @@ def test_generate_writes_the_same_text_for_the_same_seed_and_counts(neox):
     prompt = len(neox.tokenizer("In the beginning")["input_ids"]) + 1
     for count in first.counts:
         assert count.calls == first.tokens
-        assert count.replaced + count.left == prompt + first.tokens - 1
-        assert count.left >= 1
+        assert count.replaced + count.skipped == prompt + first.tokens - 1
+        assert count.skipped >= 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -1145,7 +1145,7 @@ def test_what_a_replacement_did_not_do_is_named(neox):
     count = active.counts[0]
     assert count.prefill == (2, 4, 8)
     assert count.decode == (2, 1, 1)
-    assert (count.calls, count.replaced, count.left) == (4, 5, 9)
+    assert (count.calls, count.replaced, count.skipped) == (4, 5, 9)
 
 
 def test_what_cannot_be_done_while_running_is_refused(neox):

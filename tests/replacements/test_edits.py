@@ -84,12 +84,14 @@ def edit(**changes):
         pytest.param({"edit": []}, "unknown key 'edit'; there are edits, effects", id="top-key"),
         pytest.param({}, "no 'edits'", id="no-edits"),
         pytest.param({"edits": 3}, "edits=3, expected a list", id="edits-no-list"),
-        pytest.param({"edits": [], "effects": "gone"}, "propagated or frozen", id="effects"),
+        pytest.param(
+            {"edits": [], "effects": "gone"}, "expected 'propagated' or 'frozen'", id="effects"
+        ),
         pytest.param({"edits": [], "keep_error": 1}, "expected true or false", id="keep-error"),
         pytest.param([3], "edit 1: got 3, expected keys", id="no-dict"),
         pytest.param(edit() + edit(latent=3), "edit 2: unknown key 'latent'", id="key"),
         pytest.param(edit(action=None), "edit 1: no 'action'", id="no-action"),
-        pytest.param(edit(action="kill"), "unknown action 'kill'; there are ablate", id="action"),
+        pytest.param(edit(action="kill"), "action='kill', expected 'ablate'", id="action"),
         pytest.param(edit(value=None), "clamp needs value, got None", id="no-value"),
         pytest.param(edit(action="ablate"), "ablate takes no value, got 1.0", id="value"),
         pytest.param(edit(value="1"), "value='1', expected a number", id="value-type"),
@@ -101,7 +103,7 @@ def edit(**changes):
         pytest.param(edit(latents=[3, 3]), "give each once", id="latent-twice"),
         pytest.param(edit(latents=-1), "counting from 0", id="latent-negative"),
         pytest.param(edit(layer=1.5), "layer=1.5; expected a block number", id="layer-type"),
-        pytest.param(edit(at="here"), "at='here'; expected all, prompt", id="at"),
+        pytest.param(edit(at="here"), "at='here', expected 'all', 'prompt'", id="at"),
         pytest.param(edit(at=[]), "expected positions", id="no-positions"),
         pytest.param(edit(at=[-1]), "expected positions", id="position-negative"),
         pytest.param(edit(vector=[1.0]), "clamp with a vector", id="vector-clamped"),
@@ -577,11 +579,11 @@ def test_a_predicted_effect_is_exact_where_the_model_is_as_linear_as_the_map():
     stack.predictor.get_buffer("A_2").copy_(torch.eye(32))
     edits = {"edits": strong()["edits"][1:], "keep_error": True}
     (row,) = edit_effects(lm, stack, tiny.ids(), edits)
-    assert row["hook_point"] == tiny.NAMES[2]
-    assert row["tokens"] == 36
-    assert row["cosine"] == pytest.approx(1, abs=1e-4)
-    assert row["norm_ratio"] == pytest.approx(1, abs=1e-4)
-    assert row["relative_error"] < 1e-3
+    assert row.hook_point == tiny.NAMES[2]
+    assert row.tokens == 36
+    assert row.cosine == pytest.approx(1, abs=1e-4)
+    assert row.norm_ratio == pytest.approx(1, abs=1e-4)
+    assert row.relative_error < 1e-3
 
 
 def test_edits_in_a_compiled_model_are_those_of_the_model():

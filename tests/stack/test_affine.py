@@ -2,8 +2,9 @@ import pytest
 import tiny
 import torch
 
+from resae.choices import PredictorKind
 from resae.evaluation.predictors import r2_per_layer, routing_shares
-from resae.stack.affine import FORMS, KINDS, AffinePredictor
+from resae.stack.affine import MAP_TENSORS, AffinePredictor
 from resae.stack.fit import Moments, fit_predictor
 
 
@@ -58,7 +59,7 @@ def test_streaming_in_any_batches_gives_the_same_fit():
     torch.testing.assert_close(whole.A[0], parts.A[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tuple(PredictorKind))
 def test_moments_for_one_kind_give_the_fit_of_all_moments(kind):
     xs, _ = planted(noise=0.5)
     full = fit_predictor(kind, moments_of(xs))
@@ -82,7 +83,7 @@ def test_none_predicts_nothing():
 
 def test_first_layer_is_never_predicted():
     xs, _ = planted()
-    for kind in KINDS:
+    for kind in tuple(PredictorKind):
         assert fit_predictor(kind, moments_of(xs))(0, xs) is None
 
 
@@ -126,7 +127,7 @@ def test_rescaled_maps_predict_rescaled_activations():
             torch.testing.assert_close(scaled(layer, moved), factors[layer] * fitted(layer, xs))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tuple(PredictorKind))
 def test_saved_maps_come_back(tmp_path, kind):
     xs, _ = planted()
     fitted = fit_predictor(kind, moments_of(xs))
@@ -144,7 +145,7 @@ def test_scale_is_the_rms():
 
 def test_bad_input_is_named():
     xs, _ = planted()
-    with pytest.raises(ValueError, match="unknown predictor 'linear'.*all_previous"):
+    with pytest.raises(ValueError, match="='linear', expected .*all_previous"):
         fit_predictor("linear", moments_of(xs))
     with pytest.raises(ValueError, match="ridge=-1"):
         fit_predictor("previous", moments_of(xs), ridge=-1)
@@ -183,7 +184,7 @@ def in_rms_units(predictor, xs, layer):
     return predictor.rescaled([1 / r for r in rms]).A[layer - 1]
 
 
-def brute_force(form, rank, xs, layer, ridge):
+def brute_force(map_type, rank, xs, layer, ridge):
     """The same minimum from the tokens themselves: lstsq over the form's own parameters, with the
     penalty as further rows; low rank: the SVD (Eckart–Young) of what the scalar form leaves of the
     fitted values."""
@@ -195,7 +196,7 @@ def brute_force(form, rank, xs, layer, ridge):
     rows = lam.sqrt() * torch.eye(layer * D, dtype=torch.float64)
     padded = torch.cat([wide, rows])
     target = torch.cat([centred[layer], torch.zeros(layer * D, D, dtype=torch.float64)])
-    if form == "low_rank":
+    if map_type == "low_rank":
         scalar = brute_force("scalar", None, xs, layer, ridge)
         lacks = torch.linalg.lstsq(padded, target).solution - scalar
         _, _, Vh = torch.linalg.svd(padded @ lacks, full_matrices=False)
@@ -203,7 +204,7 @@ def brute_force(form, rank, xs, layer, ridge):
     eye = torch.eye(D, dtype=torch.float64)
     patterns = []  # one dense map per parameter
     for j in range(layer):
-        for part in [eye] if form == "scalar" else [torch.diag(row) for row in eye]:
+        for part in [eye] if map_type == "scalar" else [torch.diag(row) for row in eye]:
             placed = torch.zeros(layer * D, D, dtype=torch.float64)
             placed[j * D : (j + 1) * D] = part
             patterns.append(placed)
@@ -213,22 +214,32 @@ def brute_force(form, rank, xs, layer, ridge):
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.05])
-@pytest.mark.parametrize(("form", "rank"), CHEAP)
-def test_a_form_is_the_least_squares_of_its_own_parameters(form, rank, ridge):
+@pytest.mark.parametrize(("map_type", "rank"), CHEAP)
+def test_a_map_type_is_the_least_squares_of_its_own_parameters(map_type, rank, ridge):
     xs = three_layers()
     fitted = fit_predictor(
-        "all_previous", moments_of(xs), ridge=ridge, form=form, rank=rank, dtype=torch.float64
+        "all_previous",
+        moments_of(xs),
+        ridge=ridge,
+        map_type=map_type,
+        rank=rank,
+        dtype=torch.float64,
     )
     for layer in (1, 2):
-        expected = brute_force(form, rank, xs, layer, ridge)
+        expected = brute_force(map_type, rank, xs, layer, ridge)
         torch.testing.assert_close(in_rms_units(fitted, xs, layer), expected, atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("form", "rank"), CHEAP)
-def test_no_perturbation_of_a_form_is_better(form, rank):
+@pytest.mark.parametrize(("map_type", "rank"), CHEAP)
+def test_no_perturbation_of_a_map_type_is_better(map_type, rank):
     xs = three_layers()
     fitted = fit_predictor(
-        "all_previous", moments_of(xs), ridge=0.05, form=form, rank=rank, dtype=torch.float64
+        "all_previous",
+        moments_of(xs),
+        ridge=0.05,
+        map_type=map_type,
+        rank=rank,
+        dtype=torch.float64,
     )
     best = penalised(in_rms_units(fitted, xs, 2), xs, 2, 0.05)
     for _ in range(10):
@@ -237,12 +248,12 @@ def test_no_perturbation_of_a_form_is_better(form, rank):
             [
                 tuple(  # the skip is the scalar form's: fixed before the low rank is fitted
                     part + (0.01 * torch.randn_like(part) if name != "skip" else 0)
-                    for name, part in zip(FORMS[form], fitted._parts(layer), strict=True)
+                    for name, part in zip(MAP_TENSORS[map_type], fitted._parts(layer), strict=True)
                 )
                 for layer in (1, 2)
             ],
             fitted.c,
-            form=form,
+            map_type=map_type,
         )
         assert penalised(in_rms_units(moved, xs, 2), xs, 2, 0.05) > best
 
@@ -251,17 +262,19 @@ def test_low_rank_of_the_whole_rank_is_the_full_map():
     xs = three_layers()
     moments = moments_of(xs)
     full = fit_predictor("all_previous", moments, dtype=torch.float64)
-    whole = fit_predictor("all_previous", moments, form="low_rank", rank=6, dtype=torch.float64)
+    whole = fit_predictor("all_previous", moments, map_type="low_rank", rank=6, dtype=torch.float64)
     for a, b in zip(full.A + full.c, whole.A + whole.c, strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("kind", ["previous", "all_previous"])
-@pytest.mark.parametrize(("form", "rank"), CHEAP)
-def test_cheap_maps_are_applied_rescaled_and_stored_as_their_dense_ones(tmp_path, kind, form, rank):
+@pytest.mark.parametrize(("map_type", "rank"), CHEAP)
+def test_cheap_maps_are_applied_rescaled_and_stored_as_their_dense_ones(
+    tmp_path, kind, map_type, rank
+):
     xs = three_layers()
     moments = moments_of(xs, kind)
-    fitted = fit_predictor(kind, moments, form=form, rank=rank, dtype=torch.float64)
+    fitted = fit_predictor(kind, moments, map_type=map_type, rank=rank, dtype=torch.float64)
     dense = AffinePredictor(kind, fitted.A, fitted.c)
     factors = [2.0, 0.5, 3.0]
     moved = [f * x for f, x in zip(factors, xs, strict=True)]
@@ -273,28 +286,28 @@ def test_cheap_maps_are_applied_rescaled_and_stored_as_their_dense_ones(tmp_path
     assert half.dtype == torch.bfloat16  # what an encode of such a stack needs
     error = float((half.double() - dense(2, xs)).norm() / dense(2, xs).norm())
     assert error < 0.02
-    fitted = fit_predictor(kind, moments, form=form, rank=rank, dtype=torch.float64)
+    fitted = fit_predictor(kind, moments, map_type=map_type, rank=rank, dtype=torch.float64)
     fitted.save(tmp_path / "affine.safetensors")
     loaded = AffinePredictor.load(tmp_path / "affine.safetensors", kind)
-    assert loaded.form == form
+    assert loaded.map_type == map_type
     assert all(torch.equal(t, loaded.tensors()[name]) for name, t in fitted.tensors().items())
     stored = sum(t.numel() for t in loaded.tensors().values()) - 2 * 6  # without c
     n_sources = 3 if kind == "all_previous" else 2
     expected = {"scalar": n_sources, "diagonal": 6 * n_sources, "low_rank": 13 * n_sources + 24}
-    assert stored == expected[form]
+    assert stored == expected[map_type]
 
 
 def test_every_form_leaves_no_mean_and_a_richer_one_explains_more():
     xs = three_layers()
     moments = moments_of(xs)
     r2 = {}
-    for form, rank in [*CHEAP, ("low_rank", 5), ("full", None)]:
+    for map_type, rank in [*CHEAP, ("low_rank", 5), ("full", None)]:
         fitted = fit_predictor(
-            "all_previous", moments, ridge=0.0, form=form, rank=rank, dtype=torch.float64
+            "all_previous", moments, ridge=0.0, map_type=map_type, rank=rank, dtype=torch.float64
         )
         rest = xs[2] - fitted(2, xs)
         assert float(rest.mean(0).abs().max()) < 1e-8
-        r2[form, rank] = r2_per_layer(fitted, [xs])[1]
+        r2[map_type, rank] = r2_per_layer(fitted, [xs])[1]
     assert r2["scalar", None] < r2["diagonal", None] < r2["full", None]
     assert r2["scalar", None] < r2["low_rank", 2] < r2["low_rank", 5] < r2["full", None]
 
@@ -302,8 +315,10 @@ def test_every_form_leaves_no_mean_and_a_richer_one_explains_more():
 def test_routing_shares_are_the_energies_of_what_each_source_contributes():
     xs = three_layers()
     moments = moments_of(xs)
-    for form, rank in [("full", None), *CHEAP]:
-        fitted = fit_predictor("all_previous", moments, form=form, rank=rank, dtype=torch.float64)
+    for map_type, rank in [("full", None), *CHEAP]:
+        fitted = fit_predictor(
+            "all_previous", moments, map_type=map_type, rank=rank, dtype=torch.float64
+        )
         first, second = routing_shares(fitted, moments)
         assert first == [1.0]
         parts = [
@@ -317,16 +332,16 @@ def test_routing_shares_are_the_energies_of_what_each_source_contributes():
 
 def test_forms_that_do_not_fit_are_named():
     moments = moments_of(three_layers())
-    for kind, form, rank, message in [
-        ("previous", "sparse", None, "unknown form 'sparse'.*low_rank"),
+    for kind, map_type, rank, message in [
+        ("previous", "sparse", None, "map_type='sparse', expected .*low_rank"),
         ("identity", "scalar", None, "only 'previous' and 'all_previous'"),
         ("previous", "low_rank", None, "rank=None; expected a rank"),
         ("previous", "scalar", 3, "none for the others"),
         ("previous", "low_rank", 7, "rank=7 exceeds the width 6"),
     ]:
         with pytest.raises(ValueError, match=message):
-            fit_predictor(kind, moments, form=form, rank=rank)
-    assert set(FORMS) == {"full", *(form for form, _ in CHEAP)}
+            fit_predictor(kind, moments, map_type=map_type, rank=rank)
+    assert set(MAP_TENSORS) == {"full", *(map_type for map_type, _ in CHEAP)}
 
 
 # -- half precision --------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from resae import AffineOnly, AffinePredictor, ReSAE, TopKSAE
+from resae.choices import PredictorKind
 from resae.data.activations import capture_tokens
 from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
-from resae.stack.affine import KINDS
 from resae.stack.stack import new_stack
 from resae_kernels import ScreenedEncoder, reference
 from resae_kernels.cpu import native
@@ -30,7 +30,7 @@ def xs(lm):
 
 
 @pytest.mark.parametrize("loop", ["open", "closed"])
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", tuple(PredictorKind)[1:])
 def test_forward_is_the_reference_chain(lm, xs, kind, loop):
     stack = tiny.stack(lm, kind)
     saes = [stack.sae(i) for i in range(3)]
@@ -58,7 +58,7 @@ def test_without_predictor_the_stack_is_ordinary_autoencoders(lm, xs):
             assert torch.equal(x_hat, stack.sae(layer)(xs[layer]).x_hat)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tuple(PredictorKind))
 def test_decode_gives_the_reconstructions_of_forward(lm, xs, kind):
     stack = tiny.stack(lm, kind)
     for loop in ("open", "closed"):
@@ -67,7 +67,7 @@ def test_decode_gives_the_reconstructions_of_forward(lm, xs, kind):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tuple(PredictorKind))
 def test_perfect_autoencoders_give_the_stream_in_either_loop(lm, xs, kind):
     stack = tiny.exact_stack(lm, kind)
     for loop in ("open", "closed"):
@@ -96,7 +96,7 @@ def test_step_by_step_is_forward(lm, xs):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tuple(PredictorKind))
 def test_rescaled_stack_is_the_same_on_rescaled_activations(lm, xs, kind):
     stack, factors = tiny.stack(lm, kind).double(), [0.5, 4.0, 3.0]
     wide = [x.double() for x in xs]
@@ -108,11 +108,11 @@ def test_rescaled_stack_is_the_same_on_rescaled_activations(lm, xs, kind):
 
 
 def test_active_total_counts_the_latents_of_the_whole_chain(lm):
-    assert [tiny.stack(lm, "previous").active_total(i) for i in range(3)] == [4, 8, 12]
-    assert [tiny.stack(lm, "none").active_total(i) for i in range(3)] == [4, 4, 4]
+    assert [tiny.stack(lm, "previous").upstream_l0(i) for i in range(3)] == [4, 8, 12]
+    assert [tiny.stack(lm, "none").upstream_l0(i) for i in range(3)] == [4, 4, 4]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tuple(PredictorKind))
 def test_saved_stack_comes_back_bit_for_bit(lm, tmp_path, kind):
     stack = tiny.stack(lm, kind)
     stack.save_pretrained(tmp_path)
@@ -311,7 +311,7 @@ def test_reprs_say_sizes_layers_and_screening(lm):
     for part in (
         "model='tiny-neox'",
         "'blocks.1.hook_resid_post'",
-        "predictor='previous', form='full'",
+        "predictor='previous', map_type='full'",
         "k=[4, 4, 4]",
         "d_in=32, d_sae=64, k=4, input_kind='affine_residual', screening='statistical'",
     ):
@@ -380,11 +380,11 @@ def test_dictionaries_of_different_sizes_are_one_chain(lm, xs, tmp_path, kind):
     torch.testing.assert_close(x_hat, x_hats[2], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tuple(PredictorKind))
 def test_a_lower_k_is_chosen_for_the_whole_stack(lm, xs, kind):
     stack = tiny.stack(lm, kind)
     fewer = stack.at_k(2)
-    assert fewer.active_total(1) == stack.active_total(1) // 2
+    assert fewer.upstream_l0(1) == stack.upstream_l0(1) // 2
     for layer, code in enumerate(fewer.encode(xs)):
         assert code.acts.shape[-1] == 2
         assert torch.equal(code.indices, stack.encode(xs)[layer].indices[..., :2])
@@ -392,9 +392,11 @@ def test_a_lower_k_is_chosen_for_the_whole_stack(lm, xs, kind):
     assert not stack.shared
 
 
-@pytest.mark.parametrize("form", [{"form": "diagonal"}, {"form": "low_rank", "rank": 3}])
-def test_cheap_maps_are_a_chain_of_their_dense_ones(lm, xs, tmp_path, form):
-    stack = tiny.stack(lm, "all_previous", **form)
+@pytest.mark.parametrize(
+    "map_type", [{"map_type": "diagonal"}, {"map_type": "low_rank", "rank": 3}]
+)
+def test_cheap_maps_are_a_chain_of_their_dense_ones(lm, xs, tmp_path, map_type):
+    stack = tiny.stack(lm, "all_previous", **map_type)
     dense = AffinePredictor("all_previous", stack.predictor.A, stack.predictor.c)
     same = ReSAE(tiny.NAMES, dense, [stack.sae(i) for i in range(3)])
     for loop in ("open", "closed"):
@@ -402,7 +404,7 @@ def test_cheap_maps_are_a_chain_of_their_dense_ones(lm, xs, tmp_path, form):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     before = stack(xs).x_hats
     stack.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "resae.json").read_text())["form"] == form["form"]
+    assert json.loads((tmp_path / "resae.json").read_text())["map_type"] == map_type["map_type"]
     for a, b in zip(before, ReSAE.load(tmp_path)(xs).x_hats, strict=True):
         assert torch.equal(a, b)
     with torch.no_grad():

@@ -143,7 +143,7 @@ def of_two(rank, folder):
             train(config, source, calibration_of(xs), folder / "no", ranks=Ranks(rank, 2, way))
     moments = Moments(3, 32)
     moments.add([x[rank::2] for x in xs])
-    ranks.add_up_(moments)
+    ranks.all_reduce_moments_(moments)
     assert moments.count == len(xs[0])
     if rank == 0:
         summed = {f"block.{i}.{j}": block for (i, j), block in moments.blocks.items()}

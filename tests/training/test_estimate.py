@@ -15,7 +15,7 @@ from resae.data.activations import capture_tokens
 from resae.data.batches import Position
 from resae.models.hooked import HookedLM
 from resae.training.distributed import Ranks
-from resae.training.estimate import Device, ModelSizes, plan
+from resae.training.estimate import Device, ModelSizes, estimate_run
 from resae.training.start import initial_state
 
 CONFIGS = {
@@ -63,7 +63,7 @@ def flops_of(function):
 )
 def test_memory_of_weights_moments_checkpoints_and_buffer_is_exact(lm, xs, tmp_path, changes):
     config = config_of(**changes)
-    estimate = plan(config, sizes(lm))
+    estimate = estimate_run(config, sizes(lm))
     calibration = calibration_of(xs, config.predictor)
     state = initial_state(config, calibration, None, "cpu")
     train_step(state, config, [x[:64] for x in xs])
@@ -84,8 +84,8 @@ def test_memory_of_weights_moments_checkpoints_and_buffer_is_exact(lm, xs, tmp_p
     points = lm.hook_points(tiny.LAYERS)
     settings = {"batch_tokens": 64, "buffer_tokens": 300, "buffer_dtype": torch.bfloat16}
     source = ActivationBatches(lm, rows, points, **settings)
-    held = source._fill(source.activations.reader(0), Position()).xs
-    estimate = plan(config_of(buffer_tokens=300), sizes(lm))
+    held = source._refill(source.activations.reader(0), Position()).xs
+    estimate = estimate_run(config_of(buffer_tokens=300), sizes(lm))
     assert estimate.device_memory["buffer"] == sum(x.nbytes for x in held)
     assert estimate.device_memory["language model"] == sum(p.nbytes for p in lm.model.parameters())
 
@@ -116,14 +116,14 @@ def test_flops_of_more_families_are_those_that_torch_counts(kind):
 
 @pytest.mark.parametrize("kind", ["identity", "previous", "all_previous"])
 def test_flops_of_calibration_are_those_that_torch_counts(lm, xs, kind):
-    estimate = plan(config_of(predictor=kind), sizes(lm))
+    estimate = estimate_run(config_of(predictor=kind), sizes(lm))
     moments = Moments(3, 32, kind)
     counted = flops_of(lambda: moments.add([x[:64] for x in xs])) / 64
     assert estimate.phases[0].flops - sizes(lm).flops_per_token == counted
 
 
 def test_flops_of_the_encode_are_those_that_torch_counts(lm, xs):
-    estimate = plan(config_of(predictor="none"), sizes(lm))
+    estimate = estimate_run(config_of(predictor="none"), sizes(lm))
     weight = torch.randn(64, 32)
     counted = 3 * flops_of(lambda: xs[0][:64] @ weight.T) / 64
     sparse = 3 * 8 * 4 * 32
@@ -131,8 +131,8 @@ def test_flops_of_the_encode_are_those_that_torch_counts(lm, xs):
 
 
 def test_what_scales_with_ranks_and_what_does_not(lm):
-    def of(ranks, way="data", **changes):
-        estimate = plan(config_of(**changes), sizes(lm), ranks=Ranks(0, ranks, way))
+    def of(ranks, parallelism="data", **changes):
+        estimate = estimate_run(config_of(**changes), sizes(lm), ranks=Ranks(0, ranks, parallelism))
         return estimate, {p.name: p.seconds for p in estimate.phases}
 
     (one, alone), (two, by_data), (three, by_layers) = of(1), of(2), of(3, "layers")
@@ -145,13 +145,13 @@ def test_what_scales_with_ranks_and_what_does_not(lm):
     assert two.device_memory["buffer"] == one.device_memory["buffer"] / 2
     assert "exchange" in by_data
     assert "exchange" not in alone
-    fast = plan(config_of(), sizes(lm), device=Device(utilisation=1.0))
+    fast = estimate_run(config_of(), sizes(lm), device=Device(utilisation=1.0))
     assert fast.tokens_per_second == pytest.approx(2 * one.tokens_per_second)
 
 
 def test_the_rank_with_the_largest_autoencoders_is_planned(lm):
     config = config_of(d_sae=(32, 64, 96))
-    one, two = (plan(config, sizes(lm), ranks=Ranks(0, n, "layers")) for n in (1, 2))
+    one, two = (estimate_run(config, sizes(lm), ranks=Ranks(0, n, "layers")) for n in (1, 2))
     held = [4 * sum(2 * M * 32 + M + 32 for M in Ms) for Ms in ((32, 64, 96), (32, 96))]
     assert [p.device_memory["autoencoders"] for p in (one, two)] == held
     assert one.disk["stack"] == two.disk["stack"] == held[0]

@@ -118,15 +118,15 @@ def test_latents_count_as_dead_by_tokens_and_are_revived_by_the_auxiliary_loss(x
     state.tokens_since_fired[0][:8] = 64
     batch = [x[:64] / s for x, s in zip(xs, calibration_of(xs).scale, strict=True)]
     before = sae.encoder.weight[:8].detach().clone()
-    _, measured = train_step(state, config, batch)
-    assert float(measured[0][2]) == 8 / 64
+    _, metrics = train_step(state, config, batch)
+    assert float(metrics[0].dead_fraction) == 8 / 64
     assert int(state.tokens_since_fired[0][:8].min()) == 128
     # A bias that low keeps the dead silent in the auxiliary code too: nothing to learn from.
     assert torch.equal(sae.encoder.weight[:8], before)
     sae.encoder.bias.data[:8] = 0.0
-    _, measured = train_step(state, config, batch)
+    _, metrics = train_step(state, config, batch)
     assert not torch.equal(sae.encoder.weight[:8], before)
-    assert float(measured[0][3]) > 0
+    assert float(metrics[0].auxk) > 0
 
 
 def test_learning_rate_rises_stays_and_falls():
@@ -449,7 +449,7 @@ def test_calibration_comes_back(xs, tmp_path):
             r"d_sae=\(64, 64, 96\); a dictionary of all layers .* one k and d_sae",
             id="shared-d_sae",
         ),
-        pytest.param({"predictor": "magic"}, "unknown predictor 'magic'", id="predictor"),
+        pytest.param({"predictor": "magic"}, "predictor='magic', expected 'none'", id="predictor"),
         pytest.param({"loop": "round"}, "loop='round'", id="loop"),
         pytest.param({"shared": True}, "predictor 'none' and one k", id="shared-predicted"),
         pytest.param({"shared": True, "predictor": "none", "k": (4, 4, 5)}, "one k", id="shared-k"),
@@ -699,15 +699,37 @@ def test_a_batch_in_pieces_gives_the_weights_of_the_whole_batch(xs, way):
     for pieces in (1, 3):
         config = config_of(**WAYS[way], accumulation_steps=pieces, lr=1e-3)
         results.append(one_step(xs, config, config.predictor))
-    (whole, loss, measured), (cut, cut_loss, cut_measured) = results
+    (whole, loss, metrics), (cut, cut_loss, cut_metrics) = results
     torch.testing.assert_close(cut_loss, loss)
-    torch.testing.assert_close(cut_measured, measured)
+    torch.testing.assert_close(cut_metrics, metrics)
     for (name, a), b in zip(whole.stack.named_parameters(), cut.stack.parameters(), strict=True):
         # Adam's first step is lr · sign(gradient): where it is 0 up to rounding, that may differ.
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-7, msg=name)
         assert float((b - a).abs().gt(1e-6).float().mean()) < 0.01
     assert torch.equal(whole.tokens_since_fired[0], cut.tokens_since_fired[0])
-    assert float(measured[0][3]) > 0
+    assert float(metrics[0].auxk) > 0
+
+
+def test_normalisers_of_the_loss_have_names(xs):
+    """Denominators of the whole batch, given by name, make the losses of its pieces add up."""
+    config = config_of()
+    calibration = calibration_of(xs, "previous")
+    state = initial_state(config, calibration, None, "cpu")
+    batch = [x[:64] / s for x, s in zip(xs, calibration.scale, strict=True)]
+    dead = [torch.arange(64) < 8, torch.zeros(64, dtype=torch.bool), torch.arange(64) < 8]
+    sums = {}
+
+    def recorded(name):
+        return lambda part: sums.setdefault(name, part)
+
+    whole = stack_loss(state.stack, config, batch, dead, normaliser=recorded)
+    assert list(sums) == ["variance.0", "auxk.0", "variance.1", "variance.2", "auxk.2"]
+    pieces = zip(*(x.split([40, 24]) for x in batch), strict=True)
+    losses = [
+        stack_loss(state.stack, config, piece, dead, normaliser=lambda name: lambda _: sums[name])
+        for piece in pieces
+    ]
+    torch.testing.assert_close(losses[0].loss + losses[1].loss, whole.loss)
 
 
 def test_gradients_of_all_layers_together_are_clipped(xs):
@@ -726,10 +748,10 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_weights(xs, tmp_path)
     stack = run(xs, tmp_path, config, log_steps=5, on_progress=seen.append)
     assert all(seen[-1].layers[i].fvu < 0.9 * seen[0].layers[i].fvu for i in range(3))
     assert {p.dtype for p in stack.parameters()} == {torch.float32}
-    (half, _, measured), (_, _, exact) = (
+    (half, _, metrics), (_, _, exact) = (
         one_step(xs, config_of(autocast=autocast)) for autocast in (True, False)
     )
     assert {t.dtype for s in half.optimizer.state.values() for t in s.values()} == {torch.float32}
-    fvu = [float(rows[0][0]) for rows in (measured, exact)]
+    fvu = [float(layers[0].fvu) for layers in (metrics, exact)]
     assert fvu[0] != fvu[1]
     assert fvu[0] == pytest.approx(fvu[1], rel=0.01)

@@ -5,38 +5,38 @@ import logging
 
 import pytest
 
-from resae.cli import Display, main
+from resae.cli import TerminalConsole, main
 from resae.console import Console, SilentConsole
 
 
 def test_quiet_leaves_results_and_errors(capsys):
-    display = Display("train", quiet=True)
-    display.say("a line")
-    display.show("progress")
-    display.result("a table")
-    display.complain("a problem")
+    console = TerminalConsole("train", quiet=True)
+    console.log("a line")
+    console.progress("progress")
+    console.result("a table")
+    console.error("a problem")
     assert capsys.readouterr() == ("a table\n", "resae train: a problem\n")
 
 
 def test_results_alone_go_to_standard_output(capsys):
-    display = Display("eval")
-    display.report_to_stderr()
-    display.say("a line")
-    display.result("[]")
+    console = TerminalConsole("eval")
+    console.report_to_stderr()
+    console.log("a line")
+    console.result("[]")
     assert capsys.readouterr() == ("[]\n", "a line\n")
 
 
 def test_on_a_terminal_a_progress_line_is_overwritten(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    display = Display()
-    display.show("1/2")
-    display.show("2/2")
-    display.say("done")
+    console = TerminalConsole()
+    console.progress("1/2")
+    console.progress("2/2")
+    console.log("done")
     assert capsys.readouterr().out == "\r\x1b[K1/2\r\x1b[K2/2\ndone\n"
 
 
 def test_elsewhere_progress_comes_every_ten_seconds(capsys, monkeypatch):
-    every_ten_seconds(monkeypatch, Display())
+    every_ten_seconds(monkeypatch, TerminalConsole())
     assert capsys.readouterr().out == "a\nc\n"
 
 
@@ -51,15 +51,15 @@ def every_ten_seconds(monkeypatch, console):
     clock = iter([100.0, 105.0, 110.0])
     monkeypatch.setattr("resae.console.time.monotonic", lambda: next(clock))
     for line in "abc":
-        console.show(line)
+        console.progress(line)
 
 
 def test_a_console_of_python_logs_and_a_silent_one_complains_alone(caplog, capsys):
     caplog.set_level(logging.DEBUG, logger="resae")
     for console in (Console(), SilentConsole()):
-        console.say("said")
-        console.show("shown")
-        console.complain("wrong")
+        console.log("said")
+        console.progress("shown")
+        console.error("wrong")
     assert caplog.messages == ["said", "shown", "wrong", "wrong"]
     assert capsys.readouterr().out == ""
 

@@ -5,7 +5,7 @@ import sys
 from resae.console import Console
 
 
-class Display(Console):
+class TerminalConsole(Console):
     """Lines that stay, and one progress line: overwritten on a terminal, otherwise every 10 s.
 
     Args:
@@ -33,7 +33,7 @@ class Display(Console):
         """Leave standard output to what `result` prints."""
         self._file = sys.stderr
 
-    def say(self, line: str = "") -> None:
+    def log(self, line: str = "") -> None:
         if self._quiet:
             return
         if self._pending:
@@ -41,7 +41,7 @@ class Display(Console):
         self._pending = False
         print(line, file=self._file, flush=True)
 
-    def show(self, line: str) -> None:
+    def progress(self, line: str) -> None:
         if self._quiet:
             return
         if (self._file or sys.stdout).isatty():
@@ -57,5 +57,5 @@ class Display(Console):
         self._pending = False
         print(text, flush=True)
 
-    def complain(self, line: str) -> None:
+    def error(self, line: str) -> None:
         print(f"resae {self.name}: {line}", file=sys.stderr, flush=True)
