@@ -2,7 +2,7 @@
 files of one folder are downloaded."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -53,7 +53,7 @@ def locate(
 
 
 @contextmanager
-def _named_errors(name: str) -> Iterator[None]:
+def _named_errors(name: str) -> Generator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
