@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from resae.data.texts import load_texts
     from resae.evaluation.comparison import evaluate
     from resae.evaluation.methods import Method
+    from resae.interop.formats import export_sae, import_sae
     from resae.models.families import FAMILIES, Family
     from resae.models.hooked import HookedLM
     from resae.models.points import HookPoint
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from resae.replacements.generation import generate
     from resae.sae.base import SAEConfig
     from resae.sae.boosted import BoostedSAE
+    from resae.sae.threshold import ThresholdSAE
     from resae.sae.topk import TopKSAE
     from resae.stack.affine import AffinePredictor
     from resae.stack.fit import Moments, fit_predictor
@@ -67,12 +69,15 @@ __all__ = [
     "SAEConfig",
     "StoredActivations",
     "StrongestLatents",
+    "ThresholdSAE",
     "TokenRows",
     "TopKSAE",
     "TrainConfig",
     "evaluate",
+    "export_sae",
     "fit_predictor",
     "generate",
+    "import_sae",
     "load_texts",
     "predicted_effects",
     "replacement",
@@ -93,6 +98,10 @@ _MODULES = {
     "data.texts": ("load_texts",),
     "evaluation.comparison": ("evaluate",),
     "evaluation.methods": ("Method",),
+    "interop.formats": (
+        "export_sae",
+        "import_sae",
+    ),
     "models.families": (
         "FAMILIES",
         "Family",
@@ -111,6 +120,7 @@ _MODULES = {
     "replacements.generation": ("generate",),
     "sae.base": ("SAEConfig",),
     "sae.boosted": ("BoostedSAE",),
+    "sae.threshold": ("ThresholdSAE",),
     "sae.topk": ("TopKSAE",),
     "stack.affine": ("AffinePredictor",),
     "stack.fit": (

@@ -106,6 +106,12 @@ class Parallelism(Choice):
     LAYERS = "layers"
 
 
+EXPORTS = ("sparsify", "saelens", "resae")
+"""File formats of an autoencoder that are written."""
+
+IMPORTS = ("resae", "saelens", "sparsify", "gemma_scope", "mlsae", "dictionary_learning", "openai")
+"""File formats of an autoencoder that are read."""
+
 OPS = ("encode", "decode", "forward", "train", "train+adam", "step", "chain", "threshold")
 """Ops that `resae profile` times."""
 

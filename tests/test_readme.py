@@ -32,6 +32,8 @@ SMALL = {
     "train": "--train-tokens 4096 --calibration-tokens 2048 --held-out-rows 4 --d-sae 64",
     "eval": "--held-out-rows 4",
     "report": "",
+    "convert": "",
+    "inspect": "",
     "generate": "--max-new-tokens 4",
 }
 """Commands that run as they stand but for these options, appended. All others are parsed only."""

@@ -24,6 +24,7 @@ FLOORS = [
     {"evaluation"},
     {"replacements"},
     {"stack"},
+    {"interop"},
     {"data", "sae"},
     {"models"},
     {*("arguments", "assets", "choices", "console", "environment", "lazy", "settings", "storage")}
@@ -65,11 +66,15 @@ TESTED_BY = {
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
     "demo/test_demo.py": "demo.comparison demo.rows",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.rows",
+    "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
+    "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
+    "interop.saelens interop.sparsify",
+    "interop/test_hostile_files.py": "interop.files sae.files",
     "models/test_hooked.py": "models.points models.splice",
     "replacements/test_context.py": "replacements.counts replacements.generation",
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_page.py": "evaluation.labels report.figures",
-    "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.registry",
+    "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.record sae.registry",
     "stack/test_affine.py": "evaluation.predictors stack.fit",
     "stack/test_hub.py": "cli.push stack.card",
     "stack/test_stack.py": "models.identity",

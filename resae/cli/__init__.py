@@ -1,4 +1,4 @@
-"""The command line: `resae COMMAND`, of `COMMANDS`.
+"""The command line: `resae COMMAND`, one of `COMMANDS`.
 
 One file per command: its settings are the class `Options`, from which its options are made, and
 `run` does the work. Only this package prints. Bad input ends in one line, what was wrong and what
@@ -27,6 +27,8 @@ COMMANDS = {
     "train": "fit the affine maps and train one autoencoder per layer",
     "eval": "replace layers on held-out text and measure the cost",
     "generate": "continue a prompt with and without the layers replaced",
+    "convert": "rewrite an autoencoder in the format of another library",
+    "inspect": "describe an autoencoder in a file of any format",
     "report": "draw report.json as a page with figures",
     "push": "upload the stack of a run to the Hugging Face hub, with a model card",
     "profile": "time one op at one shape against roofs and alternatives",

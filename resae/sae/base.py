@@ -7,12 +7,13 @@ A kind of autoencoder is one file with a class that derives from `Autoencoder`, 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from resae.choices import InputKind, Screening
 from resae.sae.losses import Reduce, no_reduce
+from resae.sae.record import SAERecord
 from resae_kernels import ScreenedEncoder, SparseCode
 
 
@@ -141,13 +142,29 @@ class Autoencoder(nn.Module, ABC):
     # -- disk --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def save(self, folder: Path, **metadata: str | float | None) -> None:
-        """Write the autoencoder and `metadata`, its `kind` among it, into a folder."""
+    def save(self, folder: Path, **metadata: Any) -> None:
+        """Write the autoencoder and `metadata` (JSON), its `kind` among it, into a folder."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: str | Path) -> "Autoencoder":
         """Read a folder that `save` wrote, for use: in eval mode."""
+
+    def record(self) -> SAERecord:
+        """The autoencoder in the form that other libraries' formats have in common.
+
+        Raises:
+            ValueError: it has no such form.
+        """
+        raise ValueError(
+            f"{self.kind}: other libraries have no form for such an autoencoder; only resae's own "
+            f"folders hold it"
+        )
+
+    @classmethod
+    def from_record(cls, record: SAERecord) -> "Autoencoder":
+        """The autoencoder of a record, in eval mode."""
+        raise NotImplementedError(f"{cls.kind}: no form that other libraries have")
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -200,3 +217,13 @@ def describe_sizes(config: SAEConfig) -> str:
     return (
         f"d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, input_kind={config.input_kind!r}"
     )
+
+
+def require_prediction(sae: Autoencoder, prediction: Tensor | None) -> None:
+    """Raise ValueError for an autoencoder of residuals that is given none to subtract."""
+    if prediction is None and sae.config.input_kind != "activation":
+        raise ValueError(
+            f"{type(sae).__name__}: this autoencoder encodes the residual of an activation, and "
+            f"got no prediction; pass it as prediction=, let ReSAE.encode predict, or, if x is the "
+            f"residual, pass zeros"
+        )

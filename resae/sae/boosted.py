@@ -8,9 +8,10 @@ from torch import Tensor
 
 from resae.choices import InputKind
 from resae.sae.base import Autoencoder, SAEConfig, describe_sizes
+from resae.sae.files import load_config
 from resae.sae.losses import Reduce, no_reduce
 from resae.sae.topk import TopKSAE
-from resae.storage import load_json, require_inside
+from resae.storage import require_inside
 from resae.strict_json import require_fields
 from resae_kernels import SparseCode, sparse_decode
 
@@ -155,8 +156,7 @@ class BoostedSAE(Autoencoder):
         folder = Path(folder)
         where = f"SAE {folder / 'boost'}: cfg.json"
         require_inside(folder / "boost", "SAE")
-        cfg = load_json(folder / "boost" / "cfg.json", "SAE")
-        metadata = require_fields(cfg, {"metadata": dict}, where)["metadata"]
+        metadata = load_config(folder / "boost")["metadata"]
         require_fields(metadata, {"keep": float, "threshold": float}, where)
         frozen, boost = TopKSAE.load(folder), TopKSAE.load(folder / "boost")
         if not 0 < metadata["keep"] <= 1 or metadata["threshold"] < 0:

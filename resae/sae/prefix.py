@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from resae.sae.base import SAEConfig
+from resae.sae.files import load_config
 from resae.sae.topk import TopKSAE
-from resae.storage import load_json
 from resae.strict_json import brief, require_fields
 from resae_kernels import SparseCode, sparse_decode
 
@@ -59,7 +59,7 @@ class PrefixSAE(TopKSAE):
         """As `TopKSAE.load`, with the prefixes that `save` wrote."""
         sae = super().load(folder)
         where = f"SAE {folder}: metadata of cfg.json"
-        metadata = load_json(Path(folder) / "cfg.json", "SAE").get("metadata") or {}
+        metadata = load_config(Path(folder))["metadata"]
         require_fields(metadata, {"prefixes": ([int], None)}, where)
         prefixes = tuple(metadata.get("prefixes") or sae.prefixes)
         if (

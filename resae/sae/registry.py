@@ -5,12 +5,16 @@ from pathlib import Path
 
 from resae.sae.base import Autoencoder, SAEConfig
 from resae.sae.boosted import BoostedSAE
+from resae.sae.files import load_config
 from resae.sae.prefix import PrefixSAE
+from resae.sae.record import SAERecord
+from resae.sae.threshold import ThresholdSAE
 from resae.sae.topk import TopKSAE
-from resae.storage import load_json
-from resae.strict_json import brief, require_fields
+from resae.strict_json import brief
 
-KINDS: dict[str, type[Autoencoder]] = {cls.kind: cls for cls in (TopKSAE, PrefixSAE, BoostedSAE)}
+KINDS: dict[str, type[Autoencoder]] = {
+    cls.kind: cls for cls in (TopKSAE, PrefixSAE, BoostedSAE, ThresholdSAE)
+}
 
 
 def new_sae(
@@ -34,13 +38,26 @@ def load_sae(folder: str | Path, kind: str | None = None) -> Autoencoder:
         ValueError: a file is damaged, or of a kind that this version does not know.
     """
     file = Path(folder) / "cfg.json"
-    cfg = load_json(file, "SAE") if file.is_file() else {}
-    require_fields(cfg, {"metadata": (dict, None)}, f"SAE {folder}: cfg.json")
-    metadata = cfg.get("metadata") or {}
-    require_fields(metadata, {"kind": (str, None)}, f"SAE {folder}: metadata of cfg.json")
+    metadata = load_config(file.parent)["metadata"] if file.is_file() else {}
     name = metadata.get("kind") or kind or TopKSAE.kind
     if name not in KINDS:
         raise ValueError(
             f"SAE {folder}: kind {brief(name)}, expected one of {', '.join(KINDS)}; update resae"
         )
     return KINDS[name].load(folder)
+
+
+def sae_from_record(record: SAERecord, *, max_active: int | None = None) -> Autoencoder:
+    """The autoencoder of a record, in eval mode: with a threshold, or else TopK.
+
+    Args:
+        max_active: `ThresholdSAE.from_record`'s.
+    """
+    if record.threshold is not None:
+        return ThresholdSAE.from_record(record, max_active=max_active)
+    if max_active is not None:
+        raise ValueError(
+            f"max_active={max_active} for a TopK autoencoder of k={record.k}; leave it out, or "
+            f"lower k with at_k"
+        )
+    return TopKSAE.from_record(record)

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from resae.choices import Screening
-from resae.sae.base import Autoencoder, SAEConfig, StepWeights, describe_sizes
+from resae.sae.base import (
+    Autoencoder,
+    SAEConfig,
+    StepWeights,
+    describe_sizes,
+    require_prediction,
+)
+from resae.sae.files import load_config, load_state, sae_config
 from resae.sae.losses import Reduce, auxk_loss, no_reduce
-from resae.storage import FLOATS, load_header, load_json, load_tensors, save_json, save_tensors
-from resae.strict_json import brief, require_fields
+from resae.sae.record import SAERecord
+from resae.storage import save_json, save_tensors
+from resae.strict_json import brief
 from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, topk_encode
 
 if TYPE_CHECKING:
     from resae_kernels.types import Margin
-
-CFG = {"d_in": int, "k": int, "activation": (str, None), "metadata": (dict, None)} | {
-    "num_latents": (int, None),
-    "expansion_factor": (int, None),
-}
-"""Entries of cfg.json that are read."""
-METADATA = {"prefix_gain": (float, None), "input_kind": (str, None), "screening": (str, None)}
-"""Settings of `SAEConfig` among its metadata."""
 
 
 class TopKSAE(Autoencoder):
@@ -84,13 +84,7 @@ class TopKSAE(Autoencoder):
         Raises:
             ValueError: an autoencoder of residuals without `prediction`.
         """
-        if prediction is None and self.config.input_kind != "activation":
-            raise ValueError(
-                "TopKSAE: this autoencoder encodes the residual of an activation, and got no "
-                "prediction; pass it as prediction=, let ReSAE.encode predict, or, "
-                "if x is the residual, "
-                "pass zeros"
-            )
+        require_prediction(self, prediction)
         k = self.config.k if k is None else k
         offsets: dict[str, Any] = {"pre_bias": self.b_dec, "prediction": prediction}
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -199,6 +193,30 @@ class TopKSAE(Autoencoder):
         self.encoder.bias = nn.Parameter(bias * factor, requires_grad=bias.requires_grad)
         self.b_dec = nn.Parameter(b_dec * factor, requires_grad=b_dec.requires_grad)
 
+    def record(self) -> SAERecord:
+        weight, bias = self.encoder.weight.detach(), self.encoder.bias.detach()
+        W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
+        kind = self.config.input_kind
+        return SAERecord(weight, bias, W_dec, b_dec, k=self.config.k, input_kind=kind)
+
+    @classmethod
+    def from_record(cls, record: SAERecord) -> Self:
+        """The autoencoder of a record with a k; one that does not subtract b_dec from its input
+        gets its encoder bias shifted (`SAERecord.with_b_dec_subtracted`)."""
+        record = record.with_b_dec_subtracted()
+        assert record.k is not None
+        M, D = record.weight.shape
+        sae = cls(SAEConfig(D, M, record.k, input_kind=record.input_kind))
+        tensors = {
+            "encoder.weight": record.weight,
+            "encoder.bias": record.bias,
+            "W_dec": record.W_dec,
+            "b_dec": record.b_dec,
+        }
+        contiguous = {name: t.contiguous() for name, t in tensors.items()}
+        sae.load_state_dict(contiguous, assign=True)
+        return sae.eval()
+
     def save(self, folder: Path, **metadata: Any) -> None:
         """Write `sae.safetensors` and then `cfg.json` (sparsify's keys, and `metadata`)."""
         save_tensors(folder / "sae.safetensors", self.state_dict())
@@ -236,35 +254,18 @@ class TopKSAE(Autoencoder):
         """
         folder = Path(folder)
         _require_sparsify(folder)
-        cfg = require_fields(load_json(folder / "cfg.json", "SAE"), CFG, f"SAE {folder}: cfg.json")
+        cfg = load_config(folder)
         activation = cfg.get("activation") or "topk"
         if activation != "topk" or any(map(cfg.get, ("transcode", "skip_connection", "signed"))):
             raise ValueError(
                 f"SAE {folder}: a transcoder, skip connection, signed latents or activation "
                 f"{brief(activation)}; expected a plain TopK autoencoder"
             )
-        d_in = cfg["d_in"]
-        d_sae = cfg.get("num_latents") or d_in * (cfg.get("expansion_factor") or 0)
-        metadata = cfg.get("metadata") or {}
-        require_fields(metadata, METADATA, f"SAE {folder}: metadata of cfg.json")
-        options = {name: v for name in METADATA if (v := metadata.get(name)) is not None}
-        if "screening" in metadata:  # null says: no screening
-            options["screening"] = metadata["screening"]
-        config = SAEConfig(d_in, d_sae, cfg["k"], **options)
-        # Compared before anything of these sizes is made.
-        header = load_header(folder / "sae.safetensors", "SAE")
-        expected = {"encoder.weight": [d_sae, d_in], "encoder.bias": [d_sae]} | {
-            "W_dec": [d_sae, d_in],
-            "b_dec": [d_in],
-        }
-        if header.shapes != expected or not set(header.dtypes.values()) <= set(FLOATS):
-            found = {name: [header.dtypes[name], *s] for name, s in header.shapes.items()}
-            raise ValueError(
-                f"SAE {folder}: tensors {brief(found)} do not fit cfg.json, expected floating "
-                f"point of {expected}"
-            )
+        config = sae_config(folder, cfg)
+        M, D = config.d_sae, config.d_in
+        shapes = {"encoder.weight": [M, D], "encoder.bias": [M], "W_dec": [M, D], "b_dec": [D]}
+        tensors = load_state(folder, shapes)  # before memory of these sizes is asked for
         sae = cls(config)
-        tensors = load_tensors(folder / "sae.safetensors", "SAE")
         sae.to(tensors["W_dec"].dtype).load_state_dict(tensors)
         return sae.eval()
 
@@ -274,7 +275,5 @@ def _require_sparsify(folder: Path) -> None:
     if (folder / "sae_weights.safetensors").exists():
         raise ValueError(
             f"SAE {folder}: a folder of SAELens (cfg.json, sae_weights.safetensors); expected one "
-            f"of sparsify or resae (cfg.json, sae.safetensors). Of a SAELens TopK autoencoder copy "
-            f"the four tensors by hand into TopKSAE(SAEConfig(d_in, d_sae, k)): encoder.weight = "
-            f"W_enc.T, encoder.bias = b_enc, W_dec, b_dec"
+            f"of sparsify or resae (cfg.json, sae.safetensors); resae.import_sae reads it"
         )

@@ -10,6 +10,7 @@ from resae.sae.boosted import BoostedSAE
 from resae.sae.losses import auxk_loss
 from resae.sae.prefix import PrefixSAE
 from resae.sae.registry import KINDS, load_sae, new_sae
+from resae.sae.threshold import ThresholdSAE
 from resae.sae.topk import TopKSAE
 from resae_kernels import sparse_decode, topk_encode
 
@@ -256,7 +257,7 @@ def test_an_old_sparsify_folder_of_another_kind_is_refused(tmp_path, changes, me
 def test_a_saelens_folder_is_named_with_what_to_do(tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps({"architecture": "topk", "d_in": 8, "d_sae": 20}))
     (tmp_path / "sae_weights.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"SAELens.*encoder\.weight = W_enc\.T"):
+    with pytest.raises(ValueError, match=r"SAELens.*resae\.import_sae"):
         TopKSAE.load(tmp_path)
 
 
@@ -413,12 +414,18 @@ def test_a_boosted_autoencoder_is_rescaled_and_comes_back(tmp_path):
 # -- kinds -----------------------------------------------------------------------------------------
 
 
+def threshold():
+    record = small(k=4).record()
+    return ThresholdSAE(replace(record, threshold=torch.rand(20)))
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_kind_comes_back_from_disk_as_it_was(kind, tmp_path):
     sae = {
         "topk": lambda: small(k=4),
         "prefix": lambda: new_sae(SAEConfig(8, 20, 4, 0.125), prefixes=(1, 2, 4)),
         "boosted": lambda: boosted(threshold=0.25).eval(),
+        "threshold": threshold,
     }[kind]()
     assert sae.kind == kind
     sae.save(tmp_path, hook_point="x")
@@ -431,11 +438,12 @@ def test_every_kind_comes_back_from_disk_as_it_was(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_the_last_reconstruction_of_the_loss_is_the_decode(kind):
-    sae = boosted() if kind == "boosted" else KINDS[kind](SAEConfig(8, 20, 4))
+    made = {"boosted": boosted, "threshold": threshold}
+    sae = made[kind]() if kind in made else KINDS[kind](SAEConfig(8, 20, 4))
     code = sae.encode(torch.randn(6, 8))
     torch.testing.assert_close(sae.reconstructions(code)[-1], sae.decode(*code))
     assert sae.follows_acts == (kind == "boosted")
-    assert (sae.step_weights is None) == (sae.dictionaries > 1)
+    assert (sae.step_weights is None) == (kind in made)
 
 
 def test_folders_of_earlier_versions_and_unknown_kinds(tmp_path):

@@ -1,0 +1,58 @@
+"""Rewrite an autoencoder in the format of another library."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from resae.arguments import filled, whole
+from resae.choices import EXPORTS, IMPORTS
+from resae.cli.terminal import TerminalConsole
+from resae.settings import Shown
+
+EPILOG = (
+    "A folder with several autoencoders (hook points, seeds, a run of resae) is converted as a "
+    "whole. Pickles (dictionary_learning, openai) are read only if --format names them."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Conversion."""
+
+    source: Annotated[str, filled, Shown("SRC", positional=True)]
+    """A folder, a file, or a repository of the hub, owner/name."""
+    destination: Annotated[str, filled, Shown("DST", positional=True)]
+    """Folder to write, absent or empty."""
+    to: Annotated[str, EXPORTS]
+    """Format to write."""
+    format: Annotated[str | None, IMPORTS] = None
+    """Format of the source; None: found out."""
+    hook_point: Annotated[str | None, filled, Shown("FOLDER")] = None
+    """Folder of one autoencoder in the source."""
+    revision: Annotated[str | None, filled] = None
+    """Branch, tag or commit of a repository."""
+    max_active: Annotated[int | None, whole(1)] = None
+    """Slots of a code, for autoencoders with a threshold (--to resae)."""
+
+
+def run(options: Options, console: TerminalConsole) -> int:
+    from resae.interop.formats import convert
+
+    if options.max_active is not None and options.to != "resae":
+        raise ValueError("--max-active: only resae's own format holds it; add --to resae")
+    written = convert(
+        options.source,
+        Path(options.destination),
+        options.to,
+        format=options.format,
+        hook_point=options.hook_point,
+        revision=options.revision,
+        max_active=options.max_active,
+    )
+    for found, folder in written:
+        console.log(f"{found.path} ({found.format}) written to {folder} ({options.to})")
+        for what in found.record.folded:
+            console.log(f"  folded: {what}")
+        if found.record.input_kind != "activation":
+            console.log("  encodes an affine residual: its encode needs a prediction")
+    return 0

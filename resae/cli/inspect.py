@@ -1,0 +1,49 @@
+"""Describe an autoencoder in a file of any format."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from resae.arguments import filled
+from resae.choices import IMPORTS
+from resae.cli.terminal import TerminalConsole
+from resae.settings import Shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Inspection."""
+
+    source: Annotated[str, filled, Shown("PATH|HUB", positional=True)]
+    """A folder, a file, or a repository of the hub, owner/name."""
+    format: Annotated[str | None, IMPORTS] = None
+    """Its format; None: found out. Pickles (dictionary_learning, openai) are read only if it is
+    given."""
+    hook_point: Annotated[str | None, filled, Shown("FOLDER")] = None
+    """Folder of one autoencoder in the source."""
+    revision: Annotated[str | None, filled] = None
+    """Branch, tag or commit of a repository."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(options: Options, console: TerminalConsole) -> int:
+    from resae.interop.formats import read_sae
+    from resae.interop.inspection import describe_sae
+
+    found = read_sae(options.source, options.format, options.hook_point, options.revision)
+    facts = describe_sae(found)
+    console.result(json.dumps(facts, indent=2) if options.json else _text(facts))
+    return 0
+
+
+def _text(facts: dict[str, Any]) -> str:
+    return "\n".join(f"{name:<21}{_shown(value)}" for name, value in facts.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str("–" if value is None else value)

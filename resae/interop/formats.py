@@ -1,0 +1,268 @@
+"""The file formats of autoencoders: a new one is one file and one entry of `FORMATS`."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from resae.interop import (
+    dictionary_learning,
+    gemma_scope,
+    mlsae,
+    openai,
+    own,
+    saelens,
+    sparsify,
+)
+from resae.interop.hub import locate
+from resae.sae.base import Autoencoder
+from resae.sae.record import SAERecord
+from resae.sae.registry import load_sae, sae_from_record
+from resae.storage import is_unused
+
+DEEPEST = 4
+"""Folders below a path in which autoencoders are looked for."""
+
+
+class Format(NamedTuple):
+    """A file format of one autoencoder."""
+
+    detect: Callable[[Path], bool]
+    """Whether a path (a folder or a file) is of this format."""
+    read: Callable[[Path], SAERecord]
+    """Raises FileNotFoundError, and ValueError for what is damaged or has no form here."""
+    files: tuple[str, ...]
+    """Names of its files."""
+    write: Callable[[SAERecord, Path], None] | None = None
+    """Writes into a folder; None: no export."""
+    pickled: bool = False
+    """Read only where its name is given: its files are pickles."""
+
+
+FORMATS = {
+    "resae": Format(own.detect, own.read, own.FILES, own.write),
+    "saelens": Format(saelens.detect, saelens.read, saelens.FILES, saelens.write),
+    "sparsify": Format(sparsify.detect, sparsify.read, sparsify.FILES, sparsify.write),
+    "gemma_scope": Format(gemma_scope.detect, gemma_scope.read, gemma_scope.FILES),
+    "mlsae": Format(mlsae.detect, mlsae.read, mlsae.FILES),
+    "dictionary_learning": Format(
+        dictionary_learning.detect,
+        dictionary_learning.read,
+        dictionary_learning.FILES,
+        pickled=True,
+    ),
+    "openai": Format(openai.detect, openai.read, openai.FILES, pickled=True),
+}
+"""In the order in which they are tried."""
+
+
+class Found(NamedTuple):
+    """An autoencoder of a file format, where it lies."""
+
+    record: SAERecord
+    format: str
+    path: Path
+
+
+def import_sae(
+    source: str | Path,
+    *,
+    format: str | None = None,
+    hook_point: str | None = None,
+    revision: str | None = None,
+    max_active: int | None = None,
+) -> Autoencoder:
+    """Read an autoencoder of another library (or of this one) as one of ours, in eval mode.
+
+    Args:
+        source: a folder, a file, or a repository of the hub, owner/name.
+        format: one of `FORMATS`; None: found out. `dictionary_learning` and `openai`, whose files
+            are pickles, have to be named.
+        hook_point: the folder in `source`, where it has several.
+        revision: branch, tag or commit of a repository.
+        max_active: slots of a code, for kinds with a threshold (`ThresholdSAE`).
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: a file is damaged or holds NaN or infinite weights, a setting has no form here
+            (the message names it), or the format is unknown.
+    """
+    name, path = find_format(source, format, hook_point, revision)
+    if name == "resae" and max_active is None:
+        sae = load_sae(path)  # kinds of ours that no record holds, too
+        bad = [key for key, t in sae.state_dict().items() if not bool(t.isfinite().all())]
+    else:
+        record = FORMATS[name].read(path)
+        bad = record.non_finite()
+        sae = sae_from_record(record, max_active=max_active) if not bad else None
+    if bad or sae is None:
+        raise ValueError(f"SAE {path}: NaN or infinite entries in {', '.join(bad)}")
+    return sae
+
+
+def export_sae(
+    sae: Autoencoder,
+    folder: str | Path,
+    format: str,
+    *,
+    hook_point: str | None = None,
+    model: str | None = None,
+) -> None:
+    """Write an autoencoder for another library into a folder that is absent or empty.
+
+    Args:
+        format: `saelens`, `sparsify` or `resae`.
+        hook_point: such as `blocks.6.hook_resid_post`; SAELens reads it as `hook_name`. An
+            autoencoder of affine residuals gets none there.
+        model: name of the language model.
+
+    Raises:
+        ValueError: the format cannot hold this autoencoder.
+        FileExistsError: the folder has content.
+        OSError: it cannot be written.
+    """
+    record = replace(sae.record(), hook_point=hook_point, model=model).check(folder)
+    write_folder(Path(folder), lambda new: _writer(format)(record, new))
+
+
+def read_sae(
+    source: str | Path,
+    format: str | None = None,
+    hook_point: str | None = None,
+    revision: str | None = None,
+) -> Found:
+    """The record of an autoencoder; arguments and errors as of `import_sae`, but that NaN is left
+    to the caller."""
+    name, path = find_format(source, format, hook_point, revision)
+    return Found(FORMATS[name].read(path), name, path)
+
+
+def find_format(
+    source: str | Path,
+    format: str | None = None,
+    hook_point: str | None = None,
+    revision: str | None = None,
+) -> tuple[str, Path]:
+    """Format and local path of an autoencoder; of a repository its files are downloaded."""
+    _require_known(format)
+    tried = [format] if format else [n for n, known in FORMATS.items() if not known.pickled]
+    files = tuple(dict.fromkeys(file for name in tried for file in FORMATS[name].files))
+    path = locate(source, hook_point, revision, files)
+    if format is not None:
+        return format, path
+    for name, known in FORMATS.items():
+        if known.detect(path) or (path.suffix == ".safetensors" and known.detect(path.parent)):
+            if known.pickled:
+                break
+            return name, path if known.detect(path) else path.parent
+    raise _refusal(path)
+
+
+def _refusal(path: Path) -> Exception:
+    if path.suffix in (".pt", ".pth") or dictionary_learning.detect(path):
+        return ValueError(
+            f"SAE {path}: a pickle, which is only read if its format is named: "
+            f"format='dictionary_learning' or 'openai' (--format)"
+        )
+    if not path.exists():
+        return FileNotFoundError(f"SAE {path}: there is no such file or folder")
+    inside = [str(folder.relative_to(path)) for folder in folders_in(path)]
+    if inside:
+        return ValueError(
+            f"SAE {path}: {len(inside)} autoencoders below it; name one as hook_point "
+            f"(--hook-point): {', '.join(inside[:8])}"
+        )
+    return ValueError(
+        f"SAE {path}: no format that is known here; expected one of {', '.join(FORMATS)}"
+    )
+
+
+def folders_in(path: Path, format: str | None = None, deepest: int = DEEPEST) -> list[Path]:
+    """Folders below a folder that hold an autoencoder, by name, links to folders not followed; of
+    a run of resae, those of its stack and not of its checkpoints."""
+    if not path.is_dir() or deepest == 0:
+        return []
+    if (path / "resae.json").is_file():
+        deepest = 1
+    found = []
+    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink()):
+        if any(f.detect(folder) for n, f in FORMATS.items() if format in (None, n)):
+            found.append(folder)
+        else:
+            found += folders_in(folder, format, deepest - 1)
+    return found
+
+
+def convert(
+    source: str | Path,
+    destination: Path,
+    to: str,
+    *,
+    format: str | None = None,
+    hook_point: str | None = None,
+    revision: str | None = None,
+    max_active: int | None = None,
+) -> list[tuple[Found, Path]]:
+    """Read an autoencoder, or all below a local folder, and write each in format `to`.
+
+    Returns:
+        What was read and where it was written: `destination`, or a folder in it for each.
+
+    Raises:
+        as of `import_sae` and `export_sae`; then nothing is written.
+    """
+    write = _writer(to)
+    _require_known(format)
+    alone = hook_point or any(known.detect(Path(source)) for known in FORMATS.values())
+    inside = [] if alone else folders_in(Path(source), format)
+    written = []
+
+    def write_all(new: Path) -> None:
+        for folder in inside or [source]:
+            found = read_sae(folder, format, None if inside else hook_point, revision)
+            name = Path(folder).relative_to(source) if inside else Path()
+            if bad := found.record.non_finite():
+                raise ValueError(f"SAE {found.path}: NaN or infinite entries in {', '.join(bad)}")
+            if to == "resae":
+                own.write(found.record, new / name, max_active=max_active)
+            else:
+                write(found.record, new / name)
+            written.append((found, destination / name))
+
+    write_folder(destination, write_all)
+    return written
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)` and rename the result to `folder`, which has to be absent or empty.
+
+    Raises:
+        FileExistsError: it has content.
+        OSError: it cannot be written.
+    """
+    if not is_unused(folder):
+        raise FileExistsError(f"{folder} is there and not empty; choose another, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        write(temporary)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _require_known(format: str | None) -> None:
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format={format!r}, expected one of {', '.join(FORMATS)}")
+
+
+def _writer(format: str) -> Callable[[SAERecord, Path], None]:
+    _require_known(format)
+    write = FORMATS[format].write
+    if write is None:
+        able = [name for name, known in FORMATS.items() if known.write is not None]
+        raise ValueError(f"format={format!r} is only read; expected one of {', '.join(able)}")
+    return write
