@@ -180,7 +180,7 @@ def load_json(path: Path, what: str, most_bytes: int = strict_json.MOST_BYTES) -
 
 
 def safe_file_name(name: str) -> bool:
-    """Whether a name that a file gives is one of a file directly in a folder: no path, not hidden,
+    """True for the name of a file directly in a folder: no path, not hidden,
     of letters, digits, `_`, `-` and `.`."""
     return re.fullmatch(r"\w[\w.-]{0,199}", name, re.ASCII) is not None
 
@@ -190,11 +190,9 @@ def require_inside(path: Path, what: str) -> None:
     cache, into the files of the same repository, are allowed."""
     if not path.is_symlink():
         return
-    target = path.resolve()
-    caches = [folder.parent / "blobs" for folder in path.absolute().parents]
-    allowed = [c for c, f in zip(caches, path.absolute().parents, strict=True)
-               if f.name == "snapshots"]  # fmt: skip
-    if not any(target.is_relative_to(root.resolve()) for root in (path.parent, *allowed)):
+    target, folder = path.resolve(), path.parent.resolve()
+    caches = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(root.resolve()) for root in (folder, *caches)):
         raise ValueError(
             f"{what}: {path} is a symbolic link to {target}, outside its folder; put the file "
             f"itself there"

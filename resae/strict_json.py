@@ -141,7 +141,7 @@ def _no_constant(text: str) -> float:
 
 
 def _deeper_than(content: Any, depth: int) -> bool:
-    """Whether lists and objects are nested deeper than this; without recursion."""
+    """True if lists and objects are nested deeper than this; without recursion."""
     level = [content] if isinstance(content, (dict, list)) else []
     for _ in range(depth):
         entries = (

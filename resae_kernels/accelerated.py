@@ -30,7 +30,7 @@ class _Rows(NamedTuple):
     threshold: Tensor | None
     encoder: ScreenedEncoder | None
     samples: list[tuple[Any, Any]]
-    """Of the sources on a CPU: a view of some entries, and these entries as they were. The
+    """For sources on a CPU: a view of some entries, and these entries as they were. The
     libraries scale their parameters through `.data`, which torch does not count."""
 
     def is_current(self, versions: tuple[Any, ...]) -> bool:

@@ -285,7 +285,7 @@ class _Dictionary(Accelerated):
         return me.encoder.weight, me.encoder.bias, me.decoder.weight.T
 
     def biases(self) -> tuple[Tensor | None, Tensor]:
-        """What is subtracted before the encoder, and what is added after the decoder."""
+        """The bias subtracted before the encoder, and the one added after the decoder."""
         me: Any = self
         return me.b_dec, me.b_dec
 

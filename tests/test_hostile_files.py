@@ -38,7 +38,7 @@ from resae.storage import load_json, load_tensors, save_json, save_tensors
 from resae.training.calibration import Calibration
 from resae.training.checkpoints import load_newest, resumed_config, save_checkpoint
 from resae.training.config import RunConfig, TrainConfig
-from resae.training.distributed import ALONE
+from resae.training.distributed import SINGLE_PROCESS
 from resae.training.maps import FittedMaps
 from resae.training.runs import load_record
 from resae.training.start import initial_state
@@ -91,7 +91,7 @@ RECORD = {
     "affine": [{"method": "resae", "hop": "a → b", "r2": 0.5}],
     "held_out_split": "train",
 }
-MAPS = {"layers": tiny.NAMES, "predictor": "previous", "form": "full", "rank": None} | {
+MAPS = {"layers": tiny.NAMES, "predictor": "previous", "map_type": "full", "rank": None} | {
     "calibration_tokens": 100,
     "ridge": 1e-4,
     "seed": 0,
@@ -128,13 +128,13 @@ def checkpoint_reader(folder):
     state.optimizer.step()
     state.step = 4
     (folder / "checkpoints").mkdir()
-    save_checkpoint(folder / "checkpoints", state, config, 2, ALONE)
+    save_checkpoint(folder / "checkpoints", state, config, 2, SINGLE_PROCESS)
     resumed = fresh()
 
     def read():
         resumed_config(config, folder)
         resumed.optimizer.state.clear()
-        load_newest(folder / "checkpoints", resumed, config, ALONE)
+        load_newest(folder / "checkpoints", resumed, config, SINGLE_PROCESS)
 
     return read
 

@@ -174,7 +174,7 @@ class TokenRows:
 
 
 class SpecialTokens(NamedTuple):
-    """What rows ask of a tokenizer where documents are token ids already."""
+    """The part of a tokenizer that rows need where documents are token ids already."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -190,7 +190,7 @@ def special_tokens(lm: HookedLM) -> Any:
 
 
 def has_heads(lm: HookedLM) -> bool:
-    """Whether rows begin with a token that is not of the text."""
+    """True if rows begin with a token that is not part of the text."""
     tokens = special_tokens(lm)
     return (tokens.bos_token_id, tokens.eos_token_id) != (None, None)
 

@@ -289,12 +289,12 @@ def _with_end(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _is_saved(path: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote a folder."""
+    """True for a folder that `datasets.save_to_disk` wrote."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _load_saved(data: str, path: Path, split: str, column: str) -> Any:
-    """What `datasets.save_to_disk` wrote, mapped into memory; of its columns one is checked."""
+    """A dataset that `datasets.save_to_disk` wrote, mapped into memory; one column is checked."""
     what = f"dataset {data!r}"
     if (path / "dataset_dict.json").is_file():
         found = load_json(path / "dataset_dict.json", what)
@@ -387,11 +387,11 @@ def _first_line(error: BaseException) -> str:
 
 
 Check = Callable[[Any], bool]
-"""Whether a value of a column is a document of the kind that the column holds."""
+"""Test of a column's values: is it a document of the kind that the column holds?"""
 
 
 def _check_of(data: str, loaded: Any, column: str) -> Check:
-    """What documents of a column must be.
+    """The test that documents of a column must pass.
 
     Raises:
         ValueError: no such column, one that holds no documents, or with nulls. Of a stream only

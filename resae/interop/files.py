@@ -48,7 +48,7 @@ def member(path: Path, name: str = "") -> Path:
 
 
 def has(path: Path, *names: str) -> bool:
-    """Whether a folder has all of these files."""
+    """True if a folder has all of these files."""
     return path.is_dir() and all((path / name).is_file() for name in names)
 
 
@@ -65,7 +65,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     """All tensors of a safetensors file, whose library holds its header against its size."""
     file = member(path, name)
     try:
-        return load_tensors(file, "SAE")
+        return load_tensors(file, "SAE", finite=False)
     except (RuntimeError, KeyError, TypeError, OverflowError) as error:  # dtypes torch lacks
         raise ValueError(f"SAE {file}: not readable as tensors ({error})") from None
 

@@ -30,7 +30,7 @@ class Format(NamedTuple):
     """A file format of one autoencoder."""
 
     detect: Callable[[Path], bool]
-    """Whether a path (a folder or a file) is of this format."""
+    """True for a path (a folder or a file) of this format."""
     read: Callable[[Path], SAERecord]
     """Raises FileNotFoundError, and ValueError for what is damaged or has no form here."""
     files: tuple[str, ...]

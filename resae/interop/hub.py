@@ -1,4 +1,4 @@
-"""Where an autoencoder lies: a local path, or a repository of the hub, of which only the named
+"""Location of an autoencoder: a local path, or a repository of the hub, of which only the named
 files of one folder are downloaded."""
 
 import re

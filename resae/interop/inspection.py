@@ -13,7 +13,7 @@ TOKENS = 64
 
 
 def describe_sae(found: Found) -> dict[str, Any]:
-    """What the file is and holds, as JSON."""
+    """Format and content of the file, as JSON."""
     record = found.record
     M, D = record.weight.shape
     finite = record.non_finite()
@@ -54,7 +54,7 @@ def _spread(values: torch.Tensor | None) -> dict[str, float] | None:
 
 
 def _path_here(record: SAERecord) -> dict[str, Any]:
-    """How codes of `TOKENS` random tokens are computed on this machine, and why so."""
+    """The path by which codes of `TOKENS` random tokens are computed on this machine, and why."""
     sae = sae_from_record(record).requires_grad_(False)
     if torch.cuda.is_available():
         return {"path": "Triton", "why": "this machine has a GPU"}

@@ -32,7 +32,7 @@ class SAERecord:
     threshold: Tensor | None = None
     """`[M]`; None: TopK."""
     apply_b_dec_to_input: bool = True
-    """Whether b_dec is subtracted from x before encoding."""
+    """True: b_dec is subtracted from x before encoding."""
     input_kind: InputKind | str = InputKind.ACTIVATION
     hook_point: str | None = None
     """Such as `blocks.6.hook_resid_post`; a name of another kind is kept as it is."""

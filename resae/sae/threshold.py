@@ -112,7 +112,7 @@ class ThresholdSAE(Autoencoder):
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """What encodes on a CPU, by `threshold_encode`."""
+        """The encoder on a CPU, by its `threshold_encode`."""
         if self.config.screening is None:
             return None
         held = self._screened

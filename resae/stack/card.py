@@ -128,7 +128,7 @@ def _screening(screening: str | None) -> str:
 
 
 def _measured(stack: Described, report: Mapping[str, Any]) -> str:
-    """What replacing all layers costs, from a report."""
+    """Table of the cost of replacing all layers, from a report."""
     require_fields(report, {"config": dict, "replacement": [dict]}, "report")
     config = require_fields(report["config"], {"model": str, "layers": [str]}, "report: config")
     identity = stack.model_identity

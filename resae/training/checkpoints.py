@@ -142,7 +142,7 @@ def resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
 
 
 class _Metadata(NamedTuple):
-    """What a checkpoint says of itself."""
+    """Description of a checkpoint, which it holds."""
 
     step: int
     positions: list[Position]

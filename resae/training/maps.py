@@ -111,7 +111,7 @@ def require_rank(config: TrainConfig, lm: HookedLM) -> None:
 
 
 FIXED = {"model", "data", "text_column", "streaming", "context_tokens", "held_out_rows", "seed"}
-"""What else a record of maps says."""
+"""Further entries of a record of maps."""
 
 
 class FittedMaps(NamedTuple):

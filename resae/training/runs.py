@@ -110,7 +110,7 @@ def load_record(file: Path, what: str) -> dict[str, Any]:
 
 def _require_choices(record: dict[str, Any], where: str) -> None:
     for name, choices in (("predictor", PredictorKind), ("map_type", MapType), ("dtype", DTYPES)):
-        if record.get(name) is not None and record[name] not in choices:
+        if record.get(name) is not None and record[name] not in tuple(choices):
             raise ValueError(
                 f"{where}: {name} = {brief(record[name])}, expected one of {', '.join(choices)}"
             )

@@ -4,8 +4,8 @@ import random
 import resource
 import zipfile
 
+import damaged_files
 import foreign_files as files
-import mutations
 import pytest
 import torch
 from foreign_files import D, M, plain
@@ -19,7 +19,7 @@ from resae.sae.registry import load_sae
 from resae.sae.threshold import ThresholdSAE
 
 MUTATIONS = 60
-"""Per reader. `python tests/interop/test_hostile_files.py 10000` makes more of them."""
+"""Per reader. `python tests/interop/test_hostile_formats.py 10000` makes more of them."""
 
 
 def boosted(folder):
@@ -66,7 +66,7 @@ def fuzz(name, folder, number, seed=0):
     write(folder / "original")
     rng = random.Random(f"{name} {seed}")
     answers = [
-        mutations.answer(_finite(read), folder / "original", folder / "copy", rng)[1]
+        damaged_files.answer(_finite(read), folder / "original", folder / "copy", rng)[1]
         for _ in range(number)
     ]
     return answers.count("refused"), answers.count("read")
@@ -110,13 +110,13 @@ def test_sizes_that_settings_promise_are_held_against_the_file_first(tmp_path):
 
 
 def test_a_header_that_promises_a_million_million_numbers_asks_for_no_memory(tmp_path):
-    mutations.npz(tmp_path / "params.npz", "(1000000, 1000000)")
+    damaged_files.npz(tmp_path / "params.npz", "(1000000, 1000000)")
     with pytest.raises(ValueError, match="promises 4000000000000 bytes, and 0 are there"):
         read_npz(tmp_path / "params.npz")
-    mutations.npz(tmp_path / "params.npz", "(2, 2)", "|O", b"0" * 32)
+    damaged_files.npz(tmp_path / "params.npz", "(2, 2)", "|O", b"0" * 32)
     with pytest.raises(ValueError, match="dtype object"):
         read_npz(tmp_path / "params.npz")
-    mutations.npz(tmp_path / "params.npz", "(1000, 1000)", data=bytes(4_000_000))
+    damaged_files.npz(tmp_path / "params.npz", "(1000, 1000)", data=bytes(4_000_000))
     with pytest.raises(ValueError, match="expand to 40.*more than 8 times"):
         read_npz(tmp_path / "params.npz")
 
