@@ -383,7 +383,8 @@ def _damaged_line(path: Path) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+    return line.encode(errors="backslashreplace").decode()
 
 
 Check = Callable[[Any], bool]
