@@ -501,7 +501,7 @@ class _Column:
         try:
             for row in self._dataset:
                 yield row.get(self._column)
-        except (ValueError, DatasetsError) as error:
+        except (ValueError, SystemError, DatasetsError) as error:  # SystemError: damaged Arrow
             raise ValueError(_damaged(self._data, error.__cause__ or error)) from None
 
 
