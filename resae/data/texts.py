@@ -383,7 +383,8 @@ def _damaged_line(path: Path) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+    return line.encode(errors="backslashreplace").decode()
 
 
 Check = Callable[[Any], bool]
@@ -500,7 +501,7 @@ class _Column:
         try:
             for row in self._dataset:
                 yield row.get(self._column)
-        except (ValueError, DatasetsError) as error:
+        except (ValueError, SystemError, DatasetsError) as error:  # SystemError: damaged Arrow
             raise ValueError(_damaged(self._data, error.__cause__ or error)) from None
 
 
