@@ -94,8 +94,8 @@ def load_record(file: Path, what: str) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: it is damaged.
     """
-    record = current_names(load_json(file, what))
     where = f"{what}: {file}"
+    record = current_names(require_fields(load_json(file, what), {}, where))
     require_fields(record, RECORD | OF_TRAINING, where)
     _require_choices(record, where)
     if record.get("train"):
