@@ -420,6 +420,7 @@ def test_unknown_classes_and_activations_are_refused(make):
         accelerate(make("sparsify"), margin="no")
 
 
+@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 @torch.no_grad()
 def test_a_hooked_transformer_of_saelens_runs_with_it():
     """Spliced in, its activations in the cache, and taken out again."""

@@ -77,6 +77,7 @@ TESTED_BY = {
     "report/test_page.py": "evaluation.labels report.figures",
     "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.record sae.registry",
     "stack/test_affine.py": "evaluation.predictors stack.fit",
+    "stack/test_foreign.py": "interop.objects",
     "stack/test_hub.py": "cli.push stack.card",
     "stack/test_stack.py": "models.identity",
     "test_arguments.py": "cli.options",

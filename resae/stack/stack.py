@@ -32,6 +32,7 @@ from resae.sae.base import Autoencoder, SAEConfig
 from resae.sae.registry import load_sae, new_sae
 from resae.stack.affine import AffinePredictor
 from resae.stack.card import model_card
+from resae.stack.foreign import autoencoders_of
 from resae.storage import load_json, require_inside, safe_file_name, save_json
 from resae.strict_json import brief, require_fields
 from resae_kernels import (
@@ -114,6 +115,36 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         self._hold(saes)
         self.model_identity = model
         self._prepared: dict[int, _PreparedLayer] = {}
+
+    @classmethod
+    def from_saes(
+        cls,
+        saes: Mapping[str | int, Any],
+        lm: HookedLM,
+        *,
+        max_active: int | None = None,
+    ) -> "ReSAE":
+        """A stack of autoencoders that were trained apart, each on the activations of its layer.
+
+            ReSAE.from_saes({3: "saelens/folder", 7: sparse_coder, 11: "owner/name"}, lm)
+
+        They are replaced together, but nothing is predicted: later autoencoders encode whole
+        activations, since that is what they were trained on. Affine maps need autoencoders that
+        were trained on residuals (`resae train`).
+
+        Args:
+            saes: hook point → a path or repository that `import_sae` reads, an autoencoder of
+                SAELens, sparsify or dictionary_learning, or one of ours.
+            max_active: slots of a code, for kinds with a threshold.
+
+        Raises:
+            TypeError: an object that is no autoencoder.
+            FileNotFoundError, ValueError: as of `import_sae`; unknown hook points, another width
+                than the model's, several dtypes, or an autoencoder of residuals.
+        """
+        found = autoencoders_of(saes, lm, max_active)
+        predictor = AffinePredictor(PredictorKind.NONE)
+        return cls(list(found), predictor, list(found.values()), ModelIdentity.of(lm))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the prepared steps, which are of these very tensors: copies make their own."""

@@ -20,7 +20,9 @@ with warnings.catch_warnings():
 
 from resae import TopKSAE, export_sae, import_sae
 from resae.interop.formats import convert, read_sae
+from resae.interop.objects import import_object
 from resae.sae.base import SAEConfig
+from resae.sae.threshold import ThresholdSAE
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -239,3 +241,31 @@ def test_a_gated_autoencoder_of_dictionary_learning_is_refused(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "ae.pt")
     with pytest.raises(ValueError, match="decoder_bias"):
         import_sae(tmp_path, format="dictionary_learning")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: sae_lens.TopKSAE(sae_lens.TopKSAEConfig(d_in=D, d_sae=M, k=K)),
+        lambda: sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(d_in=D, d_sae=M)),
+        lambda: sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=M, k=K)),
+        lambda: AutoEncoderTopK(D, M, K),
+        lambda: BatchTopKSAE(D, M, K),
+        lambda: dictionaries.JumpReluAutoEncoder(D, M),
+    ],
+    ids=["saelens-topk", "saelens-jumprelu", "sparsify", "topk", "batchtopk", "jumprelu"],
+)
+@torch.no_grad()
+def test_an_object_of_a_library_is_imported_as_it_computes(made, x):
+    theirs = fill(made(), positive=("threshold",))
+    has_threshold = hasattr(theirs, "threshold") and not isinstance(theirs, AutoEncoderTopK)
+    ours = import_object(theirs, max_active=M if has_threshold else None)
+    assert isinstance(ours, ThresholdSAE) == has_threshold
+    encoded = theirs.encode(x)
+    expected = getattr(encoded, "top_acts", None)
+    found = ours.encode(x)
+    if expected is not None:
+        torch.testing.assert_close(found.acts, expected.sort(-1, descending=True).values)
+    else:
+        torch.testing.assert_close(dense(found), encoded, rtol=1e-5, atol=1e-5)
+    assert import_object(ours) is ours

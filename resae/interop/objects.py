@@ -1,0 +1,51 @@
+"""Autoencoders of other libraries that are in memory: saved by the library itself, and imported."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resae.interop.formats import import_sae
+from resae.sae.base import Autoencoder
+
+
+def import_object(sae: Any, *, max_active: int | None = None) -> Autoencoder:
+    """An autoencoder of SAELens, sparsify or dictionary_learning as one of ours, a copy in eval
+    mode; one of ours is returned as it is.
+
+    Args:
+        max_active: slots of a code, for kinds with a threshold (`ThresholdSAE`).
+
+    Raises:
+        TypeError: an object of another kind.
+        ValueError: a setting has no form here; the message names it.
+    """
+    if isinstance(sae, Autoencoder):
+        return sae
+    library = type(sae).__module__.split(".")[0]
+    if library not in _SAVE:
+        raise TypeError(
+            f"got {type(sae).__module__}.{type(sae).__qualname__}, expected an autoencoder of "
+            f"resae, SAELens, sparsify or dictionary_learning, or a path of one"
+        )
+    format, save = _SAVE[library]
+    with tempfile.TemporaryDirectory() as folder:
+        save(sae, Path(folder))
+        return import_sae(folder, format=format, max_active=max_active)
+
+
+def _save_dictionary(sae: Any, folder: Path) -> None:
+    """As the trainers of dictionary_learning do, with the class that tells TopK from BatchTopK."""
+    torch.save(sae.state_dict(), folder / "ae.pt")
+    settings = {"trainer": {"dict_class": type(sae).__name__}}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+_SAVE: dict[str, tuple[str, Any]] = {
+    "sae_lens": ("saelens", lambda sae, folder: sae.save_model(folder)),
+    "sparsify": ("sparsify", lambda sae, folder: sae.save_to_disk(folder)),
+    "dictionary_learning": ("dictionary_learning", _save_dictionary),
+}
+"""Per library the format of its files, and how one is written."""
