@@ -967,7 +967,7 @@ def test_train_takes_the_model_in_bfloat16_and_on_a_device_of_its_own(material, 
 
 
 def test_the_buffer_of_calibration_is_freed_once_it_is_used_up(material, tmp_path, monkeypatch):
-    """A frame of the command that held on to `source.in_order()` kept it to the end."""
+    """A frame of the command that held on to `source.sequential()` kept it to the end."""
     alive = []
 
     def train(_config, source, *_args, **_options):
