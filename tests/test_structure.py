@@ -79,7 +79,7 @@ TESTED_BY = {
     "stack/test_affine.py": "evaluation.predictors stack.fit",
     "stack/test_foreign.py": "interop.objects",
     "stack/test_hub.py": "cli.push stack.card",
-    "stack/test_stack.py": "models.identity",
+    "stack/test_stack.py": "models.identity stack.files stack.prepared",
     "test_arguments.py": "cli.options",
     "test_assets.py": "assets.build",
     "test_structure.py": "lazy",

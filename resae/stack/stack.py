@@ -13,7 +13,6 @@ are folded in before saving.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -29,12 +28,12 @@ from resae.models.hooked import HookedLM, type_name
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
 from resae.sae.base import Autoencoder, SAEConfig
-from resae.sae.registry import load_sae, new_sae
+from resae.sae.registry import new_sae
 from resae.stack.affine import AffinePredictor
 from resae.stack.card import model_card
+from resae.stack.files import FILES, StackParts, read_stack, write_stack
 from resae.stack.foreign import autoencoders_of
-from resae.storage import load_json, require_inside, safe_file_name, save_json
-from resae.strict_json import brief, require_fields
+from resae.stack.prepared import Place, PreparedLayer
 from resae_kernels import (
     ScreenedEncoder,
     SparseCode,
@@ -43,12 +42,8 @@ from resae_kernels import (
     online_step,
     transport,
 )
-from resae_kernels.screened import PreparedStep
 from resae_kernels.step import FEW_TOKENS
 
-FORMAT_VERSION = 1
-FILES = ["resae.json", "affine.safetensors", "*/cfg.json", "*/sae.safetensors"]
-"""Files of a stack, all that is downloaded of a repository."""
 FEW_ENTRIES = 2048
 """N·D up to which a prediction that reads the map for each token is faster than a call of torch's
 product (one core of an Intel Xeon, D = 128 and 768)."""
@@ -114,7 +109,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             sae.set_input_kind("affine_residual")
         self._hold(saes)
         self.model_identity = model
-        self._prepared: dict[int, _PreparedLayer] = {}
+        self._prepared: dict[int, PreparedLayer] = {}
 
     @classmethod
     def from_saes(
@@ -345,10 +340,26 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         step = encoder.prepare_step(x, k, b_dec, W_dec, affine, sorted=True)
         if step is None:
             return None
-        prepared = _PreparedLayer(self, layer, sae, step, predict)
+        prepared = PreparedLayer(self._places(layer, sae, predict), step, predict)
         if prepared.is_whole:
             self._prepared[layer] = prepared
         return prepared(x, predictor_inputs)
+
+    def _places(
+        self, layer: int, sae: Autoencoder, predict: Callable[..., Tensor] | None
+    ) -> list[Place]:
+        """Places of the objects that a prepared step of this layer is made of."""
+        places: list[Place] = [
+            (self._modules, ("saes", "predictor")),
+            (self.saes._modules, (str(self.sae_index(layer)),)),
+            (vars(sae), ("config", "_screened")),
+            (sae._modules, ("encoder",)),
+            (sae._parameters, ("W_dec", "b_dec")),
+            (sae.get_submodule("encoder")._parameters, ("weight", "bias")),
+        ]
+        if isinstance(predict, itemgetter):  # the step has the map
+            places.append((self.predictor._buffers, (f"A_{layer}", f"c_{layer}")))
+        return places
 
     def transported(
         self, max_bytes: int, *, vectors: Sequence[Tensor] | None = None
@@ -407,26 +418,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     # -- disk and hub ------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # A folder with resae.json is complete: it goes first and comes last.
-        (save_directory / "resae.json").unlink(missing_ok=True)
-        for layer, name in enumerate(self.hook_points):
-            self.sae(layer).save(save_directory / name, hook_point=name)
-        self.predictor.save(save_directory / "affine.safetensors")
-        save_json(
-            save_directory / "resae.json",
-            {
-                "format_version": FORMAT_VERSION,
-                "hook_points": self.hook_points,
-                "predictor": self.predictor.kind,
-                "map_type": self.predictor.map_type,
-                "shared": self.shared,
-                "boosted": self.boosted,
-                "d_in": self.d_in,
-                "d_sae": [self.sae(i).config.d_sae for i in range(self.n_layers)],
-                "k": [self.sae(i).config.k for i in range(self.n_layers)],
-                "model": None if self.model_identity is None else asdict(self.model_identity),
-            },
-        )
+        saes = [self.sae(layer) for layer in range(self.n_layers)]
+        parts = StackParts(self.hook_points, self.predictor, saes, self.model_identity)
+        write_stack(save_directory, parts, shared=self.shared, boosted=self.boosted)
 
     def generate_model_card(self, *_arguments: Any, **options: Any) -> ModelCard:
         """The README that `save_pretrained` and `push_to_hub` put beside the weights
@@ -503,68 +497,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             FileNotFoundError: not such a folder, or a file of it is missing.
             ValueError: a file is damaged or of an unknown format.
         """
-        folder = Path(folder)
-        description = _read_description(folder)
-        folders = [folder / name for name in description["hook_points"]]
-        for path in folders:
-            require_inside(path, "stack")
-        boosted = description.get("boosted", False)
-        saes = [load_sae(path, "boosted" if boosted else None) for path in folders]
-        predictor = AffinePredictor.load(folder / "affine.safetensors", description["predictor"])
-        widths = {(sae.config.d_in, sae.W_dec.dtype) for sae in saes}
-        widths |= {(len(c), c.dtype) for c in predictor.c}
-        if len(widths) > 1:
-            raise ValueError(
-                f"stack {folder}: its autoencoders and maps are of several widths or types, "
-                f"{', '.join(f'{d_in} of {dtype}' for d_in, dtype in sorted(widths, key=str))}; "
-                f"restore the folder"
-            )
-        # Earlier versions could record boosted autoencoders as shared, which they never are.
-        if description.get("shared", False) and not boosted:
-            _share(saes, folder)
-        stack = cls(
-            description["hook_points"],
-            predictor,
-            saes,
-            _identity_in(description, f"stack {folder}: model in resae.json"),
-        )
-        return stack.eval()
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    """The content of resae.json, of the expected types."""
-    found = load_json(folder / "resae.json", "stack")
-    where = f"stack {folder}: resae.json"
-    require_fields(found, {"format_version": (int, None)}, where)
-    if found.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"stack {folder}: format_version {found.get('format_version')}, this resae reads "
-            f"{FORMAT_VERSION}; update resae"
-        )
-    kinds = {"hook_points": [str], "predictor": str, "model": (dict, None)}
-    flags = {"boosted": (bool, None), "shared": (bool, None)}
-    require_fields(found, kinds | flags, where)
-    names = found["hook_points"]
-    unsafe = [name for name in names if not safe_file_name(name)]
-    if unsafe or not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"{where}: hook_points={brief(unsafe or names)}, expected names such as "
-            f"blocks.1.hook_resid_post, each once: they are folders of the stack"
-        )
-    PredictorKind.check(found["predictor"], f"stack {folder}: predictor")
-    return found
-
-
-def _identity_in(description: dict[str, Any], where: str) -> ModelIdentity | None:
-    found = description.get("model")
-    if found is None:
-        return None
-    whole = ("d_model", "n_layers", "vocab_size")
-    kinds = dict.fromkeys(("name", "model_type"), str) | dict.fromkeys(whole, int)
-    require_fields(found, kinds | {"revision": (str, None)}, where)
-    return ModelIdentity(
-        **{f.name: found[f.name] for f in fields(ModelIdentity) if f.name in found}
-    )
+        return cls(*read_stack(Path(folder))).eval()
 
 
 def new_stack(
@@ -593,58 +526,6 @@ def new_stack(
         for layer, (M, k_l) in enumerate(sizes[:1] if shared else sizes)
     ]
     return ReSAE(hook_points, predictor, saes * len(k) if shared else saes, model)
-
-
-def _share(saes: Sequence[Autoencoder], folder: Path) -> None:
-    """Make the equal dictionaries of several files one again."""
-    first = saes[0]
-    for sae in saes[1:]:
-        if not sae.share_dictionary(first):
-            raise ValueError(
-                f"stack {folder}: resae.json states that all layers share one dictionary, but "
-                f"their files hold different ones; restore them"
-            )
-
-
-class _PreparedLayer:
-    """The online step of a layer whose checks are made and whose objects are looked up: for a token
-    of a small model these take longer than the step. It serves while every object is where it was
-    found."""
-
-    def __init__(
-        self,
-        stack: ReSAE,
-        layer: int,
-        sae: Autoencoder,
-        step: PreparedStep,
-        predict: Callable[[Sequence[Tensor]], Tensor] | None,
-    ):
-        places: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-            (stack._modules, ("saes", "predictor")),
-            (stack.saes._modules, (str(stack.sae_index(layer)),)),
-            (vars(sae), ("config", "_screened")),
-            (sae._modules, ("encoder",)),
-            (sae._parameters, ("W_dec", "b_dec")),
-            (sae.get_submodule("encoder")._parameters, ("weight", "bias")),
-        ]
-        if isinstance(predict, itemgetter):  # the step has the map
-            places.append((stack.predictor._buffers, (f"A_{layer}", f"c_{layer}")))
-        self._found = [(place, n, place.get(n)) for place, names in places for n in names]
-        self.is_whole = all(found is not None for *_, found in self._found)
-        """True if all objects are where modules keep theirs: parametrised ones are made anew at
-        each use."""
-        self._step = step
-        self._predict = predict
-
-    def __call__(
-        self, x: Tensor, predictor_inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, SparseCode] | None:
-        """As `ReSAE.step`; None if an object was exchanged."""
-        for place, name, found in self._found:
-            if place.get(name) is not found:
-                return None
-        step = self._step(x, None if self._predict is None else self._predict(predictor_inputs))
-        return None if step is None else (step[0], SparseCode(step[1], step[2]))
 
 
 class AffineOnly:

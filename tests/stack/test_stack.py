@@ -14,7 +14,8 @@ from resae.choices import PredictorKind
 from resae.data.activations import capture_tokens
 from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
-from resae.stack.stack import FILES, new_stack
+from resae.stack.files import FILES
+from resae.stack.stack import new_stack
 from resae_kernels import ScreenedEncoder, reference
 from resae_kernels.cpu import native
 
