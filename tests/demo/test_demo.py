@@ -86,7 +86,7 @@ def test_controls_are_there_beside_the_method(report):
 
 def test_teacher_forced_collapse_is_said_and_exact(report):
     assert report["teacher_forced_collapse"] == 0.0
-    assert any("exactly 0" in sentence for sentence in report["findings"])
+    assert any("difference 0)" in sentence for sentence in report["findings"])
 
 
 def test_the_first_layer_of_resae_is_the_raw_one(demo):
