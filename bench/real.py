@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resae.data.activations import capture_tokens
 from resae.data.batches import Position
@@ -49,10 +48,7 @@ class Recipe:
 
 
 def load_gguf(package: str, name: str) -> HookedLM | None:
-    """The model in a package's .gguf file, or in the parts of one in the packages `-part1` ….
-
-    transformers opens the file as the weights of a folder, which is temporary.
-    """
+    """The model in a package's .gguf file, or in the parts of one in the packages `-part1` …."""
     files = sorted(_package_files(package, ".gguf*"))
     if not files:
         return None
@@ -61,11 +57,8 @@ def load_gguf(package: str, name: str) -> HookedLM | None:
         with whole.open("wb") as out:
             for file in files:
                 out.write(file.read_bytes())
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=whole.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=whole.name)
-    return HookedLM(model.eval(), tokenizer, name)
+        lm = HookedLM.from_pretrained(str(whole))
+    return HookedLM(lm.model, lm.tokenizer, name)
 
 
 def _package_files(package: str, ending: str) -> Iterator[Path]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from resae.assets import TINY_PYTHIA
 from resae.models.detection import detect
 from resae.models.families import family_of, text_config
+from resae.models.gguf_files import gguf_file
 from resae.models.points import SITES, HookPoint
 from resae.models.splice import (
     EAGER,
@@ -79,7 +80,7 @@ class HookedLM:
         self.config: Any = text_config(whole)
         """Config of the text model, also of a model that reads images too."""
         self.name = name or getattr(whole, "name_or_path", "") or whole.model_type
-        local = Path(self.name).is_dir()
+        local = Path(self.name).exists()
         self.revision: str | None = None if local else getattr(whole, "_commit_hash", None)
         """Commit of the hub repository that it was loaded from; None: of no repository."""
         self.family = family_of(whole, self.name) or detect(model, self.name)
@@ -109,6 +110,9 @@ class HookedLM:
     ) -> "HookedLM":
         """Load a model and its tokenizer by hub name, local path, or `embedded`.
 
+        A local path may be a GGUF file or a folder with one, which needs the extra `gguf`: its
+        weights are dequantised to `dtype`, and take as much memory as any others of that dtype.
+
         Args:
             revision: branch, tag or commit of a hub repository; None: its main branch.
             tokenizer: whether one is needed; without, there may be none.
@@ -117,7 +121,7 @@ class HookedLM:
 
         Raises:
             FileNotFoundError: no such model, neither local nor on the hub.
-            ModuleNotFoundError: `auto` without accelerate.
+            ModuleNotFoundError: `auto` without accelerate, GGUF without the extra `gguf`.
             ValueError: a model without tokenizer, or one that `HookedLM` refuses.
         """
         spread = device == "auto"
@@ -125,14 +129,14 @@ class HookedLM:
             raise ModuleNotFoundError('device "auto" needs accelerate; pip install accelerate')
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        path = _path_of(name, revision)
+        path, options = _source_of(name, revision)
         try:
-            config = AutoConfig.from_pretrained(path, revision=revision)
+            config = AutoConfig.from_pretrained(path, **options)
             if family_of(config, name) is None:  # an error before gigabytes are read
                 _described(config, None, name)
-            words = _tokenizer(path, name, revision, needed=tokenizer)
+            words = _tokenizer(path, name, options, needed=tokenizer)
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map="auto" if spread else None, revision=revision
+                path, dtype=dtype, device_map="auto" if spread else None, **options
             )
         except OSError as error:
             raise _not_found(name, error) from None
@@ -159,13 +163,13 @@ class HookedLM:
         """
         from transformers import AutoConfig
 
-        path = _path_of(name, revision)
+        path, options = _source_of(name, revision)
         try:
-            config = AutoConfig.from_pretrained(path, revision=revision)
+            config = AutoConfig.from_pretrained(path, **options)
             family_of(config, name)
             words = None
             if tokenizer is not False:
-                words = _tokenizer(path, name, revision, needed=bool(tokenizer))
+                words = _tokenizer(path, name, options, needed=bool(tokenizer))
         except OSError as error:
             raise _not_found(name, error) from None
         return _described(config, words, name)
@@ -460,17 +464,21 @@ def _not_found(name: str, error: OSError) -> FileNotFoundError:
     )
 
 
-def _path_of(name: str, revision: str | None) -> str:
-    """The folder or hub name of a model."""
-    if revision is not None and (name == EMBEDDED or Path(name).is_dir()):
+def _source_of(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """Folder or hub name of a model, and what `from_pretrained` of transformers needs besides."""
+    if revision is not None and (name == EMBEDDED or Path(name).exists()):
         raise ValueError(
             f"model {name!r} is local and has no revision {revision!r}; leave --revision out, or "
             f"give a hub name"
         )
-    return str(TINY_PYTHIA) if name == EMBEDDED else name
+    if name == EMBEDDED:
+        return str(TINY_PYTHIA), {"revision": None}
+    if (file := gguf_file(name)) is not None:
+        return str(file.parent), {"gguf_file": file.name}
+    return name, {"revision": revision}
 
 
-def _tokenizer(path: str, name: str, revision: str | None, *, needed: bool) -> Any:
+def _tokenizer(path: str, name: str, options: dict[str, Any], *, needed: bool) -> Any:
     """The tokenizer of a model; None: it has none, and none is needed. From a folder without one
     transformers makes, depending on the family, a tokenizer without words, or an error that names
     everything but the folder."""
@@ -478,7 +486,7 @@ def _tokenizer(path: str, name: str, revision: str | None, *, needed: bool) -> A
 
     tokenizer: Any = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
         reason = "only special tokens"
     except ValueError as error:
