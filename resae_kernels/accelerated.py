@@ -81,9 +81,10 @@ class Accelerated(nn.Module):
 
     def _current_rows(self) -> _Rows:
         sources = self.sources()
-        versions = tuple((layout_of(t), t._version, t.dtype, t.device) for t in sources)
+        counted = not any(t.is_inference() for t in sources)  # torch counts no writes to those
+        versions = tuple((layout_of(t), _version(t), t.dtype, t.device) for t in sources)
         rows = self._rows
-        if rows is not None and rows.is_current(versions):
+        if counted and rows is not None and rows.is_current(versions):
             return rows
         with torch.no_grad():
             weight, bias, W_dec = self.weights()
@@ -92,7 +93,8 @@ class Accelerated(nn.Module):
             threshold = self.thresholds()
             threshold = None if threshold is None else threshold.detach().to(weight.dtype)
         on_cpu = weight.is_cpu
-        encoder = ScreenedEncoder(weight, bias, margin=self._margin) if on_cpu else None
+        screens = on_cpu and counted
+        encoder = ScreenedEncoder(weight, bias, margin=self._margin) if screens else None
         detached = [t.detach() for t in sources if on_cpu and t.numel()]
         detached = [t if t.ndim else t.view(1) for t in detached]
         samples = [(now, now.copy()) for now in map(sample, detached)]
@@ -106,7 +108,7 @@ class Accelerated(nn.Module):
 
     def _topk(self, x: Tensor, k: int, pre_bias: Tensor | None = None) -> SparseCode:
         """The code of `x − pre_bias`, `[..., D]` → `[..., k]`."""
-        if self._trains():
+        if self._trains() or torch.compiler.is_compiling():
             weight, bias, _ = self.weights()
             return topk_encode(x, weight, bias, k, pre_bias=pre_bias)
         rows = self._current_rows()
@@ -135,10 +137,15 @@ class Accelerated(nn.Module):
             vars(self)["_is_dense"] = most * DENSE_SHARE > M
 
     def _wants_gradient(self, x: Tensor) -> bool:
+        """True where thresholds are left to the library: no gradient of ours, or a compiler that
+        cannot look at the number of active latents."""
+        if torch.compiler.is_compiling():
+            return True
         return torch.is_grad_enabled() and (x.requires_grad or self._trains())
 
     def _gather(self, code: SparseCode, bias: Tensor) -> Tensor:
-        W_dec = self.weights()[2] if self._trains() else self._current_rows().W_dec
+        plain = self._trains() or torch.compiler.is_compiling()
+        W_dec = self.weights()[2] if plain else self._current_rows().W_dec
         return sparse_decode(code.acts.to(W_dec.dtype), code.indices, W_dec, bias=bias)
 
     def _dense(self, code: SparseCode, M: int) -> Tensor:
@@ -146,13 +153,19 @@ class Accelerated(nn.Module):
         acts, indices = code
         dense = acts.new_zeros(*acts.shape[:-1], M)
         dense.scatter_add_(-1, indices, acts)  # padding adds 0 to latent 0
-        vars(self)["_last"] = weakref.ref(dense), dense._version, code
+        if torch.compiler.is_compiling():
+            return dense
+        if dense.is_cpu or not dense.is_inference():
+            vars(self)["_last"] = weakref.ref(dense), _version(dense), code
         return dense
 
     def _code_of(self, dense: Tensor) -> SparseCode | None:
         """The code of dense acts `[..., M]`; None where they are not sparse enough."""
+        if torch.compiler.is_compiling():
+            return None
         last = self._last
-        if last is not None and last[0]() is dense and last[1] == dense._version:
+        known = last is not None and last[0]() is dense and last[1] == _version(dense)
+        if known and last is not None and (not dense.is_cpu or _holds(dense, last[2])):
             return last[2]
         return _packed(dense)
 
@@ -182,6 +195,18 @@ def copied(sae: Any, cls: type[Any]) -> Any:
             registry = name in ("_parameters", "_buffers", "_modules")
             vars(new)[name] = type(value)(value) if registry else value
     return new
+
+
+def _version(tensor: Tensor) -> int:
+    """Count of the writes to a tensor; -1 where torch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@torch.no_grad()
+def _holds(dense: Tensor, code: SparseCode) -> bool:
+    """True if dense acts are still those of the code: a write through `.data` is not counted."""
+    same = (dense.gather(-1, code.indices) == code.acts) | (code.acts == 0)
+    return bool(same.all()) and bool(dense.count_nonzero() == code.acts.count_nonzero())
 
 
 def _packed(dense: Tensor) -> SparseCode | None:

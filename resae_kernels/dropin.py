@@ -199,10 +199,12 @@ class _SparsifyTopK(Accelerated):
         me: Any = self
         return me.encoder.weight, me.encoder.bias, me.W_dec
 
-    def encode(self, x: Tensor) -> Any:
+    def _code(self, x: Tensor) -> SparseCode:
         me: Any = self
-        pre_bias = None if me.cfg.transcode else me.b_dec
-        acts, indices = self._topk(x, me.cfg.k, pre_bias)
+        return self._topk(x, me.cfg.k, None if me.cfg.transcode else me.b_dec)
+
+    def encode(self, x: Tensor) -> Any:
+        acts, indices = self._code(x)
 
         def scores() -> Tensor:
             return super(_SparsifyTopK, self).encode(x).pre_acts  # type: ignore[misc]
@@ -226,7 +228,7 @@ class _SparsifyTopK(Accelerated):
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)  # type: ignore[misc]
         on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-            acts, indices = tuple(self.encode(x)[:2])
+            acts, indices = self._code(x)
             x_hat = self.decode(acts, indices)
             if me.W_skip is not None:
                 x_hat = x_hat + x.to(x_hat.dtype) @ me.W_skip.mT
@@ -335,6 +337,8 @@ class _DictionaryTopK(_Dictionary):
         """k, which the library keeps in a buffer: read anew when it has changed, since reading
         waits for a GPU."""
         k: Tensor = getattr(self, "k")  # noqa: B009
+        if k.is_cpu or k.is_inference():
+            return int(k)
         version = k.data_ptr(), k._version
         if self._known_k is None or self._known_k[0] != version:
             vars(self)["_known_k"] = version, int(k)

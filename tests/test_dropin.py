@@ -3,6 +3,7 @@ stand-ins (`foreign.py`) and, where they are installed, on the libraries themsel
 
 import copy
 import pickle
+import sys
 
 import foreign
 import pytest
@@ -195,6 +196,16 @@ def test_a_pickled_one_comes_back_accelerated(make, x):
     close(pickle.loads(stored)(x), ours(x))
 
 
+@pytest.mark.parametrize("kind", ["sae_lens", "sparsify", "dictionary_learning", "BatchTopKSAE"])
+@torch.no_grad()
+def test_it_compiles_to_the_same_numbers(make, x, kind):
+    if {"sae_lens", "dictionary_learning"} & sys.modules.keys():
+        pytest.skip("with these imported torch fails to trace a tensor times True")
+    ours = accelerate(make(kind))
+    compiled = torch.compile(lambda x: _flat(ours(x))[0], backend="eager")
+    close(compiled(x), _flat(ours(x))[0])
+
+
 # -- dense acts ------------------------------------------------------------------------------------
 
 
@@ -212,6 +223,28 @@ def test_acts_that_were_edited_are_decoded_as_they_are(make, x, library):
     full = torch.rand(N, M)
     for edited in (acts, half, steered, full, torch.zeros(N, M), full[:0], steered.view(2, -1, M)):
         close(ours.decode(edited), sae.decode(edited))
+
+
+@pytest.mark.parametrize("library", ["sae_lens", "dictionary_learning"])
+def test_edits_that_torch_does_not_count_are_decoded(make, x, library):
+    """Through `.data`, and of tensors of the inference mode; parameters may be such tensors too."""
+    sae = make(library)
+    ours = accelerate(sae)
+    with torch.no_grad():
+        acts = ours.encode(x)
+        acts.data[:, 0] = 9.0
+        close(ours.decode(acts), sae.decode(acts))
+    with torch.inference_mode():
+        acts = ours.encode(x)
+        close(ours.decode(acts), sae.decode(acts))
+        acts[:, : M // 2] = 0
+        close(ours.decode(acts), sae.decode(acts))
+        inside = make(library)
+        fast = accelerate(inside)
+        for _ in range(2):
+            close(fast(x), inside(x))
+            for parameter in inside.parameters():
+                parameter[..., 3] += 0.5
 
 
 def test_gradients_reach_acts_that_were_edited(make, x):
