@@ -160,14 +160,17 @@ class Accelerated(nn.Module):
         return dense
 
     def _code_of(self, dense: Tensor) -> SparseCode | None:
-        """The code of dense acts `[..., M]`; None where they are not sparse enough."""
-        if torch.compiler.is_compiling():
+        """The code of dense acts `[..., M]`, without a gradient; None where they are not sparse
+        enough, and where a gradient of all M acts is wanted."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and dense.requires_grad):
             return None
+        if dense.shape[-1:] != self.weights()[2].shape[:1]:
+            return None  # the library refuses it
         last = self._last
         known = last is not None and last[0]() is dense and last[1] == _version(dense)
         if known and last is not None and (not dense.is_cpu or _holds(dense, last[2])):
-            return last[2]
-        return _packed(dense)
+            return SparseCode(last[2].acts.detach(), last[2].indices)
+        return _packed(dense.detach())
 
 
 def accelerated(sae: nn.Module, adapter: type[Accelerated], margin: Margin) -> Any:

@@ -247,14 +247,41 @@ def test_edits_that_torch_does_not_count_are_decoded(make, x, library):
                 parameter[..., 3] += 0.5
 
 
-def test_gradients_reach_acts_that_were_edited(make, x):
-    sae = make("dictionary_learning")
-    ours = accelerate(sae)
-    acts, same = (ours.encode(x).detach().mul(2).requires_grad_() for _ in range(2))
-    ours.decode(acts).square().sum().backward()
-    sae.decode(same).square().sum().backward()
-    active = acts.detach() != 0
-    close(acts.grad[active], same.grad[active])
+@pytest.mark.parametrize("library", ["sae_lens", "dictionary_learning"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_gradients_of_acts_are_those_of_the_library(make, x, library, frozen):
+    """Of all M acts, active or not: those that encode returned, made leaves, and edited."""
+    sae = make(library).requires_grad_(not frozen)
+
+    def gradients(sae):
+        leaf = torch.no_grad()(sae.encode)(x).requires_grad_()
+        edited = leaf.detach().mul(2).requires_grad_()
+        inside = sae.encode(x.clone().requires_grad_())
+        inside.retain_grad()
+        for acts in (leaf, edited, inside):
+            sae.decode(acts).square().sum().backward()
+        return leaf.grad, edited.grad, inside.grad
+
+    for ours, theirs in zip(gradients(accelerate(sae)), gradients(sae), strict=True):
+        close(ours, theirs)
+
+
+def test_acts_detached_in_place_pass_no_gradient(make, x):
+    ours = accelerate(make("sae_lens"))
+    x.requires_grad_()
+    ours.decode(ours.encode(x).detach_()).sum().backward()
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("library", ["sae_lens", "dictionary_learning"])
+@torch.no_grad()
+def test_acts_of_another_width_are_refused_as_by_the_library(make, library):
+    sae = make(library)
+    acts = torch.zeros(3, M - 8)
+    acts[:, 5] = 1.0
+    for one in (sae, accelerate(sae)):
+        with pytest.raises(RuntimeError):
+            one.decode(acts)
 
 
 # -- SAELens ---------------------------------------------------------------------------------------
