@@ -295,7 +295,13 @@ class _Dictionary(Accelerated):
         return self._above(x, self.biases()[0])
 
     def reads_all_scores(self, x: Tensor) -> bool:
-        return self._wants_gradient(x) or self._is_dense
+        return self._wants_gradient(x) or self._is_dense or not self._is_plain("encoder")
+
+    def _is_plain(self, name: str) -> bool:
+        """True if the module `name` computes what its weight and bias say: no hook, adapter or
+        parametrization. Classes that keep parameters instead have no such module."""
+        module = getattr(self, name, None)
+        return module is None or (type(module) is nn.Linear and not _is_hooked(module))
 
     def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
         me: Any = self
@@ -304,11 +310,12 @@ class _Dictionary(Accelerated):
         return self._dense(self.code(x), me.dict_size)
 
     def decode(self, f: Tensor) -> Tensor:
-        code = self._code_of(f)
+        code = self._code_of(f) if self._is_plain("decoder") else None
         return super().decode(f) if code is None else self._gather(code, self.biases()[1])  # type: ignore[misc]
 
     def forward(self, x: Tensor, *values: Any, **options: Any) -> Any:
-        if values or _differ(options) or self.reads_all_scores(x):
+        plain = self._is_plain("decoder") and not self.reads_all_scores(x)
+        if values or _differ(options) or not plain:
             return super().forward(x, *values, **options)  # type: ignore[misc]
         return self._gather(self.code(x), self.biases()[1])
 
@@ -323,7 +330,7 @@ class _DictionaryTopK(_Dictionary):
     _known_k: tuple[tuple[int, int], int] | None = None
 
     def reads_all_scores(self, x: Tensor) -> bool:  # noqa: ARG002
-        return False
+        return not self._is_plain("encoder")
 
     def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
         if options.get("use_threshold"):

@@ -468,6 +468,33 @@ def test_a_change_through_data_is_seen(make, x):
         close(ours(x), sae(x))
 
 
+@pytest.mark.parametrize("kind", ["dictionary_learning", "BatchTopKSAE", "AutoEncoder"])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@torch.no_grad()
+def test_hooks_and_adapters_of_its_linears_are_seen(make, x, kind, part):
+    """A hook that changes the output, and a wrapper with the weight of the wrapped (as LoRA's)."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+        def forward(self, x):
+            return self.linear(x) * 0.75
+
+    for change in ("hook", "wrapper"):
+        sae = make(kind)
+        ours = accelerate(sae)
+        if change == "hook":
+            getattr(sae, part).register_forward_hook(lambda _module, _inputs, out: out * 0.75)
+        else:
+            setattr(sae, part, Wrapped(getattr(sae, part)))
+            ours = accelerate(sae)
+        close(ours.encode(x), sae.encode(x))
+        close(ours.decode(ours.encode(x)), sae.decode(sae.encode(x)))
+        close(ours(x), sae(x))
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
