@@ -197,6 +197,10 @@ def copied(sae: Any, cls: type[Any]) -> Any:
         if name not in OURS:
             registry = name in ("_parameters", "_buffers", "_modules")
             vars(new)[name] = type(value)(value) if registry else value
+    for name, module in new._modules.items():
+        # a tensor that is assigned (load_state_dict(assign=True)) is that object's alone
+        if module is not None and next(module.parameters(), None) is not None:
+            new._modules[name] = copied(module, type(module))
     return new
 
 

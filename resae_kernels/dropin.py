@@ -323,7 +323,11 @@ class _Dictionary(Accelerated):
 def _differ(options: dict[str, Any]) -> bool:
     """True if options ask for more than acts or a reconstruction. `use_threshold` is the default of
     the kinds that have thresholds, and not of TopK."""
-    return any(value for name, value in options.items() if name != "use_threshold")
+    return any(
+        value is not None and value is not False
+        for name, value in options.items()
+        if name != "use_threshold"
+    )
 
 
 class _DictionaryTopK(_Dictionary):

@@ -495,6 +495,30 @@ def test_hooks_and_adapters_of_its_linears_are_seen(make, x, kind, part):
         close(ours(x), sae(x))
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+@torch.no_grad()
+def test_tensors_assigned_to_one_are_not_those_of_the_other(make, x, library):
+    sae, other = make(library), make(library)
+    for parameter in other.parameters():
+        parameter *= 1.5
+    ours, twin = accelerate(sae), accelerate(sae)
+    expected = _flat(sae(x))[0]
+    close(_flat(ours(x))[0], expected)
+    ours.load_state_dict(other.state_dict(), assign=True)
+    close(_flat(ours(x))[0], _flat(other(x))[0])
+    for unchanged in (sae, twin):
+        close(_flat(unchanged(x))[0], expected)
+
+
+@torch.no_grad()
+def test_a_ghost_mask_goes_to_the_library(make, x):
+    sae = make("AutoEncoder")
+    mask = torch.arange(M) % 2
+    ours, theirs = accelerate(sae)(x, ghost_mask=mask), sae(x, ghost_mask=mask)
+    for found, expected in zip(ours, theirs, strict=True):
+        close(found, expected)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
