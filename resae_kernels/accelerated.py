@@ -108,6 +108,7 @@ class Accelerated(nn.Module):
 
     def _topk(self, x: Tensor, k: int, pre_bias: Tensor | None = None) -> SparseCode:
         """The code of `x − pre_bias`, `[..., D]` → `[..., k]`."""
+        x = _promoted(x, pre_bias)
         if self._trains() or torch.compiler.is_compiling():
             weight, bias, _ = self.weights()
             return topk_encode(x, weight, bias, k, pre_bias=pre_bias)
@@ -119,6 +120,7 @@ class Accelerated(nn.Module):
     def _above(self, x: Tensor, pre_bias: Tensor | None = None) -> SparseCode:
         """The code of `x − pre_bias` `[..., D]` above the thresholds, with room for all of it. If
         that is more than a code is good for, the next calls are the library's own."""
+        x = _promoted(x, pre_bias)
         rows = self._current_rows()
         assert rows.threshold is not None
         M = rows.weight.shape[0]
@@ -202,6 +204,11 @@ def copied(sae: Any, cls: type[Any]) -> Any:
         if module is not None and next(module.parameters(), None) is not None:
             new._modules[name] = copied(module, type(module))
     return new
+
+
+def _promoted(x: Tensor, pre_bias: Tensor | None) -> Tensor:
+    """`x` in the dtype of `x - pre_bias`: 16-bit activations for a float32 autoencoder."""
+    return x if pre_bias is None else x.to(torch.promote_types(x.dtype, pre_bias.dtype))
 
 
 def _version(tensor: Tensor) -> int:

@@ -519,6 +519,16 @@ def test_a_ghost_mask_goes_to_the_library(make, x):
         close(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["sparsify", "dictionary_learning", "BatchTopKSAE"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_activations_of_16_bit_go_into_an_autoencoder_of_32(make, x, kind, dtype):
+    sae, x = make(kind), x.to(dtype)
+    ours = accelerate(sae)
+    close(dense_of(ours.encode(x)), dense_of(sae.encode(x)))
+    close(_flat(ours(x))[0], _flat(sae(x))[0])
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
