@@ -131,6 +131,12 @@ class _SAELens(Accelerated):
 
 
 class _SAELensTopK(_SAELens):
+    @staticmethod
+    def require(sae: Any) -> None:
+        if not isinstance(getattr(sae.activation_fn, "k", None), int):
+            name = type(sae.activation_fn).__name__
+            raise ValueError(f"accelerate: SAELens' activation_fn is {name}, expected TopK")
+
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         me: Any = self
         if not me.cfg.rescale_acts_by_decoder_norm:
@@ -145,7 +151,7 @@ class _SAELensTopK(_SAELens):
 
     def code(self, sae_in: Tensor) -> SparseCode:
         me: Any = self
-        return self._topk(sae_in, me.cfg.k)
+        return self._topk(sae_in, me.activation_fn.k)
 
 
 class _SAELensThreshold(_SAELens):

@@ -14,6 +14,16 @@ class HookPoint(nn.Identity):
     """A place where hooks are registered."""
 
 
+class TopK(nn.Module):
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, scores):
+        values, indices = scores.topk(self.k, dim=-1)
+        return torch.zeros_like(scores).scatter_(-1, indices, values.relu())
+
+
 class TopKSAE(nn.Module):
     """SAELens: hook points around each stage, `W_enc [D, M]`, dense acts."""
 
@@ -25,11 +35,14 @@ class TopKSAE(nn.Module):
         self.b_enc, self.b_dec = nn.Parameter(torch.empty(M)), nn.Parameter(torch.empty(D))
         for name in ("input", "acts_pre", "acts_post", "output", "recons"):
             setattr(self, f"hook_sae_{name}", HookPoint())
-        self.activation_fn = nn.ReLU()
+        self.activation_fn = self.get_activation_fn()
         self.use_error_term = self.hook_z_reshaping_mode = False
         self.d_head = None
         self.reshape_fn_out = lambda x, d_head: x  # noqa: ARG005
         self._setup_activation_normalization()
+
+    def get_activation_fn(self) -> nn.Module:
+        return TopK(self.cfg.k)
 
     def _setup_activation_normalization(self) -> None:
         def norm_in(x):
@@ -50,9 +63,7 @@ class TopKSAE(nn.Module):
         scores = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
             scores = scores * self.W_dec.norm(dim=-1)
-        values, indices = scores.topk(self.cfg.k, dim=-1)
-        dense = torch.zeros_like(scores).scatter_(-1, indices, values.relu())
-        return self.hook_sae_acts_post(dense)
+        return self.hook_sae_acts_post(self.activation_fn(scores))
 
     def decode(self, feature_acts):
         if self.cfg.rescale_acts_by_decoder_norm:
@@ -67,6 +78,9 @@ class TopKSAE(nn.Module):
 
 class StandardSAE(TopKSAE):
     """SAELens: ReLU in place of the selection."""
+
+    def get_activation_fn(self) -> nn.Module:
+        return nn.ReLU()
 
     def encode(self, x):
         scores = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)

@@ -529,6 +529,19 @@ def test_activations_of_16_bit_go_into_an_autoencoder_of_32(make, x, kind, dtype
     close(_flat(ours(x))[0], _flat(sae(x))[0])
 
 
+@torch.no_grad()
+def test_k_of_saelens_is_that_of_its_activation_function(make, x):
+    """The configuration is read once, by the library."""
+    sae = make("sae_lens")
+    ours = accelerate(sae)
+    for k in (K, 3):
+        sae.activation_fn.k = k
+        close(ours(x), sae(x))
+    sae.activation_fn = torch.nn.ReLU()
+    with pytest.raises(ValueError, match="activation_fn is ReLU, expected TopK"):
+        accelerate(sae)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
