@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resae_kernels.cpu.private_torch import is_transformed
 from resae_kernels.decode import sparse_decode
 from resae_kernels.encode import topk_encode
 from resae_kernels.screened import ScreenedEncoder, layout_of, sample
@@ -164,7 +165,9 @@ class Accelerated(nn.Module):
     def _code_of(self, dense: Tensor) -> SparseCode | None:
         """The code of dense acts `[..., M]`, without a gradient; None where they are not sparse
         enough, and where a gradient of all M acts is wanted."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and dense.requires_grad):
+        if torch.compiler.is_compiling() or is_transformed():
+            return None
+        if torch.is_grad_enabled() and dense.requires_grad:
             return None
         if dense.shape[-1:] != self.weights()[2].shape[:1]:
             return None  # the library refuses it

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from resae_kernels.accelerated import Accelerated, accelerated
+from resae_kernels.cpu.private_torch import is_transformed
 from resae_kernels.screened import MARGINS
 from resae_kernels.types import Margin, SparseCode
 
@@ -102,7 +103,7 @@ class _SAELens(Accelerated):
 
     def reads_all_scores(self, x: Tensor) -> bool:  # noqa: ARG002
         me: Any = self
-        return _is_hooked(me.hook_sae_acts_pre)
+        return _is_hooked(me.hook_sae_acts_pre) or is_transformed()
 
     def encode(self, x: Tensor) -> Tensor:
         me: Any = self
@@ -210,6 +211,8 @@ class _SparsifyTopK(Accelerated):
         return self._topk(x, me.cfg.k, None if me.cfg.transcode else me.b_dec)
 
     def encode(self, x: Tensor) -> Any:
+        if is_transformed():
+            return super().encode(x)  # type: ignore[misc]
         acts, indices = self._code(x)
 
         def scores() -> Tensor:
@@ -219,6 +222,8 @@ class _SparsifyTopK(Accelerated):
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         me: Any = self
+        if is_transformed():
+            return super().decode(top_acts, top_indices)  # type: ignore[misc]
         return self._gather(SparseCode(top_acts, top_indices), me.b_dec)
 
     def forward(
@@ -230,7 +235,8 @@ class _SparsifyTopK(Accelerated):
         total_variance: Tensor | None = None,
     ) -> Any:
         me: Any = self
-        if dead_mask is not None or me.cfg.multi_topk:  # both read all scores
+        reads_all_scores = dead_mask is not None or me.cfg.multi_topk
+        if reads_all_scores or is_transformed():
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)  # type: ignore[misc]
         on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
@@ -305,9 +311,11 @@ class _Dictionary(Accelerated):
 
     def _is_plain(self, name: str) -> bool:
         """True if the module `name` computes what its weight and bias say: no hook, adapter or
-        parametrization. Classes that keep parameters instead have no such module."""
+        parametrization, and nothing transforms the call. Classes that keep parameters instead
+        have no such module."""
         module = getattr(self, name, None)
-        return module is None or (type(module) is nn.Linear and not _is_hooked(module))
+        plain = module is None or (type(module) is nn.Linear and not _is_hooked(module))
+        return plain and not is_transformed()
 
     def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
         me: Any = self

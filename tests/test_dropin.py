@@ -542,6 +542,27 @@ def test_k_of_saelens_is_that_of_its_activation_function(make, x):
         accelerate(sae)
 
 
+@pytest.mark.parametrize("kind", ["sae_lens", "JumpReLUSAE", "dictionary_learning", "AutoEncoder"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by torch itself
+@pytest.mark.filterwarnings("ignore:.*batching rule for aten..scatter_:UserWarning")
+def test_transforms_of_torch_func_are_those_of_the_library(make, x, kind, frozen):
+    sae = make(kind).requires_grad_(not frozen)
+    ours = accelerate(sae)
+    functions = (
+        lambda sae: torch.func.jvp(sae, (x,), (x.flip(0),))[1],
+        lambda sae: torch.no_grad()(torch.func.jvp)(sae.encode, (x,), (x.flip(0),))[1],
+        lambda sae: torch.func.grad(lambda x: sae(x).square().sum())(x),
+        lambda sae: torch.no_grad()(torch.func.vmap(sae))(x),
+    )
+    for function in functions:
+        close(function(ours), function(sae))
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x.flip(0))
+        tangents = (torch.autograd.forward_ad.unpack_dual(one(dual)).tangent for one in (ours, sae))
+        close(*tangents)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 

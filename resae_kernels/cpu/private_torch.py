@@ -34,6 +34,13 @@ is_profiled: Callable[[], bool] = _found("_C._autograd._profiler_enabled", lambd
 """True if torch's profiler records dispatched calls."""
 
 
+def is_transformed() -> bool:
+    """True inside a transform of `torch.func` or a level of forward-mode differentiation. Ops of
+    this package have no rule for these: tangents would be lost."""
+    level = getattr(torch.autograd.forward_ad, "_current_level", -1)
+    return level >= 0 or _transform() is not None
+
+
 def is_eager() -> bool:
     """True if nothing traces, transforms or casts calls."""
     return not (
