@@ -61,6 +61,12 @@ def accelerate(sae: SAE, *, margin: Margin = "statistical") -> SAE:
         `.data` is seen by a sample of entries, on a CPU. With gradients of parameters wanted no
         copy is used, and kinds with thresholds (all but TopK) run the library's own code: call them
         under `torch.no_grad()`. So do they where some token has more than M / 8 active latents.
+        All kinds run the library's own code inside `torch.func` and forward-mode differentiation,
+        where acts that are decoded need a gradient, and where a linear layer of
+        dictionary_learning has a hook or an adapter.
+
+        Moving or converting one object moves the parameters of both, as they are shared, but not
+        the other's buffers and attributes (SAELens' `dtype`): convert first, then accelerate.
     """
     if margin not in MARGINS:
         raise ValueError(f"accelerate: margin={margin!r}, expected {' or '.join(MARGINS)}")
@@ -214,8 +220,14 @@ class _SparsifyTopK(Accelerated):
         if is_transformed():
             return super().encode(x)  # type: ignore[misc]
         acts, indices = self._code(x)
+        written = None if x.is_inference() else x._version
 
         def scores() -> Tensor:
+            if written is not None and x._version != written:
+                raise RuntimeError(
+                    "accelerate: pre_acts of an input that was written to after encode; read "
+                    "pre_acts first, or encode a copy"
+                )
             return super(_SparsifyTopK, self).encode(x).pre_acts  # type: ignore[misc]
 
         return _encoder_output(_library_of(self).EncoderOutput)(acts, indices, scores)
@@ -271,6 +283,9 @@ def _encoder_output(cls: Any) -> Callable[[Tensor, Tensor, Callable[[], Tensor]]
             yield self[0]
             yield self[1]
             yield self.pre_acts
+
+        def _replace(self, **values: Any) -> Any:
+            return cls(*self)._replace(**values)
 
         def __getitem__(self, key: Any) -> Any:
             whole = key in (2, -1) if isinstance(key, int) else 2 in range(3)[key]

@@ -347,6 +347,21 @@ def test_all_scores_of_sparsify_are_there_when_they_are_read(make, x):
     assert len(output[1:]) == 2
 
 
+@torch.no_grad()
+def test_the_code_of_sparsify_can_be_replaced_and_its_scores_are_never_those_of_another_input(
+    make, x
+):
+    sae = make("sparsify")
+    expected = sae.encode(x)
+    edited = accelerate(sae).encode(x)._replace(top_acts=expected.top_acts * 2)
+    close(edited.top_acts, expected.top_acts * 2)
+    close(edited.pre_acts, expected.pre_acts)
+    encoded = accelerate(sae).encode(x)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="written to after encode; read pre_acts first"):
+        encoded.pre_acts  # noqa: B018
+
+
 @pytest.mark.parametrize("config", [{"transcode": True}, {"skip_connection": True}], ids=str)
 @torch.no_grad()
 def test_transcoders_and_skips_of_sparsify(make, x, config):
