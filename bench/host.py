@@ -67,6 +67,9 @@ def calls() -> dict[str, Callable[[], object]]:
         "online_step, no workspace": lambda: online_step(
             x, weight, bias, k, W_dec, b_dec=b_dec, prediction=prediction, **t
         ),
+        "online_step, transported": lambda: online_step(
+            x, weight, bias, k, W_dec, codes=chain[0][:1], transported=whole, out=space, **t
+        ),
         "affine_chain, 2 layers": lambda: affine_chain(*chain, b_dec=[b_dec] * 2, **t),
         "affine_chain transported, 2 layers": lambda: affine_chain(
             *chain, b_dec=[b_dec] * 2, transported=whole, **t

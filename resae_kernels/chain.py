@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resae_kernels import checks
-from resae_kernels.decode import decode_rows, sparse_decode
+from resae_kernels.decode import check_decode, decode_rows, sparse_decode
 from resae_kernels.dispatch import (
     LIBRARY,
     check_once,
@@ -82,7 +82,8 @@ def affine_chain(
     """
     codes = [SparseCode(*code) for code in codes]
     flat = [t for code in codes for t in code]
-    signature = W_dec and triton_signature(implementation, *W_dec, *flat, *A, *c, *b_dec)
+    given = *W_dec, *flat, *A, *c, *b_dec
+    signature = triton_signature(implementation, *given) if W_dec else None
     if signature:
         lengths = tuple(map(len, (W_dec, codes, A, c, b_dec)))
         check_once(_PASSED, (lengths, signature), lambda: _check(codes, W_dec, A, c, b_dec))
@@ -109,6 +110,10 @@ def affine_chain(
             algorithm = "transported"
     if algorithm == "transported":
         assert transported is not None
+        if signature and len(leading) == 1:
+            x_hats = _transported_past_dispatcher(codes, transported, signature, implementation)
+            if x_hats is not None:
+                return x_hats
         return [
             sparse_decode(
                 [code.acts for code in codes[: m + 1]],
@@ -119,7 +124,10 @@ def affine_chain(
             )
             for m in range(len(codes))
         ]
-    op = _chain if signature else torch.ops.resae.affine_chain  # eager calls skip the dispatcher
+    if signature and len(leading) == 1:  # eager calls skip the dispatcher
+        acts, indices = zip(*codes, strict=True)
+        return _chain(acts, indices, W_dec, A, c, b_dec, implementation="triton")
+    op = _chain if signature else torch.ops.resae.affine_chain
     x_hats = op(
         [code.acts.to(W_dec[0].dtype).reshape(N, code.acts.shape[-1]) for code in codes],
         [code.indices.reshape(N, code.indices.shape[-1]) for code in codes],
@@ -133,6 +141,39 @@ def affine_chain(
 
 
 _PASSED: set[Any] = set()
+
+
+def _transported_past_dispatcher(
+    codes: Sequence[SparseCode],
+    transported: Transported,
+    signature: tuple[Any, ...],
+    implementation: str | None,
+) -> list[Tensor] | None:
+    """The transported algorithm by Triton for codes `[N, k]`, its arguments checked once per
+    signature; None: `sparse_decode` finds its own way."""
+    dictionaries, constants = transported
+    tables = [table for row in dictionaries for table in row]
+    whole = triton_signature(implementation, *tables, *constants)
+    if whole is None:
+        return None
+    acts, indices = zip(*codes, strict=True)
+
+    def check() -> None:
+        for m, (row, constant) in enumerate(zip(dictionaries, constants, strict=True)):
+            check_decode("sparse_decode", acts[: m + 1], indices[: m + 1], row, {"bias": constant})
+
+    check_once(_PASSED, (tuple(map(len, dictionaries)), signature, whole), check)
+    return [
+        decode_rows(
+            acts[: m + 1],
+            indices[: m + 1],
+            row,
+            constants[m],
+            None,
+            implementation="triton",
+        )
+        for m, row in enumerate(dictionaries)
+    ]
 
 
 def transport(
@@ -233,12 +274,12 @@ def _check(
 
 
 def _chain(
-    acts: list[Tensor],
-    indices: list[Tensor],
-    W_dec: list[Tensor],
-    A: list[Tensor],
-    c: list[Tensor],
-    b_dec: list[Tensor],
+    acts: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    W_dec: Sequence[Tensor],
+    A: Sequence[Tensor],
+    c: Sequence[Tensor],
+    b_dec: Sequence[Tensor],
     *,
     implementation: str = "",
 ) -> list[Tensor]:
@@ -246,11 +287,11 @@ def _chain(
     acc_dtype = accumulation_dtype(acts[0].dtype)
     x_hats: list[Tensor] = []
     for layer in range(len(acts)):
-        bias, prediction = b_dec[layer].to(acc_dtype), None
+        bias, prediction = b_dec[layer], None
         if layer > 0:
             # Prediction and constants stay in the accumulation dtype: one rounding per layer, here.
             prediction = _map_sources(x_hats, A[layer - 1])
-            bias = bias + c[layer - 1]
+            bias = bias.to(acc_dtype) + c[layer - 1]
         code = [acts[layer]], [indices[layer]], [W_dec[layer]]
         x_hat = decode_rows(*code, bias, prediction, implementation=implementation)
         x_hats.append(x_hat)
@@ -259,8 +300,8 @@ def _chain(
 
 def _map_sources(sources: list[Tensor], A: Tensor) -> Tensor:
     """`affine_predict` without its constant: the most recent sources times A, not yet rounded."""
-    recent = torch.cat(sources[len(sources) - A.shape[0] // A.shape[1] :], dim=-1)
-    return gemm(recent, A)
+    count = A.shape[0] // A.shape[1]
+    return gemm(sources[-1] if count == 1 else torch.cat(sources[-count:], dim=-1), A)
 
 
 def _chain_fake(

@@ -99,7 +99,7 @@ def sparse_decode(
             f"tokens and M/k)"
         )
     offsets = {"bias": bias, "prediction": prediction}
-    *codes, leading = _check(op, acts, indices, W_dec, offsets)
+    *codes, leading = check_decode(op, acts, indices, W_dec, offsets)
     out = torch.ops.resae.sparse_decode(
         *codes, **offsets, implementation=implementation or "", algorithm=algorithm or ""
     )
@@ -129,7 +129,9 @@ def _decode_past_dispatcher(
         return None
     op, offsets = "sparse_decode", {"bias": bias, "prediction": prediction}
     lengths = len(acts), len(indices), len(W_dec)
-    check_once(_PASSED, (lengths, signature), lambda: _check(op, acts, indices, W_dec, offsets))
+    check_once(
+        _PASSED, (lengths, signature), lambda: check_decode(op, acts, indices, W_dec, offsets)
+    )
     implementation_for(op, W_dec[0], "triton")
     leading, D = acts[0].shape[:-1], W_dec[0].shape[1]
     if len(leading) != 1:
@@ -146,7 +148,7 @@ def _decode_at_once(
     acts: Any, indices: Any, W_dec: Any, bias: Tensor | None, prediction: Tensor | None
 ) -> Tensor | None:
     """The decode by one call of the compiled library; None: it does not support these arguments, or
-    one of them is wrong (`_check` tells which)."""
+    one of them is wrong (`check_decode` tells which)."""
     if type(acts) is Tensor:
         acts, indices, W_dec = (acts,), (indices,), (W_dec,)
     elif not all(type(t) in (list, tuple) for t in (acts, indices, W_dec)):
@@ -216,14 +218,14 @@ def reconstruction_error(
         is taken from the rounded error. Under autocast everything is cast to W_dec's dtype.
     """
     offsets = {"target": target, "bias": bias, "prediction": prediction}
-    *codes, leading = _check("reconstruction_error", acts, indices, W_dec, offsets)
+    *codes, leading = check_decode("reconstruction_error", acts, indices, W_dec, offsets)
     error, squared = torch.ops.resae.reconstruction_error(
         *codes, **offsets, implementation=implementation or ""
     )
     return ReconstructionError(error.reshape(target.shape), squared.reshape(leading))
 
 
-def _check(
+def check_decode(
     op: str,
     acts: Tensor | Sequence[Tensor],
     indices: Tensor | Sequence[Tensor],
@@ -320,8 +322,13 @@ def _reconstruct(
     """The decode; or, given a target, its error and the squares of that summed over D."""
     chosen = implementation_for("sparse_decode", W_dec[0], implementation or None)
     dtype = W_dec[0].dtype
-    if chosen == "triton" and not any(
-        dense.is_dense(algorithm, i, W.shape[0], dtype) for i, W in zip(indices, W_dec, strict=True)
+    few = not algorithm and acts[0].shape[0] < dense.DENSE_TOKENS  # by the rule never dense
+    if chosen == "triton" and (
+        few
+        or not any(
+            dense.is_dense(algorithm, i, W.shape[0], dtype)
+            for i, W in zip(indices, W_dec, strict=True)
+        )
     ):
         return triton_decode.launch_decode(acts, indices, W_dec, bias, prediction, None, target)
     acc_dtype = accumulation_dtype(dtype)

@@ -9,6 +9,7 @@ screens by the compiled library, code and x̂ are one call.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,21 +90,17 @@ def online_step(
         )
         if step is not None:
             return step
-    if transported is None and not codes:
-        given = weight, bias, W_dec, b_dec, prediction
-        signature = triton_signature(implementation, x, *given)
-        if signature is not None:
-            return _step_past_dispatcher(x, *given, k, out, signature)
+    step = _step_past_dispatcher(
+        x, weight, bias, k, W_dec, b_dec, prediction, codes, transported, out, implementation
+    )
+    if step is not None:
+        return step
     codes = [SparseCode(*code) for code in codes]
     _check(x, weight, bias, k, W_dec, b_dec, prediction, codes, transported)
     N, (M, D) = x.shape[:-1].numel(), weight.shape
-    dictionaries: list[Tensor] = []
-    constant = None
-    if transported is not None:
-        dictionaries = transported.dictionaries[len(codes)][:-1]
-        constant = transported.constants[len(codes)]
-        if not codes:
-            b_dec, constant = constant, None
+    dictionaries, constant = _predicting(transported, len(codes))
+    if transported is not None and not codes:
+        b_dec, constant = constant, None
     if out is None:
         out = StepWorkspace.allocate(N, M, k, D, dtype=x.dtype, device=x.device)
     else:
@@ -134,34 +131,68 @@ def _step_past_dispatcher(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    k: int,
     W_dec: Tensor,
     b_dec: Tensor | None,
     prediction: Tensor | None,
-    k: int,
+    codes: Sequence[SparseCode | tuple[Tensor, Tensor]],
+    transported: Transported | None,
     out: StepWorkspace | None,
-    signature: tuple[Any, ...],
-) -> OnlineStep:
-    """The step of an eager call by Triton, its arguments checked once per signature."""
+    implementation: str | None,
+) -> OnlineStep | None:
+    """The step of an eager call by Triton, its arguments checked once per signature; None: this
+    call has to go through the dispatcher."""
+    m = len(codes)
+    if transported is not None and m >= len(transported.dictionaries):
+        return None
+    dictionaries, constant = _predicting(transported, m)
+    acts, indices = zip(*codes, strict=True) if codes else ((), ())
+    given = (weight, bias, W_dec, b_dec, prediction, *acts, *indices, *dictionaries, constant)
+    signature = triton_signature(implementation, x, *given)
+    if signature is None:
+        return None
     N, (M, D), shape = x.shape[:-1].numel(), weight.shape, x.shape
 
     def check() -> None:
-        _check(x, weight, bias, k, W_dec, b_dec, prediction, [], None)
+        named = [SparseCode(*code) for code in codes]
+        _check(x, weight, bias, k, W_dec, b_dec, prediction, named, transported)
         if out is not None:
             _check_workspace(out, N, M, k, D, x)
 
     space = out and tuple([(t.shape, t.dtype, t.device, t.is_contiguous()) for t in out])
-    check_once(_PASSED, (signature, k, space), check)
+    check_once(_PASSED, (signature, m, transported is None, k, space), check)
     implementation_for("online_step", x, "triton")
+    if transported is not None and not codes:
+        b_dec, constant = constant, None
     if out is None:
-        out = StepWorkspace.allocate(N, M, k, D, dtype=x.dtype, device=x.device)
+        layout = _kept_layout(N, M, k, D, x.dtype)
+        out = StepWorkspace(*[x.new_empty(sizes, dtype=dtype) for sizes, dtype in layout])
     flat = len(shape) == 2
-    rows = x if flat else x.reshape(N, D)
-    prediction = prediction if prediction is None or flat else prediction.reshape(N, D)
-    triton_step.launch_step(rows, weight, bias, W_dec, b_dec, prediction, (), (), (), None, out)
+    if flat:
+        rows = x
+    else:
+        rows, acts, indices = (
+            x.reshape(N, D),
+            *([t.reshape(N, t.shape[-1]) for t in ts] for ts in (acts, indices)),
+        )
+        prediction = None if prediction is None else prediction.reshape(N, D)
+    triton_step.launch_step(
+        rows, weight, bias, W_dec, b_dec, prediction, acts, indices, dictionaries, constant, out
+    )
     if flat:
         return OnlineStep(out.x_hat, SparseCode(out.acts, out.indices))
     code = SparseCode(*(t.view(*shape[:-1], k) for t in (out.acts, out.indices)))
     return OnlineStep(out.x_hat.view(shape), code)
+
+
+def _predicting(transported: Transported | None, m: int) -> tuple[list[Tensor], Tensor | None]:
+    """Dictionaries and constant of the prediction of layer m from the codes before."""
+    if transported is None:
+        return [], None
+    return transported.dictionaries[m][:-1], transported.constants[m]
+
+
+_kept_layout = cache(workspace_layout)
 
 
 _ENCODERS = WeakIdKeyDictionary()

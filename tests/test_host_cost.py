@@ -3,11 +3,21 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from resae_kernels import affine_chain, decode, dispatch, encode, sparse_decode, topk_encode
+from resae_kernels import (
+    affine_chain,
+    decode,
+    dispatch,
+    encode,
+    online_step,
+    sparse_decode,
+    topk_encode,
+    transport,
+)
 from resae_kernels.dispatch import check_once, triton_signature
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +72,63 @@ def test_both_ways_give_the_same_bits(op, device, monkeypatch):  # noqa: ARG001
     assert op in dispatched(call)
     for ours, theirs in zip(fast, call(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def transported_calls(N=2, k=2):
+    """Calls by Triton of layer 1 of two, with codes of layer 0 and transported dictionaries."""
+    x, weight, W_dec = torch.randn(N, 1, 4), torch.randn(8, 4), torch.randn(8, 4)
+    code = torch.rand(N, k), torch.randint(8, (N, k))
+    first = tuple(t.view(N, 1, k) for t in code)
+    b_dec = [torch.randn(4)] * 2
+    dictionaries = [W_dec] * 2, [torch.randn(4, 4)], [torch.randn(4)]
+    given: dict[str, Any] = {"transported": transport(*dictionaries, b_dec=b_dec)}
+    given["implementation"] = "triton"
+    return {
+        "step": lambda: [
+            out
+            for part in (online_step(x, weight, None, k, W_dec, codes=[first], **given))
+            for out in (part if isinstance(part, tuple) else [part])
+        ],
+        "step of layer 0": lambda: [online_step(x, weight, None, k, W_dec, **given).x_hat],
+        "chain": lambda: affine_chain([code] * 2, *dictionaries, b_dec=b_dec, **given),
+    }
+
+
+@pytest.mark.parametrize("name", transported_calls())
+def test_transported_dictionaries_skip_the_dispatcher_with_the_same_bits(device, name, monkeypatch):  # noqa: ARG001
+    call = transported_calls()[name]
+    with torch.no_grad():
+        assert dispatched(call) == set()
+        fast = [t.clone() for t in call()]
+        for module in ("step", "decode", "chain"):
+            monkeypatch.setattr(f"resae_kernels.{module}.triton_signature", lambda *_: None)
+        assert dispatched(call) != set()
+        for ours, theirs in zip(fast, call(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_wrong_codes_and_dictionaries_are_refused_past_the_dispatcher(device):  # noqa: ARG001
+    x, W = torch.randn(2, 4), torch.randn(8, 4)
+    whole = transport([W] * 2, [torch.eye(4)], [torch.zeros(4)], b_dec=[torch.zeros(4)] * 2)
+    code = torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64)
+    t: dict[str, Any] = {"transported": whole, "implementation": "triton"}
+    with pytest.raises(ValueError, match=r"online_step: codes\[0\] has shape \[3, 2\]"):
+        online_step(x, W, None, 2, W, codes=[code], **t)
+    with pytest.raises(ValueError, match="online_step: 2 codes, but transported covers 2 layers"):
+        online_step(x, W, None, 2, W, codes=[code] * 2, **t)
+    with pytest.raises(ValueError, match="online_step: 1 codes without transported"):
+        online_step(x, W, None, 2, W, codes=[code], implementation="triton")
+    other = transport([W[:, :3]] * 2, [torch.eye(3)], [torch.zeros(3)], b_dec=[torch.zeros(3)] * 2)
+    with pytest.raises(ValueError, match="sparse_decode: bias has shape|W_dec"):
+        affine_chain(
+            [code] * 2,
+            [W] * 2,
+            [torch.eye(4)],
+            [torch.zeros(4)],
+            b_dec=[torch.zeros(4), torch.zeros(4)],
+            transported=other._replace(constants=[torch.zeros(4)] * 2),
+            implementation="triton",
+        )
 
 
 def test_checks_run_once_for_each_signature(device, monkeypatch):  # noqa: ARG001
@@ -124,5 +191,5 @@ def test_the_benchmark_runs_without_a_device(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     lines = (tmp_path / "host.md").read_text().splitlines()
     assert (
-        sum(line.startswith(("| topk", "| sparse", "| online", "| affine")) for line in lines) == 7
+        sum(line.startswith(("| topk", "| sparse", "| online", "| affine")) for line in lines) == 8
     )

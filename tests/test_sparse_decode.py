@@ -1289,7 +1289,9 @@ def test_many_tokens_of_a_sparse_code_take_one_compiled_call(monkeypatch):
     N, M = dense_module.DENSE_TOKENS, 4096
     acts, indices, W = torch.rand(N, 2), torch.randint(M, (N, 2)), torch.randn(M, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_check", lambda *_: pytest.fail("passed through the dispatcher"))
+        patch.setattr(
+            module, "check_decode", lambda *_: pytest.fail("passed through the dispatcher")
+        )
         x_hat = sparse_decode(acts, indices, W)
     torch.testing.assert_close(x_hat, reference.sparse_decode(acts, indices, W))
     assert dense_sums_used(monkeypatch, lambda: sparse_decode(acts, indices % 4, W[:4]))
