@@ -3,7 +3,17 @@
 `scatter_outer`, a scatter-add of outer products, is the gradient of a dictionary. It sums over the
 codes sorted by latent, so that each row is one ordered sum: deterministic, no atomics, no `[N, M]`.
 `sddmm`, a sampled dense-dense matrix multiplication, is the gradient of the acts:
-⟨grad[n], W[indices[n,j]]⟩. Gao et al. 2024 (arXiv 2406.04093), appendix on sparse kernels.
+⟨grad[n], W[indices[n,j]]⟩.
+
+An autoencoder's backward sorts its code twice: for the encoder's gradients, and for the decoder's.
+One sort would need an op of encode and decode together. It is not there because it would save
+little: by the cost model 1.4 % of a training step at D = 2048, M = 65,536, k = 64 and 3.5 % at
+D = 768, M = 24,576, k = 32 (70 µs for 524,288 entries; not measured on a GPU); on one core
+of a CPU a sort takes 9 % of the time of one of the two sums at N = 2048, D = 512, M = 8192, k = 32,
+and 5 % at N = 4096, D = 768, M = 24,576. Nor is the order kept from one to the other: the
+two see different tensors over the same memory, which may be that of another code by then.
+
+Gao et al. 2024 (arXiv 2406.04093), appendix on sparse kernels.
 """
 
 from collections.abc import Sequence

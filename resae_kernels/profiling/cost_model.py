@@ -122,7 +122,7 @@ def _train(case: Case, machine: Machine) -> list[Stage]:
     return [
         *_forward(case, machine),
         _gather(case, machine, "gradient of the acts"),
-        Stage("3 sorts by latent", 3 * RADIX_US * case.N * case.k / (8192 * 64)),
+        Stage("2 sorts by latent", 2 * RADIX_US * case.N * case.k / (8192 * 64)),
         _gather(case, machine, "gradient of W_dec"),
         _gather(case, machine, "gradient of the encoder"),
         write,
