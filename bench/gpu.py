@@ -252,7 +252,7 @@ GENERATION = (
 NEXT = {
     ("encode", False): "`resae tune`: tiles `gemm_2_tokens_*` (in registers or by tensor cores) "
     "and `gemm_16_tokens_*` (residual in a launch of its own or not, resident programs); then "
-    "8-bit screening",
+    "8-bit screening: its times are among the questions, its tile is `screen`",
     ("encode", True): "`resae tune`: `gemm_many_tokens_16bit` (the library's GEMM, or our own that "
     "leaves the group maxima), `select` (which can find the maxima itself), `group_max`",
     ("decode", False): "tile `decode_few`: narrower slices of D, all k rows in one tile",

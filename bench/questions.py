@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from resae_kernels.decode import decode_rows
 from resae_kernels.encode import encode_rows
 from resae_kernels.profiling import Case, Clock, make_inputs, trace
 from resae_kernels.profiling.specs import train_step
+from resae_kernels.triton.screening import quantise
 
 Answer = tuple[str, str]
 """The question, and the measured answer with its unit."""
@@ -68,6 +70,36 @@ def kernels_of_encode(clock: Clock, shrink: int) -> Iterator[Answer]:
                     f"shared {row['shared_bytes']}, occupancy {row['occupancy_percent']}"
                 ),
             )
+
+
+def screening(clock: Clock, shrink: int) -> Iterator[Answer]:
+    """Encode of few tokens screened by the 8-bit copy, against the exact path, both replayed from a
+    CUDA graph with a cold cache; and how many latents had to be scored exactly."""
+    if clock.device.type != "cuda":
+        return
+    for (D, M), N in product(((2048, 65536), (3584, 131072), (2048, 16384)), (1, 16)):
+        case = Case("encode", N, D // shrink, M // shrink, 64 // shrink, "bfloat16")
+        inputs = make_inputs(case, clock.device)
+        x, weight, bias, b_dec = *(inputs[n] for n in ("x", "weight", "bias")), inputs["b_dec"][0]
+        exact_path = partial(topk_encode, x, weight, bias, case.k, pre_bias=b_dec)
+        calls: dict[str, Callable[[], object]] = {"exact": exact_path}
+        for margin in ("statistical", "certain"):
+            copy = quantise(weight, bias, margin, seed=0)
+            assert copy is not None
+            rows = copy.encode(x, case.k, b_dec, None, True).candidates
+            assert isinstance(rows, Tensor)
+            exact, scored = int((rows < 0).sum()), int(rows.clamp_min(0).sum())
+            yield (
+                f"screened encode, N = {N}, {D}×{M}, {margin}",
+                f"{scored} candidates, {exact} rows exact",
+            )
+            calls[margin] = partial(copy.encode, x, case.k, b_dec, None, True)
+        for name, call in calls.items():
+            timer = clock.timer(call, cold=True)
+            timed = timer.graph or timer.eager
+            seconds = sorted(timed() for _ in range(20))[10]
+            how = "graph" if timer.graph else f"eager, {timer.not_captured}"
+            yield f"encode, N = {N}, {D}×{M}, {name} ({how})", f"{seconds * 1e6:.1f} µs"
 
 
 def gathers(clock: Clock, shrink: int) -> Iterator[Answer]:
@@ -173,7 +205,16 @@ def host_cost(clock: Clock, shrink: int) -> Iterator[Answer]:
         yield f"host time of one eager call of {name}", f"{spent * 1e6:.1f} µs"
 
 
-QUESTIONS = (gemms, kernels_of_encode, gathers, algorithms, dense_latent, graph_edge, host_cost)
+QUESTIONS = (
+    gemms,
+    kernels_of_encode,
+    screening,
+    gathers,
+    algorithms,
+    dense_latent,
+    graph_edge,
+    host_cost,
+)
 
 
 def main() -> int:

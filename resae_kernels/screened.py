@@ -1,4 +1,5 @@
-"""TopK encode on a CPU that reads an 8-bit copy of the weight: screen, then score exactly.
+"""TopK encode that reads an 8-bit copy of the weight: screen, then score exactly. On a CPU; for few
+tokens on a GPU, on request (`triton/screening.py`, where the residual is rounded otherwise).
 
     ŝ = approximate scores, one integer GEMM           |ŝ_j − s_j| ≤ λ_j for every latent j
     t = the k-th largest of ŝ − λ                      so that at least k latents have s ≥ t
@@ -41,13 +42,16 @@ from torch import Tensor
 from resae_kernels import checks
 from resae_kernels.cpu import native, private_torch, screening_torch
 from resae_kernels.cpu.private_torch import int8_linear_unavailable
-from resae_kernels.cpu.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
 from resae_kernels.cpu.screening_native import NativeCopy
+from resae_kernels.dispatch import implementation_for
 from resae_kernels.encode import backward, check_arguments, fits, setup_context, topk_encode
+from resae_kernels.screening_bounds import SAMPLES, ScreeningCopy, StaleCopyError
 from resae_kernels.threshold import OP as THRESHOLD_OP
 from resae_kernels.threshold import backward as no_gradient
 from resae_kernels.threshold import per_latent, threshold_encode
 from resae_kernels.threshold import setup_context as keep_nothing
+from resae_kernels.triton import screening as triton_screening
+from resae_kernels.triton.encode_few import FEW_TOKENS
 from resae_kernels.types import Margin, ScreeningImplementation, SparseCode, ThresholdCode
 
 log = logging.getLogger(__name__)
@@ -74,7 +78,7 @@ class Rule(NamedTuple):
     """Largest batch for which the certain margin is as fast as the exact path."""
 
 
-ANY = 1 << 62
+ANY = NEVER = 1 << 62
 RULES: dict[str, dict[torch.dtype, Rule]] = {
     # Measured on one core of an Intel Xeon with AMX, November 2026, against oneDNN's GEMM in the
     # same dtype and the compiled selection: at 1 to 1024 rows, D from 16 to 2048, M·D from 2¹² to
@@ -91,6 +95,12 @@ RULES: dict[str, dict[torch.dtype, Rule]] = {
     "torch": {
         torch.float32: Rule(entries=1 << 22, width=256, training_rows=512, certain_rows=16),
     },
+    # Not measured. An estimate: four launches more than the exact path take as long as the bytes
+    # that are not read below this size.
+    "triton": dict.fromkeys(
+        (torch.float32, torch.bfloat16, torch.float16),
+        Rule(entries=1 << 26, width=64, training_rows=NEVER, certain_rows=FEW_TOKENS),
+    ),
 }
 
 
@@ -109,8 +119,8 @@ class EncodeInfo(NamedTuple, Generic[Code]):
     reason: str | None
     """Why rows took the exact path; None if none did."""
     implementation: str | None
-    """The implementation that screened: "native", the compiled library, or "torch"; None: no row
-    was screened."""
+    """The implementation that screened: "native", the compiled library, "torch" or "triton"; None:
+    no row was screened."""
 
 
 def unavailable(implementation: str | None = None) -> str | None:
@@ -120,6 +130,8 @@ def unavailable(implementation: str | None = None) -> str | None:
         return native.unavailable()
     if implementation == "torch":
         return int8_linear_unavailable()
+    if implementation == "triton":
+        return None  # checked with the device of the weight
     compiled = native.unavailable()
     return None if compiled is None else int8_linear_unavailable()
 
@@ -154,18 +166,24 @@ class ScreenedEncoder:
     may miss a write to a few latents: call `invalidate` after such a write, and after the step of a
     fused optimiser between two calls without gradients.
 
+    On a GPU ("triton") the copy takes M·D + 12·M bytes of its memory, and nothing is sampled, since
+    the host would wait. A call needs no synchronisation once the copy is made, and can be captured
+    in a CUDA graph. A graph replays with the copy of its capture: capture again after the weight
+    has changed. A row whose exact scores lie outside their bounds takes the exact path.
+
     Several threads may encode at once. If the weight changes during a call, the call starts again
     with the changed weight.
 
     Args:
-        weight: `[M, D]`, one latent per row; screened if it is on the CPU; kept, not copied.
+        weight: `[M, D]`, one latent per row; screened on a CPU, or by "triton"; kept, not copied.
         bias: `[M]` or None.
         margin: "statistical": a row misses a latent with probability below 1e-12 over the dither,
             by the proof in the module's docstring; "certain": never, but with many times the
             candidates.
         seed: seed of the dither. Equal seeds give equal codes, bit for bit.
         implementation: "native", the compiled library: float32, bfloat16 and float16; "torch":
-            float32; None: native where it can run, else torch.
+            float32; None: native where it can run, else torch; "triton": a weight on a GPU, at most
+            16 rows a call (not measured yet, never chosen by None).
 
     Raises:
         ValueError: unknown margin or implementation, an implementation that cannot run here, a
@@ -198,7 +216,9 @@ class ScreenedEncoder:
                 f"ScreenedEncoder: implementation={implementation!r}, expected "
                 f"{' or '.join(map(repr, IMPLEMENTATIONS))} or None"
             )
-        if implementation is not None and (reason := unavailable(implementation)) is not None:
+        if implementation == "triton":
+            implementation_for("ScreenedEncoder", weight, implementation)
+        elif implementation is not None and (reason := unavailable(implementation)) is not None:
             raise ValueError(f"ScreenedEncoder: implementation={implementation!r}, but {reason}")
         self.weight, self.bias, self._seed = weight, bias, seed
         self.margin: Margin = margin
@@ -228,9 +248,7 @@ class ScreenedEncoder:
         code = self._encode_at_once(x, k, pre_bias, prediction, sorted)
         if code is not None:
             return code
-        return self.encode_with_info(
-            x, k, pre_bias=pre_bias, prediction=prediction, sorted=sorted
-        ).code
+        return self._encode_any(x, k, pre_bias, prediction, sorted)[0]
 
     def online_step(
         self,
@@ -337,7 +355,18 @@ class ScreenedEncoder:
         prediction: Tensor | None = None,
         sorted: bool = True,
     ) -> EncodeInfo[SparseCode]:
-        """The code of `encode`, with the path that its rows took and the reason."""
+        """The code of `encode`, with the path that its rows took and the reason. With "triton" this
+        waits for the device, which `encode` does not."""
+        code, found = self._encode_any(x, k, pre_bias, prediction, sorted)
+        N = x.shape[:-1].numel()
+        if isinstance(found, str):
+            return EncodeInfo(code, 0, N, 0, found, None)
+        return EncodeInfo(code, *self._how(N, found))
+
+    def _encode_any(
+        self, x: Tensor, k: int, pre_bias: Tensor | None, prediction: Tensor | None, sorted: bool
+    ) -> "tuple[SparseCode, _Counts | str]":
+        """The code by any path; and what was counted, or the reason why no row was screened."""
         D = self.weight.shape[1]
         shape = x.shape[:-1]
         N = shape.numel()
@@ -355,7 +384,7 @@ class ScreenedEncoder:
                 prediction=prediction,
                 sorted=sorted,
             )
-            return EncodeInfo(code, 0, N, 0, reason, None)
+            return code, reason
         check_arguments(x, self.weight, self.bias, k, pre_bias, prediction, None)
         flat = x if x.ndim == 2 else x.reshape(N, D)
         flat_prediction = (
@@ -372,7 +401,7 @@ class ScreenedEncoder:
                 flat_prediction,
                 sorted,
                 (self, info),
-                "torch",
+                "triton" if self.implementation == "triton" else "torch",
             )
         else:
             acts, indices = self._encode(flat, k, pre_bias, flat_prediction, sorted, info)
@@ -380,7 +409,7 @@ class ScreenedEncoder:
             self.invalidate()
         if x.ndim != 2:
             acts, indices = acts.view(*shape, k), indices.view(*shape, k)
-        return EncodeInfo(SparseCode(acts, indices), *self._how(N, info))
+        return SparseCode(acts, indices), info
 
     def threshold_encode(
         self,
@@ -448,17 +477,17 @@ class ScreenedEncoder:
 
     def _how(self, N: int, info: "_Counts") -> tuple[int, int, int, str | None, str]:
         """The fields of `EncodeInfo` that follow the code of N rows."""
-        return (
-            N - info.rows_exact,
-            info.rows_exact,
-            info.candidates,
-            ROW_REASON if info.rows_exact else None,
-            self.implementation,
-        )
+        rows_exact, candidates = info.rows_exact, info.candidates
+        if isinstance(candidates, Tensor):
+            each = candidates.tolist()
+            rows_exact = sum(n < 0 for n in each)
+            candidates = sum(n for n in each if n > 0)
+        reason = ROW_REASON if rows_exact else None
+        return N - rows_exact, rows_exact, candidates, reason, self.implementation
 
     @property
     def implementation(self) -> str:
-        """Implementation of screening on this machine: "native" or "torch"."""
+        """Implementation of screening: as requested, or by this machine "native" or "torch"."""
         return self._asked or ("torch" if native.unavailable() else "native")
 
     def invalidate(self) -> None:
@@ -531,12 +560,15 @@ class ScreenedEncoder:
                 return state
             self.invalidate()
             tensors = [t.detach() for t in (self.weight, self.bias) if t is not None]
-            samples = [(now, now.copy()) for now in map(sample, tensors)]
+            sampled = [t for t in tensors if t.is_cpu]  # for others the host would wait
+            samples = [(now, now.copy()) for now in map(sample, sampled)]
             made = self._make_copy(*tensors)
             self._state = None if made is None else _State(made, versions, samples)
             return self._state
 
     def _make_copy(self, weight: Tensor, bias: Tensor | None = None) -> ScreeningCopy | None:
+        if self.implementation == "triton":
+            return triton_screening.quantise(weight, bias, self.margin, self._seed)
         if self.implementation == "torch":
             return screening_torch.quantise(weight, bias, self.margin, self._seed)
         copy = NativeCopy(weight, bias, self.margin, self._seed, self._outlier_dimensions)
@@ -554,21 +586,30 @@ class ScreenedEncoder:
         implementation = self.implementation
         rules = RULES[implementation]
         rule = rules.get(weight.dtype)
-        if not weight.is_cpu or rule is None:
+        place = weight.device.type if implementation == "triton" else "cpu"
+        if weight.device.type != place or rule is None:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in rules)
-            return f"the weight is {weight.dtype} on {weight.device}, not {names} on cpu"
-        if x.dtype != weight.dtype or checks.autocasts("cpu"):
+            return f"the weight is {weight.dtype} on {weight.device}, not {names} on {place}"
+        if x.dtype != weight.dtype or checks.autocasts(place):
             return f"the GEMM is not in {str(weight.dtype).removeprefix('torch.')}"
         if weight.is_inference():
             return "the weight was made in inference mode, where changes are not counted"
         many_active = k is not None and (
             LEAST_LATENTS * k > M
             or (implementation == "torch" and screening_torch.group_size(M, k) is None)
+            or (implementation == "triton" and not triton_screening.screens(M, k))
         )
         if rule.entries > M * D or rule.width > D or many_active:
             return f"screening does not pay at M={M}, D={D}{'' if k is None else f', k={k}'}"
         if N == 0:
             return "there are no rows"
+        if implementation == "triton":
+            if k is None:
+                return "thresholds are not screened by Triton"
+            if N > FEW_TOKENS:
+                return f"{N} rows, at most {FEW_TOKENS} are screened by Triton"
+            if not private_torch.is_eager():
+                return "the call is traced or transformed"
         if trained and rule.training_rows > N:
             return (
                 f"the weight requires its gradient, and {N} rows do not pay for a copy that serves "
@@ -682,7 +723,7 @@ def sample(tensor: Tensor) -> Any:
 @dataclass
 class _Counts:
     rows_exact: int = 0
-    candidates: int = 0
+    candidates: int | Tensor = 0
 
 
 class _WithGradient(torch.autograd.Function):

@@ -9,7 +9,7 @@ Implementation = Literal["torch", "triton"]
 DecodeAlgorithm = Literal["gather", "dense"]
 ChainAlgorithm = Literal["sequential", "transported"]
 Margin = Literal["statistical", "certain"]
-ScreeningImplementation = Literal["native", "torch"]
+ScreeningImplementation = Literal["native", "torch", "triton"]
 
 
 class SparseCode(NamedTuple):

@@ -12,6 +12,7 @@ from resae_kernels.triton import (
     encode_few,
     gemm,
     residual,
+    screening,
     selection,
     step,
     tiles,
@@ -43,6 +44,7 @@ def all_cases() -> Iterator[AotCase]:
     yield from encode_cases()
     yield from gemm_cases()
     yield from few_token_cases()
+    yield from screening_cases()
     yield from step_cases()
 
 
@@ -298,7 +300,7 @@ def few_token_cases() -> Iterator[AotCase]:
 
 def few_token_case(tile, dtype: torch.dtype, N: int, layout: str, architecture: str) -> AotCase:
     kernel = encode_few.small_gemm_variant(tile)
-    constants = encode_few.small_gemm_constants(tile, N, 32, dtype)
+    constants = encode_few.small_gemm_constants(tile, N, 32, dtype) | {"n_candidates": None}
     name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     floats, integers = f"*{name}:16", f"*i{dtype.itemsize * 8}:16"
     width = "i32" if layout == "odd rows" else "i32:16"
@@ -367,4 +369,110 @@ def step_cases() -> Iterator[AotCase]:
                 "loads_128": step.ROWS * step.SLICE_BYTES // (warps * 512),
                 "instructions": 4000,
             },
+        )
+
+
+def screening_cases() -> Iterator[AotCase]:
+    """The kernels of the screened encode, and the GEMMs of its exact path."""
+    every, one = ("sm_80", "sm_90", "sm_100"), ("sm_90",)
+
+    def each(kind: str, names: str) -> dict[str, str]:
+        return dict.fromkeys(names.split(), kind)
+
+    for D in (2048, 3584):
+        yield AotCase(
+            f"quantise bf16 D={D}",
+            screening.quantise_kernel,
+            each("*bf16:16", "x prediction pre_bias rest")
+            | each("*fp32:16", "dither facts")
+            | each("*i8:16", "levels")
+            | each("*i32:16", "n_candidates")
+            | each("i32:16", "D padded s_x s_prediction"),
+            screening.quantise_constants(D),
+            *(screening.quantise_warps(D), 3),
+            {"matrix": False, "loads_128": 3, "registers": 128, "instructions": 1500},
+            one,
+        )
+    for tile, architecture in itertools.product(tiles.TILES["screen"].candidates("other"), every):
+        loads = tile.latents * tile.dimensions // (tile.num_warps * 512)
+        yield AotCase(
+            f"screen bf16 {tiles.sizes(tile)}",
+            screening.screen_kernel,
+            each("*i8:16", "levels q")
+            | each("*bf16:16", "bias")
+            | each("*fp32:16", "terms facts")
+            | each("*i32:16", "upper best")
+            | each("i32", "n")
+            | each("i32:16", "padded M groups s_upper"),
+            screening.screen_constants(tile, 32),
+            *(tile.num_warps, tile.num_stages),
+            {
+                "matrix": True,
+                "loads_128": loads * tile.num_stages,
+                "registers": 128,
+                "instructions": 2000,
+            },
+            (architecture,),
+        )
+    for name, dtype, M, D, k, room, architectures in (
+        ("bf16", torch.bfloat16, 65536, 2048, 64, 256, every),
+        ("bf16 certain", torch.bfloat16, 131072, 3584, 64, 8192, one),
+        ("fp32", torch.float32, 65536, 2048, 64, 256, one),
+    ):
+        layout = selection.selection_layout(M, k)
+        assert layout is not None
+        warps = selection.select_warps(layout)
+        floats, integers = f"*{name.split()[0]}:16", f"*i{dtype.itemsize * 8}:16"
+        yield AotCase(
+            f"pick {name}, M={M} k={k}",
+            screening.pick_kernel,
+            each("*i32:16", "upper best picked n_candidates")
+            | each("i32", "n")
+            | each("i32:16", "M groups s_upper k"),
+            screening.pick_constants(layout, room, dtype),
+            *(warps, 3),
+            {"matrix": False, "registers": 128, "instructions": 2500},
+            architectures,
+        )
+        row_bytes = screening.RESCORED_ROWS * screening.RESCORED_BYTES
+        yield AotCase(
+            f"rescore {name}, M={M} D={D}",
+            screening.rescore_kernel,
+            each(floats, "rest weight bias found")
+            | each("*fp32:16", "terms facts")
+            | each("*i32:16", "upper picked n_candidates")
+            | each("i32:16", "M s_upper s_latent"),
+            screening.rescore_constants(room, D, dtype) | {"s_dimension": 1},
+            *(2, 1),
+            {
+                "matrix": False,
+                "loads_128": row_bytes // (2 * 512),
+                "registers": 128,
+                "instructions": 1500,
+            },
+            architectures,
+        )
+        yield AotCase(
+            f"select_screened {name}, M={M} k={k}",
+            screening.select_screened_kernel,
+            each("*i32:16", "picked n_candidates")
+            | each(integers, "found scores best acts")
+            | each("*i64:16", "indices")
+            | each("i32:16", "M groups s_scores k"),
+            screening.select_screened_constants(layout, room, dtype, by_value=True),
+            *(warps, 3),
+            {"matrix": False, "instructions": 5000},
+            architectures,
+        )
+    for N, architecture in itertools.product((1, encode_few.FEW_TOKENS), every):
+        name = encode_few.small_gemm_tile_name(torch.bfloat16, N, (65536, 2048), (2048, 1))
+        tile = tiles.TILES[name].of(architecture).tile
+        case = few_token_case(tile, torch.bfloat16, N, "rows", architecture)
+        offsets = {"prediction": None, "pre_bias": None, "s_prediction": 0}
+        signature = {n: kind for n, kind in case.signature.items() if n not in offsets}
+        constants = {n: c for n, c in case.constexprs.items() if n != "n_candidates"} | offsets
+        yield case._replace(
+            name=f"exact {case.name}",
+            signature=signature | {"n_candidates": "*i32:16"},
+            constexprs=constants,
         )

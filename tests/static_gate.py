@@ -33,8 +33,8 @@ SHARED_BYTES |= {"sm_100": 232448}
 SHARED_PER_MULTIPROCESSOR = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90": 233472}
 SHARED_PER_MULTIPROCESSOR |= {"sm_100": 233472}
 WARPS_PER_MULTIPROCESSOR = {"sm_86": 48, "sm_89": 48}  # others: 64
-MATRIX = {"sm_80": r"HMMA", "sm_86": r"HMMA", "sm_89": r"HMMA", "sm_90": r"HGMMA"}
-MATRIX |= {"sm_100": r"UTC\w*MMA"}
+MATRIX = dict.fromkeys(("sm_80", "sm_86", "sm_89"), r"[HI]MMA") | {"sm_90": r"[HI]GMMA"}
+MATRIX |= {"sm_100": r"(UTC\w*MMA|IMMA)"}  # IMMA: 8-bit products of Triton 3.6
 SKIPPED = 77
 """Exit status where Triton or its tools are absent."""
 

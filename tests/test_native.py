@@ -19,8 +19,8 @@ from resae_kernels import (
 from resae_kernels import screened as screened_encode
 from resae_kernels.cpu import native, screening_native
 from resae_kernels.cpu.build_native import compile_library
-from resae_kernels.cpu.screening_bounds import STEPS, draw_dither
 from resae_kernels.cpu.screening_native import NativeCopy
+from resae_kernels.screening_bounds import STEPS, draw_dither
 
 needs_native = pytest.mark.skipif(
     native.unavailable() is not None, reason=str(native.unavailable())

@@ -19,8 +19,8 @@ from torch import Tensor
 from resae_kernels import ScreenedEncoder, SparseCode, reference, topk_encode
 from resae_kernels import screened as screened_encode
 from resae_kernels.cpu import native, screening_torch
-from resae_kernels.cpu.screening_bounds import FAILURE, STEPS, StaleCopyError
 from resae_kernels.screened import MARGINS
+from resae_kernels.screening_bounds import FAILURE, STEPS, StaleCopyError
 
 screens = pytest.mark.usefixtures("screened_at_any_size")
 screens_by_torch = pytest.mark.usefixtures("screened_by_torch_at_any_size")

@@ -25,6 +25,7 @@ SMALL = {  # kernel: an op that launches it, at a size the interpreter can bear
     "gemm_16_tokens_16bit": Case("encode", 3, 32, 192, 4, "bfloat16"),
     "gemm_16_tokens_32bit": Case("encode", 3, 32, 192, 4),
     "gemm_many_tokens_16bit": Case("encode", 18, 16, 192, 4, "bfloat16"),
+    "screen": Case("encode", 2, 32, 512, 4, "bfloat16"),
     "group_max": Case("encode", 18, 16, 192, 4),
     "select": Case("encode", 18, 16, 192, 4),
     "residual": Case("encode", 18, 32, 64, 2, "bfloat16"),
@@ -108,9 +109,10 @@ def test_tiles_are_looked_up_at_every_launch(kernel):
 def test_representative_shapes_are_of_the_kernel_they_tune(kernel):
     for case in module.TUNABLES[kernel].cases:
         assert case.op != "encode" or selection_layout(case.M, case.k) is not None
-        few = kernel == "decode_few" or "2_tokens" in kernel or "16_tokens" in kernel
+        any_few = kernel in ("decode_few", "screen")
+        few = any_few or "2_tokens" in kernel or "16_tokens" in kernel
         assert (case.N <= FEW_TOKENS) == few
-        assert (case.N <= GEMV_TOKENS) == ("2_tokens" in kernel) or kernel == "decode_few"
+        assert (case.N <= GEMV_TOKENS) == ("2_tokens" in kernel) or any_few
         if "bit" in kernel:
             assert kernel.endswith({"float32": "32bit", "bfloat16": "16bit"}[case.dtype])
 
@@ -236,7 +238,7 @@ def test_tuning_covers_the_widest_dictionary_of_the_readme():
         for n, tokens in ((2, {1, 2}), (16, {4, 16}))
         for bits in (16, 32)
     }
-    tokens_of |= {"decode_few": {1, 16}}
+    tokens_of |= {"decode_few": {1, 16}, "screen": {1, 16}}
     tokens_of |= dict.fromkeys(("decode", "sddmm", "scatter_outer"), {8192})
     for kernel, tokens in tokens_of.items():
         wide = [c for c in module.TUNABLES[kernel].cases if (c.D, c.M) == (2048, 65536)]

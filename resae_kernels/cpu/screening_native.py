@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resae_kernels.cpu import native
-from resae_kernels.cpu.screening_bounds import (
+from resae_kernels.screening_bounds import (
     ROUNDING,
     SAMPLES,
     STEPS,

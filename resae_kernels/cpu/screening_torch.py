@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from resae_kernels.cpu.private_torch import gathered_dot, int8_linear, int8_pack
-from resae_kernels.cpu.screening_bounds import (
+from resae_kernels.cpu.selection import descending, select
+from resae_kernels.precision import residual
+from resae_kernels.screening_bounds import (
     LANES,
     ROUNDING,
     STEPS,
@@ -21,8 +23,6 @@ from resae_kernels.cpu.screening_bounds import (
     draw_dither,
     statistical_bounds,
 )
-from resae_kernels.cpu.selection import descending, select
-from resae_kernels.precision import residual
 
 ROWS = 256
 """Rows screened at a time: their scores stay in the cache."""

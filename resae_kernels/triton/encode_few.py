@@ -61,10 +61,12 @@ def small_gemm(
     group: int,
     tile: SmallGemmTile | GemvTile,
     rest,
+    n_candidates: Tensor | None = None,
 ) -> None:
     """Write scores `[n, M]` and the largest score of each group of latents, `[n, groups]`.
 
-    `rest`, `[n, D]`, or None to allocate it: where the residual goes if it has its own launch.
+    `rest`, `[n, D]`, or None to allocate it: where the residual goes if it has its own launch. With
+    `n_candidates [n]`, int32, nothing is computed unless one of them is negative.
     """
     if tile.residual_launch and not (prediction is None and pre_bias is None):
         x, prediction, pre_bias = launch_residual(x, pre_bias, prediction, rest), None, None
@@ -91,6 +93,7 @@ def small_gemm(
         0 if prediction is None else prediction.stride(0),
         *weight.stride(),
         scores.stride(0),
+        n_candidates,
         **settings,
     )
 
@@ -178,6 +181,13 @@ def _store_scores(
 
 
 @triton.jit
+def is_any_row_exact(n_candidates, n, BN: tl.constexpr):
+    """True if a row was not screened: then all n rows are multiplied."""
+    o_n = tl.arange(0, BN)
+    return tl.min(tl.load(n_candidates + o_n, mask=o_n < n, other=0), axis=0) < 0  # type: ignore
+
+
+@triton.jit
 def small_gemm_kernel(
     x,  # [n, D], n ≤ BN, rows s_x apart
     prediction,  # [n, D] or None, rows s_prediction apart
@@ -195,6 +205,7 @@ def small_gemm_kernel(
     s_latent,
     s_dimension,
     s_scores,
+    n_candidates,  # [n] or None
     GROUP: tl.constexpr,
     BL: tl.constexpr,
     BK: tl.constexpr,
@@ -205,6 +216,9 @@ def small_gemm_kernel(
     TOP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    if n_candidates is not None:  # noqa: SIM102 - nested: the outer one at compile time
+        if not is_any_row_exact(n_candidates, n, BN):
+            return
     o_n = tl.arange(0, BN)
     m_n = (o_n < n)[None, :]
     o_x = o_n.to(tl.int64)[None, :] * s_x
@@ -258,6 +272,7 @@ def gemv_kernel(
     s_latent,
     s_dimension,
     s_scores,
+    n_candidates,  # [n] or None
     GROUP: tl.constexpr,
     BL: tl.constexpr,
     BK: tl.constexpr,
@@ -265,6 +280,9 @@ def gemv_kernel(
     INF: tl.constexpr,
     TOP: tl.constexpr,
 ):
+    if n_candidates is not None:  # noqa: SIM102 - nested: the outer one at compile time
+        if not is_any_row_exact(n_candidates, n, BN):
+            return
     i_l = tl.program_id(0)
     o_l = i_l * BL + tl.arange(0, BL)
     m_l = o_l < M

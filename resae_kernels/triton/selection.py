@@ -215,7 +215,7 @@ def group_max_kernel(
 
 
 @triton.jit
-def _take(b_key, low, k):
+def take_first(b_key, low, k):
     """The k first of the positive `b_key` by (value, descending; position).
 
     `low` ≥ 0: a lower bound of the k-th largest. Returns (which, the slot of each in order of
@@ -267,7 +267,7 @@ def select_row(
     # from 0, since the maxima of groups lie close together.
     least = tl.min(tl.where(o_g < groups, b_best, TOP), axis=0)
     low = tl.where(groups >= k, tl.maximum(least, 0), 0)
-    m_taken, b_slot, count, low = _take(b_best, low, k)
+    m_taken, b_slot, count, low = take_first(b_best, low, k)
     # Compaction goes through memory, in the row's own indices. They are overwritten below only
     # after counts over all that was read from them.
     tl.store(p_indices + b_slot, o_g, mask=m_taken)
@@ -280,7 +280,7 @@ def select_row(
     # [SLOTS * GROUP]
     b_key = tl.reshape(b_key, [SLOTS * GROUP])
     o_m = tl.reshape(o_m, [SLOTS * GROUP])
-    m_taken, b_slot, count, low = _take(b_key, low, k)
+    m_taken, b_slot, count, low = take_first(b_key, low, k)
     tl.store(p_acts + b_slot, b_key, mask=m_taken)
     tl.store(p_indices + b_slot, o_m, mask=m_taken)
     m_padding = (o_s >= count) & (o_s < k)
@@ -289,7 +289,7 @@ def select_row(
 
 
 @triton.jit
-def _sort_row(
+def sort_row(
     p_acts,  # [k], as keys
     p_indices,  # [k]
     k,
@@ -355,4 +355,4 @@ def select_kernel(
         p_scores, threshold, p_best, p_acts, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP
     )
     if BJ > 0:
-        _sort_row(p_acts, p_indices, k, SLOTS, BJ)
+        sort_row(p_acts, p_indices, k, SLOTS, BJ)

@@ -74,6 +74,15 @@ class GemvTile(NamedTuple):
     """1: a launch before the GEMM forms the residual once; 0: every program forms it."""
 
 
+class ScreenTile(NamedTuple):
+    """Latents and dimensions of an 8-bit copy that matrix instructions multiply at a time."""
+
+    latents: int
+    dimensions: int
+    num_stages: int
+    num_warps: int
+
+
 class GemmTile(NamedTuple):
     """Tokens, latents and dimensions that a program of the GEMM of more than 16 tokens multiplies
     at a time. All zero: the library's GEMM, and the group maxima by a pass over its scores."""
@@ -215,6 +224,13 @@ TILES: dict[str, TileTable] = {
             _TF32X3._replace(dimensions=32, num_stages=4, **_ONCE),
             _TF32X3._replace(programs_per_multiprocessor=4, **_ONCE),
             _IEEE,
+        ),
+    ),
+    "screen": TileTable(
+        default=TileChoice(ScreenTile(64, 128, num_stages=4, num_warps=4), measured=None),
+        alternatives=(
+            ScreenTile(128, 128, num_stages=3, num_warps=4),
+            ScreenTile(64, 64, num_stages=6, num_warps=4),
         ),
     ),
     # Static reason for the library (not measured): its GEMM overlaps loads, products and stores by

@@ -1,5 +1,4 @@
-"""Constants and bounds of screening, for both of its implementations (mathematics:
-`screened.py`)."""
+"""Constants and bounds of screening, for all its implementations (mathematics: `screened.py`)."""
 
 import math
 from typing import NamedTuple, Protocol
@@ -35,8 +34,9 @@ class ScreenedRows(NamedTuple):
     """`[N, k]` int64"""
     rows_left: Tensor | None
     """`[n]` int64: rows without a code here, left to the exact path; None if there are none."""
-    candidates: int
-    """(Row, latent) pairs that were scored exactly."""
+    candidates: int | Tensor
+    """(Row, latent) pairs that were scored exactly. Triton, which never waits for the device: of
+    each row, `[N]` int32; negative where the row took the exact path."""
     n_active: Tensor | None = None
     """`[N]` int32: latents above their thresholds; None: there were no thresholds."""
 
