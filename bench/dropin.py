@@ -144,18 +144,24 @@ def main() -> None:
     cases = [(library, sizes) for library in libraries for sizes in CASES]
     if "sae_lens" in libraries:
         cases.append((JUMPRELU, GEMMA_SCOPE))
+    o.out.mkdir(parents=True, exist_ok=True)
     for library, sizes in cases:
         for row in measured(clock, library, *sizes, o.rounds):
             rows.append(row)
             print(row, flush=True)
+        write_page(o.out, rows, o.rounds)
+
+
+def write_page(out: Path, rows: list[Row], rounds: int) -> None:
+    """Write the page of the cases measured so far."""
+    libraries = {row.library.split(",")[0] for row in rows}
     about = environment() | {
         "peers": {DISTRIBUTIONS[name]: version(DISTRIBUTIONS[name]) for name in libraries},
-        "rounds": o.rounds,
+        "rounds": rounds,
     }
     heading = "\n".join(f"- {name}: {value}" for name, value in about.items())
     page = f"# Drop-in acceleration\n\n{heading}\n\n{table(rows)}\n"
-    o.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(o.out / "dropin.md", lambda temporary: temporary.write_text(page))
+    write_atomically(out / "dropin.md", lambda temporary: temporary.write_text(page))
 
 
 if __name__ == "__main__":

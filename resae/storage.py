@@ -175,7 +175,7 @@ def load_json(path: Path, what: str, most_bytes: int = strict_json.MOST_BYTES) -
         FileNotFoundError: no regular file.
         ValueError: not JSON within the limits, or a link that leaves its folder.
     """
-    _require_file(path, what)
+    require_file(path, what)
     return strict_json.read(path, f"{what}: {path}", most_bytes)
 
 
@@ -199,7 +199,9 @@ def require_inside(path: Path, what: str) -> None:
         )
 
 
-def _require_file(path: Path, what: str) -> None:
+def require_file(path: Path, what: str) -> None:
+    """Raise FileNotFoundError for what is no regular file, ValueError for a link that leaves its
+    folder."""
     try:
         require_inside(path, what)
         there = path.is_file()
@@ -233,7 +235,7 @@ def load_header(path: Path, what: str) -> Header:
         FileNotFoundError: no regular file.
         ValueError: damaged, with a header above 4 MiB, or with tensors of other types.
     """
-    _require_file(path, what)
+    require_file(path, what)
     where = f"{what}: header of {path}"
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -1,7 +1,8 @@
 """The common part of drop-in acceleration (`dropin.py`): weights as rows, codes, and dense acts."""
 
 import weakref
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Accelerated(nn.Module):
     _is_dense: bool = False
     _last: tuple[weakref.ref[Tensor], int, SparseCode] | None = None
 
-    # -- said by adapters --------------------------------------------------------------------------
+    # -- defined by adapters -----------------------------------------------------------------------
 
     @staticmethod
     def require(sae: Any) -> None:
@@ -186,9 +187,28 @@ def accelerated(sae: nn.Module, adapter: type[Accelerated], margin: Margin) -> A
     return new
 
 
+RESCALING = ("fold_W_dec_norm", "fold_activation_norm_scaling_factor", "fold_activation_whitening")
+RESCALING += ("scale_biases", "normalize_decoder", "set_decoder_norm_to_unit_norm")
+"""Methods of the libraries that write to parameters through `.data`, which torch does not count."""
+
+
 @cache
 def _subclass(adapter: type[Accelerated], cls: type[nn.Module]) -> type[Accelerated]:
-    return type(cls.__name__, (adapter, cls), {"__module__": cls.__module__})
+    forgetful = {name: _forgetting(getattr(cls, name)) for name in RESCALING if hasattr(cls, name)}
+    return type(cls.__name__, (adapter, cls), {"__module__": cls.__module__, **forgetful})
+
+
+def _forgetting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A library's method, after which copies of the weights are made anew."""
+
+    @wraps(method)
+    def forgets(self: Accelerated, *values: Any, **options: Any) -> Any:
+        try:
+            return method(self, *values, **options)
+        finally:
+            vars(self)["_rows"] = None
+
+    return forgets
 
 
 OURS = ("_margin", "_rows", "_room", "_is_dense", "_last", "_known_k", "_groups")

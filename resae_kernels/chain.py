@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resae_kernels import checks
+from resae_kernels.cpu.private_torch import refuse_forward_mode
 from resae_kernels.decode import check_decode, decode_rows, sparse_decode
 from resae_kernels.dispatch import (
     LIBRARY,
@@ -230,6 +231,7 @@ def _check(
     b_dec: Sequence[Tensor],
 ) -> None:
     op = "affine_chain"
+    refuse_forward_mode(op)
     L = len(W_dec)
     if L == 0:
         raise ValueError(f"{op}: W_dec is empty, expected one dictionary per layer")

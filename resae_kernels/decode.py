@@ -21,6 +21,7 @@ from torch import Tensor
 
 from resae_kernels import checks, dense
 from resae_kernels.cpu import native, sums
+from resae_kernels.cpu.private_torch import refuse_forward_mode
 from resae_kernels.dispatch import (
     LIBRARY,
     PLAIN,
@@ -234,6 +235,7 @@ def check_decode(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], torch.Size]:
     """Lists of acts and indices `[N, k]` and of W_dec, and the leading shape. Tensors per token
     among the offsets become `[N, D]` in place."""
+    refuse_forward_mode(op)
     if isinstance(acts, Tensor) and isinstance(indices, Tensor) and isinstance(W_dec, Tensor):
         acts, indices, W_dec = [acts], [indices], [W_dec]
     elif isinstance(acts, Tensor) or isinstance(indices, Tensor) or isinstance(W_dec, Tensor):

@@ -60,7 +60,8 @@ def accelerate(sae: SAE, *, margin: Margin = "statistical") -> SAE:
         encoder. Both are made anew at the first call after the weight has changed; a change through
         `.data` is seen by a sample of entries, on a CPU. With gradients of parameters wanted no
         copy is used, and kinds with thresholds (all but TopK) run the library's own code: call them
-        under `torch.no_grad()`. So do they where some token has more than M / 8 active latents.
+        under `torch.no_grad()`. So do they from the first call on in which a token had more than
+        M / 8 active latents.
         All kinds run the library's own code inside `torch.func` and forward-mode differentiation,
         where acts that are decoded need a gradient, and where a linear layer of
         dictionary_learning has a hook or an adapter.
@@ -107,13 +108,15 @@ class _SAELens(Accelerated):
         """The code of an input as `process_sae_in` returns it."""
         raise NotImplementedError
 
-    def reads_all_scores(self, x: Tensor) -> bool:  # noqa: ARG002
+    def needs_library(self, x: Tensor) -> bool:  # noqa: ARG002
+        """True if the library's own code has to encode x: something reads all scores, or needs a
+        derivative that our operations do not have."""
         me: Any = self
         return _is_hooked(me.hook_sae_acts_pre) or is_transformed()
 
     def encode(self, x: Tensor) -> Tensor:
         me: Any = self
-        if self.reads_all_scores(x):
+        if self.needs_library(x):
             return super().encode(x)  # type: ignore[misc]
         return me.hook_sae_acts_post(self._dense(self._hidden(x), me.W_dec.shape[0]))
 
@@ -132,7 +135,7 @@ class _SAELens(Accelerated):
 
     def forward(self, x: Tensor) -> Tensor:
         me: Any = self
-        if me.use_error_term or self.reads_all_scores(x) or _is_hooked(me.hook_sae_acts_post):
+        if me.use_error_term or self.needs_library(x) or _is_hooked(me.hook_sae_acts_post):
             return super().forward(x)  # type: ignore[misc]
         return me.hook_sae_output(self._recons(self._hidden(x)))
 
@@ -151,10 +154,10 @@ class _SAELensTopK(_SAELens):
         norm = me.W_dec.norm(dim=-1)  # scores count times the norm, rows of norm 1
         return me.W_enc.T * norm[:, None], me.b_enc * norm, me.W_dec / norm[:, None]
 
-    def reads_all_scores(self, x: Tensor) -> bool:
+    def needs_library(self, x: Tensor) -> bool:
         me: Any = self
         sparse = getattr(me.activation_fn, "use_sparse_activations", False)
-        return sparse or super().reads_all_scores(x)
+        return sparse or super().needs_library(x)
 
     def code(self, sae_in: Tensor) -> SparseCode:
         me: Any = self
@@ -179,8 +182,8 @@ class _SAELensThreshold(_SAELens):
         me: Any = self
         return me.threshold if hasattr(me, "threshold") else me.b_enc.new_zeros(())
 
-    def reads_all_scores(self, x: Tensor) -> bool:
-        return self._wants_gradient(x) or self._is_dense or super().reads_all_scores(x)
+    def needs_library(self, x: Tensor) -> bool:
+        return self._wants_gradient(x) or self._is_dense or super().needs_library(x)
 
     def code(self, sae_in: Tensor) -> SparseCode:
         return self._above(sae_in)
@@ -321,7 +324,7 @@ class _Dictionary(Accelerated):
     def code(self, x: Tensor) -> SparseCode:
         return self._above(x, self.biases()[0])
 
-    def reads_all_scores(self, x: Tensor) -> bool:
+    def needs_library(self, x: Tensor) -> bool:
         return self._wants_gradient(x) or self._is_dense or not self._is_plain("encoder")
 
     def _is_plain(self, name: str) -> bool:
@@ -334,7 +337,7 @@ class _Dictionary(Accelerated):
 
     def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
         me: Any = self
-        if values or _differ(options) or self.reads_all_scores(x):
+        if values or _differ(options) or self.needs_library(x):
             return super().encode(x, *values, **options)  # type: ignore[misc]
         return self._dense(self.code(x), me.dict_size)
 
@@ -343,7 +346,7 @@ class _Dictionary(Accelerated):
         return super().decode(f) if code is None else self._gather(code, self.biases()[1])  # type: ignore[misc]
 
     def forward(self, x: Tensor, *values: Any, **options: Any) -> Any:
-        plain = self._is_plain("decoder") and not self.reads_all_scores(x)
+        plain = self._is_plain("decoder") and not self.needs_library(x)
         if values or _differ(options) or not plain:
             return super().forward(x, *values, **options)  # type: ignore[misc]
         return self._gather(self.code(x), self.biases()[1])
@@ -362,7 +365,7 @@ def _differ(options: dict[str, Any]) -> bool:
 class _DictionaryTopK(_Dictionary):
     _known_k: tuple[tuple[int, int], int] | None = None
 
-    def reads_all_scores(self, x: Tensor) -> bool:  # noqa: ARG002
+    def needs_library(self, x: Tensor) -> bool:  # noqa: ARG002
         return not self._is_plain("encoder")
 
     def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
@@ -413,7 +416,9 @@ class _DictionaryBatchTopK(_Dictionary):
         return super().encode(x, *values, **options)
 
 
-class _DictionaryMatryoshka(_DictionaryBatchTopK):
+class _DictionaryParameters(_Dictionary):
+    """Parameters of its own in place of linear layers: `W_enc [D, M]`, `W_dec [M, D]`."""
+
     def sources(self) -> tuple[Tensor, ...]:
         me: Any = self
         return me.W_enc, me.b_enc, me.W_dec, me.threshold
@@ -422,6 +427,12 @@ class _DictionaryMatryoshka(_DictionaryBatchTopK):
         me: Any = self
         return me.W_enc.T, me.b_enc, me.W_dec
 
+    def thresholds(self) -> Tensor | None:
+        me: Any = self
+        return me.threshold
+
+
+class _DictionaryMatryoshka(_DictionaryParameters, _DictionaryBatchTopK):
     def thresholds(self) -> Tensor | None:
         """Latents of groups that are switched off are never active."""
         me: Any = self
@@ -436,19 +447,7 @@ class _DictionaryMatryoshka(_DictionaryBatchTopK):
         return super()._current_rows()
 
 
-class _DictionaryJumpReLU(_Dictionary):
-    def sources(self) -> tuple[Tensor, ...]:
-        me: Any = self
-        return me.W_enc, me.b_enc, me.W_dec, me.threshold
-
-    def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        me: Any = self
-        return me.W_enc.T, me.b_enc, me.W_dec
-
-    def thresholds(self) -> Tensor | None:
-        me: Any = self
-        return me.threshold
-
+class _DictionaryJumpReLU(_DictionaryParameters):
     def biases(self) -> tuple[Tensor | None, Tensor]:
         me: Any = self
         return me.b_dec if me.apply_b_dec_to_input else None, me.b_dec

@@ -17,6 +17,7 @@ from torch import Tensor
 from resae_kernels import checks, memory
 from resae_kernels.cpu import native
 from resae_kernels.cpu.encode import encode_in_chunks
+from resae_kernels.cpu.private_torch import refuse_forward_mode
 from resae_kernels.cpu.selection import select
 from resae_kernels.dispatch import (
     LIBRARY,
@@ -208,6 +209,7 @@ def check_arguments(
     limit: str = "k",
 ) -> None:
     """Raise TypeError or ValueError, in the name of `op`; `limit` is what it calls k."""
+    refuse_forward_mode(op)
     checks.check_floating(op, "x", x)
     if weight.ndim != 2:
         raise ValueError(f"{op}: weight has shape {list(weight.shape)}, expected [M, D]")

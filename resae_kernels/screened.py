@@ -367,6 +367,7 @@ class ScreenedEncoder:
         self, x: Tensor, k: int, pre_bias: Tensor | None, prediction: Tensor | None, sorted: bool
     ) -> "tuple[SparseCode, _Counts | str]":
         """The code by any path; and what was counted, or the reason why no row was screened."""
+        private_torch.refuse_forward_mode("ScreenedEncoder.encode")
         D = self.weight.shape[1]
         shape = x.shape[:-1]
         N = shape.numel()
@@ -439,6 +440,7 @@ class ScreenedEncoder:
         sorted: bool = True,
     ) -> EncodeInfo[ThresholdCode]:
         """The code of `threshold_encode`, with the path that its rows took and the reason."""
+        private_torch.refuse_forward_mode("ScreenedEncoder.threshold_encode")
         weight, bias, N = self.weight, self.bias, x.shape[:-1].numel()
         reason = self._exact_reason(x, N, None, False)
         if reason is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resae_kernels import checks, memory
-from resae_kernels.cpu.private_torch import is_eager
+from resae_kernels.cpu.private_torch import is_eager, refuse_forward_mode
 from resae_kernels.decode import sparse_decode
 from resae_kernels.dispatch import check_once, implementation_for, register, triton_signature
 from resae_kernels.screened import ScreenedEncoder, layout_of
@@ -273,6 +273,7 @@ def _check(
     transported: Transported | None,
 ) -> None:
     op = "online_step"
+    refuse_forward_mode(op)
     checks.check_floating(op, "x", x)
     if weight.ndim != 2:
         raise ValueError(f"{op}: weight has shape {list(weight.shape)}, expected [M, D]")

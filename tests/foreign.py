@@ -71,6 +71,17 @@ class TopKSAE(nn.Module):
         recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recons), self.d_head)
 
+    def fold_W_dec_norm(self):
+        norm = self.W_dec.norm(dim=-1)
+        self.W_dec.data.div_(norm[:, None])
+        for parameter in (self.W_enc, self.b_enc, *([self.threshold] * hasattr(self, "threshold"))):
+            parameter.data.mul_(norm)
+
+    def fold_activation_norm_scaling_factor(self, factor):
+        self.W_enc.data *= factor
+        self.W_dec.data /= factor
+        self.b_dec.data /= factor
+
     def forward(self, x):
         x_hat = self.decode(self.encode(x))
         return self.hook_sae_output(x_hat + (x - x_hat).detach() if self.use_error_term else x_hat)
@@ -180,6 +191,11 @@ class AutoEncoderTopK(nn.Module):
 
 class BatchTopKSAE(AutoEncoderTopK):
     """dictionary_learning: one threshold at inference."""
+
+    def scale_biases(self, scale):
+        self.encoder.bias.data *= scale
+        self.b_dec.data *= scale
+        self.threshold.data *= scale
 
     def encode(self, x, return_active=False, use_threshold=True):
         scores = self.encoder(x - self.b_dec).relu()

@@ -578,6 +578,22 @@ def test_transforms_of_torch_func_are_those_of_the_library(make, x, kind, frozen
         close(*tangents)
 
 
+@torch.no_grad()
+def test_methods_of_the_libraries_that_scale_are_seen_without_a_sample(make, x, monkeypatch):
+    """As on a GPU, where entries are not compared."""
+    monkeypatch.setattr("resae_kernels.accelerated.sample", lambda _: torch.zeros(1).numpy())
+    for kind, method, options in (
+        ("JumpReLUSAE", "fold_W_dec_norm", ()),
+        ("sae_lens", "fold_activation_norm_scaling_factor", (1.5,)),
+        ("BatchTopKSAE", "scale_biases", (1.5,)),
+    ):
+        sae = make(kind)
+        ours = accelerate(sae)
+        ours(x)
+        getattr(ours, method)(*options)
+        close(ours(x), sae(x))
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,43 @@ def run_python(source: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, in jvp
+@pytest.mark.parametrize("op", ["encode", "threshold", "decode", "error", "chain", "screened"])
+def test_forward_mode_is_refused_and_the_specification_has_it(op):
+    """A tangent of zero would be wrong without a word."""
+    W, A, zero = torch.randn(64, 8), torch.randn(8, 8), torch.zeros(8)
+    x = torch.randn(5, 8)
+    acts, indices = topk_encode(x, W, None, 4)
+    encoder = resae_kernels.ScreenedEncoder(torch.randn(4096, 64))
+
+    def chain_of(acts):
+        return [(acts, indices)] * 2, [W] * 2, [A], [zero]
+
+    def calls(of):
+        return {
+            "encode": (lambda x: of.topk_encode(x, W, None, 4).acts, x),
+            "threshold": (lambda x: of.threshold_encode(x, W, None, zero[0], 9).acts, x),
+            "decode": (lambda acts: of.sparse_decode(acts, indices, W), acts),
+            "error": (lambda acts: of.reconstruction_error(acts, indices, W, x)[0], acts),
+            "chain": (
+                lambda acts: of.affine_chain(*chain_of(acts), b_dec=[zero] * 2)[1],
+                acts,
+            ),
+            "screened": (lambda x: encoder.encode(x, 4).acts, torch.randn(40, 64)),
+        }[op]
+
+    function, primal = calls(resae_kernels)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(function, (primal,), (torch.ones_like(primal),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        function(torch.autograd.forward_ad.make_dual(primal, torch.ones_like(primal)))
+    function(primal)
+    if op != "screened":
+        function, primal = calls(resae_kernels.reference)
+        tangent = torch.func.jvp(function, (primal,), (torch.ones_like(primal),))[1]
+        assert tangent.abs().sum() > 0
+
+
 def test_exported_members_are_the_documented_ones():
     assert set(resae_kernels.__all__) == DOCUMENTED
     assert list(resae_kernels.__all__) == sorted(resae_kernels.__all__)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resae.storage import load_json, load_tensors
+from resae.storage import load_json, load_tensors, require_file
+from resae.strict_json import require_fields
 
 LARGEST_PICKLE = 8 << 20
 """Bytes of the part of a `.pt` file that is a program, tensors not counted."""
@@ -25,28 +26,6 @@ GLOBALS |= {"torch._utils _rebuild_parameter", "torch Size"}
 FLOATS = ("<f2", "<f4", "<f8")
 
 
-def member(path: Path, name: str = "") -> Path:
-    """A file of a folder (or, with no name, a file).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a link that leads out of the folder; the hub's cache, whose files are
-            links into its own `blobs`, is let through.
-    """
-    file = path / name if name else path
-    if not file.is_file():
-        raise FileNotFoundError(f"SAE: no file {file}; is the directory the right one?")
-    folder = file.parent.resolve() if not name else path.resolve()
-    roots = [folder, *(p.parent / "blobs" for p in folder.parents if p.name == "snapshots")]
-    target = file.resolve()
-    if not any(target.is_relative_to(root) for root in roots):
-        raise ValueError(
-            f"SAE {file}: a link to {target}, outside its folder; copy the file there if you trust "
-            f"it"
-        )
-    return file
-
-
 def has(path: Path, *names: str) -> bool:
     """True if a folder has all of these files."""
     return path.is_dir() and all((path / name).is_file() for name in names)
@@ -54,16 +33,13 @@ def has(path: Path, *names: str) -> bool:
 
 def read_settings(path: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file."""
-    file = member(path, name)
-    content = load_json(file, "SAE")
-    if not isinstance(content, dict):
-        raise ValueError(f"SAE {file}: holds {type(content).__name__}, expected an object")
-    return content
+    file = path / name
+    return require_fields(load_json(file, "SAE"), {}, f"SAE {file}")
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     """All tensors of a safetensors file, whose library holds its header against its size."""
-    file = member(path, name)
+    file = path / name
     try:
         return load_tensors(file, "SAE", finite=False)
     except (RuntimeError, KeyError, TypeError, OverflowError) as error:  # dtypes torch lacks
@@ -72,7 +48,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 def read_npz(file: Path) -> dict[str, Tensor]:
     """All arrays of an npz file, which have to be floating point."""
-    file = member(file)
+    require_file(file, "SAE")
     try:
         with zipfile.ZipFile(file) as archive:
             _require_bounded(file, archive)
@@ -114,7 +90,7 @@ def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
 def read_pickled_tensors(file: Path) -> dict[str, Any]:
     """The state dict of a `.pt` file: by `torch.load(weights_only=True)`, if the file names no
     function but those that make tensors."""
-    file = member(file)
+    require_file(file, "SAE")
     try:
         with zipfile.ZipFile(file) as archive:
             _require_bounded(file, archive)

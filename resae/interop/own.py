@@ -3,10 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-from resae.interop.files import has, member, read_settings, setting
+from resae.interop.files import has, read_settings, setting
 from resae.sae.files import load_config
 from resae.sae.record import SAERecord
 from resae.sae.registry import load_sae, sae_from_record
+from resae.storage import require_file
 
 FILES = ("cfg.json", "sae.safetensors", "boost/cfg.json", "boost/sae.safetensors")
 
@@ -18,7 +19,7 @@ def detect(path: Path) -> bool:
 
 def read(path: Path) -> SAERecord:
     for name in FILES[:2]:
-        member(path, name)
+        require_file(path / name, "SAE")
     metadata = setting(read_settings(path, "cfg.json"), "metadata", dict, path, {})
     return replace(
         load_sae(path).record(),

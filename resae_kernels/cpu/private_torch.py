@@ -37,8 +37,21 @@ is_profiled: Callable[[], bool] = _found("_C._autograd._profiler_enabled", lambd
 def is_transformed() -> bool:
     """True inside a transform of `torch.func` or a level of forward-mode differentiation. Ops of
     this package have no rule for these: tangents would be lost."""
-    level = getattr(torch.autograd.forward_ad, "_current_level", -1)
-    return level >= 0 or _transform() is not None
+    return _is_forward_mode() or _transform() is not None
+
+
+def _is_forward_mode() -> bool:
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+def refuse_forward_mode(op: str) -> None:
+    """Raise NotImplementedError inside forward-mode differentiation: the tangents of the result
+    would be zero, without a word."""
+    if _is_forward_mode():
+        raise NotImplementedError(
+            f"{op}: no forward-mode derivative (torch.func.jvp, forward_ad); use reverse mode, or "
+            f"`resae_kernels.reference`"
+        )
 
 
 def is_eager() -> bool:
@@ -46,7 +59,7 @@ def is_eager() -> bool:
     return not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
-        or _transform() is not None
+        or is_transformed()
         or torch.is_autocast_enabled("cpu")
     )
 
