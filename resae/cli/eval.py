@@ -152,7 +152,10 @@ def run(options: Options, console: TerminalConsole) -> int:
         },
     )
     rows = whole_selection(report["replacement"])
-    console.result(json.dumps(rows, indent=1) if options.json else _table(rows))
+    if options.json:
+        console.json(rows)
+    else:
+        console.result(_table(rows))
     console.log(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
 
@@ -185,6 +188,12 @@ def _unseen(
         known = None if text is None else text.overlap(ids)
         row = {"run": str(folder), "held_out": text is not None and known is None}
         overlaps.append(row if known is None else row | known._asdict())
+        if text is not None and known is None and (again := text.trained.overlap(ids)).new is False:
+            console.log(
+                f"{folder}: {again.known:,} of {again.compared:,} compared pieces of its held-out "
+                f"text occur in its training text too: the data repeats itself, so losses here are "
+                f"lower than on new text"
+            )
         if text is None:
             console.log(f"{folder}: not known whether it was trained on this text")
         elif known is not None:

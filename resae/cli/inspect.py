@@ -1,6 +1,5 @@
 """Describe an autoencoder in a file of any format."""
 
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -33,7 +32,10 @@ def run(options: Options, console: TerminalConsole) -> int:
 
     found = read_sae(options.source, options.format, options.hook_point, options.revision)
     facts = describe_sae(found)
-    console.result(json.dumps(facts, indent=2) if options.json else _text(facts))
+    if options.json:
+        console.json(facts)
+    else:
+        console.result(_text(facts))
     return 0
 
 

@@ -1,6 +1,5 @@
 """Time one op at one shape against roofs and alternatives; or print what a cost model expects."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,7 +97,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     )
     rows = profile(case, device=device, roofs=roofs, clock=clock, rounds=options.rounds)
     if options.json:
-        console.result(json.dumps({"roofs": roofs._asdict(), "rows": rows}, indent=1))
+        console.json({"roofs": roofs._asdict(), "rows": rows})
     else:
         console.result(table(rows))
     if options.trace:

@@ -1,6 +1,9 @@
 """The console of the command line. Only this package prints."""
 
+import json
+import math
 import sys
+from typing import Any
 
 from resae.console import Console
 
@@ -57,5 +60,17 @@ class TerminalConsole(Console):
         self._pending = False
         print(text, flush=True)
 
+    def json(self, content: Any) -> None:
+        """Print what was asked for as JSON, which has no NaN and no infinity: null."""
+        self.result(json.dumps(_finite(content), indent=1, allow_nan=False))
+
     def error(self, line: str) -> None:
         print(f"resae {self.name}: {line}", file=sys.stderr, flush=True)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(part) for name, part in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(part) for part in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

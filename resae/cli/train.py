@@ -1,6 +1,5 @@
 """Fit the affine maps and train one autoencoder per layer."""
 
-import json
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -89,7 +88,7 @@ def _plan(options: Options, console: TerminalConsole) -> int:
     )
     if options.json:
         phases = [phase._asdict() for phase in estimate.phases]
-        console.result(json.dumps(estimate._asdict() | {"phases": phases}, indent=1))
+        console.json(estimate._asdict() | {"phases": phases})
     else:
         console.result(estimate.table())
     return 0

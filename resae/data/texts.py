@@ -273,7 +273,9 @@ def _require_encoding(path: Path, encoding: str) -> None:
         read += len(piece)
         try:
             decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
+            if not isinstance(error, UnicodeDecodeError):  # of the whole file: no mark of its order
+                raise ValueError(f"{path} is not {encoding} ({error}); give its encoding") from None
             offset = read - len(error.object) + error.start
             remedy = "give its encoding, for example --encoding latin-1, or convert it"
             name = "UTF-8" if encoding == "utf-8" else encoding

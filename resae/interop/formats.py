@@ -89,17 +89,29 @@ def import_sae(
         ValueError: a file is damaged or holds NaN or infinite weights, a setting has no form here
             (the message names it), or the format is unknown.
     """
+    return import_placed(source, format, hook_point, revision, max_active)[0]
+
+
+def import_placed(
+    source: str | Path,
+    format: str | None = None,
+    hook_point: str | None = None,
+    revision: str | None = None,
+    max_active: int | None = None,
+) -> tuple[Autoencoder, str | None]:
+    """As `import_sae`, and the hook point that the file names."""
     name, path = find_format(source, format, hook_point, revision)
     if name == "resae" and max_active is None:
+        place = own.hook_point_in(path)
         sae = load_sae(path)  # kinds of ours that no record holds, too
         bad = [key for key, t in sae.state_dict().items() if not bool(t.isfinite().all())]
     else:
         record = FORMATS[name].read(path)
-        bad = record.non_finite()
+        place, bad = record.hook_point, record.non_finite()
         sae = sae_from_record(record, max_active=max_active) if not bad else None
     if bad or sae is None:
         raise ValueError(f"SAE {path}: NaN or infinite entries in {', '.join(bad)}")
-    return sae
+    return sae, place
 
 
 def export_sae(
@@ -123,8 +135,12 @@ def export_sae(
         FileExistsError: the folder has content.
         OSError: it cannot be written.
     """
+    write = _writer(format)
+    if format == "resae":  # every kind, with all its settings
+        write_folder(Path(folder), lambda new: sae.save(new, hook_point=hook_point, model=model))
+        return
     record = replace(sae.record(), hook_point=hook_point, model=model).check(folder)
-    write_folder(Path(folder), lambda new: _writer(format)(record, new))
+    write_folder(Path(folder), lambda new: write(record, new))
 
 
 def read_sae(
@@ -260,9 +276,10 @@ def _require_known(format: str | None) -> None:
 
 
 def _writer(format: str) -> Callable[[SAERecord, Path], None]:
-    _require_known(format)
-    write = FORMATS[format].write
+    write = FORMATS[format].write if format in FORMATS else None
     if write is None:
         able = [name for name, known in FORMATS.items() if known.write is not None]
-        raise ValueError(f"format={format!r} is only read; expected one of {', '.join(able)}")
+        raise ValueError(
+            f"format={format!r}, expected one of those that are written: {', '.join(able)}"
+        )
     return write

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from resae.interop.formats import import_sae
+from resae.interop.formats import import_placed
 from resae.sae.base import Autoencoder
+from resae.sae.registry import with_max_active
 
 
 def import_object(sae: Any, *, max_active: int | None = None) -> Autoencoder:
     """An autoencoder of SAELens, sparsify or dictionary_learning as one of ours, a copy in eval
-    mode; one of ours is returned as it is.
+    mode; one of ours is returned as it is, or a copy with `max_active`.
 
     Args:
         max_active: slots of a code, for kinds with a threshold (`ThresholdSAE`).
@@ -22,8 +23,13 @@ def import_object(sae: Any, *, max_active: int | None = None) -> Autoencoder:
         TypeError: an object of another kind.
         ValueError: a setting has no form here; the message names it.
     """
+    return import_placed_object(sae, max_active)[0]
+
+
+def import_placed_object(sae: Any, max_active: int | None = None) -> tuple[Autoencoder, str | None]:
+    """As `import_object`, and the hook point that the library's object names."""
     if isinstance(sae, Autoencoder):
-        return sae
+        return (sae if max_active is None else with_max_active(sae, max_active)), None
     library = type(sae).__module__.split(".")[0]
     if library not in _SAVE:
         raise TypeError(
@@ -33,7 +39,11 @@ def import_object(sae: Any, *, max_active: int | None = None) -> Autoencoder:
     format, save = _SAVE[library]
     with tempfile.TemporaryDirectory() as folder:
         save(sae, Path(folder))
-        return import_sae(folder, format=format, max_active=max_active)
+        try:
+            return import_placed(folder, format, max_active=max_active)
+        except ValueError as error:
+            name = f"{type(sae).__module__}.{type(sae).__qualname__}"
+            raise ValueError(str(error).replace(str(folder), name)) from None
 
 
 def _save_dictionary(sae: Any, folder: Path) -> None:

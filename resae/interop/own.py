@@ -17,6 +17,11 @@ def detect(path: Path) -> bool:
     return has(path, *FILES[:2]) and "kind" in load_config(path)["metadata"]
 
 
+def hook_point_in(path: Path) -> str | None:
+    """The hook point that `cfg.json` names."""
+    return setting(load_config(path)["metadata"], "hook_point", str, path)
+
+
 def read(path: Path) -> SAERecord:
     for name in FILES[:2]:
         require_file(path / name, "SAE")

@@ -47,6 +47,13 @@ def load_sae(folder: str | Path, kind: str | None = None) -> Autoencoder:
     return KINDS[name].load(folder)
 
 
+def with_max_active(sae: Autoencoder, max_active: int) -> Autoencoder:
+    """A threshold autoencoder with codes of `max_active` slots; another kind as it is."""
+    if not isinstance(sae, ThresholdSAE):
+        return sae
+    return ThresholdSAE.from_record(sae.record(), max_active=max_active)
+
+
 def sae_from_record(record: SAERecord, *, max_active: int | None = None) -> Autoencoder:
     """The autoencoder of a record, in eval mode: with a threshold, or else TopK.
 

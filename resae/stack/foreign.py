@@ -1,13 +1,17 @@
 """A stack made of autoencoders that were trained apart, by any library."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resae.interop.formats import import_sae
-from resae.interop.objects import import_object
+from resae.interop.formats import import_placed
+from resae.interop.objects import import_placed_object
 from resae.models.hooked import HookedLM
 from resae.sae.base import Autoencoder
+from resae.sae.registry import with_max_active
+
+log = logging.getLogger(__name__)
 
 
 def autoencoders_of(
@@ -23,11 +27,12 @@ def autoencoders_of(
     found: dict[str, Autoencoder] = {}
     for point in sorted(points):
         given = points[point]
-        sae = (
-            import_sae(given, max_active=max_active)
-            if isinstance(given, str | Path)
-            else import_object(given, max_active=max_active)
-        )
+        read = import_placed if isinstance(given, str | Path) else import_placed_object
+        sae, place = read(given)
+        if max_active is not None:
+            sae = with_max_active(sae, max_active)
+        if place not in (None, point.name):
+            log.warning("the autoencoder for %s was trained at %s", point.name, place)
         config = sae.config
         if config.input_kind != "activation":
             raise ValueError(

@@ -115,7 +115,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
     def from_saes(
         cls,
         saes: Mapping[str | int, Any],
-        lm: HookedLM,
+        lm: HookedLM | nn.Module,
         *,
         max_active: int | None = None,
     ) -> "ReSAE":
@@ -129,7 +129,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
 
         Args:
             saes: hook point → a path or repository that `import_sae` reads, an autoencoder of
-                SAELens, sparsify or dictionary_learning, or one of ours.
+                SAELens, sparsify or dictionary_learning, or one of ours. A warning is logged
+                where a file or object names another hook point.
+            lm: the model, or the Hugging Face model inside.
             max_active: slots of a code, for kinds with a threshold.
 
         Raises:
@@ -137,6 +139,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             FileNotFoundError, ValueError: as of `import_sae`; unknown hook points, another width
                 than the model's, several dtypes, or an autoencoder of residuals.
         """
+        lm = lm if isinstance(lm, HookedLM) else HookedLM(lm)
         found = autoencoders_of(saes, lm, max_active)
         predictor = AffinePredictor(PredictorKind.NONE)
         return cls(list(found), predictor, list(found.values()), ModelIdentity.of(lm))

@@ -216,7 +216,8 @@ def load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ran
         state.position = positions[ranks.rank]
         break
     else:
-        log.warning("no checkpoint in %s to continue from: training starts from step 0", folder)
+        which = "from before the learning rate fell " if left_behind else ""
+        log.warning("no checkpoint %sin %s: training starts from step 0", which, folder)
     if len({step for (step,) in ranks.all_gather_ints([state.step])}) > 1:
         raise ValueError(f"--resume: ranks see different checkpoints in {folder}; share the folder")
     return left_behind

@@ -25,7 +25,7 @@ from resae import HookedLM, ReSAE
 from resae.cli import COMMANDS, GC_THRESHOLD, TerminalConsole, main
 from resae.data import cache as activation_cache
 from resae.data.rows import TokenRows
-from resae.data.text_record import RunText
+from resae.data.text_record import RunText, TrainedText
 from resae.data.texts import fingerprint, load_texts
 from resae.storage import load_json, load_tensors
 
@@ -123,6 +123,18 @@ def test_eval_takes_only_text_that_the_run_held_out(run, material, evaluated, ca
     assert not evaluated
     assert main(["eval", str(run), *same, "8"]) == 2
     assert torch.equal(evaluated.pop(), every[:8])
+
+
+def test_eval_says_where_the_held_out_text_was_trained_on_as_well(run, evaluated, tmp_path, capsys):
+    """A corpus that holds a document twice: the rows were held out, their text was not."""
+    shutil.copytree(run, tmp_path / "run")
+    text = TrainedText()
+    for row in RunText.load(run).held_out.tolist():
+        text.add(row)
+    text.save(tmp_path / "run")
+    assert main(["eval", str(run)]) == main(["eval", str(tmp_path / "run")]) == 2
+    assert len(evaluated) == 2
+    assert capsys.readouterr().out.count("the data repeats itself") == 1
 
 
 def test_eval_knows_text_that_was_trained_on_by_its_content(run, material, tmp_path, capsys):

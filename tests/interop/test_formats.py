@@ -286,7 +286,7 @@ def test_kinds_without_a_form_elsewhere_say_so(tmp_path):
     sae = BoostedSAE(TopKSAE(SAEConfig(D, M, K)), TopKSAE(SAEConfig(D, M, K)))
     with pytest.raises(ValueError, match="boosted.*other libraries"):
         export_sae(sae, tmp_path / "a", "saelens")
-    with pytest.raises(ValueError, match="only read"):
+    with pytest.raises(ValueError, match="that are written: resae, saelens, sparsify$"):
         export_sae(sae.boost, tmp_path / "a", "gemma_scope")
     sae.save(tmp_path / "b")
     assert import_sae(tmp_path / "b").kind == "boosted"
@@ -388,12 +388,13 @@ def test_inspect_counts_dead_rows_and_names_what_is_not_finite(tmp_path, capsys)
     sae.W_dec[3] = 0
     sae.W_enc[:, 4:6] = 0
     sae.b_enc[7] = torch.inf
+    sae.W_dec[9] = torch.nan
     assert main(["inspect", str(files.sparsify(tmp_path, sae)), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert facts["zero_rows"] == {"encoder": 2, "decoder": 1}
-    assert facts["non_finite"] == ["bias"]
+    assert facts["non_finite"] == ["bias", "W_dec"]
     assert facts["encode_here"] is None
-    assert facts["norms"]["decoder"]["least"] == 0
+    assert facts["norms"]["encoder"]["least"] == 0
 
 
 def test_inspect_says_which_path_codes_take(tmp_path, screened_at_any_size):

@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 
-from resae import ReSAE, TopKSAE, export_sae, replacement
+from resae import ReSAE, TopKSAE, export_sae, import_sae, replacement
+from resae.interop.objects import import_object
 from resae.sae.base import SAEConfig
 from resae.sae.threshold import ThresholdSAE
 
@@ -88,3 +89,29 @@ def test_kinds_with_thresholds_stand_beside_topk_and_the_stack_is_saved(lm, tmp_
 def test_what_does_not_fit_is_refused(lm, saes, error, message):
     with pytest.raises(error, match=message):
         ReSAE.from_saes(saes, lm)
+
+
+def test_another_place_in_the_file_is_warned_of(lm, tmp_path, caplog):
+    export_sae(topk(0), tmp_path / "a", "saelens", hook_point=tiny.NAMES[1])
+    ReSAE.from_saes({1: tmp_path / "a"}, lm)
+    assert not caplog.records
+    ReSAE.from_saes({0: tmp_path / "a"}, lm)
+    assert "for blocks.0.hook_resid_post was trained at blocks.1.hook_resid_post" in caplog.text
+
+
+def test_room_is_given_to_thresholds_alone_and_the_callers_object_stays(lm):
+    record = replace(topk(0).record(), k=None, threshold=torch.full((M,), 0.4))
+    threshold = ThresholdSAE.from_record(record)
+    before = threshold.max_active
+    stack = ReSAE.from_saes({0: threshold, 1: topk(1)}, lm.model, max_active=2)
+    assert [stack.sae(i).config.k for i in range(2)] == [2, 4]
+    assert threshold.max_active == before != 2
+    assert import_object(threshold, max_active=3).config.k == 3
+
+
+def test_our_own_format_keeps_every_setting(tmp_path):
+    record = replace(topk(0).record(), k=None, threshold=torch.full((M,), 0.4))
+    export_sae(ThresholdSAE.from_record(record, max_active=8), tmp_path / "a", "resae")
+    assert import_sae(tmp_path / "a").config.k == 8
+    with pytest.raises(ValueError, match="that are written: resae, saelens, sparsify$"):
+        export_sae(topk(0), tmp_path / "b", "openai")
