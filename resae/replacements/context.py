@@ -97,12 +97,16 @@ class _Settings:
         """Dictionaries transported to later layers, where they are asked for and fit."""
         if not max_bytes or not isinstance(stack, ReSAE):
             return None
-        if self.mode != "online" or self.loop != "closed" or self.gradient:
+        if self.mode != "online" or self.loop != "closed":
             raise ValueError(
-                f"replacement: transport_bytes with mode={self.mode!r}, loop={self.loop!r} and "
-                f"gradient={self.gradient}; transported dictionaries predict from codes what was "
-                f"put in, without gradient: use mode='online', loop='closed' and gradient=False, "
-                f"or leave it out"
+                f"replacement: transport_bytes with mode={self.mode!r} and loop={self.loop!r}; "
+                f"transported dictionaries predict from codes what was put in: use mode='online' "
+                f"and loop='closed', or leave it out"
+            )
+        if self.gradient:
+            raise ValueError(
+                "replacement: transport_bytes with gradient=True; transported dictionaries pass no "
+                "gradient on, leave one of the two out"
             )
         return stack.transported(max_bytes, vectors=edits.vectors if edits else None)
 

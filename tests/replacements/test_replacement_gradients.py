@@ -296,7 +296,7 @@ def test_the_default_has_no_gradient_and_the_mode_is_left_afterwards():
     ("options", "message"),
     [
         ({"mode": "teacher_forced"}, "gradient=True with mode='teacher_forced'.*use mode='online'"),
-        ({"transport_bytes": 10**6}, "gradient=True; .*or leave it out"),
+        ({"transport_bytes": 10**6}, "transport_bytes with gradient=True; .*leave one"),
         ({"keep_error": "attached"}, "keep_error='attached', expected 'detached', 'pass_through'"),
         ({"keep_error": ""}, "keep_error='', expected 'detached'"),
     ],
