@@ -65,6 +65,10 @@ class TrainingSettings:
     boost_keep: Annotated[float, real(above=0, most=1)] = 0.1
     """With boost: share of the second autoencoders' acts in training that their threshold lets
     through in use."""
+    first_sae: Annotated[str | None, filled, Shown("FOLDER")] = None
+    """Folder of an autoencoder of activations that the first layer keeps, untrained: of a saved
+    stack, or written by `resae convert --to resae`. k and d_sae of the first layer have to be its
+    own (k: the slots of a code of one with thresholds)."""
     train_tokens: Annotated[int, whole(1)] = 1_000_000
     """Tokens to train on; the data starts over if it is shorter. A run can be resumed with more."""
     batch_tokens: Annotated[int, whole(1)] = 1_024
@@ -152,6 +156,10 @@ class TrainConfig(TrainingSettings):
             )
         if not 0 <= self.prefix_gain <= 1:
             raise ValueError(f"TrainConfig: prefix_gain={self.prefix_gain}, expected 0 to 1")
+        if self.first_sae is not None and (self.shared or js is not None or self.boost is not None):
+            raise ValueError("TrainConfig: first_sae with shared, prefixes or boost; leave one out")
+        if self.first_sae is not None and len(self.layers) < 2:
+            raise ValueError("TrainConfig: first_sae and one layer, so that nothing is trained")
         if self.boost is not None and (self.shared or js is not None):
             raise ValueError("TrainConfig: boost with shared or prefixes; train the base with them")
         if not 0 < self.boost_keep <= 1:
@@ -306,6 +314,10 @@ it."""
 class FitConfig(Source, MapSettings, Machine):
     """Files."""
 
+    on_reconstructions: Annotated[str | None, filled, Shown("STACK")] = None
+    """Fit maps that predict each layer from the reconstructions by this stack (a folder: of
+    `save_pretrained`, or a run) in place of the activations; its layers are taken. Train from such
+    maps with loop closed, which applies them to reconstructions."""
     out: Annotated[str, writable]
     """Folder to write the maps into."""
 
