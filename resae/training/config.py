@@ -124,6 +124,12 @@ class TrainConfig(TrainingSettings):
     """Fixes initial directions and the order of the data."""
 
     def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_method()
+        self._check_numbers()
+
+    def _check_sizes(self) -> None:
+        """Raise ValueError for k and d_sae that are not those of the layers."""
         if len(self.k) != len(self.layers):
             raise ValueError(f"TrainConfig: {len(self.k)} k for {len(self.layers)} layers")
         if len(self.d_saes) != len(self.layers):
@@ -136,6 +142,9 @@ class TrainConfig(TrainingSettings):
                 raise ValueError(
                     f"TrainConfig: k={k} for d_sae={d_sae} latents; expected 1 ≤ k ≤ d_sae"
                 )
+
+    def _check_method(self) -> None:
+        """Raise ValueError for an unknown method, or parts of one that exclude each other."""
         PredictorKind.check(self.predictor, "TrainConfig: predictor")
         check_map_type(self.predictor, self.map_type, self.rank, "TrainConfig")
         Loop.check(self.loop, "TrainConfig: loop")
@@ -166,6 +175,9 @@ class TrainConfig(TrainingSettings):
             raise ValueError(
                 f"TrainConfig: boost_keep={self.boost_keep}, expected above 0, up to 1"
             )
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError for tokens, rates and bounds out of their range."""
         for name in ("train_tokens", "calibration_tokens", "batch_tokens", "dead_after_tokens"):
             value = getattr(self, name)
             # A batch of one token has no variance to be explained.
