@@ -119,7 +119,7 @@ class _Plain(NamedTuple):
 class _Online:
     """`train_online`'s task."""
 
-    inputs = ("input_ids",)
+    inputs: Sequence[str] = ("input_ids",)
 
     def __init__(self, config: OnlineConfig, lm: HookedLM, stack: ReSAE, scale: Sequence[float]):
         self.config = config
