@@ -65,6 +65,10 @@ class TrainingSettings:
     boost_keep: Annotated[float, real(above=0, most=1)] = 0.1
     """With boost: share of the second autoencoders' acts in training that their threshold lets
     through in use."""
+    first_sae: Annotated[str | None, filled, Shown("FOLDER")] = None
+    """Folder of an autoencoder of activations that the first layer keeps, untrained: of a saved
+    stack, or written by `resae convert --to resae`. k and d_sae of the first layer have to be its
+    own (k: the slots of a code of one with thresholds)."""
     train_tokens: Annotated[int, whole(1)] = 1_000_000
     """Tokens to train on; the data starts over if it is shorter. A run can be resumed with more."""
     batch_tokens: Annotated[int, whole(1)] = 1_024
@@ -120,6 +124,12 @@ class TrainConfig(TrainingSettings):
     """Fixes initial directions and the order of the data."""
 
     def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_method()
+        self._check_numbers()
+
+    def _check_sizes(self) -> None:
+        """Raise ValueError for k and d_sae that are not those of the layers."""
         if len(self.k) != len(self.layers):
             raise ValueError(f"TrainConfig: {len(self.k)} k for {len(self.layers)} layers")
         if len(self.d_saes) != len(self.layers):
@@ -132,6 +142,9 @@ class TrainConfig(TrainingSettings):
                 raise ValueError(
                     f"TrainConfig: k={k} for d_sae={d_sae} latents; expected 1 ≤ k ≤ d_sae"
                 )
+
+    def _check_method(self) -> None:
+        """Raise ValueError for an unknown method, or parts of one that exclude each other."""
         PredictorKind.check(self.predictor, "TrainConfig: predictor")
         check_map_type(self.predictor, self.map_type, self.rank, "TrainConfig")
         Loop.check(self.loop, "TrainConfig: loop")
@@ -152,12 +165,19 @@ class TrainConfig(TrainingSettings):
             )
         if not 0 <= self.prefix_gain <= 1:
             raise ValueError(f"TrainConfig: prefix_gain={self.prefix_gain}, expected 0 to 1")
+        if self.first_sae is not None and (self.shared or js is not None or self.boost is not None):
+            raise ValueError("TrainConfig: first_sae with shared, prefixes or boost; leave one out")
+        if self.first_sae is not None and len(self.layers) < 2:
+            raise ValueError("TrainConfig: first_sae and one layer, so that nothing is trained")
         if self.boost is not None and (self.shared or js is not None):
             raise ValueError("TrainConfig: boost with shared or prefixes; train the base with them")
         if not 0 < self.boost_keep <= 1:
             raise ValueError(
                 f"TrainConfig: boost_keep={self.boost_keep}, expected above 0, up to 1"
             )
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError for tokens, rates and bounds out of their range."""
         for name in ("train_tokens", "calibration_tokens", "batch_tokens", "dead_after_tokens"):
             value = getattr(self, name)
             # A batch of one token has no variance to be explained.
@@ -306,6 +326,10 @@ it."""
 class FitConfig(Source, MapSettings, Machine):
     """Files."""
 
+    on_reconstructions: Annotated[str | None, filled, Shown("STACK")] = None
+    """Fit maps that predict each layer from the reconstructions by this stack (a folder: of
+    `save_pretrained`, or a run) in place of the activations; its layers are taken. Train from such
+    maps with loop closed, which applies them to reconstructions."""
     out: Annotated[str, writable]
     """Folder to write the maps into."""
 

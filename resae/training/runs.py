@@ -81,6 +81,7 @@ OF_TRAINING = {
     "map_type": _TEXT,
     "rank": _WHOLE,
     "calibration_tokens": _WHOLE,
+    "on_reconstructions": _TEXT,
     "ridge": (float, None),
 }
 """Entries of its `train` that are read; of fit.json they are beside the others."""
