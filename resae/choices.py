@@ -113,6 +113,13 @@ class Parallelism(Choice):
     LAYERS = "layers"
 
 
+class Objective(Choice):
+    """Loss of online training: KL to the plain model, or cross-entropy of the text."""
+
+    KL = "kl"
+    CE = "ce"
+
+
 EXPORTS = ("sparsify", "saelens", "resae")
 """File formats of an autoencoder that are written."""
 
