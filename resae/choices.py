@@ -60,6 +60,13 @@ class Mode(Choice):
     ERROR_ADDED = "error_added"
 
 
+class KeptError(Choice):
+    """Gradient of a reconstruction's error that is kept (`resae.replacements.context`)."""
+
+    DETACHED = "detached"
+    PASS_THROUGH = "pass_through"
+
+
 class Action(Choice):
     """Edits of a latent (`resae.replacements.edits`)."""
 
