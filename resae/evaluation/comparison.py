@@ -2,7 +2,9 @@
 much the dictionaries of different layers repeat each other.
 
 Every method is measured on the same held-out tokens. Cross-entropy and KL are means over positions
-whose input token is not special. Ablations put zero, or the mean activation, at the same tokens of
+whose input token is not special. Sink tokens (`resae.models.sinks`), by the rule of any of the
+methods, are left alone by each stack that has a rule, and are in no FVU but `fvu_with_sinks`.
+Ablations put zero, or the mean activation, at the same tokens of
 the same layers as the replacement they are compared with.
 """
 
@@ -33,8 +35,10 @@ from resae.evaluation.rows import (
 )
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
+from resae.models.sinks import SinkRule
 from resae.replacements.context import replacement
 from resae.stack.stack import ReSAE
+from resae_kernels import SparseCode
 
 
 @dataclass
@@ -44,6 +48,7 @@ class _Sums:
     ce: float = 0.0
     kl: float = 0.0
     tokens: int = 0
+    sinks: int = 0
 
     def add(self, logits: Tensor, clean: Tensor, input_ids: Tensor, counted: Tensor) -> None:
         self.ce += float(cross_entropy(logits, input_ids)[counted].double().sum())
@@ -85,7 +90,8 @@ def evaluate(
     points = lm.hook_points(names)
     variants = _variants(methods, tuple(names))
     layer_sets = sorted({v.layers for v in variants})
-    means = _mean_activations(lm, points, batches)
+    rules = [m.stack.sinks for m in methods if m.stack.sinks is not None]
+    means = _mean_activations(lm, points, batches, rules)
     ablated = {(kind, layers): _Sums() for layers in layer_sets for kind in ("zero", "mean")}
     reconstructions = [_Reconstruction(m, loop) for m in methods for loop in m.loops]
     clean_sums = _Sums()
@@ -95,12 +101,13 @@ def evaluate(
         counted = ~special[:, :-1]
         captured = lm.capture(ids, points)
         xs = [captured[point] for point in points]
+        sinks = _sinks(rules, xs, special)
         clean = lm.logits(ids)
         clean_sums.add(clean, clean, ids, counted)
         for (kind, layers), sums in ablated.items():
             constants = [m if kind == "mean" else torch.zeros_like(m) for m in means]
             put = {
-                p: _put_constant(value, special)
+                p: _put_constant(value, special | sinks)
                 for p, value in zip(points, constants, strict=True)
                 if p.name in layers
             }
@@ -109,11 +116,12 @@ def evaluate(
             options: dict[str, Any] = {"mode": v.mode, "loop": v.loop or "open", "layers": v.layers}
             if v.mode != "online":
                 options["clean"] = xs
-            with replacement(lm, v.method.stack, **options):
+            with replacement(lm, v.method.stack, **options) as active:
                 v.sums.add(lm.logits(ids), clean, ids, counted)
+            v.sums.sinks += active.counts[-1].sinks
         with torch.no_grad():
             for r in reconstructions:
-                r.add([x[~special].float() for x in xs])
+                r.add([x[~special].float() for x in xs], sinks[~special])
         if on_batch is not None:
             on_batch(done)
 
@@ -166,6 +174,7 @@ def _replacement_row(v: _Variant, clean: _Sums, zero: _Sums, mean: _Sums) -> Rep
         ce_recovered_mean=recovered(mean.ce / tokens, ce, ce_clean),
         kl=v.sums.kl / tokens,
         tokens=tokens,
+        sinks=v.sums.sinks,
     )
 
 
@@ -223,15 +232,28 @@ def _put_constant(value: Tensor, special: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda stream: torch.where(keep, stream, value.to(stream.dtype))
 
 
+def _sinks(rules: Sequence[SinkRule], xs: Sequence[Tensor], special: Tensor) -> Tensor:
+    """`[B, T]` bool: sinks by any of the rules, from streams `[B, T, D]`; special tokens are
+    none."""
+    found = torch.zeros_like(special)
+    for rule in rules:
+        found |= rule.anywhere(xs).to(found.device)
+    return found & ~special
+
+
 def _mean_activations(
-    lm: HookedLM, points: Sequence[HookPoint], batches: Sequence[Tensor]
+    lm: HookedLM,
+    points: Sequence[HookPoint],
+    batches: Sequence[Tensor],
+    rules: Sequence[SinkRule],
 ) -> list[Tensor]:
-    """`[D]` per point: the mean over the evaluated tokens."""
+    """`[D]` per point: the mean over the evaluated tokens that are no sinks."""
     sums = [torch.zeros(lm.d_model, dtype=torch.float64, device=lm.device) for _ in points]
     count = 0
     for ids in batches:
-        keep = ~lm.is_special(ids)
         captured = lm.capture(ids, points)
+        special = lm.is_special(ids)
+        keep = ~(special | _sinks(rules, [captured[point] for point in points], special))
         for total, point in zip(sums, points, strict=True):
             total += captured[point][keep].double().sum(0)
         count += int(keep.sum())
@@ -246,6 +268,8 @@ class _Reconstruction:
         self.loop = loop
         layers = range(method.stack.n_layers)
         self.stream = [VarianceUnexplained() for _ in layers]
+        self.with_sinks = [VarianceUnexplained() for _ in layers]
+        self.sinks = 0
         self.target = [VarianceUnexplained() for _ in layers]
         self.active = [0 for _ in layers]
         self.fired = [
@@ -255,10 +279,19 @@ class _Reconstruction:
             for i in layers
         ]
 
-    def add(self, xs: Sequence[Tensor]) -> None:
+    def add(self, xs: Sequence[Tensor], sinks: Tensor) -> None:
+        """Add L streams `[N, D]`, of which the tokens `sinks [N]` are sinks."""
         stack = self.method.stack
         loop = self.loop or Loop.OPEN
         x_hats, codes = stack(xs, loop=loop)
+        for x, x_hat, sums in zip(xs, x_hats, self.with_sinks, strict=True):
+            sums.add(x, x_hat)
+        found = int(sinks.sum())
+        if found:
+            self.sinks += found
+            kept = ~sinks
+            xs, x_hats = [x[kept] for x in xs], [x_hat[kept] for x_hat in x_hats]
+            codes = [SparseCode(*(part[kept] for part in code)) for code in codes]
         for layer, x in enumerate(xs):
             self.stream[layer].add(x, x_hats[layer])
             if not isinstance(stack, ReSAE):
@@ -286,6 +319,8 @@ class _Reconstruction:
                     fvu_target=None if fired is None else self.target[layer].fvu(),
                     l0=self.active[layer] / self.stream[layer].count,
                     dead_fraction=None if fired is None else float((~fired).double().mean()),
+                    fvu_with_sinks=self.with_sinks[layer].fvu(),
+                    sinks=self.sinks,
                 )
             )
         return rows

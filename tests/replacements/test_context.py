@@ -343,7 +343,7 @@ def test_left_padded_rows_are_generated_as_they_are_alone(either, cache):
     with replacement(either, tiny.stack(either)) as active:
         batch = greedy(either, ids, new_tokens, attention_mask=mask, **options)
         for count in active.counts:
-            assert count.prefill == (1, sum(lengths), 3 * 12 - sum(lengths))
+            assert count.prefill == (1, sum(lengths), 3 * 12 - sum(lengths), 0)
             assert count.decode.calls == new_tokens - 1
         for row, length in enumerate(lengths):
             alone = greedy(either, ids[row : row + 1, 12 - length :], new_tokens, **options)
@@ -672,7 +672,7 @@ def test_a_replacement_made_in_inference_mode_counts_outside_it(neox):
     results = [*in_threads([run]), run()]
     active.remove()
     assert results == [None, None]
-    assert active.counts[0].prefill == (4, 4 * ids.numel(), 0)
+    assert active.counts[0].prefill == (4, 4 * ids.numel(), 0, 0)
     assert active.edits.changed[tiny.NAMES[0]] == 4 * 3 * ids.numel()
 
 
@@ -1144,8 +1144,8 @@ def test_what_a_replacement_did_not_do_is_named(neox):
         neox.logits(ids[:, 1:2])
         active.assert_replaced(decode_steps=2)
     count = active.counts[0]
-    assert count.prefill == (2, 4, 8)
-    assert count.decode == (2, 1, 1)
+    assert count.prefill == (2, 4, 8, 0)
+    assert count.decode == (2, 1, 1, 0)
     assert (count.calls, count.replaced, count.skipped) == (4, 5, 9)
 
 
