@@ -208,7 +208,7 @@ class Replacement:
         if not settings.replace_special:
             self._special = torch.tensor(lm.special_ids, dtype=torch.int64, device=lm.device)
         self._special_ids = frozenset(lm.special_ids)
-        self._sinks = None if replace_special else stack.sinks
+        self._sinks = None if settings.replace_special else stack.sinks
         self._in_force = ExitStack()
         self._no_grad = ExitStack()
         self._removed = False
