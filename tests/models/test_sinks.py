@@ -297,6 +297,7 @@ def test_training_leaves_sinks_out_and_records_the_rule(lm, tmp_path, caplog):
         batch_tokens=128,
         buffer_tokens=512,
         calibration_tokens=1024,
+        buffer_dtype="float32",
         sink_factor=1.05,
         out=str(tmp_path / "run"),
     )

@@ -688,7 +688,7 @@ def test_a_compiled_model_is_shared_by_threads(neox):
         assert not isinstance(result, Exception), result
         for one in result:
             torch.testing.assert_close(one, right, atol=1e-4, rtol=1e-4)
-    assert [count.prefill for count in active.counts] == [(20, 320, 0)] * 3
+    assert [count.prefill for count in active.counts] == [(20, 320, 0, 0)] * 3
 
 
 def test_one_decode_loop_writes_one_text_at_a_time(neox):
@@ -822,7 +822,7 @@ def test_a_replacement_compiles_into_one_graph_and_counts_in_it(either):
                 out = compiled(ids, use_cache=False).logits
             torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     left = int(either.is_special(ids).sum())
-    assert [c.prefill for c in active.counts] == [(4, 4 * (ids.numel() - left), 4 * left)] * 3
+    assert [c.prefill for c in active.counts] == [(4, 4 * (ids.numel() - left), 4 * left, 0)] * 3
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, clean)
 
