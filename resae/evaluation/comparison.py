@@ -8,7 +8,8 @@ Ablations put zero, or the mean activation, at the same tokens of
 the same layers as the replacement they are compared with.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,11 +22,10 @@ from resae.evaluation.metrics import (
     HISTOGRAM_EDGES,
     VarianceUnexplained,
     cosine_histogram,
-    cross_entropy,
-    kl_divergence,
     recovered,
     redundancy,
 )
+from resae.evaluation.next_token import largest_difference, next_token_losses
 from resae.evaluation.rows import (
     Evaluation,
     HistogramRow,
@@ -35,9 +35,11 @@ from resae.evaluation.rows import (
 )
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
+from resae.models.restart import CleanPass, SharedPasses
 from resae.models.sinks import SinkRule
-from resae.replacements.context import replacement
-from resae.stack.stack import ReSAE
+from resae.models.unembedding import unembedding_of
+from resae.replacements.context import Replacement, replacement
+from resae.stack.stack import AffineOnly, ReSAE
 from resae_kernels import SparseCode
 
 
@@ -50,21 +52,62 @@ class _Sums:
     tokens: int = 0
     sinks: int = 0
 
-    def add(self, logits: Tensor, clean: Tensor, input_ids: Tensor, counted: Tensor) -> None:
-        self.ce += float(cross_entropy(logits, input_ids)[counted].double().sum())
-        self.kl += float(kl_divergence(clean, logits)[counted].double().sum())
-        self.tokens += int(counted.sum())
+    def add(self, ce: Tensor, kl: Tensor) -> None:
+        self.ce += float(ce.sum())
+        self.kl += float(kl.sum())
+        self.tokens += len(ce)
 
 
 @dataclass(frozen=True)
-class _Variant:
-    """One replaced way of running the model."""
+class _Replaced:
+    """A way of running the model: layers replaced by a stack."""
 
-    method: Method
+    stack: ReSAE | AffineOnly
     mode: Mode
     loop: Loop | None
     layers: tuple[str, ...]
     sums: _Sums = field(default_factory=_Sums)
+
+    @property
+    def overwrites(self) -> bool:
+        """Does the replacement of the last layer overwrite all earlier ones?"""
+        return self.mode == Mode.TEACHER_FORCED
+
+    def active(
+        self, lm: HookedLM, clean: CleanPass, left_alone: Tensor
+    ) -> AbstractContextManager[Replacement]:
+        del left_alone  # the stack's own rule
+        options: dict[str, Any] = {"mode": self.mode, "loop": self.loop or "open"}
+        if self.mode != Mode.ONLINE:
+            options["clean"] = clean.streams
+        return replacement(lm, self.stack, layers=self.layers, **options)
+
+
+@dataclass(frozen=True)
+class _Ablated:
+    """A way of running the model: constants at the tokens of layers that are not left alone."""
+
+    constants: Mapping[HookPoint, Tensor]
+    """`[D]` per layer."""
+    layers: tuple[str, ...]
+    sums: _Sums = field(default_factory=_Sums)
+    overwrites: bool = True
+
+    def active(
+        self, lm: HookedLM, clean: CleanPass, left_alone: Tensor
+    ) -> AbstractContextManager[None]:
+        del clean
+        return lm.replacing(
+            {point: _put_constant(value, left_alone) for point, value in self.constants.items()}
+        )
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One replaced way of running the model, of a method."""
+
+    method: Method
+    run: _Replaced
 
 
 def evaluate(
@@ -75,6 +118,10 @@ def evaluate(
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Measure every method on the same token batches `[B, T]`; all stacks at the same hook points.
+
+    Passes start at the first layer that they replace, and at the last one where that overwrites the
+    others (`resae.models.restart`). Logits are made and compared in blocks of the vocabulary
+    (`resae.evaluation.next_token`); what the head reads is kept of every pass over one batch.
 
     Args:
         batches: held-out rows, kept in memory (tokens only).
@@ -89,46 +136,29 @@ def evaluate(
     names = _common_layers(lm, methods)
     points = lm.hook_points(names)
     variants = _variants(methods, tuple(names))
-    layer_sets = sorted({v.layers for v in variants})
     rules = [m.stack.sinks for m in methods if m.stack.sinks is not None]
-    means = _mean_activations(lm, points, batches, rules)
-    ablated = {(kind, layers): _Sums() for layers in layer_sets for kind in ("zero", "mean")}
+    zero, mean = _ablations(
+        points,
+        _mean_activations(lm, points, batches, rules),
+        {v.run.layers for v in variants},
+    )
     reconstructions = [_Reconstruction(m, loop) for m in methods for loop in m.loops]
-    clean_sums = _Sums()
-
-    for done, ids in enumerate(batches, start=1):
-        special = lm.is_special(ids)
-        counted = ~special[:, :-1]
-        captured = lm.capture(ids, points)
-        xs = [captured[point] for point in points]
-        sinks = _sinks(rules, xs, special)
-        clean = lm.logits(ids)
-        clean_sums.add(clean, clean, ids, counted)
-        for (kind, layers), sums in ablated.items():
-            constants = [m if kind == "mean" else torch.zeros_like(m) for m in means]
-            put = {
-                p: _put_constant(value, special | sinks)
-                for p, value in zip(points, constants, strict=True)
-                if p.name in layers
-            }
-            sums.add(lm.replace(ids, put), clean, ids, counted)
-        for v in variants:
-            options: dict[str, Any] = {"mode": v.mode, "loop": v.loop or "open", "layers": v.layers}
-            if v.mode != "online":
-                options["clean"] = xs
-            with replacement(lm, v.method.stack, **options) as active:
-                v.sums.add(lm.logits(ids), clean, ids, counted)
-            v.sums.sinks += active.counts[-1].sinks
-        with torch.no_grad():
-            for r in reconstructions:
-                r.add([x[~special].float() for x in xs], sinks[~special])
+    passes = _Passes(SharedPasses(lm, points, batches[0][:1]), rules)
+    runs = [*zero.values(), *mean.values(), *(v.run for v in variants)]
+    for done, batch in enumerate(batches, start=1):
+        for ids in _alike(lm, batch):
+            clean, special = passes.measure(ids, runs), lm.is_special(ids)
+            sinks = _sinks(rules, clean.streams, special)
+            with torch.no_grad():
+                for r in reconstructions:
+                    r.add([x[~special].float() for x in clean.streams], sinks[~special])
         if on_batch is not None:
             on_batch(done)
 
     compared = [(m, W_dec) for m in methods if len(W_dec := _dictionaries(m)) > 1]
     return Evaluation(
         replacement=[
-            _replacement_row(v, clean_sums, ablated["zero", v.layers], ablated["mean", v.layers])
+            _replacement_row(v, passes.clean, zero[v.run.layers].sums, mean[v.run.layers].sums)
             for v in variants
         ],
         reconstruction=[row for r in reconstructions for row in r.rows()],
@@ -137,6 +167,81 @@ def evaluate(
             HistogramRow(m.name, m.k, HISTOGRAM_EDGES, cosine_histogram(W)) for m, W in compared
         ],
     )
+
+
+class _Passes:
+    """Measures ways of running a model on batches, and the model as it is."""
+
+    def __init__(self, shared: SharedPasses, rules: Sequence[SinkRule]):
+        self._shared = shared
+        self._rules = rules
+        self.clean = _Sums()
+
+    def measure(self, ids: Tensor, runs: Sequence[_Replaced | _Ablated]) -> CleanPass:
+        """Run `ids [B, T]` unchanged and in every way, and add the losses to `sums`."""
+        lm, unembedding = self._shared.lm, self._shared.unembedding
+        special = lm.is_special(ids)
+        counted = ~special[:, :-1]
+        clean = self._shared.clean(ids)
+        left_alone = special | _sinks(self._rules, clean.streams, special)
+        # One that is left alone behind replaced ones keeps what it read of them.
+        overwritten = not _left_alone_inside(left_alone).any()
+        targets = ids[:, 1:][counted]
+
+        def final(run: _Replaced | _Ablated) -> Tensor:
+            overwrites = run.overwrites and overwritten
+            start = self._shared.start(lm.hook_points(run.layers), overwrites=overwrites)
+            with run.active(lm, clean, left_alone) as active:
+                ended = _at(counted, self._shared.final(clean, start))
+            if active is not None:
+                run.sums.sinks += max(count.sinks for count in active.counts)
+            return ended
+
+        unchanged = _at(counted, clean.final)
+        targets = targets.to(unchanged.device)
+        at_once = len(runs) if unembedding.path is not None else 1  # whole logits: one pass's
+        for i in range(0, len(runs), at_once):
+            now = runs[i : i + at_once]
+            losses = next_token_losses(unembedding, [unchanged, *map(final, now)], targets)
+            if i == 0:
+                self.clean.add(losses.ce[0], losses.kl[0])
+            for run, ce, kl in zip(now, losses.ce[1:], losses.kl[1:], strict=True):
+                run.sums.add(ce, kl)
+        return clean
+
+
+def _at(counted: Tensor, final: Tensor) -> Tensor:
+    """`[n, D]` of `final [B, T, D]` at the evaluated positions `counted [B, T−1]`."""
+    return final[:, :-1][counted.to(final.device)]
+
+
+def _left_alone_inside(left_alone: Tensor) -> Tensor:
+    """`[B]` bool of `left_alone [B, T]`: is there such a token behind one that is replaced?"""
+    return (left_alone[:, 1:] & ~left_alone[:, :-1]).any(1)
+
+
+def _alike(lm: HookedLM, batch: Tensor) -> Generator[Tensor]:
+    """The rows of a batch without special tokens behind others, and those with such; either of them
+    only if there are any."""
+    inside = _left_alone_inside(lm.is_special(batch))
+    for rows in (batch[~inside], batch[inside]):
+        if len(rows):
+            yield rows
+
+
+def _ablations(
+    points: Sequence[HookPoint], means: Sequence[Tensor], layer_sets: set[tuple[str, ...]]
+) -> tuple[dict[tuple[str, ...], _Ablated], dict[tuple[str, ...], _Ablated]]:
+    """Per set of layers zero and mean ablation of it."""
+
+    def ablations(constants: Sequence[Tensor]) -> dict[tuple[str, ...], _Ablated]:
+        pairs = list(zip(points, constants, strict=True))
+        return {
+            layers: _Ablated({p: value for p, value in pairs if p.name in layers}, layers)
+            for layers in sorted(layer_sets)
+        }
+
+    return ablations([torch.zeros_like(m) for m in means]), ablations(means)
 
 
 def _common_layers(lm: HookedLM, methods: Sequence[Method]) -> list[str]:
@@ -153,68 +258,75 @@ def _common_layers(lm: HookedLM, methods: Sequence[Method]) -> list[str]:
 
 
 def _replacement_row(v: _Variant, clean: _Sums, zero: _Sums, mean: _Sums) -> ReplacementRow:
-    stack, tokens = v.method.stack, v.sums.tokens
-    ce, ce_clean = v.sums.ce / tokens, clean.ce / clean.tokens
+    stack, run, tokens = v.method.stack, v.run, v.run.sums.tokens
+    ce, ce_clean = run.sums.ce / tokens, clean.ce / clean.tokens
     if ce != ce:
         raise ValueError(
-            f"evaluate: cross-entropy of {v.method.name} ({v.mode}) is NaN; the stack or the "
+            f"evaluate: cross-entropy of {v.method.name} ({run.mode}) is NaN; the stack or the "
             f"model's activations hold NaN"
         )
     return ReplacementRow(
         method=v.method.name,
-        loop=None if v.loop is None else str(v.loop),
-        mode=str(v.mode),
-        layers=list(v.layers),
+        loop=None if run.loop is None else str(run.loop),
+        mode=str(run.mode),
+        layers=list(run.layers),
         k=v.method.k,
-        active_total=stack.upstream_l0(stack.hook_points.index(v.layers[-1])),
+        active_total=stack.upstream_l0(stack.hook_points.index(run.layers[-1])),
         ce_clean=ce_clean,
         ce=ce,
         delta_ce=ce - ce_clean,
         ce_recovered_zero=recovered(zero.ce / tokens, ce, ce_clean),
         ce_recovered_mean=recovered(mean.ce / tokens, ce, ce_clean),
-        kl=v.sums.kl / tokens,
+        kl=run.sums.kl / tokens,
         tokens=tokens,
-        sinks=v.sums.sinks,
+        sinks=run.sums.sinks,
     )
 
 
 def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str, float]:
     """ΔCE of replacing all layers on token batches `[B, T]`, closed loop, in nats per token: modes
     `online` and `teacher_forced`, equal to the rows of `evaluate`."""
-    sums: dict[str, _Sums] = {"clean": _Sums(), "online": _Sums(), "teacher_forced": _Sums()}
-    for ids in batches:
-        ids = ids.to(lm.device)
-        counted = ~lm.is_special(ids)[:, :-1]
-        clean = lm.logits(ids)
-        sums["clean"].add(clean, clean, ids, counted)
-        modes = (Mode.ONLINE, Mode.TEACHER_FORCED)
-        for mode in modes:
-            with replacement(lm, stack, mode=mode, loop="closed"):
-                sums[mode].add(lm.logits(ids), clean, ids, counted)
-    ce = {name: s.ce / max(1, s.tokens) for name, s in sums.items()}
-    return {name: ce[name] - ce["clean"] for name in ("online", "teacher_forced")}
+    layers = tuple(stack.hook_points)
+    modes = (Mode.ONLINE, Mode.TEACHER_FORCED)
+    runs = [_Replaced(stack, mode, Loop.CLOSED, layers) for mode in modes]
+    batches = [batch.to(lm.device) for batch in batches]
+    if not batches:
+        return {str(mode): 0.0 for mode in modes}
+    rules = [] if stack.sinks is None else [stack.sinks]
+    passes = _Passes(SharedPasses(lm, lm.hook_points(layers), batches[0][:1]), rules)
+    for batch in batches:
+        for ids in _alike(lm, batch):
+            passes.measure(ids, runs)
+    ce = [run.sums.ce - passes.clean.ce for run in runs]
+    return {
+        str(mode): loss / max(1, passes.clean.tokens) for mode, loss in zip(modes, ce, strict=True)
+    }
 
 
 def collapse_difference(lm: HookedLM, stack: ReSAE, input_ids: Tensor) -> float:
     """Largest difference between the logits with all layers replaced teacher-forced and with the
     last one alone, special tokens included: 0, since the last replacement overwrites the others.
+    Both passes are whole.
 
     (With special tokens left alone it is only nearly 0: a separator inside a row is not
     overwritten, and carries on what it read from replaced tokens.)
     """
-    logits = []
+    input_ids = input_ids.to(lm.device)
+    unembedding = unembedding_of(lm, input_ids)
+    finals = []
     for layers in (None, stack.hook_points[-1:]):
         with replacement(
             lm, stack, mode="teacher_forced", loop="open", layers=layers, replace_special=True
         ):
-            logits.append(lm.logits(input_ids.to(lm.device)))
-    return float((logits[0] - logits[1]).abs().max())
+            finals.append(unembedding.final(input_ids).flatten(0, 1))
+    return largest_difference(unembedding, *finals)
 
 
 def forward_passes(methods: Sequence[Method]) -> int:
-    """Number of forward passes that `evaluate` makes over each batch."""
+    """Number of forward passes that `evaluate` makes over each batch, most of them started at a
+    replaced layer."""
     variants = _variants(methods, tuple(methods[0].stack.hook_points))
-    return len(variants) + 2 * len({v.layers for v in variants}) + 3
+    return len(variants) + 2 * len({v.run.layers for v in variants}) + 2
 
 
 def _variants(methods: Sequence[Method], everything: tuple[str, ...]) -> list[_Variant]:
@@ -222,8 +334,9 @@ def _variants(methods: Sequence[Method], everything: tuple[str, ...]) -> list[_V
     variants = []
     for method in methods:
         for loop in method.loops:
-            variants += [_Variant(method, mode, loop, everything) for mode in modes]
-            variants += [_Variant(method, Mode.TEACHER_FORCED, loop, s) for s in method.subsets]
+            cases = [(mode, everything) for mode in modes]
+            cases += [(Mode.TEACHER_FORCED, subset) for subset in method.subsets]
+            variants += [_Variant(method, _Replaced(method.stack, m, loop, s)) for m, s in cases]
     return variants
 
 
