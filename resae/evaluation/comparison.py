@@ -30,6 +30,7 @@ from resae.evaluation.rows import (
     ReconstructionRow,
     RedundancyRow,
     ReplacementRow,
+    RowSums,
 )
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
@@ -44,9 +45,15 @@ class _Sums:
     ce: float = 0.0
     kl: float = 0.0
     tokens: int = 0
+    row_ce: list[float] = field(default_factory=list)
+    row_tokens: list[int] = field(default_factory=list)
 
     def add(self, logits: Tensor, clean: Tensor, input_ids: Tensor, counted: Tensor) -> None:
-        self.ce += float(cross_entropy(logits, input_ids)[counted].double().sum())
+        nats = cross_entropy(logits, input_ids).double()
+        of_rows = nats.where(counted, 0.0).sum(1)
+        self.row_ce += of_rows.tolist()
+        self.row_tokens += counted.sum(1).tolist()
+        self.ce += float(of_rows.sum())
         self.kl += float(kl_divergence(clean, logits)[counted].double().sum())
         self.tokens += int(counted.sum())
 
@@ -128,6 +135,10 @@ def evaluate(
         redundancy_histogram=[
             HistogramRow(m.name, m.k, HISTOGRAM_EDGES, cosine_histogram(W)) for m, W in compared
         ],
+        row_sums=[
+            RowSums(None, None, None, [], clean_sums.row_ce, clean_sums.row_tokens),
+            *(_row_sums(v) for v in variants),
+        ],
     )
 
 
@@ -167,6 +178,12 @@ def _replacement_row(v: _Variant, clean: _Sums, zero: _Sums, mean: _Sums) -> Rep
         kl=v.sums.kl / tokens,
         tokens=tokens,
     )
+
+
+def _row_sums(v: _Variant) -> RowSums:
+    loop = None if v.loop is None else str(v.loop)
+    sums = v.sums
+    return RowSums(v.method.name, loop, str(v.mode), list(v.layers), sums.row_ce, sums.row_tokens)
 
 
 def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str, float]:
