@@ -32,6 +32,7 @@ from resae.evaluation.rows import (
     ReconstructionRow,
     RedundancyRow,
     ReplacementRow,
+    RowSums,
 )
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
@@ -51,11 +52,22 @@ class _Sums:
     kl: float = 0.0
     tokens: int = 0
     sinks: int = 0
+    rows: dict[int, tuple[float, int]] = field(default_factory=dict)
+    """Number of a row → cross-entropy and positions."""
 
-    def add(self, ce: Tensor, kl: Tensor) -> None:
+    def add(self, rows: Sequence[int], positions: Sequence[int], ce: Tensor, kl: Tensor) -> None:
+        """Add these rows, of which `ce` and `kl` have the evaluated positions one after another."""
+        of_rows = [float(part.sum()) for part in ce.split(list(positions))]
+        self.rows |= dict(zip(rows, zip(of_rows, positions, strict=True), strict=True))
         self.ce += float(ce.sum())
         self.kl += float(kl.sum())
         self.tokens += len(ce)
+
+    @property
+    def per_row(self) -> tuple[list[float], list[int]]:
+        """Cross-entropy and positions of every row, in their order."""
+        in_order = [self.rows[row] for row in sorted(self.rows)]
+        return [ce for ce, _ in in_order], [positions for _, positions in in_order]
 
 
 @dataclass(frozen=True)
@@ -146,8 +158,9 @@ def evaluate(
     passes = _Passes(SharedPasses(lm, points, batches[0][:1]), rules)
     runs = [*zero.values(), *mean.values(), *(v.run for v in variants)]
     for done, batch in enumerate(batches, start=1):
-        for ids in _alike(lm, batch):
-            clean, special = passes.measure(ids, runs), lm.is_special(ids)
+        for part in _alike(lm, batch):
+            ids = batch[part]
+            clean, special = passes.measure(batch, part, runs), lm.is_special(ids)
             sinks = _sinks(rules, clean.streams, special)
             with torch.no_grad():
                 for r in reconstructions:
@@ -166,6 +179,10 @@ def evaluate(
         redundancy_histogram=[
             HistogramRow(m.name, m.k, HISTOGRAM_EDGES, cosine_histogram(W)) for m, W in compared
         ],
+        row_sums=[
+            RowSums(None, None, None, [], *passes.clean.per_row),
+            *(_row_sums(v) for v in variants),
+        ],
     )
 
 
@@ -176,9 +193,14 @@ class _Passes:
         self._shared = shared
         self._rules = rules
         self.clean = _Sums()
+        self._rows_before = 0
 
-    def measure(self, ids: Tensor, runs: Sequence[_Replaced | _Ablated]) -> CleanPass:
-        """Run `ids [B, T]` unchanged and in every way, and add the losses to `sums`."""
+    def measure(
+        self, batch: Tensor, part: Tensor, runs: Sequence[_Replaced | _Ablated]
+    ) -> CleanPass:
+        """Run the rows `part` of a batch `[B, T]` unchanged and in every way, and add the losses to
+        `sums`. The next batch begins when all rows have been run."""
+        ids = batch[part]
         lm, unembedding = self._shared.lm, self._shared.unembedding
         special = lm.is_special(ids)
         counted = ~special[:, :-1]
@@ -187,6 +209,8 @@ class _Passes:
         # One that is left alone behind replaced ones keeps what it read of them.
         overwritten = not _left_alone_inside(left_alone).any()
         targets = ids[:, 1:][counted]
+        rows = [self._rows_before + row for row in part.tolist()]
+        positions = counted.sum(1).tolist()
 
         def final(run: _Replaced | _Ablated) -> Tensor:
             overwrites = run.overwrites and overwritten
@@ -204,9 +228,11 @@ class _Passes:
             now = runs[i : i + at_once]
             losses = next_token_losses(unembedding, [unchanged, *map(final, now)], targets)
             if i == 0:
-                self.clean.add(losses.ce[0], losses.kl[0])
+                self.clean.add(rows, positions, losses.ce[0], losses.kl[0])
             for run, ce, kl in zip(now, losses.ce[1:], losses.kl[1:], strict=True):
-                run.sums.add(ce, kl)
+                run.sums.add(rows, positions, ce, kl)
+        if len(self.clean.rows) == self._rows_before + len(batch):
+            self._rows_before += len(batch)
         return clean
 
 
@@ -221,10 +247,11 @@ def _left_alone_inside(left_alone: Tensor) -> Tensor:
 
 
 def _alike(lm: HookedLM, batch: Tensor) -> Generator[Tensor]:
-    """The rows of a batch without special tokens behind others, and those with such; either of them
-    only if there are any."""
+    """Numbers of the rows of a batch without special tokens behind others, and of those with such;
+    either of them only if there are any."""
     inside = _left_alone_inside(lm.is_special(batch))
-    for rows in (batch[~inside], batch[inside]):
+    for chosen in (~inside, inside):
+        rows = chosen.nonzero().squeeze(1)
         if len(rows):
             yield rows
 
@@ -283,6 +310,12 @@ def _replacement_row(v: _Variant, clean: _Sums, zero: _Sums, mean: _Sums) -> Rep
     )
 
 
+def _row_sums(v: _Variant) -> RowSums:
+    run = v.run
+    loop = None if run.loop is None else str(run.loop)
+    return RowSums(v.method.name, loop, str(run.mode), list(run.layers), *run.sums.per_row)
+
+
 def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str, float]:
     """ΔCE of replacing all layers on token batches `[B, T]`, closed loop, in nats per token: modes
     `online` and `teacher_forced`, equal to the rows of `evaluate`."""
@@ -295,8 +328,8 @@ def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str,
     rules = [] if stack.sinks is None else [stack.sinks]
     passes = _Passes(SharedPasses(lm, lm.hook_points(layers), batches[0][:1]), rules)
     for batch in batches:
-        for ids in _alike(lm, batch):
-            passes.measure(ids, runs)
+        for part in _alike(lm, batch):
+            passes.measure(batch, part, runs)
     ce = [run.sums.ce - passes.clean.ce for run in runs]
     return {
         str(mode): loss / max(1, passes.clean.tokens) for mode, loss in zip(modes, ce, strict=True)

@@ -97,6 +97,25 @@ class HistogramRow(DictionaryRow):
 
 
 @dataclass(frozen=True)
+class RowSums:
+    """Cross-entropy of every evaluated row `[T]` in one way of running the model: what intervals
+    are computed from."""
+
+    method: str | None
+    """Name of the method; None: the unchanged model."""
+    loop: str | None
+    """`open` or `closed`; None where both agree."""
+    mode: str | None
+    """`online`, `teacher_forced` or `error_added`; None: the unchanged model."""
+    layers: list[str]
+    """Hook points that were replaced."""
+    ce: list[float]
+    """Nats per row, summed over its evaluated positions."""
+    tokens: list[int]
+    """Evaluated positions of each row."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Tables of one evaluation."""
 
@@ -108,10 +127,14 @@ class Evaluation:
     """Per method with several dictionaries."""
     redundancy_histogram: list[HistogramRow]
     """Per method with several dictionaries."""
+    row_sums: list[RowSums]
+    """Of the unchanged model, then per row of `replacement`; not in report.json."""
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """The tables as lists of dictionaries, as in report.json."""
-        return asdict(self)
+        tables = asdict(self)
+        del tables["row_sums"]
+        return tables
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def batches():
 
 
 @pytest.fixture(scope="module")
-def report(lm, batches):
+def evaluation(lm, batches):
     stack = tiny.stack(lm)
     methods = [
         Method("raw", tiny.stack(lm, "none"), 4, subsets=((tiny.NAMES[-1],),)),
@@ -41,7 +41,12 @@ def report(lm, batches):
         Method("exact", tiny.exact_stack(lm), 64),
         Method("affine_only", AffineOnly(stack), None),
     ]
-    return evaluate(lm, methods, batches).to_dict()
+    return evaluate(lm, methods, batches)
+
+
+@pytest.fixture(scope="module")
+def report(evaluation):
+    return evaluation.to_dict()
 
 
 def one(rows, **wanted):
@@ -65,6 +70,21 @@ def test_every_method_is_measured_in_every_mode_and_loop(report):
     }
     expected |= {("affine_only", mode, None, 3) for mode in modes}
     assert cases == expected
+
+
+def test_sums_of_single_rows_are_those_of_the_row_alone(lm, batches, evaluation):
+    clean, *replaced = evaluation.row_sums
+    assert clean.method is None
+    third = batches[1][:1]  # with a special token inside: not counted
+    (alone,) = evaluate(
+        lm, [Method("affine_only", AffineOnly(tiny.stack(lm)), None)], [third]
+    ).row_sums[:1]
+    assert clean.tokens == [10, 10, 9, 10, 10, 10]
+    assert clean.ce[2] == pytest.approx(alone.ce[0])
+    assert alone.tokens == [9]
+    for sums, row in zip(replaced, evaluation.replacement, strict=True):
+        assert (sums.method, sums.loop, sums.mode) == (row.method, row.loop, row.mode)
+        assert sum(sums.ce) / sum(sums.tokens) == pytest.approx(row.ce)
 
 
 def test_numbers_are_those_of_a_computation_by_hand(lm, batches, report):
