@@ -6,7 +6,7 @@ its gradient, and an error h − x̂ its product with the gradient of the stream
 (attribution patching; sparse feature circuits, arXiv 2403.19647).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -27,9 +27,9 @@ class LatentGradients(NamedTuple):
     code: SparseCode
     """`[B, T, k]`"""
     gradient: Tensor
-    """`[B, T, k]`, of the metric with respect to the acts; 0 at special tokens."""
+    """`[B, T, k]`, of the metric with respect to the acts; 0 at special and sink tokens."""
     error_attribution: Tensor
-    """`[B, T]`, ⟨h − x̂, gradient of the stream⟩; 0 at special tokens."""
+    """`[B, T]`, ⟨h − x̂, gradient of the stream⟩; 0 at special and sink tokens."""
 
     @property
     def attribution(self) -> Tensor:
@@ -100,13 +100,28 @@ def latent_gradients(
     with torch.no_grad():
         detached = [SparseCode(codes[n].acts.detach(), codes[n].indices) for n in names]
         x_hats = stack.decode(detached)
-        special = lm.is_special(input_ids)
+        left_alone = _left_alone(lm, stack, input_ids, [before[name] for name in names])
         gradients = []
-        for name, code, gradient, stream, x_hat in zip(
-            names, detached, acts, streams, x_hats, strict=True
+        for name, code, gradient, stream, x_hat, left in zip(
+            names, detached, acts, streams, x_hats, left_alone, strict=True
         ):
-            error = (before[name].to(x_hat) - x_hat) * stream.to(x_hat)
-            gradients.append(
-                LatentGradients(name, code, gradient, error.sum(-1).masked_fill(special, 0))
-            )
+            error = ((before[name].to(x_hat) - x_hat) * stream.to(x_hat)).sum(-1)
+            error = error.masked_fill(left.to(error.device), 0)
+            gradients.append(LatentGradients(name, code, gradient, error))
     return gradients
+
+
+def _left_alone(
+    lm: HookedLM, stack: ReSAE, input_ids: Tensor, streams: Sequence[Tensor]
+) -> list[Tensor]:
+    """Per layer `[B, T]` bool: tokens that replacement leaves alone there, as `replacement` says
+    of special and sink tokens."""
+    left = lm.is_special(input_ids)
+    if stack.sinks is None:
+        return [left] * len(streams)
+    left[:, 0] = True
+    of_layers = []
+    for layer, stream in enumerate(streams):
+        left = left | stack.sinks.at(layer, stream).to(left.device)
+        of_layers.append(left)
+    return of_layers

@@ -257,6 +257,7 @@ class _OnActivations:
         self.maps = self.begun.stack.predictor.to(device)
         self.inputs: Sequence[str] = config.layers
         self.scale = calibration.scale
+        self.sinks = calibration.sinks
         self.device = device
         self.ranks = ranks
 
@@ -277,6 +278,7 @@ class _OnActivations:
             return None
         stack = copy.deepcopy(self.begun.stack)
         stack.rescale_(self.scale)
+        stack.sinks = self.sinks  # as they were, not scaled to and fro
         return stack
 
 

@@ -7,8 +7,9 @@ A *case* is an op at one shape and dtype. Every provider gets the same inputs an
 reference's answer before it is timed. Providers are timed in turns, one call each per round, so
 that a slow phase of the machine affects all of them; where an op scores every latent, the encoder
 GEMM alone is timed too. "× GEMM" is the time relative to it, "× peer" relative to the fastest
-peer, "ours ÷ it" our time relative to the row's: medians of the ratios of the rounds. Roofs are measured in the same process: copy bandwidth and the rate of a large GEMM; the roof
-of a case is the longer of the times of its least bytes and its least FLOPs. "Cold" empties the
+peer, "ours ÷ it" the time of our first provider relative to the row's: medians of the rounds'
+ratios. Roofs are measured in the same process: copy bandwidth and the rate of a large GEMM; the
+roof of a case is the longer of the times of its least bytes and its least FLOPs. "Cold" empties the
 last-level cache before each call, "hot" repeats the call for 10 ms before it is timed.
 """
 

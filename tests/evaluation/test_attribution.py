@@ -1,8 +1,11 @@
+from copy import deepcopy
+
 import pytest
 import tiny
 import torch
 
 from resae import HookedLM, latent_gradients, replacement
+from resae.models.sinks import SinkRule
 from resae_kernels import SparseCode
 
 
@@ -106,6 +109,22 @@ def test_frozen_weights_change_nothing_and_nothing_is_left_behind(neox):
     for layer in found:
         assert isinstance(layer.code, SparseCode)
         torch.testing.assert_close(layer.code.acts, codes[layer.hook_point].acts)
+
+
+def test_sink_tokens_that_are_left_alone_have_no_share(neox):
+    lm, stack, ids = neox
+    captured = lm.capture(ids, points := lm.hook_points(tiny.LAYERS))
+    norms = [captured[point].norm(dim=-1) for point in points]
+    ruled = deepcopy(stack)
+    largest = float(norms[1][1].max())
+    ruled.sinks = SinkRule((1e9, largest * 0.999, 1e9), 1.0)
+    token = int(norms[1][1].argmax())
+    ruled_gradients = latent_gradients(lm, ruled, ids, metric)
+    for layer, gradients in enumerate(ruled_gradients):
+        zero = [bool((t[1, token] == 0).all()) for t in (gradients[2], gradients[3])]
+        assert zero == [layer > 0 or token == 0] * 2
+        assert not gradients.error_attribution[:, 0].any()
+        assert gradients.error_attribution.any()
 
 
 def test_what_is_no_scalar_is_refused(neox):
