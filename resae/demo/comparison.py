@@ -106,8 +106,6 @@ class DemoConfig:
             )
 
 
-LOW_RANK = 16
-"""The low-rank maps have a sixteenth of the width as rank."""
 BOOST_DOMAIN = "csrc"
 BOOST_K = 4
 
@@ -398,39 +396,18 @@ def _settings(
     lm: HookedLM,
     **further: Any,
 ) -> TrainConfig:
-    ks, L = config.k, len(names)
-    prefixes = tuple(sorted({max(1, ks[0] // 2), *ks, max(1, ks[-1] // 2)}))
-    factors = {"own": (1,) * L, "chain": tuple(range(1, L + 1)), "whole": (L,) * L}
-    weight = recipe.k_weight or (lambda *_: 1)
-    shares = _divided(L * k, [weight(i, L) for i in range(1, L + 1)])
-    return TrainConfig(
-        layers=names,
-        k=tuple(range(k, L * k + 1, k)) if recipe.k_grows else shares,
-        d_sae=tuple(config.d_sae * factor for factor in factors[recipe.dictionary]),
-        prefixes=prefixes if recipe.nested else None,
-        lr=recipe.lr,
-        predictor=recipe.predictor,
-        map_type=recipe.map_type,
-        rank=max(1, lm.d_model // LOW_RANK) if recipe.map_type == "low_rank" else None,
-        loop=recipe.loop,
-        shared=recipe.shared,
+    return recipe.settings(
+        names,
+        k,
+        config.d_sae,
+        d_model=lm.d_model,
+        ks=config.k,
         train_tokens=config.train_tokens * recipe.length,
         calibration_tokens=config.calibration_tokens,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
         **further,
     )
-
-
-def _divided(total: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """`total` in whole parts, at least 1 each and nearly in proportion to `weights`: one by one to
-    the part that is furthest below its share."""
-    exact = [total * weight / sum(weights) for weight in weights]
-    parts = [1] * len(weights)
-    for _ in range(total - len(weights)):
-        behind = [share - part for share, part in zip(exact, parts, strict=True)]
-        parts[behind.index(max(behind))] += 1
-    return tuple(parts)
 
 
 def _moments(xs: Sequence[torch.Tensor], config: DemoConfig) -> Moments:

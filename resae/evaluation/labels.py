@@ -22,6 +22,8 @@ _OF_METHOD = {
     "boost_base": "raw SAEs, one domain unseen",
     "boost": "SAE Boost",
     "resae_closed": "ReSAE trained in closed loop",
+    "identity_closed": "identity residual trained in closed loop",
+    "all_previous_closed": "all previous layers, trained in closed loop",
     "affine_only": "affine maps alone",
     "raw_matched": "raw SAEs, equal total and dictionary",
     "raw_wide": "raw SAEs, equal total, all latents in every layer",

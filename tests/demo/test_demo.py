@@ -7,7 +7,7 @@ import torch
 
 from resae import ReSAE
 from resae.cli import main
-from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, ProgressEstimate, _divided, run_demo
+from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, ProgressEstimate, run_demo
 from resae.demo.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
 from resae.report.page import write_report
 
@@ -195,19 +195,6 @@ def test_other_hook_points_have_the_four_methods_beside_each_other(everything):
         assert {r["method"] for r in rows} == {r.name for r in RECIPES}
         raw = next(r["delta_ce"] for r in rows if r["method"] == "raw")
         assert all(r["of_raw"] == r["delta_ce"] / raw for r in rows)
-
-
-@pytest.mark.parametrize(
-    ("total", "weights", "parts"),
-    [
-        (24, [1, 1 / 3, 1 / 5], (16, 5, 3)),
-        (12, [1, 1 / 3, 1 / 5], (8, 3, 1)),
-        (9, [1, 1], (5, 4)),
-        (6, [100, 1, 1], (4, 1, 1)),
-    ],
-)
-def test_active_latents_are_divided_to_the_last_one(total, weights, parts):
-    assert _divided(total, weights) == parts
 
 
 def test_the_boost_helps_where_it_was_trained_and_its_base_is_untouched(everything):

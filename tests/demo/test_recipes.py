@@ -1,3 +1,5 @@
+import pytest
+
 from resae.choices import MapType, PredictorKind
 from resae.demo.recipes import (
     ELSEWHERE,
@@ -7,6 +9,7 @@ from resae.demo.recipes import (
     LR_RECIPES,
     METHOD_GROUPS,
     RECIPES,
+    divided,
 )
 from resae.evaluation.labels import LABELS
 
@@ -21,3 +24,16 @@ def test_every_recipe_is_one_method_that_can_be_trained_and_has_a_label():
         assert recipe.predictor in tuple(PredictorKind)
         assert recipe.map_type in tuple(MapType)
         assert recipe.name in LABELS or recipe in LR_RECIPES  # the grid: a name says it all
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "parts"),
+    [
+        (24, [1, 1 / 3, 1 / 5], (16, 5, 3)),
+        (12, [1, 1 / 3, 1 / 5], (8, 3, 1)),
+        (9, [1, 1], (5, 4)),
+        (6, [100, 1, 1], (4, 1, 1)),
+    ],
+)
+def test_active_latents_aredivided_to_the_last_one(total, weights, parts):
+    assert divided(total, weights) == parts
