@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from resae.assets import TINY_PYTHIA
 from resae.models.detection import detect
@@ -317,6 +318,17 @@ class HookedLM:
                     stack.callback(add_function(*splice))
             yield
 
+    @contextmanager
+    def recomputed(self) -> Generator[None]:
+        """While inside, the backward computes every block anew, whose activations the forward does
+        not keep (gradient checkpointing), in whatever mode the model is. Functions at `resid_pre`
+        and `resid_post` run once, in the forward."""
+        with ExitStack() as stack:
+            for layer in range(self.n_layers):
+                path = f"{self.family.blocks}.{layer}"
+                stack.callback(add_function(self._root, path, "around", 0, _recomputed))
+            yield
+
     def _splices(
         self, point: HookPoint, function: Callable[[Tensor], Tensor | None]
     ) -> list[tuple[nn.Module, str, str, int, Callable[..., Any]]]:
@@ -429,6 +441,10 @@ class HookedLM:
         }
         with self.hooked(hooks):
             return self.logits(input_ids, **kwargs)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def type_name(value: object) -> str:

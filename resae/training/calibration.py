@@ -1,7 +1,7 @@
 """Measured before the first step: affine maps, scales and means."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,11 @@ class Calibration(NamedTuple):
     """RMS of each layer."""
     mean: list[Tensor]
     """L × `[D]`."""
+
+    def keeping_first(self) -> "Calibration":
+        """The same with the scale of the first layer rounded to a power of two, which brings an
+        autoencoder into units of training and back without changing a bit."""
+        return self._replace(scale=[power_of_two(self.scale[0]), *self.scale[1:]])
 
     def save(self, path: Path) -> None:
         scale = torch.tensor(self.scale, dtype=torch.float64)
@@ -59,7 +64,7 @@ def calibrate(
     return Calibration(
         fit_predictor(kind, moments, ridge=ridge, map_type=map_type, rank=rank),
         moments.scale(),
-        [moments.mean(layer).float() for layer in range(len(moments.sums))],
+        [moments.mean(layer).float() for layer in range(moments.n_layers)],
     )
 
 
@@ -68,19 +73,36 @@ def boost_calibration(base_stack: ReSAE, moments: Moments) -> Calibration:
     bring its weights into units of training and back without changing a bit."""
     return Calibration(
         base_stack.predictor,
-        [2.0 ** round(math.log2(s)) for s in moments.scale()],
-        [moments.mean(layer).float() for layer in range(len(moments.sums))],
+        [power_of_two(s) for s in moments.scale()],
+        [moments.mean(layer).float() for layer in range(moments.n_layers)],
     )
 
 
+def power_of_two(scale: float) -> float:
+    """The power of two nearest to a scale, by which weights are divided without changing a bit."""
+    return 2.0 ** round(math.log2(scale))
+
+
+Reconstruct = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""L activations `[N, D]` → L reconstructions of them."""
+
+
 def sum_moments(
-    kind: str, batches: Iterable[Sequence[Tensor]], *, tokens: int, d_in: int, n_layers: int
+    kind: str,
+    batches: Iterable[Sequence[Tensor]],
+    *,
+    tokens: int,
+    d_in: int,
+    n_layers: int,
+    reconstruct: Reconstruct | None = None,
 ) -> Moments:
-    """Moments of the first `tokens` tokens of `batches` of L activations `[N, D]`."""
-    moments = Moments(n_layers, d_in, kind)
+    """Moments of the first `tokens` tokens of `batches` of L activations `[N, D]`, and of their
+    reconstructions, if maps shall take these."""
+    moments = Moments(n_layers, d_in, kind, on_reconstructions=reconstruct is not None)
     for xs in batches:
         left = tokens - moments.count
-        moments.add([x[:left] for x in xs])
+        xs = [x[:left] for x in xs]
+        moments.add(xs, reconstruct(xs) if reconstruct else ())
         if moments.count >= tokens:
             break
     return moments

@@ -17,7 +17,7 @@ from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
 from resae.settings import current_names
 from resae.stack.fit import Moments
-from resae.training.calibration import Calibration, calibrate, sum_moments
+from resae.training.calibration import Calibration, Reconstruct, calibrate, sum_moments
 from resae.training.config import FITTED, RunConfig, TrainConfig
 from resae.training.distributed import Ranks
 from resae.training.runs import load_record
@@ -30,6 +30,7 @@ def measure_moments(
     config: TrainConfig,
     console: Console,
     ranks: Ranks,
+    reconstruct: Reconstruct | None = None,
 ) -> Moments:
     """Moments of the calibration tokens of all ranks."""
 
@@ -48,6 +49,7 @@ def measure_moments(
         tokens=-(-config.moment_tokens // ranks.size),
         d_in=lm.d_model,
         n_layers=len(points),
+        reconstruct=reconstruct,
     )
     ranks.all_reduce_moments_(moments)
     if moments.count < config.moment_tokens:
@@ -66,11 +68,16 @@ def fit_calibration(
     config: TrainConfig,
     console: Console,
     ranks: Ranks,
+    reconstruct: Reconstruct | None = None,
 ) -> tuple[Calibration, list[LayerPairRow]]:
     """The calibration by `batches` of L activations, and R² per pair of layers on those of held-out
     tokens, with the identity's for comparison; with several source layers also their shares. No R²
-    without a predictor (no held-out rows are read then) or if `unseen` is empty."""
-    moments = measure_moments(lm, points, batches, config, console, ranks)
+    without a predictor (no held-out rows are read then) or if `unseen` is empty.
+
+    Args:
+        reconstruct: gives the reconstructions that the maps take; None: they take activations.
+    """
+    moments = measure_moments(lm, points, batches, config, console, ranks, reconstruct)
     calibration = calibrate(
         config.predictor,
         moments,
@@ -87,7 +94,7 @@ def fit_calibration(
         compared.append(calibration.predictor)
     for maps in compared:
         shares = routing_shares(maps, moments)
-        for i, r2 in enumerate(r2_per_layer(maps, unseen)):
+        for i, r2 in enumerate(r2_per_layer(maps, unseen, reconstruct)):
             layer_pair = f"{points[i].name} → {points[i + 1].name}"
             method = predictor_name(maps.kind, maps.map_type)
             of_sources = None

@@ -29,7 +29,7 @@ from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
 from resae.stack.stack import ReSAE
 from resae.storage import is_unused, locked, save_json
-from resae.training.calibration import Calibration, boost_calibration
+from resae.training.calibration import Calibration, Reconstruct, boost_calibration
 from resae.training.checkpoints import resumed_config
 from resae.training.config import FITTED, FitConfig, RunConfig, TrainConfig
 from resae.training.distributed import SINGLE_PROCESS, Ranks
@@ -44,7 +44,7 @@ from resae.training.runs import (
     require_same_text,
     require_startable,
 )
-from resae.training.start import require_divisible
+from resae.training.start import kept_first, require_divisible
 from resae.training.watch import Watch
 
 Stopping = AbstractContextManager[Callable[[], bool]]
@@ -132,26 +132,75 @@ def fit_maps(
             raise ValueError(f"{out} exists and is not empty; choose another --out")
         device = find_device(config.device)
         console.log(f"device: {describe_device(device)}")
-        if not config.layers:
-            raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
         shapes = HookedLM.described(config.model, tokenizer=None, revision=config.revision)
-        points = shapes.hook_points(config.layers)
+        stack = _reconstructing(config, shapes)
+        layers = config.layers if stack is None else stack.hook_points
+        if not layers:
+            raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
+        points = shapes.hook_points(layers)
         fit = config.for_layers(tuple(point.name for point in points))
         require_rank(fit, shapes)
         rows, held_out = read_rows(config, shapes)
         lm = load_model(config.model, config.dtype, device, config.revision)
-        text = TrainedText()
-        batches = _captured(lm, rows.noted(text.add), points)
+        text = _text_of((("--on-reconstructions", config.on_reconstructions),), console)
+        noted = rows if text is None else rows.noted(text.add)
+        batches = _captured(lm, noted, points)
         unseen = _captured(lm, held_out, points)
+        reconstruct = None if stack is None else _reconstruct_by(stack.to(device))
         calibration, affine = fit_calibration(
-            lm, points, batches, unseen, fit, console, SINGLE_PROCESS
+            lm, points, batches, unseen, fit, console, SINGLE_PROCESS, reconstruct
         )
         calibration.save(out / "calibration.safetensors")
         table = [row.to_dict() for row in affine]
-        text.save(out)
+        if text is not None:
+            text.save(out)
         fitted = {name: getattr(fit, name) for name in ("layers", *FITTED, "seed")}
+        fitted["on_reconstructions"] = config.on_reconstructions
         save_json(out / "fit.json", record_of(config, rows, table, device, command) | fitted)
     return out
+
+
+def _reconstructing(config: FitConfig, shapes: HookedLM) -> ReSAE | None:
+    """The stack whose reconstructions the maps take; None: they take activations."""
+    if config.on_reconstructions is None:
+        return None
+    stack = ReSAE.load(config.on_reconstructions)
+    stack.require_model(shapes)
+    asked = [point.name for point in shapes.hook_points(config.layers)] if config.layers else None
+    if asked not in (None, stack.hook_points):
+        raise ValueError(
+            f"--on-reconstructions: {config.on_reconstructions} has layers "
+            f"{', '.join(stack.hook_points)}; leave --layers out"
+        )
+    return stack
+
+
+def _reconstruct_by(stack: ReSAE) -> Reconstruct:
+    """Reconstructions in closed loop, as replacement puts them in."""
+
+    @torch.no_grad()
+    def reconstruct(xs: Sequence[Tensor]) -> list[Tensor]:
+        return stack([x.to(stack.sae(0).b_dec) for x in xs], loop="closed").x_hats
+
+    return reconstruct
+
+
+def _text_of(earlier: Iterable[tuple[str, str | None]], console: Console) -> TrainedText | None:
+    """A record of text to begin with: that of earlier folders, by the option that names each; None
+    where one has no record."""
+    text = TrainedText()
+    for option, folder in earlier:
+        if folder is None:
+            continue
+        known = TrainedText.load(Path(folder))
+        if known is None:
+            console.log(
+                f"{option}: {folder} has no record of the text that it was fitted on, so that "
+                f"this run gets none: `resae eval` will not know which text is new to it"
+            )
+            return None
+        text.include(known)
+    return text
 
 
 def load_model(name: str, dtype: str, device: str, revision: str | None = None) -> HookedLM:
@@ -199,6 +248,8 @@ class _Pipeline:
             calibration, affine = self._calibrate(
                 lm, source, held_out, train_config, maps, base_stack
             )
+            if train_config.first_sae is not None:
+                calibration = calibration.keeping_first()
             self._begin(calibration, affine, train_config, rows, held_out, text, command)
         stack = self._train(lm, source, held_out, calibration, train_config, text, stopping)
         return Run(self.out, train_config, stack)
@@ -250,6 +301,8 @@ class _Pipeline:
             logging.warning(config.warning)
         require_rank(config, shapes)
         require_divisible(config, self.ranks)
+        if config.first_sae is not None:
+            kept_first(config, shapes.d_model)
         if self.config.resume:
             self.record = load_record(self.out / "run.json", "run")
             require_same_run(self.record, self.config, config, self.out)
@@ -267,19 +320,9 @@ class _Pipeline:
         """The record of the text of this run; None where that of an earlier part is not known."""
         if self.config.resume and self.calibrated.exists():
             return TrainedText.load(self.out, self.ranks.rank, self.ranks.size)
-        text = TrainedText()
-        for option, folder in (("--boost", self.config.boost), ("--maps", self.config.maps)):
-            if folder is None:
-                continue
-            earlier = TrainedText.load(Path(folder))
-            if earlier is None:
-                self.console.log(
-                    f"{option}: {folder} has no record of the text that it was fitted on, so that "
-                    f"this run gets none: `resae eval` will not know which text is new to it"
-                )
-                return None
-            text.include(earlier)
-        return text
+        first = self.config.first_sae and str(Path(self.config.first_sae).parent)
+        earlier = {"--boost": self.config.boost, "--maps": self.config.maps, "--first-sae": first}
+        return _text_of(earlier.items(), self.console)
 
     def _source(
         self, lm: HookedLM, rows: TokenRows, noted: TokenRows, config: TrainConfig
@@ -361,6 +404,11 @@ class _Pipeline:
         # memory for the whole training.
         if maps is not None:
             self.console.log(f"affine maps: those of {self.config.maps}")
+            if maps.record.get("on_reconstructions") and config.loop == "open":
+                self.console.log(
+                    "warning: these maps were fitted on reconstructions, and in the open loop they "
+                    "take activations; train with --loop closed"
+                )
             return maps.calibration, maps.record["affine"]
         points = self._points(lm)
         if base_stack is not None:

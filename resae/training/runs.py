@@ -81,6 +81,7 @@ OF_TRAINING = {
     "map_type": _TEXT,
     "rank": _WHOLE,
     "calibration_tokens": _WHOLE,
+    "on_reconstructions": _TEXT,
     "ridge": (float, None),
 }
 """Entries of its `train` that are read; of fit.json they are beside the others."""
@@ -149,7 +150,12 @@ def require_startable(out: Path, resume: bool) -> None:
 def require_same_run(
     record: dict[str, Any], config: RunConfig, train: TrainConfig, out: Path
 ) -> None:
-    """Refuse to resume with another model, dataset or predictor."""
+    """Refuse to resume with another model, dataset or predictor, or an online training."""
+    if record.get("finetuned") is not None:
+        raise ValueError(
+            f"--resume: {out} holds an online training of {record['finetuned']}; go on with `resae "
+            f"finetune`, or choose another --out"
+        )
     names = (*RECORDED, "maps")
     defaults = {f.name: f.default for f in fields(Source)}  # of settings that earlier runs had not
     began = {name: record.get(name, defaults.get(name)) for name in names}

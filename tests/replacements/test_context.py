@@ -912,6 +912,7 @@ def test_the_chain_follows_the_blocks_of_a_model_spread_over_devices(kind, loop)
         {"layer": 1, "action": "clamp", "latents": [3], "value": 2.0},
         {"layer": 3, "action": "add", "vector": [1.0] * 32, "at": "prompt"},
     ]
+    read = []
     for keep_error, interventions in itertools.product((False, True), ([], edits)):
         out = logits(
             lm,
@@ -920,7 +921,7 @@ def test_the_chain_follows_the_blocks_of_a_model_spread_over_devices(kind, loop)
             loop=loop,
             keep_error=keep_error,
             interventions=interventions,
-            on_codes=lambda _, code: code.acts.abs(),
+            on_codes=lambda _, code: read.append(code.acts.abs()),
         )
         assert out.device.type == "meta"
         assert out.shape == (3, 12, 32)
