@@ -40,6 +40,8 @@ class ReplacementRow:
     """KL divergence from the unchanged to the replaced model, nats per token."""
     tokens: int
     """Evaluated positions."""
+    sinks: int = 0
+    """Tokens that were left alone as sinks at the last of these layers."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,18 @@ class ReconstructionRow:
     layer: str
     """Hook point."""
     fvu_stream: float
-    """Fraction of the stream's variance that is unexplained."""
+    """Fraction of the stream's variance that is unexplained, over tokens that are no sinks."""
     fvu_target: float | None
     """Fraction of the variance unexplained of the autoencoder's target; None without one."""
     l0: float
     """Active latents per token."""
     dead_fraction: float | None
     """Share of latents that never fired on these tokens; None without an autoencoder."""
+    fvu_with_sinks: float | None = None
+    """`fvu_stream` over sink tokens too, as if they were replaced; None in earlier reports."""
+    sinks: int = 0
+    """Sink tokens, by the rule of any of the methods compared, of which the other entries know
+    nothing."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ that return a tuple get a tuple back, with everything but its first element unto
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
@@ -433,14 +433,21 @@ class HookedLM:
     ) -> Tensor:
         """Logits `[B, T, V]` with activations replaced by tensors `[B, T, D]` or by functions of
         what the running pass holds there. Passes of other threads go on as they are."""
-        hooks = {
-            point: in_this_thread(
-                (lambda _activation, new=new: new) if isinstance(new, Tensor) else new
-            )
-            for point, new in replacements.items()
-        }
-        with self.hooked(hooks):
+        with self.replacing(replacements):
             return self.logits(input_ids, **kwargs)
+
+    def replacing(
+        self, replacements: Mapping[HookPoint, Tensor | Callable[[Tensor], Tensor | None]]
+    ) -> AbstractContextManager[None]:
+        """Context in which the passes of this thread run with activations replaced (`replace`)."""
+        return self.hooked(
+            {
+                point: in_this_thread(
+                    (lambda _activation, new=new: new) if isinstance(new, Tensor) else new
+                )
+                for point, new in replacements.items()
+            }
+        )
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,10 @@ Teacher-forced, the replacement of the last layer overwrites all earlier ones: r
 equals replacing only the last one, exactly. Online and error-added measure every layer.
 (Online, adding the error of the running stream to that stream is replacing it.)
 
+Special tokens are left alone, and sink tokens (`resae.models.sinks`) where the stack has a rule for
+them: by the clean stream in modes of two passes, online by the running stream, at the layer where a
+token is found to be one and all later ones.
+
 Online, the residual is taken against the reconstructions that were put into the stream (closed
 loop); loop "open" takes it against the stream as it was before each replacement. The chain runs
 through all selected layers, one token at a time, within one forward pass; between decode steps
@@ -116,7 +120,9 @@ class _Pass:
     """State of one forward pass of the whole model."""
 
     skip: Tensor | None
-    """`[B, T, 1]` bool, tokens whose stream is not replaced; None: none."""
+    """`[B, T, 1]` bool, special tokens and padding; None: none."""
+    sinks: Tensor | None
+    """`[B, T, 1]` bool, sink tokens found so far that are not among those; None: none."""
     tokens: PassTokens | None
     """Tokens of this pass, among which edits look for theirs; None without edits."""
     predictor_inputs: list[Tensor]
@@ -129,7 +135,14 @@ class _Pass:
     codes: list[SparseCode] = field(default_factory=list)
     """Codes of the layers passed so far, where dictionaries are transported."""
     tally: Tensor | None = None
-    """`[3]` calls, tokens, tokens skipped; the same at every layer."""
+    """`[4]` calls, tokens, tokens skipped, sinks; the same until further sinks are found."""
+
+    @property
+    def left_alone(self) -> Tensor | None:
+        """`[B, T, 1]` bool, tokens whose stream is not replaced; None: none."""
+        if self.sinks is None or self.skip is None:
+            return self.skip if self.sinks is None else self.sinks
+        return self.skip | self.sinks
 
 
 class _ThreadState:
@@ -140,19 +153,19 @@ class _ThreadState:
         """The pass that this thread runs; None outside a pass."""
         self.capturing = False
         """True while this thread runs the clean pass of a mode of two passes."""
-        # [2, 3] per layer, (prefill, decode) by (calls, tokens, skipped): tensors, so that counting
+        # [2, 4] per layer, (prefill, decode) by (calls, tokens, skipped, sinks), so that counting
         # waits for no GPU, recompiles nothing and goes on in a replayed graph. Each thread has its
         # own: an addition to a tensor is not atomic. (`inference_mode` would make tensors that
         # later passes outside it could not change.)
         with torch.inference_mode(False):
             self.counts = [
-                torch.zeros(2, 3, dtype=torch.int64, device=device) for _ in range(n_layers)
+                torch.zeros(2, 4, dtype=torch.int64, device=device) for _ in range(n_layers)
             ]
         # The same of passes on a CPU that are not compiled.
-        self.host_counts = [[[0, 0, 0], [0, 0, 0]] for _ in range(n_layers)]
+        self.host_counts = [[[0, 0, 0, 0], [0, 0, 0, 0]] for _ in range(n_layers)]
 
     def totals(self, layer: int) -> Tensor:
-        """`[2, 3]` on the CPU: (prefill, decode) by (calls, tokens, skipped)."""
+        """`[2, 4]` on the CPU: (prefill, decode) by (calls, tokens, skipped, sinks)."""
         return self.counts[layer].cpu() + torch.tensor(self.host_counts[layer])
 
 
@@ -195,6 +208,7 @@ class Replacement:
         if not settings.replace_special:
             self._special = torch.tensor(lm.special_ids, dtype=torch.int64, device=lm.device)
         self._special_ids = frozenset(lm.special_ids)
+        self._sinks = None if settings.replace_special else stack.sinks
         self._in_force = ExitStack()
         self._no_grad = ExitStack()
         self._removed = False
@@ -226,7 +240,8 @@ class Replacement:
                 sums = sum(thread.totals(layer) for thread in self._threads)
                 assert isinstance(sums, Tensor)
                 kinds = [
-                    PassCounts(calls, tokens - left, left) for calls, tokens, left in sums.tolist()
+                    PassCounts(calls, tokens - skipped - sinks, skipped, sinks)
+                    for calls, tokens, skipped, sinks in sums.tolist()
                 ]
                 counts.append(LayerCounts(point.name, *kinds))
         return counts
@@ -255,8 +270,9 @@ class Replacement:
                 raise AssertionError(f"{name} was never reached by a forward pass")
             if not count.replaced:
                 raise AssertionError(
-                    f"{name} was reached by {count.calls} passes, but all {count.skipped} tokens "
-                    f"were left alone as special or padding"
+                    f"{name} was reached by {count.calls} passes, but all "
+                    f"{count.skipped + count.sinks} tokens were left alone as special, padding or "
+                    f"sinks"
                 )
             if decode_steps is None:
                 continue
@@ -267,7 +283,8 @@ class Replacement:
             if decode_steps and not count.decode.replaced:
                 raise AssertionError(
                     f"{name}: no token of its {decode_steps} decode steps was replaced; all "
-                    f"{count.decode.skipped} were left alone as special or padding"
+                    f"{count.decode.skipped + count.decode.sinks} were left alone as special, "
+                    f"padding or sinks"
                 )
 
     def remove(self) -> None:
@@ -315,21 +332,51 @@ class Replacement:
         """The state at the beginning: which tokens are special, and the outputs of a clean pass."""
         input_ids = args[0] if args else kwargs.get("input_ids")
         skip = self._skip_mask(input_ids, kwargs.get("attention_mask"))
+        sinks = self._first_positions(input_ids, skip, kwargs)
         tokens = None
         changes: list[Change | None] = [None] * len(self._points)
         if self.edits is not None:
             given = kwargs["inputs_embeds"] if input_ids is None else input_ids
-            left_alone = None if skip is None else skip.squeeze(-1)
-            tokens = PassTokens.of_pass(given, kwargs, left_alone)
+            tokens = PassTokens.of_pass(given, kwargs)
         if self._mode == "online":
-            return _Pass(skip, tokens, [], [], changes)
+            return _Pass(skip, sinks, tokens, [], [], changes)
         xs = self._clean
         if xs is None:
             xs = self._capture(input_ids, kwargs)
         x_hats = self._stack(
             [_cast_like(x, self._device_refs[0]) for x in xs], loop=self._loop
         ).x_hats
-        return _Pass(skip, tokens, list(xs), x_hats, changes)
+        state = _Pass(skip, sinks, tokens, list(xs), x_hats, changes)
+        for layer, x in enumerate(xs):
+            self._find_sinks(layer, x, state)
+        return state
+
+    def _first_positions(
+        self, input_ids: Tensor | None, skip: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """`[B, T, 1]` bool, tokens at the beginning of a sequence that are not special."""
+        if self._sinks is None or input_ids is None:
+            return None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            cache = cache_of(kwargs)
+            past = 0 if cache is None else cache.get_seq_length()
+            if input_ids.shape[1] == 1 and isinstance(past, int) and past > 0:
+                return None  # a decode step
+            positions = PassTokens.of_pass(input_ids, kwargs).positions
+        first = (positions == 0).expand(input_ids.shape)
+        return _unless_none(first.unsqueeze(-1), skip)
+
+    def _find_sinks(self, layer: int, stream: Tensor, state: _Pass) -> None:
+        """Add to the sinks of a pass those of selected layer `layer`."""
+        if self._sinks is None:
+            return
+        found = _unless_none(self._sinks.at(layer, stream).unsqueeze(-1), state.skip)
+        if found is not None:
+            state.tally = None
+            state.sinks = (
+                found if state.sinks is None else state.sinks | found.to(state.sinks.device)
+            )
 
     def _skip_mask(self, input_ids: Tensor | None, mask: Any) -> Tensor | None:
         """`[B, T, 1]` bool, which tokens are special or padding."""
@@ -405,6 +452,7 @@ class Replacement:
             )
         delta = None
         if self._mode == "online":
+            self._find_sinks(layer, stream, state)
             x_hat, code = self._step(layer, stream, state)
             state.x_hats.append(x_hat)
             if self._reads_codes and code is not None:
@@ -425,7 +473,8 @@ class Replacement:
         if not self._writes[layer]:
             return None
         self._count(layer, stream, thread, state)
-        return new if state.skip is None else torch.where(state.skip.to(stream.device), stream, new)
+        left_alone = state.left_alone
+        return new if left_alone is None else torch.where(left_alone.to(stream.device), stream, new)
 
     def _step(self, layer: int, stream: Tensor, state: _Pass) -> tuple[Tensor, SparseCode | None]:
         """x̂ `[B, T, D]` and code of selected layer `layer`, where its parameters are."""
@@ -462,7 +511,12 @@ class Replacement:
         and a code that `on_codes` returned add to the stream, `[B, T, D]`."""
         encoded, change, delta = code, None, None
         if self.edits is not None and state.tokens is not None:
-            code, change = self.edits.at(layer, code, state.tokens)
+            left_alone = state.left_alone
+            if left_alone is not None:
+                left_alone = left_alone.squeeze(-1)
+            of_pass = state.tokens
+            tokens = PassTokens(of_pass.positions, of_pass.starts, of_pass.attended, left_alone)
+            code, change = self.edits.at(layer, code, tokens)
             state.changes[layer] = change
             delta = None if change is None else change.delta
         edited, code = code, self._read(layer, code)
@@ -505,20 +559,31 @@ class Replacement:
         B, T, _ = stream.shape
         row = 0 if T > 1 else 1
         if _on_host(stream):  # in numbers: a tensor would take longer than a prediction
-            left = 0 if state.skip is None else int(state.skip.sum())
             sums = thread.host_counts[layer][row]
             sums[0] += 1
             sums[1] += B * T
-            sums[2] += left
+            sums[2] += 0 if state.skip is None else int(state.skip.sum())
+            sums[3] += 0 if state.sinks is None else int(state.sinks.sum())
             return
         counts = thread.counts[layer]
         if counts.device != stream.device:  # of a model spread over devices, in its first pass
             counts = thread.counts[layer] = counts.to(stream.device)
         if state.tally is None:
-            left = counts.new_zeros(()) if state.skip is None else state.skip.sum()
-            calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
-            state.tally = torch.stack([calls, tokens, left])
+            skipped, sinks = (
+                counts.new_zeros(()) if mask is None else mask.sum().to(counts.device)
+                for mask in (state.skip, state.sinks)
+            )
+            calls, tokens = torch.ones_like(skipped), torch.full_like(skipped, B * T)
+            state.tally = torch.stack([calls, tokens, skipped, sinks])
         counts[row].add_(state.tally.to(stream.device))
+
+
+def _unless_none(found: Tensor, skip: Tensor | None) -> Tensor | None:
+    """The tokens `found [B, T, 1]` that are not in `skip`; None where that can be told to be none,
+    as in most passes: nothing to pick, nothing to count."""
+    if _on_host(found) and not found.any():
+        return None
+    return found if skip is None else found & ~skip.to(found.device)
 
 
 def _on_host(tensor: Tensor) -> bool:
@@ -586,7 +651,8 @@ def replacement(
             against the running stream before replacement).
         layers: where reconstructions enter the stream, a subset of the stack's hook points; default
             all. The chain itself always runs through every selected layer before the last of these.
-        replace_special: also replace at BOS, EOS and padding.
+        replace_special: also replace at BOS, EOS, padding and sink tokens (`resae.models.sinks`;
+            which tokens these are is the stack's rule, `stack.sinks`).
         clean: the clean activations `[B, T, D]` of the one batch that will be run, if already
             computed; saves the clean pass of the teacher-forced modes.
         keep_error: online only: x̂ + (h − x̂) goes in, the running stream h itself up to rounding.

@@ -233,13 +233,11 @@ class PassTokens:
     not waited for."""
     attended: Tensor | None
     """`[B, T]` bool, not padding; None: all."""
-    left_alone: Tensor | None
+    left_alone: Tensor | None = None
     """`[B, T]` bool, tokens whose stream is not replaced; None: none."""
 
     @classmethod
-    def of_pass(
-        cls, tokens: Tensor, kwargs: dict[str, Any], left_alone: Tensor | None
-    ) -> "PassTokens":
+    def of_pass(cls, tokens: Tensor, kwargs: dict[str, Any]) -> "PassTokens":
         """Describe a pass over `tokens [B, T, ...]` with these keyword arguments of an HF model."""
         B, T = tokens.shape[:2]
         cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
@@ -251,7 +249,7 @@ class PassTokens:
             positions = mask.cumsum(-1)[:, -T:] - 1
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
-        return cls(positions.expand(B, T), past == 0, attended, left_alone)
+        return cls(positions.expand(B, T), past == 0, attended)
 
     def chosen(self, at: str | Tensor) -> Tensor:
         """`[B, T, 1]` bool: the tokens at a `Place`, or at positions `[P]`, but for

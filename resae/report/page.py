@@ -208,6 +208,8 @@ def _page(report: Row, figures: dict[str, tuple[str, str]]) -> str:
     if "r2" in figures:
         parts += ["<h2>What the affine maps predict</h2>", figure("r2")]
     parts.append("<h2>Reconstruction from clean activations</h2>")
+    sinks = max((row.get("sinks", 0) for row in report["reconstruction"]), default=0)
+    with_sinks = {"fvu_with_sinks": "FVU, stream with sinks"} if sinks else {}
     parts.append(
         _table(
             _labelled(report["reconstruction"]),
@@ -216,6 +218,7 @@ def _page(report: Row, figures: dict[str, tuple[str, str]]) -> str:
                 "k": "k",
                 "layer": "layer",
                 "fvu_stream": "FVU, stream",
+                **with_sinks,
                 "fvu_target": "FVU, target",
                 "l0": "L0",
                 "dead_fraction": "never fired",
@@ -226,6 +229,11 @@ def _page(report: Row, figures: dict[str, tuple[str, str]]) -> str:
         "<p class=note>Stream: the residual stream itself. Target: what the autoencoder reads, for "
         "residual methods what the prediction left.</p>"
     )
+    if sinks:
+        parts.append(
+            f"<p class=note>{sinks} tokens are attention sinks, many times as long as the others: "
+            f"they are left alone in replacement, and only in the column with sinks.</p>"
+        )
     parts += _further(report)
     if "training" in figures:
         parts += ["<h2>Training</h2>", figure("training")]

@@ -28,7 +28,9 @@ from resae.data.activations import (
     ModelActivations,
     RowActivations,
     RowReader,
+    WithoutSinks,
     capture_tokens,
+    measure_sinks,
 )
 from resae.data.batches import ActivationBatches, sequential
 from resae.data.cache import ActivationCache
@@ -42,6 +44,7 @@ from resae.evaluation.predictors import r2_per_layer
 from resae.models.hooked import EMBEDDED, HookedLM
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
+from resae.models.sinks import SinkRule
 from resae.reproduce.jobs import MAPS_ALONE, METHODS, Job, Kind, sweeps_of
 from resae.reproduce.settings import StudyConfig
 from resae.stack.stack import AffineOnly, ReSAE, new_stack
@@ -87,6 +90,7 @@ class Study:
         self.console = console or Console()
         _require_same_study(out, config)
         names = [str(block) for block in config.captured_blocks]
+        self._sinks: dict[str, SinkRule] = {}
         self._rows, _ = train_and_held_out(
             EMBEDDED, lm, context_tokens=config.context_tokens, held_out_rows=0
         )
@@ -143,10 +147,13 @@ class Study:
         """The hook points that are replaced together."""
         return self.lm.hook_points([str(block) for block in self.config.blocks(spacing)])
 
-    def activations(self, spacing: str) -> RowActivations:
-        """Captured activations of the layers of one spacing."""
+    def activations(self, spacing: str) -> WithoutSinks:
+        """Captured activations of the layers of one spacing, without sink tokens."""
         captured = self.cache.activations.points
-        return _SomeLayers(self.cache, [captured.index(p) for p in self.points(spacing)])
+        layers = _SomeLayers(self.cache, [captured.index(p) for p in self.points(spacing)])
+        if spacing not in self._sinks:
+            self._sinks[spacing] = measure_sinks(layers)
+        return WithoutSinks(layers, self._sinks[spacing])
 
     def train_config(self, job: Job) -> TrainConfig:
         """Settings of a training, or of a try of one learning rate.
@@ -249,22 +256,27 @@ class Study:
     def _fit_maps(self, job: Job) -> Result:
         """Maps, scales and means of every predictor, and their R² on the evaluated documents."""
         points = self.points(job.spacing)
+        activations = self.activations(job.spacing)
+        sinks = activations.rule
         moments = sum_moments(
             "all_previous",
-            sequential(self.activations(job.spacing)),
+            sequential(activations),
             tokens=min(self.config.calibration_tokens, self.config.train_tokens),
             d_in=self.lm.d_model,
             n_layers=len(points),
         )
-        unseen = [capture_tokens(self.lm, ids, points) for ids in self.evaluation_batches]
+        unseen = [
+            capture_tokens(self.lm, ids, points, sinks=sinks) for ids in self.evaluation_batches
+        ]
         names = [point.name for point in points]
         r2: dict[str, list[float]] = {}
         for kind in PREDICTORS:
-            calibration = calibrate(kind, moments, ridge=TrainConfig.ridge)
+            calibration = calibrate(kind, moments, ridge=TrainConfig.ridge, sinks=sinks)
             calibration.save(self._maps_file(job.spacing, kind))
             if kind != "none":
                 r2[kind] = r2_per_layer(calibration.predictor, unseen)
-        return {"tokens": moments.count, "layers": names, "r2": r2}
+        left_out = {"sinks": activations.left_out, "median_norms": list(sinks.median_norms)}
+        return {"tokens": moments.count, "layers": names, "r2": r2, **left_out}
 
     def _maps_file(self, spacing: str, kind: str) -> Path:
         return self.out / "maps" / spacing / f"{kind}.safetensors"
@@ -355,10 +367,13 @@ class Study:
     def _maps_alone(self, spacing: str) -> AffineOnly:
         """Only the maps and the layers of this stack are used."""
         names = [point.name for point in self.points(spacing)]
-        predictor = self._calibration(spacing, "previous").predictor
+        calibration = self._calibration(spacing, "previous")
         model = ModelIdentity.of(self.lm)
         one = (1,) * len(names)
-        stack = new_stack(names, predictor, d_in=self.lm.d_model, d_sae=1, k=one, model=model)
+        stack = new_stack(
+            names, calibration.predictor, d_in=self.lm.d_model, d_sae=1, k=one, model=model
+        )
+        stack.sinks = calibration.sinks
         return AffineOnly(stack.to(self.lm.device).eval())
 
 

@@ -122,6 +122,9 @@ class TrainConfig(TrainingSettings):
     buffer at most."""
     ridge: float = 1e-4
     """Ridge of the affine fit, relative to the mean eigenvalue of the sources' covariance."""
+    sink_factor: float = 10.0
+    """Norm, in units of a layer's median, above which a token is left alone as an attention sink
+    (`resae.models.sinks`); 0: none is."""
     seed: int = 0
     """Fixes initial directions and the order of the data."""
 
@@ -188,7 +191,7 @@ class TrainConfig(TrainingSettings):
                 raise ValueError(f"TrainConfig: {name}={value}, expected at least {least}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"TrainConfig: lr={self.lr}, expected above 0, or None")
-        for name in ("auxk_coefficient", "ridge", "seed"):
+        for name in ("auxk_coefficient", "ridge", "sink_factor", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"TrainConfig: {name}={getattr(self, name)}, expected from 0 on")
         if self.buffer_tokens < self.batch_tokens:
@@ -311,6 +314,10 @@ class MapSettings:
     at most; None: 100000."""
     ridge: Annotated[float | None, real(least=0)] = None
     """Ridge of the fit, relative to the mean eigenvalue of the sources' covariance; None: 1e-4."""
+    sink_factor: Annotated[float | None, real(least=0)] = None
+    """Tokens whose norm at a selected layer exceeds this many times the layer's median are
+    attention sinks, left alone like special tokens in maps, training and replacement; 0: none;
+    None: 10."""
 
     @property
     def chosen_maps(self) -> dict[str, Any]:

@@ -126,9 +126,9 @@ class _Finetuning:
             calibration = self._calibration(stack)
         else:
             ids = next(RowBatches(rows, batch_rows).batches())[0][0]
-            scale = layer_scales(lm, lm.hook_points(stack.hook_points), ids)
+            scale = layer_scales(lm, stack, ids)
             zeros = [torch.zeros(stack.d_in)] * stack.n_layers
-            calibration = Calibration(stack.predictor, scale, zeros)
+            calibration = Calibration(stack.predictor, scale, zeros, stack.sinks)
             self._begin(earlier, source, train_config, rows, held_out, text, calibration, command)
         trained = self._train(
             lm, stack, batches, held_out, calibration, train_config, text, stopping

@@ -254,6 +254,7 @@ class _OnActivations:
         self.maps = self.begun.stack.predictor.to(device)
         self.inputs = config.layers
         self.scale = calibration.scale
+        self.sinks = calibration.sinks
         self.device = device
         self.ranks = ranks
 
@@ -274,6 +275,7 @@ class _OnActivations:
             return None
         stack = copy.deepcopy(self.begun.stack)
         stack.rescale_(self.scale)
+        stack.sinks = self.sinks  # as they were, not scaled to and fro
         return stack
 
 

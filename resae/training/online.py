@@ -84,9 +84,10 @@ def require_topk(stack: ReSAE) -> None:
             )
 
 
-def layer_scales(lm: HookedLM, points: Sequence[HookPoint], ids: Tensor) -> list[float]:
-    """RMS of the activations of rows `[B, T]` at each hook point."""
-    return [float(x.double().square().mean().sqrt()) for x in capture_tokens(lm, ids, points)]
+def layer_scales(lm: HookedLM, stack: ReSAE, ids: Tensor) -> list[float]:
+    """RMS of the activations of rows `[B, T]` at each layer of a stack."""
+    xs = capture_tokens(lm, ids, lm.hook_points(stack.hook_points), sinks=stack.sinks)
+    return [float(x.double().square().mean().sqrt()) for x in xs]
 
 
 @contextmanager
@@ -110,7 +111,7 @@ class _Plain(NamedTuple):
     """The plain model's pass over some rows."""
 
     xs: list[Tensor]
-    """L activations `[N, D]` of the tokens that are not special."""
+    """L activations `[N, D]` of the tokens that are neither special nor sinks."""
     logits: Tensor
     """`[B, T, V]`"""
 
@@ -133,7 +134,7 @@ class _Online:
         ids = batch[0].to(self.lm.device)
         pieces = ids.tensor_split(self.config.accumulation_steps)
         plain = self._plain(pieces[0]) if len(pieces) == 1 else None
-        xs = [plain.xs] if plain else [capture_tokens(self.lm, p, self.points) for p in pieces]
+        xs = [plain.xs] if plain else [self._captured(piece) for piece in pieces]
         counted = int(self._counted(ids).sum())
         kept = [layer.split([len(p) for p in pieces]) for layer in self._kept_plain(len(ids))]
 
@@ -157,12 +158,17 @@ class _Online:
             buffer.requires_grad_(False)
         return stack
 
+    def _captured(self, ids: Tensor) -> list[Tensor]:
+        return capture_tokens(self.lm, ids, self.points, sinks=self.state.stack.sinks)
+
     @torch.no_grad()
     def _plain(self, ids: Tensor) -> _Plain:
         streams: dict[HookPoint, Tensor] = {}
         with self.lm.hooked({p: partial(streams.__setitem__, p) for p in self.points}):
             logits = self._logits(ids)
         keep = ~self.lm.is_special(ids)
+        if (sinks := self.state.stack.sinks) is not None:
+            keep &= ~sinks.anywhere([streams[p] for p in self.points]).to(keep.device)
         return _Plain([streams[p][keep.to(streams[p].device)].float() for p in self.points], logits)
 
     def _logits(self, ids: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from resae.evaluation.comparison import collapse_difference, forward_passes
 
 COLUMNS = {
     "replacement": "method loop mode layers k active_total ce_clean ce delta_ce ce_recovered_zero "
-    "ce_recovered_mean kl tokens",
-    "reconstruction": "method loop k layer fvu_stream fvu_target l0 dead_fraction",
+    "ce_recovered_mean kl tokens sinks",
+    "reconstruction": "method loop k layer fvu_stream fvu_target l0 dead_fraction fvu_with_sinks "
+    "sinks",
     "redundancy": "method k mean_max_cos share_over_0_5 share_over_0_7 share_over_0_9 random_floor",
 }
 
@@ -171,13 +172,13 @@ def test_collapse_of_teacher_forcing_is_exact(lm, batches):
 
 
 def test_cost_is_counted_in_passes(lm, batches):
+    """Over the whole batch: before, the model is tried on one row."""
     passes = []
     lm = tiny.pythia()
-    lm.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    lm.blocks[0].register_forward_hook(lambda _module, args, _out: passes.append(len(args[0])))
     methods = [Method("resae", tiny.stack(lm), 4)]
-    passes.clear()
     evaluate(lm, methods, batches[:1])
-    assert len(passes) == forward_passes(methods)
+    assert passes.count(len(batches[0])) == forward_passes(methods)
 
 
 def test_bad_input_is_named(lm, batches):

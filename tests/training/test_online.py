@@ -44,7 +44,7 @@ def config_of(stack, steps=6, **changes):
 
 
 def tune(lm, stack, out, config=None, **options):
-    scale = layer_scales(lm, lm.hook_points(stack.hook_points), tiny.ids())
+    scale = layer_scales(lm, stack, tiny.ids())
     source = RowBatches(rows(lm), ROWS)
     return train_online(config or config_of(stack), source, lm, stack, scale, out, **options)
 
