@@ -37,7 +37,12 @@ COMPARED = ("raw", "raw_equal_total", "raw_matched", "raw_wide", "identity", "re
 LABELS = _OF_METHOD | {
     f"{name}_{suffix}": f"{_OF_METHOD[name]}, {text}"
     for name in COMPARED
-    for suffix, text in (("best_lr", "best learning rate"), ("long", "more tokens"))
+    for suffix, text in (
+        ("best_lr", "best learning rate"),
+        ("long", "more tokens"),
+        ("online", "tuned online"),
+        ("more", "as many more steps of training"),
+    )
 }
 """Name of a method in result rows → its label."""
 

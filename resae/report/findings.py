@@ -4,7 +4,7 @@ findings        of the paper's claims
 extra_findings  of the further methods, each held against what it promises
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -121,6 +121,26 @@ def _redundancy_sentence(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+_TUNED = (("resae", "ReSAE", "closed"), ("identity", "the identity residual", "closed"))
+_TUNED += (("raw", "raw SAEs", None), ("raw_equal_total", "raw SAEs of equal total latents", None))
+
+
+def _tuned_sentences(deltas: Callable[[str, str, str | None], dict[int, float]]) -> list[str]:
+    """Online Δ CE before and after online training, and after as many steps of plain training."""
+    sentences = []
+    for method, label, loop in _TUNED:
+        before = deltas(method, "online", loop)
+        tuned, more = (deltas(f"{method}_{how}", "online", loop) for how in ("online", "more"))
+        for k, after in tuned.items():
+            control = f"; as many more steps of training leave {more[k]:.2f}" if k in more else ""
+            sentences.append(
+                f"Tuned online (KL to the plain model, all layers replaced), the online loss of "
+                f"{label} falls from {before[k]:.2f} to {after:.2f} at k = {k}, "
+                f"{after / before[k]:.2f} of it{control}."
+            )
+    return sentences
+
+
 def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
     """Findings for the further methods that are in the report. `boost_k`: active latents of the
     second autoencoders of SAE Boost."""
@@ -139,6 +159,7 @@ def extra_findings(report: dict[str, Any], boost_k: int) -> list[str]:
     def deltas(method: str, mode: str, loop: str | None) -> dict[int, float]:
         return {k: v for (m, k, *how), v in measured.items() if (m, *how) == (method, mode, loop)}
 
+    sentences += _tuned_sentences(deltas)
     closed, opened = (deltas(m, "teacher_forced", "closed") for m in ("resae_closed", "resae"))
     if closed:
         online, online_open = (deltas(m, "online", "closed") for m in ("resae_closed", "resae"))

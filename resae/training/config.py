@@ -471,7 +471,7 @@ class OnlineSettings:
 
     objective: Annotated[str, Objective] = "kl"
     """Loss of the replaced model, in nats per token: kl, from the plain model's next-token
-    distributions, or ce, of the text."""
+    distributions, or ce, of the text; mse: none, as a control of as many steps of `resae train`."""
     mse_weight: Annotated[float, real(least=0)] = 0.3
     """Weight of the loss of `resae train` on the plain model's activations beside it: the FVU of
     each layer, and AuxK. 0: FVU rises by a fifth and more."""
@@ -498,6 +498,8 @@ class OnlineConfig(OnlineSettings, TrainConfig):
             )
         if not 0 <= self.mse_weight < math.inf:
             raise ValueError(f"OnlineConfig: mse_weight={self.mse_weight}, expected from 0 on")
+        if self.objective == "mse" and not self.mse_weight:
+            raise ValueError("OnlineConfig: objective='mse' with mse_weight=0; give it a weight")
         inside = [n for n in self.layers if not n.endswith(("resid_post", "resid_pre"))]
         if self.gradient_checkpointing and inside:
             raise ValueError(
