@@ -23,21 +23,19 @@ def test_a_pass_started_at_any_layer_ends_as_the_whole_one_to_the_bit(kind):
     passes, points = shared(lm)
     clean = passes.clean(tiny.ids())
     assert torch.equal(clean.final, passes.unembedding.final(tiny.ids()))
+    first_attention = lm.blocks[0].get_submodule(lm.family.attn_out)
+    calls = []
+    first_attention.register_forward_hook(lambda *_: calls.append(1))
     for point in points:
         assert passes.start([point], overwrites=False) == point
-        calls = []
-        handle = (
-            lm.blocks[0]
-            .get_submodule(lm.family.attn_out)
-            .register_forward_hook(lambda *_: calls.append(1))
-        )
         assert torch.equal(passes.final(clean, point), clean.final)
-        handle.remove()
         assert not calls  # the first block did not run
         with lm.replacing({point: lambda stream: stream.flip(1)}):
             started = passes.final(clean, point)
+            assert not calls
             assert torch.equal(started, passes.final(clean, None))
             assert not torch.equal(started, clean.final)
+        calls.clear()
 
 
 @pytest.mark.parametrize("family", ["pythia", "gemma3", "llama"])
@@ -72,7 +70,9 @@ def test_a_block_that_cannot_be_passed_over_is_noticed(caplog):
     with caplog.at_level(logging.WARNING):
         passes, points = shared(lm)
     assert "does not end as the whole pass" in caplog.text
-    assert passes.start(points, overwrites=True) is None
+    assert passes.start(points, overwrites=False) is None
+    assert passes.start(points[:3], overwrites=True) is None
+    assert passes.start(points, overwrites=True) == points[3]
 
 
 def test_states_beside_the_stream_forbid_to_start_where_it_is_overwritten():
