@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import shutil
 import struct
 import sys
@@ -391,6 +392,8 @@ if __name__ == "__main__":
             one = READERS[reader](Path(made))
             began = time.time()
             counts = try_mutations(Path(made), one, count=int(sys.argv[1]), seed=2)
-            line = f"{reader}: {counts[0]} refused, {counts[1]} read, {time.time() - began:.0f} s"
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # of all so far
+            line = f"{reader}: {counts[0]} refused, {counts[1]} read, {time.time() - began:.0f} s, "
+            line += f"peak memory {peak:.0f} MiB"
             sys.stdout.write(line + "\n")
             sys.stdout.flush()

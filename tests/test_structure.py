@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"reproduce"},
     {"demo"},
     {"report"},
     {"training"},
@@ -75,6 +76,9 @@ TESTED_BY = {
     "replacements/test_context.py": "replacements.counts replacements.generation",
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_page.py": "evaluation.labels report.content report.figures report.rows",
+    "reproduce/test_claims.py": "reproduce.losses",
+    "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
+    "reproduce.settings reproduce.summary",
     "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.record sae.registry",
     "stack/test_affine.py": "evaluation.predictors stack.fit",
     "stack/test_foreign.py": "interop.objects",
@@ -85,6 +89,7 @@ TESTED_BY = {
     "test_structure.py": "lazy",
     "training/test_loop.py": "training.calibration training.checkpoints training.loss "
     "training.start training.step",
+    "training/test_online.py": "cli.finetune training.finetuning",
     "training/test_pipeline.py": "training.maps",
     "test_settings.py": "training.config",
 }

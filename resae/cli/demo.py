@@ -26,9 +26,10 @@ class Options:
     layers: Annotated[tuple[str, ...], names] = ("1", "3", "5")
     """Blocks to replace."""
     methods: Annotated[tuple[str, ...], names] = ()
-    """Further methods besides raw SAEs, identity residuals and ReSAE: all (11 to 15 minutes), fair
-    (rows without an advantage for ReSAE, longer training among them), elsewhere (other hook
-    points), learning_rates (a grid), or the names below."""
+    """Further methods besides raw SAEs, identity residuals and ReSAE: all (20 to 30 minutes), fair
+    (rows without an advantage for ReSAE, longer training among them), online (every stack tuned
+    online, and as many more steps of training), elsewhere (other hook points), learning_rates (a
+    grid), or the names below."""
     train_tokens: Annotated[int, whole(1)] = 200_000
     """Tokens that each stack is trained on; fewer for a quick look."""
     held_out_rows: Annotated[int, whole(1)] = 64

@@ -81,10 +81,7 @@ def load_texts(
     if not data or (local and not path.exists()):
         raise FileNotFoundError(_not_found(data, "no such file or folder"))
     if saved:
-        loaded = _load_saved(data, path, split, text_column)
-        return _Column(
-            data, loaded.shuffle(seed), text_column, _check_of(data, loaded, text_column)
-        )
+        return _shuffled(data, _load_saved(data, path, split, text_column), text_column, seed)
     files = _files(data, path) if path.exists() else []
     if path.is_file() or {_kind(file) for file in files} == {".txt"}:
         _require_train_split(data, split)
@@ -508,6 +505,8 @@ class _Column:
 
 
 def _shuffled(data: str, loaded: Any, column: str, seed: int) -> _Column:
+    """The documents of one column in shuffled order; no other column is read, which might be
+    damaged."""
     check = _check_of(data, loaded, column)
     return _Column(data, loaded.select_columns([column]).shuffle(seed), column, check)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from resae.data.activations import capture_tokens
-from resae.data.batches import StoredActivations
+from resae.data.batches import RowBatches, StoredActivations
 from resae.data.rows import TokenRows, train_and_held_out
 from resae.data.text_record import TrainedText, save_held_out
 from resae.data.texts import load_texts
@@ -30,7 +30,10 @@ from resae.demo.recipes import (
     LR_RECIPES,
     METHOD_GROUPS,
     RECIPES,
+    SHOWN_TUNING,
+    TUNINGS,
     Recipe,
+    Tuning,
 )
 from resae.environment import environment
 from resae.evaluation.comparison import collapse_difference, evaluate
@@ -59,8 +62,9 @@ from resae.stack.fit import Moments
 from resae.stack.stack import AffineOnly, ReSAE
 from resae.storage import save_json
 from resae.training.calibration import Calibration, boost_calibration, calibrate, sum_moments
-from resae.training.config import TrainConfig
+from resae.training.config import FinetuneConfig, TrainConfig
 from resae.training.loop import Progress, train
+from resae.training.online import layer_scales, train_online
 
 HOP_HELD_OUT_ROWS = 64
 PROMPTS = ("And it came to pass", "def __init__(self,")
@@ -68,7 +72,7 @@ PROMPTS = ("And it came to pass", "def __init__(self,")
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes of the demonstration; the defaults fit in three minutes and 3 GB on one CPU core."""
+    """Sizes of the demonstration; the defaults fit in five minutes and 3 GB on one CPU core."""
 
     layers: tuple[str, ...] = ("1", "3", "5")
     k: tuple[int, ...] = (4, 8, 32)
@@ -79,6 +83,8 @@ class DemoConfig:
     held_out_rows: int = 64
     context_tokens: int = 128
     seed: int = 0
+    tune_tokens: int | None = None
+    """Tokens that a stack is tuned on online; None: half as many as it is trained on."""
     methods: tuple[str, ...] = ()
     """Further methods: names from `EXTRA_METHODS` and `LR_METHODS`."""
 
@@ -108,8 +114,6 @@ class DemoConfig:
             )
 
 
-LOW_RANK = 16
-"""The low-rank maps have a sixteenth of the width as rank."""
 BOOST_DOMAIN = "csrc"
 BOOST_K = 4
 
@@ -222,6 +226,7 @@ def run_demo(
     stacks = out / "stacks"
     methods, training = _train_all(main, moments, xs, config, stacks, lm, plan, text)
     del xs
+    methods += _tuned(methods, config, rows, text, stacks, lm, plan)
     further, boost = _further_methods(methods, main, config, out, lm, plan)
     methods += further
     elsewhere: list[ElsewhereRow] = []
@@ -389,6 +394,10 @@ def _stages(config: DemoConfig, comparisons: Sequence[_Comparison]) -> dict[str,
         training[_training_stage(run)] = _training_seconds(run)
         if run.recipe not in RECIPES:
             ways += 3 if run.recipe.predictor == "none" else 6
+    for tuning, k in _tunings(config):
+        share = 1.0 if tuning.objective == "kl" else 0.4
+        training[_tuning_stage(tuning, k)] = 28.0 * share * tokens
+        ways += 3 if tuning.of.startswith("raw") else 6
     if "hierarchical" in config.methods:
         ways += 6 * (len(config.k) - 1)
     if "boost" in config.methods:
@@ -429,39 +438,18 @@ def _settings(
     lm: HookedLM,
     **further: Any,
 ) -> TrainConfig:
-    ks, L = config.k, len(names)
-    prefixes = tuple(sorted({max(1, ks[0] // 2), *ks, max(1, ks[-1] // 2)}))
-    factors = {"own": (1,) * L, "chain": tuple(range(1, L + 1)), "whole": (L,) * L}
-    weight = recipe.k_weight or (lambda *_: 1)
-    shares = _divided(L * k, [weight(i, L) for i in range(1, L + 1)])
-    return TrainConfig(
-        layers=names,
-        k=tuple(range(k, L * k + 1, k)) if recipe.k_grows else shares,
-        d_sae=tuple(config.d_sae * factor for factor in factors[recipe.dictionary]),
-        prefixes=prefixes if recipe.nested else None,
-        lr=recipe.lr,
-        predictor=recipe.predictor,
-        map_type=recipe.map_type,
-        rank=max(1, lm.d_model // LOW_RANK) if recipe.map_type == "low_rank" else None,
-        loop=recipe.loop,
-        shared=recipe.shared,
+    return recipe.settings(
+        names,
+        k,
+        config.d_sae,
+        d_model=lm.d_model,
+        ks=config.k,
         train_tokens=config.train_tokens * recipe.length,
         calibration_tokens=config.calibration_tokens,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
         **further,
     )
-
-
-def _divided(total: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """`total` in whole parts, at least 1 each and nearly in proportion to `weights`: one by one to
-    the part that is furthest below its share."""
-    exact = [total * weight / sum(weights) for weight in weights]
-    parts = [1] * len(weights)
-    for _ in range(total - len(weights)):
-        behind = [share - part for share, part in zip(exact, parts, strict=True)]
-        parts[behind.index(max(behind))] += 1
-    return tuple(parts)
 
 
 def _moments(xs: Sequence[torch.Tensor], config: DemoConfig) -> Moments:
@@ -506,6 +494,60 @@ def _train_all(
         rank = config.k.index(k)
         training.append(TrainingRow(method=recipe.name, k=k, rank=rank, log=log))
     return methods, training
+
+
+def _tunings(config: DemoConfig) -> list[tuple[Tuning, int]]:
+    """Stacks to tune online, and their k."""
+    asked = [(tuning, k) for k in config.k for tuning in TUNINGS if tuning.name in config.methods]
+    shown = (SHOWN_TUNING, _middle_k(config))
+    return asked if shown in asked else [shown, *asked]
+
+
+def _tuning_stage(tuning: Tuning, k: int) -> str:
+    how = "tune {} online" if tuning.objective == "kl" else "train {} further"
+    return f"{how.format(tuning.of)}, k = {k}"
+
+
+def _tuned(
+    methods: Sequence[Method],
+    config: DemoConfig,
+    rows: TokenRows,
+    text: _Text,
+    folder: Path,
+    lm: HookedLM,
+    plan: ProgressEstimate,
+) -> list[Method]:
+    """Tune trained stacks online, on the rows that they were trained on."""
+    source = RowBatches(rows, config.batch_tokens // config.context_tokens)
+    (ids,), _ = next(source.batches())
+    made = []
+    for tuning, k in _tunings(config):
+        plan.stage(_tuning_stage(tuning, k))
+        stack = _stack_of(methods, tuning.of, k)
+        out = folder / f"{tuning.name}_k{k}"
+        asked = FinetuneConfig(
+            run=str(folder / f"{tuning.of}_k{k}"),
+            out=str(out),
+            objective=tuning.objective,
+            train_tokens=config.tune_tokens or max(1, config.train_tokens // 2),
+            batch_tokens=source.batch_rows * config.context_tokens,
+            seed=config.seed,
+        )
+        trained = train_online(
+            asked.for_stack(stack, config.context_tokens),
+            source,
+            lm,
+            stack,
+            layer_scales(lm, stack, ids),
+            out,
+            keep_checkpoints=1,
+            log_steps=5,
+            on_progress=lambda p: plan.at(p.step / p.steps, f"loss {p.loss:.3f}"),
+        )
+        assert trained is not None  # nothing asks it to stop
+        text.save(out)
+        made.append(Method(tuning.name, trained, k))
+    return made
 
 
 def _elsewhere(

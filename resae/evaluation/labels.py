@@ -21,6 +21,8 @@ _OF_METHOD = {
     "boost_base": "raw SAEs, one domain unseen",
     "boost": "SAE Boost",
     "resae_closed": "ReSAE trained in closed loop",
+    "identity_closed": "identity residual trained in closed loop",
+    "all_previous_closed": "all previous layers, trained in closed loop",
     "affine_only": "affine maps alone",
     "raw_matched": "raw SAEs, equal total and dictionary",
     "raw_wide": "raw SAEs, equal total, all latents in every layer",
@@ -34,7 +36,12 @@ COMPARED = ("raw", "raw_equal_total", "raw_matched", "raw_wide", "identity", "re
 LABELS = _OF_METHOD | {
     f"{name}_{suffix}": f"{_OF_METHOD[name]}, {text}"
     for name in COMPARED
-    for suffix, text in (("best_lr", "best learning rate"), ("long", "more tokens"))
+    for suffix, text in (
+        ("best_lr", "best learning rate"),
+        ("long", "more tokens"),
+        ("online", "tuned online"),
+        ("more", "as many more steps of training"),
+    )
 }
 """Name of a method in result rows → its label."""
 

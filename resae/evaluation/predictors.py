@@ -1,6 +1,6 @@
 """Quality of the affine maps: R² per layer, and the share of each source."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ def routing_shares(predictor: AffinePredictor, moments: Moments) -> list[list[fl
     so that a share is not a share of the explained variance."""
     shares = []
     for layer, A in enumerate(predictor.A, start=1):
-        sources = sources_of(predictor.kind, layer)
+        sources = moments.rows_of(sources_of(predictor.kind, layer))
         if len(sources) == 1:
             shares.append([1.0])
             continue
@@ -28,12 +28,22 @@ def routing_shares(predictor: AffinePredictor, moments: Moments) -> list[list[fl
     return shares
 
 
-def r2_per_layer(predictor: AffinePredictor, batches: Iterable[Sequence[Tensor]]) -> list[float]:
-    """R² of each prediction (layers 1 … L−1) on held-out activations: 1 − Σ‖x−pred‖²/Σ‖x−x̄‖²."""
+def r2_per_layer(
+    predictor: AffinePredictor,
+    batches: Iterable[Sequence[Tensor]],
+    reconstruct: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
+) -> list[float]:
+    """R² of each prediction (layers 1 … L−1) on held-out activations: 1 − Σ‖x−pred‖²/Σ‖x−x̄‖².
+
+    Args:
+        reconstruct: L activations → the L reconstructions from which layers are predicted; None:
+            from the activations.
+    """
     sums: dict[int, VarianceUnexplained] = {}
     for xs in batches:
+        sources = xs if reconstruct is None else reconstruct(xs)
         for layer in range(1, len(xs)):
-            prediction = predictor(layer, xs)
+            prediction = predictor(layer, sources)
             if prediction is not None:
                 sums.setdefault(layer, VarianceUnexplained()).add(xs[layer], prediction)
     return [1.0 - s.fvu() for s in sums.values()]

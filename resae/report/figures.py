@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -45,7 +46,8 @@ def require_matplotlib() -> None:
         raise ModuleNotFoundError('figures need matplotlib; pip install "resae[plots]"')
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+    """A figure of this size in inches, and its axes in one row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -95,7 +97,7 @@ def _drawn(rows: Sequence[AnyRow]) -> list[AnyRow]:
 
 
 def _per_mode(rows: Sequence[ReplacementRow], column: str, title: str) -> Any:
-    figure, axes = _figure(11, 4.1, columns=3)
+    figure, axes = new_figure(11, 4.1, columns=3)
     for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
         _against_k(axis, [row for row in rows if row.mode == mode], column)
         axis.set_title(name, fontsize=10)
@@ -121,7 +123,7 @@ def _ce_recovered(report: Report) -> Any:
 def _redundancy(report: Report) -> Any:
     rows = _drawn(report.redundancy_histogram)
     ks = sorted({row.k for row in rows if row.k is not None})
-    figure, axes = _figure(11, 3.2, columns=len(ks))
+    figure, axes = new_figure(11, 3.2, columns=len(ks))
     floor = report.redundancy[0].random_floor
     for axis, k in zip(axes, ks, strict=True):
         for row in rows:
@@ -148,7 +150,7 @@ def _r2(report: Report) -> Any:
     rows = report.affine
     pairs = list(dict.fromkeys(row.hop for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
-    figure, (axis,) = _figure(2.5 + 1.5 * len(methods), 3.2)
+    figure, (axis,) = new_figure(2.5 + 1.5 * len(methods), 3.2)
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
         values = [
@@ -181,7 +183,7 @@ def _short_name(text: str) -> str:
 def _training(report: Report) -> Any:
     runs = _drawn(report.training)
     layers = len(runs[0].log[0].layers)
-    figure, axes = _figure(11, 3.4, columns=layers)
+    figure, axes = new_figure(11, 3.4, columns=layers)
     for run in runs:
         for layer, axis in enumerate(axes):
             axis.plot(
@@ -219,15 +221,19 @@ FIGURES: list[tuple[str, str, str, Callable[[Report], Any]]] = [
 
 def draw(report: Report) -> dict[str, tuple[str, str]]:
     """File name → (SVG, caption), of every figure that the report has data for."""
+    return {
+        name: (svg_of(partial(function, report), name), caption)
+        for table, name, caption, function in FIGURES
+        if getattr(report, table)
+    }
+
+
+def svg_of(drawing: Callable[[], Any], name: str) -> str:
+    """A figure as SVG, drawn in the report's font size; the same bytes for the same figure."""
     import matplotlib
 
-    drawn = {}
-    for key, name, caption, function in FIGURES:
-        if not getattr(report, key):
-            continue
-        buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.hashsalt": name, "font.size": 9}):
-            function(report).savefig(buffer, format="svg", metadata={"Date": None})
-        svg = buffer.getvalue()
-        drawn[name] = (svg[svg.index("<svg") :], caption)
-    return drawn
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "font.size": 9}):
+        drawing().savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

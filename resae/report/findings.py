@@ -146,11 +146,32 @@ def _redundancy_sentence(rows: Sequence[RedundancyRow]) -> str:
     )
 
 
+_TUNED = (("resae", "ReSAE", "closed"), ("identity", "the identity residual", "closed"))
+_TUNED += (("raw", "raw SAEs", None), ("raw_equal_total", "raw SAEs of equal total latents", None))
+
+
+def _tuned_sentences(losses: _Losses) -> list[str]:
+    """Online Δ CE before and after online training, and after as many steps of plain training."""
+    sentences: list[str] = []
+    for method, label, loop in _TUNED:
+        before = losses.by_k(method, "online", loop)
+        tuned, more = (losses.by_k(f"{method}_{how}", "online", loop) for how in ("online", "more"))
+        for k, after in tuned.items():
+            control = f"; as many more steps of training leave {more[k]:.2f}" if k in more else ""
+            sentences.append(
+                f"Tuned online (KL to the plain model, all layers replaced), the online loss of "
+                f"{label} falls from {before[k]:.2f} to {after:.2f} at k = {k}, "
+                f"{after / before[k]:.2f} of it{control}."
+            )
+    return sentences
+
+
 def extra_findings(report: Report, boost_k: int) -> list[str]:
     """Findings for the further methods that are in the report. `boost_k`: active latents of the
     second autoencoders of SAE Boost."""
     losses = _Losses(report.replacement)
-    sentences = [_closed_loop_sentence(report, losses), _all_previous_sentence(report, losses)]
+    sentences = _tuned_sentences(losses)
+    sentences += [_closed_loop_sentence(report, losses), _all_previous_sentence(report, losses)]
     if report.mlsae:
         sentences.append(_mlsae_sentence(report.mlsae, losses))
     if report.hierarchical:

@@ -253,20 +253,27 @@ class _Page:
         return figure and f"<h2>What the affine maps predict</h2>{figure}"
 
     def _reconstruction(self) -> str:
+        rows = self.report.reconstruction
+        sinks = max((row.sinks for row in rows), default=0)
+        with_sinks = {"fvu_with_sinks": "FVU, stream with sinks"} if sinks else {}
         columns = {
             "name": "method",
             "k": "k",
             "layer": "layer",
             "fvu_stream": "FVU, stream",
+            **with_sinks,
             "fvu_target": "FVU, target",
             "l0": "L0",
             "dead_fraction": "never fired",
         }
-        table = _table(_by_k(self.report.reconstruction), columns)
+        note = (
+            f"<p class=note>{sinks} tokens are attention sinks, many times as long as the others: "
+            f"they are left alone in replacement, and only in the column with sinks.</p>"
+        )
         return (
-            f"<h2>Reconstruction from clean activations</h2>{table}"
+            f"<h2>Reconstruction from clean activations</h2>{_table(_by_k(rows), columns)}"
             "<p class=note>Stream: the residual stream itself. Target: what the autoencoder reads, "
-            "for residual methods what the prediction left.</p>"
+            "for residual methods what the prediction left.</p>" + (note if sinks else "")
         )
 
     def _further(self) -> str:

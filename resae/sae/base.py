@@ -169,6 +169,11 @@ class Autoencoder(nn.Module, ABC):
     # -- training ----------------------------------------------------------------------------------
 
     @property
+    def is_frozen(self) -> bool:
+        """True if training changes nothing of it: no parameter wants a gradient."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
     def trainable(self) -> "Autoencoder":
         """The part that training changes: all of it."""
         return self

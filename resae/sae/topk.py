@@ -174,8 +174,9 @@ class TopKSAE(Autoencoder):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Scale every row of W_dec to norm 1."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        """Scale every row of W_dec to norm 1, unless it is not trained."""
+        if self.W_dec.requires_grad:
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:

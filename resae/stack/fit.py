@@ -16,31 +16,64 @@ from resae.stack.affine import AffinePredictor, apply_map, sources_of, times_per
 
 
 class Moments:
-    """Streamed first and second moments of the activations at L hook points, in float64."""
+    """Streamed first and second moments of the activations at L hook points, in float64.
 
-    def __init__(self, n_layers: int, d_in: int, kind: str = "all_previous"):
+    Args:
+        on_reconstructions: the maps shall take reconstructions of the earlier layers in place of
+            their activations; `add` then needs both.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        d_in: int,
+        kind: str = "all_previous",
+        *,
+        on_reconstructions: bool = False,
+    ):
         PredictorKind.check(kind, "Moments: kind")
         self.kind = kind
+        self.n_layers = n_layers
+        self.on_reconstructions = on_reconstructions
         self.count = 0
-        self.sums = [torch.zeros(d_in, dtype=torch.float64) for _ in range(n_layers)]
-        self.squares = torch.zeros(n_layers, dtype=torch.float64)
+        rows = n_layers * (2 if on_reconstructions else 1)
+        self.sums = [torch.zeros(d_in, dtype=torch.float64) for _ in range(rows)]
+        """Sums of the L activations, then of the L reconstructions if maps take these; the rows of
+        `squares` and `blocks` have the same order."""
+        self.squares = torch.zeros(rows, dtype=torch.float64)
         self.blocks: dict[tuple[int, int], Tensor] = {}
         for layer in range(n_layers):
-            sources = sources_of(kind, layer) if kind != "identity" else ()
+            sources = self.rows_of(sources_of(kind, layer)) if kind != "identity" else ()
             for i in sources:
                 for j in (*sources, layer):
-                    if i <= j:
+                    if (j, i) not in self.blocks:
                         self.blocks[i, j] = torch.zeros(d_in, d_in, dtype=torch.float64)
 
-    def add(self, xs: Sequence[Tensor]) -> None:
-        """Add N tokens: L activations `[N, D]`. Raises ValueError on NaN or inf."""
-        wide = [x.double() for x in xs]
+    def rows_of(self, sources: range) -> range:
+        """Rows of what maps take of these layers."""
+        first = self.n_layers if self.on_reconstructions else 0
+        return range(first + sources.start, first + sources.stop)
+
+    def add(self, xs: Sequence[Tensor], reconstructions: Sequence[Tensor] = ()) -> None:
+        """Add N tokens: L activations `[N, D]`, and as many reconstructions of them where the maps
+        take these.
+
+        Raises:
+            ValueError: NaN or inf, or another number of tensors.
+        """
+        wide = [x.double() for x in (*xs, *reconstructions)]
+        if len(wide) != len(self.sums):
+            raise ValueError(
+                f"Moments: {len(xs)} activations and {len(reconstructions)} reconstructions for "
+                f"{self.n_layers} layers, on_reconstructions={self.on_reconstructions}"
+            )
         for layer, x in enumerate(wide):
             total = x.sum(0)
             if not bool(total.isfinite().all()):
+                what = "activations" if layer < self.n_layers else "reconstructions"
                 raise ValueError(
-                    f"activations of selected layer {layer} hold NaN or inf; load the model in "
-                    f"float32 or bfloat16 (float16 overflows in some models)"
+                    f"{what} of selected layer {layer % self.n_layers} hold NaN or inf; load the "
+                    f"model in float32 or bfloat16 (float16 overflows in some models)"
                 )
             self.sums[layer] += total.cpu()
             self.squares[layer] += x.square().sum().cpu()
@@ -50,12 +83,16 @@ class Moments:
 
     def scale(self) -> list[float]:
         """RMS of each layer: the activations divided by it have a mean squared entry of 1."""
+        return self.rms()[: self.n_layers]
+
+    def rms(self) -> list[float]:
+        """RMS of each row: of the activations, then of the reconstructions."""
         self.require_tokens(1)
         d_in = len(self.sums[0])
         return [max(float(s / (self.count * d_in)) ** 0.5, 1e-12) for s in self.squares]
 
     def mean(self, layer: int) -> Tensor:
-        """`[D]` float64, the mean activation."""
+        """`[D]` float64, the mean activation, or, from row L on, reconstruction."""
         self.require_tokens(1)
         return self.sums[layer] / self.count
 
@@ -102,13 +139,13 @@ def fit_predictor(
     if kind == "none":
         return AffinePredictor(kind)
     moments.require_tokens(2)
-    scale = moments.scale()
+    scale = moments.rms()
     D = len(moments.sums[0])
     if rank is not None and rank > D:
         raise ValueError(f"affine fit: rank={rank} exceeds the width {D} of the activations")
     maps, offsets = [], []
-    for target in range(1, len(scale)):
-        sources = sources_of(kind, target)
+    for target in range(1, moments.n_layers):
+        sources = moments.rows_of(sources_of(kind, target))
         means = [moments.mean(j) for j in sources]
         if kind == "identity":
             parts: tuple[Tensor, ...] = (torch.eye(D, dtype=torch.float64),)

@@ -19,13 +19,17 @@ import torch
 
 from resae.models.hooked import HookedLM
 from resae.stack.fit import Moments
-from resae.training.config import TrainConfig
+from resae.training.config import OnlineConfig, TrainConfig
 from resae.training.distributed import Ranks
 from resae_kernels.memory import WORKSPACE_BYTES
 
 STREAMS = 6
 """Tensors `[N, D]` in float32 that a layer holds until the backward: the raw and the scaled
 activation, the prediction, the reconstruction, the error and its gradient."""
+
+LOGIT_COPIES = 6
+"""Tensors `[N, V]` of an online step: the logits of both passes, their two log-softmax, the
+probabilities and the gradient."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,84 @@ def estimate_run(
         _disk(work, keep_checkpoints, cache_dtype),
         _settings(work, checkpoint_steps),
     )
+
+
+def estimate_online(
+    config: OnlineConfig,
+    lm: HookedLM,
+    context_tokens: int,
+    *,
+    device: Device = Device(),  # noqa: B008
+    model_dtype: torch.dtype = torch.float32,
+    keep_checkpoints: int = 2,
+    checkpoint_steps: int = 1_000,
+) -> RunEstimate:
+    """The estimate for an online training of one process: the plain pass, and forward and backward
+    of the replaced one, through the whole model.
+
+    Activations of the model are counted as inputs and outputs of the products of its blocks (with
+    gradient checkpointing the streams between blocks, and one block), logits in `LOGIT_COPIES`
+    tensors of float32.
+
+    Args:
+        lm: the model, or its shapes (`HookedLM.described`).
+    """
+    V, D = int(lm.config.vocab_size), lm.d_model
+    blocks = ModelSizes.of(lm, (f"blocks.{lm.n_layers - 1}.hook_resid_post",), context_tokens)
+    model = blocks._replace(
+        flops_per_token=blocks.flops_per_token + 2.0 * D * V, weights_read=blocks.parameters
+    )
+    work = _Work(config, model, device, Ranks(), model_dtype)
+    size = model_dtype.itemsize
+    moved = model.weights_read * size / config.batch_tokens
+    rate = device.half if size == 2 else device.single
+    one = work.seconds(model.flops_per_token, moved, rate)
+    # The backward has the products of the forward for the stream's gradient, none for weights.
+    passes = {
+        "plain pass": 2 if config.accumulation_steps > 1 else 1,
+        "replaced pass": 1,
+        "backward": 2 if config.gradient_checkpointing else 1,
+    }
+    T, flops = config.train_tokens, model.flops_per_token
+    step = _step_phase(work)
+    phases = [Phase(name, T, n * flops, n * moved, n * one) for name, n in passes.items()]
+    # On the plain activations and in the replaced pass.
+    phases.append(
+        step._replace(flops=2 * step.flops, bytes=2 * step.bytes, seconds=2 * step.seconds)
+    )
+    tokens = ceil(config.batch_tokens / config.accumulation_steps)
+    kept = _block_activations(lm)
+    if config.gradient_checkpointing:
+        activations = tokens * size * (lm.n_layers * D + max(kept))
+    else:
+        activations = tokens * size * sum(kept)
+    memory = _device_memory(work)
+    del memory["buffer"]
+    memory["step"] *= 2
+    memory["activations of the model"] = activations
+    memory["logits"] = tokens * V * 4 * LOGIT_COPIES
+    host = _host_memory(work)
+    del host["moments"]
+    training = sum(phase.seconds for phase in phases)
+    return RunEstimate(
+        phases,
+        1 / training,
+        training * T / 3600,
+        memory,
+        host,
+        _disk(work, keep_checkpoints, None),
+        _settings(work, checkpoint_steps),
+    )
+
+
+def _block_activations(lm: HookedLM) -> list[int]:
+    """Numbers per token that the backward of each block needs: inputs and outputs of its products,
+    and two streams that are normalised."""
+    counts = []
+    for block in lm.blocks:
+        products = [p for p in block.parameters() if p.ndim == 2]
+        counts.append(sum(sum(p.shape) for p in products) + 2 * lm.d_model)
+    return counts
 
 
 class _Work(NamedTuple):

@@ -90,13 +90,15 @@ def stack_loss(
         fvu = F.mse_loss(x_hat, x, reduction="sum") / variance
         errors = [F.mse_loss(y, x, reduction="sum") / variance for y in partial]
         error = sum(errors, fvu) / (1 + len(errors))
-        auxk = sae.dead_latent_loss(
-            x,
-            x - x_hats[-1],
-            its_dead,
-            prediction=prediction,
-            reduce=normaliser(f"auxk.{layer}"),
-        )
+        auxk = loss.new_zeros(())
+        if not sae.is_frozen:
+            auxk = sae.dead_latent_loss(
+                x,
+                x - x_hats[-1],
+                its_dead,
+                prediction=prediction,
+                reduce=normaliser(f"auxk.{layer}"),
+            )
         loss = loss + error + config.auxk_coefficient * auxk
         acts, indices = sae.trainable_code(code)
         active = acts > 0

@@ -15,9 +15,10 @@ from resae.evaluation.predictors import r2_per_layer, routing_shares
 from resae.evaluation.rows import LayerPairRow
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
+from resae.models.sinks import SinkRule
 from resae.settings import current_names
 from resae.stack.fit import Moments
-from resae.training.calibration import Calibration, calibrate, sum_moments
+from resae.training.calibration import Calibration, Reconstruct, calibrate, sum_moments
 from resae.training.config import FITTED, RunConfig, TrainConfig
 from resae.training.distributed import Ranks
 from resae.training.runs import load_record
@@ -30,6 +31,7 @@ def measure_moments(
     config: TrainConfig,
     console: Console,
     ranks: Ranks,
+    reconstruct: Reconstruct | None = None,
 ) -> Moments:
     """Moments of the calibration tokens of all ranks."""
 
@@ -48,6 +50,7 @@ def measure_moments(
         tokens=-(-config.moment_tokens // ranks.size),
         d_in=lm.d_model,
         n_layers=len(points),
+        reconstruct=reconstruct,
     )
     ranks.all_reduce_moments_(moments)
     if moments.count < config.moment_tokens:
@@ -66,17 +69,26 @@ def fit_calibration(
     config: TrainConfig,
     console: Console,
     ranks: Ranks,
+    reconstruct: Reconstruct | None = None,
+    *,
+    sinks: SinkRule | None,
 ) -> tuple[Calibration, list[LayerPairRow]]:
     """The calibration by `batches` of L activations, and R² per pair of layers on those of held-out
     tokens, with the identity's for comparison; with several source layers also their shares. No R²
-    without a predictor (no held-out rows are read then) or if `unseen` is empty."""
-    moments = measure_moments(lm, points, batches, config, console, ranks)
+    without a predictor (no held-out rows are read then) or if `unseen` is empty.
+
+    Args:
+        reconstruct: gives the reconstructions that the maps take; None: they take activations.
+        sinks: the rule by which tokens were left out of `batches` and `unseen`.
+    """
+    moments = measure_moments(lm, points, batches, config, console, ranks, reconstruct)
     calibration = calibrate(
         config.predictor,
         moments,
         ridge=config.ridge,
         map_type=config.map_type,
         rank=config.rank,
+        sinks=sinks,
     )
     table: list[LayerPairRow] = []
     unseen = [] if config.predictor == "none" else [[x.cpu() for x in xs] for xs in unseen]
@@ -87,7 +99,7 @@ def fit_calibration(
         compared.append(calibration.predictor)
     for maps in compared:
         shares = routing_shares(maps, moments)
-        for i, r2 in enumerate(r2_per_layer(maps, unseen)):
+        for i, r2 in enumerate(r2_per_layer(maps, unseen, reconstruct)):
             layer_pair = f"{points[i].name} → {points[i + 1].name}"
             method = predictor_name(maps.kind, maps.map_type)
             of_sources = None
@@ -137,6 +149,7 @@ class FittedMaps(NamedTuple):
         record = load_record(file, "maps")
         record = current_names(record | record.get("train", {}))
         record.setdefault("rank", None)
+        record.setdefault("sink_factor", 0.0)
         if not record.keys() >= {"layers", *FITTED} or not record.keys() >= FIXED:
             raise ValueError(f"--maps: {file} was written by an earlier resae; fit the maps anew")
         calibration = Calibration.load(folder / "calibration.safetensors", record["predictor"])

@@ -7,7 +7,7 @@ Everything that can be wrong with the settings is found before the weights of th
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from resae.console import Console, SilentConsole
-from resae.data.activations import MODEL_ROWS, ModelActivations, capture_tokens
+from resae.data.activations import (
+    MODEL_ROWS,
+    ModelActivations,
+    RowActivations,
+    WithoutSinks,
+    measure_sinks,
+)
 from resae.data.batches import ActivationBatches, WithRows, sequential
 from resae.data.cache import ActivationCache
 from resae.data.rows import TokenRows, read_rows
@@ -27,9 +33,10 @@ from resae.evaluation.comparison import delta_ce
 from resae.models.hooked import HookedLM
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
+from resae.models.sinks import SinkRule
 from resae.stack.stack import ReSAE
 from resae.storage import is_unused, locked, save_json
-from resae.training.calibration import Calibration, boost_calibration
+from resae.training.calibration import Calibration, Reconstruct, boost_calibration
 from resae.training.checkpoints import resumed_config
 from resae.training.config import FITTED, FitConfig, RunConfig, TrainConfig
 from resae.training.distributed import SINGLE_PROCESS, Ranks
@@ -44,7 +51,7 @@ from resae.training.runs import (
     require_same_text,
     require_startable,
 )
-from resae.training.start import require_divisible
+from resae.training.start import kept_first, require_divisible
 from resae.training.watch import Watch
 
 Stopping = AbstractContextManager[Callable[[], bool]]
@@ -132,26 +139,87 @@ def fit_maps(
             raise ValueError(f"{out} exists and is not empty; choose another --out")
         device = find_device(config.device)
         console.log(f"device: {describe_device(device)}")
-        if not config.layers:
-            raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
         shapes = HookedLM.described(config.model, tokenizer=None, revision=config.revision)
-        points = shapes.hook_points(config.layers)
+        stack = _reconstructing(config, shapes)
+        layers = config.layers if stack is None else stack.hook_points
+        if not layers:
+            raise ValueError("--layers is missing; name blocks or hook points, for example 1,3,5")
+        points = shapes.hook_points(layers)
         fit = config.for_layers(tuple(point.name for point in points))
         require_rank(fit, shapes)
         rows, held_out = read_rows(config, shapes)
         lm = load_model(config.model, config.dtype, device, config.revision)
-        text = TrainedText()
-        batches = _captured(lm, rows.noted(text.add), points)
-        unseen = _captured(lm, held_out, points)
+        text = _text_of((("--on-reconstructions", config.on_reconstructions),), console)
+        noted = rows if text is None else rows.noted(text.add)
+        reconstruct = None if stack is None else _reconstruct_by(stack.to(device))
+        sinks = None if stack is None else stack.sinks
+        if stack is None and fit.sink_factor:
+            sinks = measure_sinks(ModelActivations(lm, rows, points), fit.sink_factor)
+        calibrating = _without(sinks, ModelActivations(lm, noted, points))
+        unseen = _without(sinks, ModelActivations(lm, held_out, points))
         calibration, affine = fit_calibration(
-            lm, points, batches, unseen, fit, console, SINGLE_PROCESS
+            lm,
+            points,
+            sequential(calibrating),
+            sequential(unseen),
+            fit,
+            console,
+            SINGLE_PROCESS,
+            reconstruct,
+            sinks=sinks,
         )
+        _say_left_out(calibrating, console)
         calibration.save(out / "calibration.safetensors")
         table = [row.to_dict() for row in affine]
-        text.save(out)
+        if text is not None:
+            text.save(out)
         fitted = {name: getattr(fit, name) for name in ("layers", *FITTED, "seed")}
+        fitted["on_reconstructions"] = config.on_reconstructions
         save_json(out / "fit.json", record_of(config, rows, table, device, command) | fitted)
     return out
+
+
+def _reconstructing(config: FitConfig, shapes: HookedLM) -> ReSAE | None:
+    """The stack whose reconstructions the maps take; None: they take activations."""
+    if config.on_reconstructions is None:
+        return None
+    stack = ReSAE.load(config.on_reconstructions)
+    stack.require_model(shapes)
+    asked = [point.name for point in shapes.hook_points(config.layers)] if config.layers else None
+    if asked not in (None, stack.hook_points):
+        raise ValueError(
+            f"--on-reconstructions: {config.on_reconstructions} has layers "
+            f"{', '.join(stack.hook_points)}; leave --layers out"
+        )
+    return stack
+
+
+def _reconstruct_by(stack: ReSAE) -> Reconstruct:
+    """Reconstructions in closed loop, as replacement puts them in."""
+
+    @torch.no_grad()
+    def reconstruct(xs: Sequence[Tensor]) -> list[Tensor]:
+        return stack([x.to(stack.sae(0).b_dec) for x in xs], loop="closed").x_hats
+
+    return reconstruct
+
+
+def _text_of(earlier: Iterable[tuple[str, str | None]], console: Console) -> TrainedText | None:
+    """A record of text to begin with: that of earlier folders, by the option that names each; None
+    where one has no record."""
+    text = TrainedText()
+    for option, folder in earlier:
+        if folder is None:
+            continue
+        known = TrainedText.load(Path(folder))
+        if known is None:
+            console.log(
+                f"{option}: {folder} has no record of the text that it was fitted on, so that "
+                f"this run gets none: `resae eval` will not know which text is new to it"
+            )
+            return None
+        text.include(known)
+    return text
 
 
 def load_model(name: str, dtype: str, device: str, revision: str | None = None) -> HookedLM:
@@ -162,8 +230,19 @@ def load_model(name: str, dtype: str, device: str, revision: str | None = None) 
     )
 
 
-def _captured(lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]) -> Iterator[list[Tensor]]:
-    return (capture_tokens(lm, ids, points) for ids in rows.batches(MODEL_ROWS))
+def _without(sinks: SinkRule | None, activations: RowActivations) -> RowActivations:
+    return activations if sinks is None else WithoutSinks(activations, sinks)
+
+
+def _say_left_out(activations: RowActivations, console: Console) -> None:
+    """Report the sink tokens of the tokens read so far."""
+    if isinstance(activations, WithoutSinks):
+        rule = activations.rule
+        norms = ", ".join(f"{norm:.4g}" for norm in rule.median_norms)
+        console.log(
+            f"sink tokens: {activations.left_out:,} left out so far, of norms above "
+            f"{rule.factor:g} × the median ({norms})"
+        )
 
 
 class _Pipeline:
@@ -192,13 +271,21 @@ class _Pipeline:
         lm = load_model(model, self.config.dtype, self.config.model_device or self.device, revision)
         text = self._trained_text()
         noted = rows if text is None else rows.noted(text.add)
-        source = self._source(lm, rows, noted, train_config)
+        begun = None
         if self.config.resume and self.calibrated.exists():
-            calibration = self._go_on(train_config)
+            begun = self._go_on(train_config)
+        cache = self._open_cache(lm, rows, "train", self.ranks, train_config.train_tokens)
+        fixed = begun or (maps and maps.calibration) or base_stack
+        sinks = fixed.sinks if fixed else self._measure_sinks(lm, rows, cache, train_config)
+        source = self._source(lm, noted, cache, sinks, train_config)
+        if begun is not None:
+            calibration = begun
         else:
             calibration, affine = self._calibrate(
-                lm, source, held_out, train_config, maps, base_stack
+                lm, source, held_out, train_config, maps, base_stack, sinks
             )
+            if train_config.first_sae is not None:
+                calibration = calibration.keeping_first()
             self._begin(calibration, affine, train_config, rows, held_out, text, command)
         stack = self._train(lm, source, held_out, calibration, train_config, text, stopping)
         return Run(self.out, train_config, stack)
@@ -250,6 +337,8 @@ class _Pipeline:
             logging.warning(config.warning)
         require_rank(config, shapes)
         require_divisible(config, self.ranks)
+        if config.first_sae is not None:
+            kept_first(config, shapes.d_model)
         if self.config.resume:
             self.record = load_record(self.out / "run.json", "run")
             require_same_run(self.record, self.config, config, self.out)
@@ -267,29 +356,39 @@ class _Pipeline:
         """The record of the text of this run; None where that of an earlier part is not known."""
         if self.config.resume and self.calibrated.exists():
             return TrainedText.load(self.out, self.ranks.rank, self.ranks.size)
-        text = TrainedText()
-        for option, folder in (("--boost", self.config.boost), ("--maps", self.config.maps)):
-            if folder is None:
-                continue
-            earlier = TrainedText.load(Path(folder))
-            if earlier is None:
-                self.console.log(
-                    f"{option}: {folder} has no record of the text that it was fitted on, so that "
-                    f"this run gets none: `resae eval` will not know which text is new to it"
-                )
-                return None
-            text.include(earlier)
-        return text
+        first = self.config.first_sae and str(Path(self.config.first_sae).parent)
+        earlier = {"--boost": self.config.boost, "--maps": self.config.maps, "--first-sae": first}
+        return _text_of(earlier.items(), self.console)
+
+    def _measure_sinks(
+        self, lm: HookedLM, rows: TokenRows, cache: ActivationCache | None, config: TrainConfig
+    ) -> SinkRule | None:
+        """The rule of sink tokens of a new run; of several ranks that of the first."""
+        if not config.sink_factor:
+            return None
+        share = rows.shard(self.ranks.rank, self.ranks.size)
+        rule = measure_sinks(
+            cache or ModelActivations(lm, share, self._points(lm)), config.sink_factor
+        )
+        norms = torch.tensor(rule.median_norms, dtype=torch.float64, device=self.device)
+        self.ranks.broadcast_([norms])
+        return replace(rule, median_norms=tuple(norms.tolist()))
 
     def _source(
-        self, lm: HookedLM, rows: TokenRows, noted: TokenRows, config: TrainConfig
+        self,
+        lm: HookedLM,
+        noted: TokenRows,
+        cache: ActivationCache | None,
+        sinks: SinkRule | None,
+        config: TrainConfig,
     ) -> ActivationBatches:
         rank, world = self.ranks.rank, self.ranks.size
-        cache = self._open_cache(lm, rows, "train", self.ranks, config.train_tokens)
+        points, share = self._points(lm), noted.shard(rank, world)
+        activations = WithRows(cache, share) if cache else ModelActivations(lm, share, points)
         return ActivationBatches(
             lm,
             noted,
-            self._points(lm),
+            points,
             batch_tokens=config.batch_tokens,
             buffer_tokens=config.buffer_tokens,
             buffer_dtype=getattr(torch, config.buffer_dtype),
@@ -298,7 +397,7 @@ class _Pipeline:
             device=self.device,
             rank=rank,
             world=world,
-            cache=cache and WithRows(cache, noted.shard(rank, world)),
+            cache=_without(sinks, activations),
         )
 
     def _open_cache(
@@ -355,12 +454,18 @@ class _Pipeline:
         config: TrainConfig,
         maps: FittedMaps | None,
         base_stack: ReSAE | None,
+        sinks: SinkRule | None,
     ) -> tuple[Calibration, list[dict[str, Any]]]:
         """The calibration, and the rows of R² that are recorded of it."""
         # Nothing here may hold on to `source.sequential()`: it would keep the first buffer in
         # memory for the whole training.
         if maps is not None:
             self.console.log(f"affine maps: those of {self.config.maps}")
+            if maps.record.get("on_reconstructions") and config.loop == "open":
+                self.console.log(
+                    "warning: these maps were fitted on reconstructions, and in the open loop they "
+                    "take activations; train with --loop closed"
+                )
             return maps.calibration, maps.record["affine"]
         points = self._points(lm)
         if base_stack is not None:
@@ -371,10 +476,18 @@ class _Pipeline:
         unseen: Iterable[list[Tensor]] = []
         if self.ranks.rank == 0:  # only rank 0 reports R²
             kept = self._open_cache(lm, held_out, "held_out", SINGLE_PROCESS)
-            unseen = sequential(kept or ModelActivations(lm, held_out, points))
+            unseen = sequential(_without(sinks, kept or ModelActivations(lm, held_out, points)))
         calibration, table = fit_calibration(
-            lm, points, source.sequential(), unseen, config, self.console, self.ranks
+            lm,
+            points,
+            source.sequential(),
+            unseen,
+            config,
+            self.console,
+            self.ranks,
+            sinks=sinks,
         )
+        _say_left_out(source.activations, self.console)
         return calibration, [row.to_dict() for row in table]
 
     def _begin(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 
 import datasets
 import pytest
@@ -73,6 +74,21 @@ def test_a_saved_folder_of_several_splits_holds_out_its_validation(lm, tmp_path)
     assert train.skip == 2  # validation is trained on here, but for these rows
     with pytest.raises(FileNotFoundError, match="no split 'dev' but train, validation, test"):
         load_texts(data, split="dev")
+
+
+def test_other_columns_of_a_saved_folder_are_not_read(tmp_path):
+    """They are not checked, and what is mapped into memory ends the process where offsets are
+    wrong."""
+    texts = [f"text {i}" for i in range(8)]
+    data = saved(tmp_path / "saved", text=texts, other=["x" * (1_001 + i) for i in range(8)])
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    offsets = struct.pack("<3i", 0, 1_001, 2_003)
+    content = file.read_bytes()
+    assert content.count(offsets) == 1
+    file.write_bytes(content.replace(offsets, struct.pack("<3i", 0, 2**31 - 1, -(2**31))))
+    assert sorted(load_texts(data)) == texts
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_texts(data, text_column="other")
 
 
 @pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "a/b.arrow", "..", 1, None])

@@ -46,7 +46,7 @@ def rows_where(better):
         made(RedundancyRow, method=m, k=8, mean_max_cos=value, random_floor=0.3)
         for m, value in (("raw", 0.6), ("identity", 0.33), ("resae", better))
     ]
-    return Evaluation(rows, [], redundancy, [])
+    return Evaluation(rows, [], redundancy, [], [])
 
 
 def test_findings_say_when_a_claim_does_not_hold():

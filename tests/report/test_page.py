@@ -191,7 +191,16 @@ def test_labels_and_selection(tmp_path):
     assert len(whole_selection(rows)) == len(rows) - 1
 
 
-def test_a_report_is_read_and_written_as_the_same_file(tmp_path):
+def contained(old, new):
+    """True if content has all entries of `old`; in objects there may be more."""
+    if isinstance(old, dict):
+        return all(name in new and contained(value, new[name]) for name, value in old.items())
+    if isinstance(old, list):
+        return len(old) == len(new) and all(map(contained, old, new))
+    return old == new
+
+
+def test_a_report_is_read_as_rows_and_written_without_loss(tmp_path):
     pair = {"method": "all_previous", "hop": "a → b", "r2": 0.9, "shares": {"a": 0.25, "c": 0.75}}
     written = report_of(affine=[*report_of()["affine"], pair])
     save_json(tmp_path / "report.json", written)
@@ -199,14 +208,18 @@ def test_a_report_is_read_and_written_as_the_same_file(tmp_path):
     assert report.affine[0].shares is None
     assert report.affine[1].shares == {"a": 0.25, "c": 0.75}
     assert report.training[0].log[1].layers[0].fvu == 0.5
-    training = [{"method": "raw", "k": 4, "rank": 0, "log": written["training"][0]["log"]}]
-    assert report.to_dict() == {**written, "training": training, "teacher_forced_collapse": None}
+    assert contained(written, report.to_dict())
+    save_json(tmp_path / "report.json", report.to_dict())
+    assert load_report(tmp_path / "report.json") == report
 
 
 @pytest.mark.parametrize("name", ["report", "methods", "learning_rates", "elsewhere_seed_1"])
 def test_every_report_here_is_read_without_loss(name):
     path = Path(__file__).parents[2] / f"bench/results/demo/{name}.json"
-    assert json.dumps(load_report(path).to_dict(), indent=2) + "\n" == path.read_text()
+    content = json.loads(path.read_text())
+    read = load_report(path).to_dict()
+    assert contained(content, read)
+    assert list(content) == list(read)
 
 
 def without(column):

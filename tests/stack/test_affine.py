@@ -44,6 +44,40 @@ def test_all_previous_recovers_maps_from_two_sources():
     torch.testing.assert_close(fitted(2, xs), xs[0] @ P + xs[1] @ Q + d, atol=0.1, rtol=0.05)
 
 
+@pytest.mark.parametrize("kind", ["identity", "previous", "all_previous"])
+def test_maps_on_reconstructions_are_their_least_squares(kind):
+    """Beside torch's solver on the reconstructions, of which layers are predicted."""
+    xs, _ = planted(noise=0.5)
+    g = torch.Generator().manual_seed(1)
+    x_hats = [0.8 * x + torch.randn(x.shape, generator=g, dtype=x.dtype) for x in xs]
+    moments = Moments(3, 6, kind, on_reconstructions=True)
+    for part in range(2):
+        moments.add([x[part::2] for x in xs], [x[part::2] for x in x_hats])
+    fitted = fit_predictor(kind, moments, ridge=0.0, dtype=torch.float64)
+    expected = []
+    for layer in (1, 2):
+        sources = x_hats[:layer] if kind == "all_previous" else x_hats[layer - 1 : layer]
+        centred = torch.cat([x - x.mean(0) for x in sources], dim=1)
+        if kind != "identity":
+            centred = centred @ torch.linalg.lstsq(centred, xs[layer] - xs[layer].mean(0)).solution
+        expected.append(xs[layer].mean(0) + centred)
+        torch.testing.assert_close(fitted(layer, x_hats), expected[-1])
+    r2 = r2_per_layer(fitted, [xs], lambda _: x_hats)
+    for x, prediction, found in zip(xs[1:], expected, r2, strict=True):
+        unexplained = (x - prediction).square().sum() / (x - x.mean(0)).square().sum()
+        assert found == pytest.approx(1 - float(unexplained), abs=1e-6)
+    assert moments.scale() == pytest.approx([float(x.square().mean()) ** 0.5 for x in xs])
+    shares = routing_shares(fitted, moments)
+    assert [len(of_layer) for of_layer in shares] == [1, 2 if kind == "all_previous" else 1]
+    if kind == "all_previous":
+        parts = fitted.A[1].split(6)
+        energy = [float(((x - x.mean(0)) @ A).square().sum())
+                  for x, A in zip(x_hats, parts, strict=False)]  # fmt: skip
+        assert shares[1] == pytest.approx([e / sum(energy) for e in energy])
+    with pytest.raises(ValueError, match="3 activations and 0 reconstructions for 3 layers"):
+        moments.add(xs)
+
+
 def test_residual_is_uncorrelated_with_its_sources_and_has_zero_mean():
     xs, _ = planted(noise=1.0)
     fitted = fit_predictor("previous", moments_of(xs), ridge=0.0, dtype=torch.float64)
