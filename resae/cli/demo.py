@@ -75,7 +75,7 @@ def _run_into(out: Path, options: Options, console: TerminalConsole) -> int:
     report = run_demo(out, config, log=console.log, progress=console.progress)
     page = write_report(out)
     console.log()
-    for sentence in report["findings"]:
+    for sentence in report.findings:
         console.log(f"• {sentence}")
     console.log()
     console.log(f"report: {page}   rows: {out / 'report.json'}   stacks: {out / 'stacks'}")
