@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from resae.data.text_record import Overlap, RunText
     from resae.evaluation.methods import Method
+    from resae.evaluation.rows import Evaluation
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
@@ -93,8 +94,9 @@ class OpenRun:
 
 def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli.libraries import quiet_libraries
+    from resae.evaluation.labels import whole_selection
     from resae.models.hooked import HookedLM
-    from resae.storage import require_writable
+    from resae.storage import require_writable, save_json
     from resae.training.pipeline import load_model
     from resae.training.runs import model_of
 
@@ -120,10 +122,22 @@ def run(options: Options, console: TerminalConsole) -> int:
     )
     methods = _methods(runs, options.k)
     lm = load_model(name, options.dtype, device, revision)
-    report = _report(lm, runs, methods, ids, data, console)
-    report["config"]["trained_on"] = overlaps
-    report["training"] = _training(runs, methods, options.k)
-    _publish(report, out, options, console)
+    evaluation = _evaluated(lm, methods, ids, data, console)
+    config = {
+        "model": lm.name,
+        "data": data,
+        "held_out_rows": len(ids),
+        "context_tokens": ids.shape[1],
+        "trained_on": overlaps,
+    }
+    report = _report(runs, evaluation, config, _training(runs, methods, options.k))
+    save_json(out / "report.json", report)
+    rows = [asdict(row) for row in whole_selection(evaluation.replacement)]
+    if options.json:
+        console.json(rows)
+    else:
+        console.result(_table(rows))
+    console.log(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
 
 
@@ -176,15 +190,14 @@ def _baselines(
     return _open_runs([baseline.folder for baseline in baselines], device)
 
 
-def _report(
+def _evaluated(
     lm: HookedLM,
-    runs: Sequence[OpenRun],
     methods: Sequence[Method],
     ids: torch.Tensor,
     data: str,
     console: TerminalConsole,
-) -> dict[str, Any]:
-    """The report on rows `ids [R, T]` of a text of this name, without its entries on training."""
+) -> Evaluation:
+    """The methods on rows `ids [R, T]` of a text of this name."""
     from resae.data.activations import MODEL_ROWS
     from resae.evaluation.comparison import evaluate, forward_passes
 
@@ -196,25 +209,31 @@ def _report(
         left = (time.perf_counter() - began) * (len(batches) - done) / done
         console.progress(f"{done}/{len(batches)} batches, about {left:.0f} s left")
 
-    tables = evaluate(lm, methods, batches, on_batch=progress).to_dict()
+    return evaluate(lm, methods, batches, on_batch=progress)
+
+
+def _report(
+    runs: Sequence[OpenRun],
+    evaluation: Evaluation,
+    config: dict[str, Any],
+    training: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Content of report.json; `config` names what was evaluated on."""
     first = runs[0]
-    config = {
-        "model": lm.name,
-        "data": data,
+    of_runs = {
         "layers": first.stack.hook_points,
         "d_sae": first.stack.d_sae,
         "train_tokens": first.record.get("train", {}).get("train_tokens", 0),
         "runs": [str(run.folder) for run in runs],
-        "held_out_rows": len(ids),
-        "context_tokens": ids.shape[1],
     }
     return {
         "schema_version": 1,
         "title": f"Evaluation of {', '.join(run.folder.name for run in runs)}",
-        "config": config,
+        "config": config | of_runs,
         "environment": environment(),
-        **tables,
+        **evaluation.to_dict(),
         "affine": _affine([run.record for run in runs]),
+        "training": training,
     }
 
 
@@ -227,20 +246,6 @@ def _training(
         for m, run in zip(methods[:: len(ks or (0,))], runs, strict=False)
         if (run.folder / "log.jsonl").exists()
     ]
-
-
-def _publish(report: dict[str, Any], out: Path, options: Options, console: TerminalConsole) -> None:
-    """Write report.json and print the rows of all layers."""
-    from resae.evaluation.labels import whole_selection
-    from resae.storage import save_json
-
-    save_json(out / "report.json", report)
-    rows = whole_selection(report["replacement"])
-    if options.json:
-        console.json(rows)
-    else:
-        console.result(_table(rows))
-    console.log(f"written to {out / 'report.json'}; next: resae report {out}")
 
 
 def _unseen(
