@@ -32,6 +32,8 @@ class Options:
     grid), or the names below."""
     train_tokens: Annotated[int, whole(1)] = 200_000
     """Tokens that each stack is trained on; fewer for a quick look."""
+    tune_tokens: Annotated[int | None, whole(1)] = None
+    """Tokens that ReSAE is tuned on online; None: as many as each stack is trained on."""
     held_out_rows: Annotated[int, whole(1)] = 64
     """Rows to evaluate on."""
     threads: Annotated[int, whole(1)] = 1
@@ -70,6 +72,7 @@ def _run_into(out: Path, options: Options, console: TerminalConsole) -> int:
         seed=options.seed,
         methods=tuple(dict.fromkeys(chain.from_iterable(named))),
         train_tokens=options.train_tokens,
+        tune_tokens=options.tune_tokens,
         held_out_rows=options.held_out_rows,
     )
     report = run_demo(out, config, log=console.log, progress=console.progress)

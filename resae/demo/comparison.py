@@ -84,7 +84,7 @@ class DemoConfig:
     context_tokens: int = 128
     seed: int = 0
     tune_tokens: int | None = None
-    """Tokens that a stack is tuned on online; None: half as many as it is trained on."""
+    """Tokens that a stack is tuned on online; None: as many as it is trained on."""
     methods: tuple[str, ...] = ()
     """Further methods: names from `EXTRA_METHODS` and `LR_METHODS`."""
 
@@ -395,8 +395,9 @@ def _stages(config: DemoConfig, comparisons: Sequence[_Comparison]) -> dict[str,
         if run.recipe not in RECIPES:
             ways += 3 if run.recipe.predictor == "none" else 6
     for tuning, k in _tunings(config):
-        share = 1.0 if tuning.objective == "kl" else 0.4
-        training[_tuning_stage(tuning, k)] = 28.0 * share * tokens
+        share = (config.tune_tokens or config.train_tokens) / 200_000
+        seconds = 50.0 if tuning.objective == "kl" else 12.0
+        training[_tuning_stage(tuning, k)] = seconds * share
         ways += 3 if tuning.of.startswith("raw") else 6
     if "hierarchical" in config.methods:
         ways += 6 * (len(config.k) - 1)
@@ -529,7 +530,7 @@ def _tuned(
             run=str(folder / f"{tuning.of}_k{k}"),
             out=str(out),
             objective=tuning.objective,
-            train_tokens=config.tune_tokens or max(1, config.train_tokens // 2),
+            train_tokens=config.tune_tokens or config.train_tokens,
             batch_tokens=source.batch_rows * config.context_tokens,
             seed=config.seed,
         )
