@@ -53,7 +53,7 @@ def baselines_of(folder: Path, methods: Collection[str]) -> list[Baseline]:
             config = replace(
                 began,
                 layers=tuple(record["train"]["layers"]),
-                predictor=kind,
+                predictor=str(kind),
                 maps=None,
                 map_type=None,
                 rank=None,
