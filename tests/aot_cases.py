@@ -393,18 +393,20 @@ def screening_cases() -> Iterator[AotCase]:
             {"matrix": False, "loads_128": 3, "registers": 128, "instructions": 1500},
             one,
         )
-    for tile, architecture in itertools.product(tiles.TILES["screen"].candidates("other"), every):
+    for tile, architecture, above in itertools.product(
+        tiles.TILES["screen"].candidates("other"), every, (False, True)
+    ):
         loads = tile.latents * tile.dimensions // (tile.num_warps * 512)
         yield AotCase(
-            f"screen bf16 {tiles.sizes(tile)}",
+            f"screen bf16{' above' * above} {tiles.sizes(tile)}",
             screening.screen_kernel,
             each("*i8:16", "levels q")
-            | each("*bf16:16", "bias")
+            | each("*bf16:16", "bias threshold" if above else "bias")
             | each("*fp32:16", "terms facts")
             | each("*i32:16", "upper best")
             | each("i32", "n")
             | each("i32:16", "padded M groups s_upper"),
-            screening.screen_constants(tile, 32),
+            screening.screen_constants(tile, 32) | ({} if above else {"threshold": None}),
             *(tile.num_warps, tile.num_stages),
             {
                 "matrix": True,
@@ -423,17 +425,18 @@ def screening_cases() -> Iterator[AotCase]:
         assert layout is not None
         warps = selection.select_warps(layout)
         floats, integers = f"*{name.split()[0]}:16", f"*i{dtype.itemsize * 8}:16"
-        yield AotCase(
-            f"pick {name}, M={M} k={k}",
-            screening.pick_kernel,
-            each("*i32:16", "upper best picked n_candidates")
-            | each("i32", "n")
-            | each("i32:16", "M groups s_upper k"),
-            screening.pick_constants(layout, room, dtype),
-            *(warps, 3),
-            {"matrix": False, "registers": 128, "instructions": 2500},
-            architectures,
-        )
+        for above in (False, True):
+            yield AotCase(
+                f"pick {name}{' above' * above}, M={M} k={k}",
+                screening.pick_kernel,
+                each("*i32:16", "upper best picked n_candidates")
+                | each("i32", "n")
+                | each("i32:16", "M groups s_upper k"),
+                screening.pick_constants(layout, room, dtype, not above),
+                *(warps, 3),
+                {"matrix": False, "registers": 128, "instructions": 2500},
+                architectures,
+            )
         row_bytes = screening.RESCORED_ROWS * screening.RESCORED_BYTES
         yield AotCase(
             f"rescore {name}, M={M} D={D}",
@@ -452,18 +455,29 @@ def screening_cases() -> Iterator[AotCase]:
             },
             architectures,
         )
-        yield AotCase(
-            f"select_screened {name}, M={M} k={k}",
-            screening.select_screened_kernel,
-            each("*i32:16", "picked n_candidates")
-            | each(integers, "found scores best acts")
-            | each("*i64:16", "indices")
-            | each("i32:16", "M groups s_scores k"),
-            screening.select_screened_constants(layout, room, dtype, by_value=True),
-            *(warps, 3),
-            {"matrix": False, "instructions": 5000},
-            architectures,
-        )
+        for above in (False, True):
+            constants = screening.select_screened_constants(
+                layout, room, dtype, by_value=True, above=above
+            )
+            signature = (
+                each("*i32:16", "picked n_candidates")
+                | each(integers, "found scores best acts")
+                | each("*i64:16", "indices")
+                | each("i32:16", "M groups s_scores k")
+            )
+            if above:
+                signature |= each(integers, "threshold") | each("*i32:16", "n_active")
+            else:
+                constants |= {"threshold": None, "n_active": None}
+            yield AotCase(
+                f"select_screened {name}{' above' * above}, M={M} k={k}",
+                screening.select_screened_kernel,
+                signature,
+                constants,
+                *(warps, 3),
+                {"matrix": False, "instructions": 5000},
+                architectures,
+            )
     for N, architecture in itertools.product((1, encode_few.FEW_TOKENS), every):
         name = encode_few.small_gemm_tile_name(torch.bfloat16, N, (65536, 2048), (2048, 1))
         tile = tiles.TILES[name].of(architecture).tile

@@ -101,6 +101,18 @@ def screened_by_torch_at_any_size(monkeypatch):
     screen_at_any_size("torch", monkeypatch)
 
 
+@pytest.fixture
+def screened_by_triton_at_any_size(monkeypatch):
+    """Let encoders that ask for it screen small shapes by Triton."""
+    from resae_kernels import screened as screened_encode
+
+    rules = {
+        dtype: rule._replace(entries=0, width=0)
+        for dtype, rule in screened_encode.RULES["triton"].items()
+    }
+    monkeypatch.setitem(screened_encode.RULES, "triton", rules)
+
+
 def screen_at_any_size(implementation: str, monkeypatch) -> None:
     from resae_kernels import screened as screened_encode
 
