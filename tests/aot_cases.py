@@ -11,6 +11,7 @@ from resae_kernels.triton import (
     decode,
     encode_few,
     gemm,
+    gemm_specialised,
     residual,
     screening,
     selection,
@@ -255,6 +256,9 @@ def gemm_cases() -> Iterator[AotCase]:
         for tile in tiles.TILES["gemm_many_tokens_16bit"].candidates(architecture):
             if tile == tiles.LIBRARY_GEMM:
                 continue
+            if isinstance(tile, tiles.SpecialisedGemmTile):
+                yield from specialised_gemm_cases(tile)
+                continue
             kinds = dict.fromkeys(("bias", "scores"), "*bf16:16") | {"best": "*i16:16", "n": "i32"}
             kinds |= dict.fromkeys(("D", "M", "groups", "s_scores"), "i32:16")
             for name, rows in (("x", tile.tokens), ("weight", tile.latents)):
@@ -275,6 +279,32 @@ def gemm_cases() -> Iterator[AotCase]:
                 },
                 (architecture,),
             )
+
+
+def specialised_gemm_cases(tile: tiles.SpecialisedGemmTile) -> Iterator[AotCase]:
+    """The warp-specialised GEMM, which exists for one architecture."""
+    for bias, M in ((True, 65536), (False, 65520)):  # of which the latter are no whole groups
+        constants: dict[str, Any] = gemm_specialised.specialised_constants(
+            tile, M, 32, torch.bfloat16
+        )
+        kinds = {"scores": "*bf16:16", "best": "*i16:16", "n": "i32"}
+        if bias:
+            kinds["bias"] = "*bf16:16"
+        else:
+            constants["bias"] = None
+        kinds |= dict.fromkeys(("D", "M", "groups", "s_scores"), "i32:16")
+        for name, rows in (("x", tile.tokens), ("weight", tile.latents)):
+            layout = repr(gemm_specialised.shared_layout())
+            kinds[name] = f"tensordesc<bf16[{rows}, {tile.dimensions}],{layout}>"
+        yield AotCase(
+            f"specialised gemm bf16 M={M} {tiles.sizes(tile)}",
+            gemm_specialised.specialised_gemm_kernel,
+            kinds,
+            constants,
+            *(tile.num_warps, 3),
+            {"matrix": True, "tensor_loads": 2, "registers": 168, "instructions": 3000},
+            ("sm_90",),
+        )
 
 
 def few_token_cases() -> Iterator[AotCase]:
