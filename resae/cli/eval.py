@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -122,7 +122,7 @@ def run(options: Options, console: TerminalConsole) -> int:
         left = (time.perf_counter() - began) * (len(batches) - done) / done
         console.progress(f"{done}/{len(batches)} batches, about {left:.0f} s left")
 
-    report = evaluate(lm, methods, batches, on_batch=progress).to_dict()
+    evaluation = evaluate(lm, methods, batches, on_batch=progress)
     config = {
         "model": lm.name,
         "data": data,
@@ -146,12 +146,12 @@ def run(options: Options, console: TerminalConsole) -> int:
             "title": f"Evaluation of {', '.join(folder.name for folder, _, _ in runs)}",
             "config": config,
             "environment": environment(),
-            **report,
+            **evaluation.to_dict(),
             "affine": _affine([record for _, record, _ in runs]),
             "training": training,
         },
     )
-    rows = whole_selection(report["replacement"])
+    rows = [asdict(row) for row in whole_selection(evaluation.replacement)]
     if options.json:
         console.json(rows)
     else:

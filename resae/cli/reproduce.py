@@ -100,11 +100,13 @@ def _run_in(
         if job is None or job.kind is Kind.EVALUATE:
             write_results(out, config, study.result)
 
-    if options.until_minutes != 0:
+    if options.until_minutes == 0:
+        jobs, seconds = [], {}
+    else:
         seconds = expected_seconds(study, jobs, measure_rates(study))
         console.log(f"{len(jobs)} jobs; about {_left(study, seconds) / 60:.0f} minutes left")
-        if not study.run(jobs, seconds, stop=_stop_after(options.until_minutes), on_result=write):
-            console.log("stopped; the same command goes on")
+    if not study.run(jobs, seconds, stop=_stop_after(options.until_minutes), on_result=write):
+        console.log("stopped; the same command goes on")
     write()
     console.result((out / "results.md").read_text())
     return 0

@@ -119,10 +119,8 @@ class Study:
         Returns:
             Whether all jobs are done.
         """
-        left = [job for job in jobs if self.result(job) is None]
-        if not left:
-            return True
         save_json(self.out / "study.json", self.config.to_json())
+        left = [job for job in jobs if self.result(job) is None]
         plan = ProgressEstimate({j.name: seconds[j] for j in left}, self.console.progress)
         for job in left:
             if stop():
@@ -139,7 +137,7 @@ class Study:
         return True
 
     def result(self, job: Job) -> Result | None:
-        """What a job wrote; None: it is not done."""
+        """Result that a job wrote; None: it is not done."""
         file = self._file(job)
         return load_json(file, "result of a study") if file.exists() else None
 
