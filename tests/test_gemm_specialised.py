@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_device import KERNEL_DEVICE
 from torch import Tensor
 
+from resae_kernels import topk_encode
 from resae_kernels.triton import gemm_specialised as module
 from resae_kernels.triton.gemm_specialised import launch_specialised_gemm, specialised_constants
 from resae_kernels.triton.keys import KEYS
-from resae_kernels.triton.tiles import SpecialisedGemmTile, override_tiles
+from resae_kernels.triton.tiles import SpecialisedGemmTile, device_class, override_tiles
 
 SECONDS = 20.0
+TILE = SpecialisedGemmTile(128, 256, 64, buffers=4, num_warps=8)
 
 
 class Block(Tensor):
@@ -134,6 +137,11 @@ def model(program: int, programs: int) -> dict:
     return {"gl": gl, "hopper": hopper, "async_load": async_load}
 
 
+def source(kernel):
+    """A kernel as Python: before and after Triton has loaded it."""
+    return getattr(kernel, "function", None) or kernel.fn
+
+
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, tile, group: int, programs: int, patch):
     """Scores and keys of group maxima, as the programs write them one after another."""
     (n, D), M = x.shape, weight.shape[0]
@@ -151,10 +159,10 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, tile, group: int, progra
             patch.setattr(module, name, value)
         rings = [*blocks, *(Ring(Barrier() for _ in range(tile.buffers)) for _ in range(2))]
         loader = threading.Thread(
-            target=module._load_blocks.function, args=(x, weight, *rings, n, D, M, *sizes)
+            target=source(module._load_blocks), args=(x, weight, *rings, n, D, M, *sizes)
         )
         loader.start()
-        module._multiply.function(
+        source(module._multiply)(
             None if bias is None else Pointer(bias),
             Pointer(scores),
             Pointer(best),
@@ -198,14 +206,22 @@ def test_a_buffer_that_is_freed_too_early_is_seen(monkeypatch):
     assert not torch.equal(scores, (x.float() @ weight.float().T).bfloat16())
 
 
-def test_other_devices_refuse_it(device):
-    x, weight = torch.ones(20, 64, device=device).bfloat16(), torch.ones(64, 64).bfloat16()
-    tile = SpecialisedGemmTile(128, 256, 64, 4, 8)
-    with (
-        override_tiles({"gemm_many_tokens_16bit": tile}),
-        pytest.raises(
-            ValueError,
-            match="tile 128/256/64/4/8 is for GPUs of class sm_90, got",
-        ),
-    ):
-        launch_specialised_gemm(x, weight, None, x, x, 8, tile, 1)
+def test_other_devices_refuse_it():
+    x, weight = (torch.ones(n, 64, dtype=torch.bfloat16, device="cpu") for n in (20, 256))
+    with pytest.raises(ValueError, match="tile 128/256/64/4/8 is for GPUs of class sm_90"):
+        launch_specialised_gemm(x, weight, None, x, x, 8, TILE, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(device_class(KERNEL_DEVICE) != "sm_90", reason="needs compute capability 9.0")
+@pytest.mark.parametrize("tokens", [129, 1000])
+@pytest.mark.parametrize("biased", [True, False])
+def test_codes_are_those_of_the_librarys_gemm(device, tokens, biased):
+    draw = lambda *shape: (torch.randint(-8, 9, shape) / 8).bfloat16()  # noqa: E731
+    x, weight = draw(tokens, 256).to(device), draw(5000, 256).to(device)
+    bias = draw(5000).to(device) if biased else None
+    expected = topk_encode(x, weight, bias, 16)
+    with override_tiles({"gemm_many_tokens_16bit": TILE}):
+        code = topk_encode(x, weight, bias, 16)
+    assert torch.equal(code.acts, expected.acts)
+    assert torch.equal(code.indices, expected.indices)
