@@ -21,9 +21,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from generate import Setting, stack_of
+from generate import REAL_SETTINGS, SETTINGS, Setting, language_model, stack_of
 from ops import commit
-from real_models import SOURCES, find
+from real_models import SOURCES
 from torch import Tensor
 
 from resae import AffineOnly, HookedLM, Method, evaluate, replacement
@@ -36,10 +36,6 @@ from resae.models.hooked import EMBEDDED
 from resae.models.points import HookPoint
 from resae.storage import write_atomically
 
-SETTINGS = {
-    "smollm2-135m": Setting("smollm2-135m", (7, 15, 23), 4608, 32),
-    "gemma-3-270m": Setting("gemma-3-270m", (5, 9, 13), 5120, 32),
-}
 MODES = ("teacher_forced", "online", "error_added")
 
 
@@ -159,12 +155,12 @@ def peak_mib() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
-    parser.add_argument("--setting", choices=SETTINGS, default="gemma-3-270m")
+    parser.add_argument("--setting", choices=REAL_SETTINGS, default="gemma-3-270m")
     parser.add_argument("--rows", type=int, default=16, help="of 128 tokens")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     setting = SETTINGS[options.setting]
-    lm = HookedLM.from_pretrained(str(find(setting.model)))
+    lm = language_model(setting.model, torch.device("cpu"), torch.float32)
     methods = methods_of(lm, setting)
     _, held_out = train_and_held_out(EMBEDDED, lm, context_tokens=128, held_out_rows=options.rows)
     ids = torch.stack(list(held_out))

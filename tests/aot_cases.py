@@ -38,6 +38,13 @@ class AotCase(NamedTuple):
     register_budget: int | None = None
     """Argument of `launch_options`."""
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Everything that the machine code depends on but the architecture."""
+        given = (sorted(map(repr, part.items())) for part in (self.signature, self.constexprs))
+        launch = (self.num_warps, self.num_stages, self.register_budget)
+        return (repr(self.kernel), *map(tuple, given), *launch)
+
 
 def all_cases() -> Iterator[AotCase]:
     """The cases of every kernel."""

@@ -478,7 +478,7 @@ class OnlineSettings:
     objective: Annotated[str, Objective] = "kl"
     """Loss of the replaced model, in nats per token: kl, from the plain model's next-token
     distributions, or ce, of the text; mse: none, as a control of as many steps of `resae train`."""
-    mse_weight: Annotated[float, real(least=0)] = 0.3
+    mse_weight: Annotated[float, real(least=0)] = 3.0
     """Weight of the loss of `resae train` on the plain model's activations beside it: the FVU of
     each layer, and AuxK. 0: FVU rises by a fifth and more."""
     plain_probability: Annotated[float, real(least=0, most=1)] = 0.0
