@@ -183,8 +183,9 @@ def main() -> int:
     batches = list(held_out.batches(MODEL_ROWS))
     lines = [
         f"# Sink tokens: {options.name}, blocks {options.layers}\n",
-        f"Embedded corpus, {here}. Rows of {batches[0].shape[1]} tokens with BOS; k = {options.k}, M = 8 D, {options.tokens:,} training tokens, one seed. "
-        f"Layers in their order; ReSAE in closed loop.\n",
+        f"Embedded corpus, {here}. Rows of {batches[0].shape[1]} tokens with BOS; k = "
+        f"{options.k}, M = 8 D, {options.tokens:,} training tokens, one seed. Layers in their "
+        f"order; ReSAE in closed loop.\n",
         *norms(lm, points, batches),
     ]
     if folders:
