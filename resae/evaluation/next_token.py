@@ -64,9 +64,8 @@ def _losses(
     at_target = torch.zeros(shape, **options)
     for start, stop in _blocks(unembedding, finals[0], most_logits):
         clean = unembedding.logits(finals[0], start, stop)
-        block_total = _log_sum_exp(clean)
-        p = (clean - block_total.unsqueeze(1)).exp_()
-        before, total[0] = total[0].clone(), total[0].logaddexp(block_total.double())
+        p, size, block_total = _exponentials(clean)  # p: times `size`
+        before, total[0] = total[0].clone(), total[0].logaddexp(block_total)
         kept, added = (before - total[0]).exp(), (block_total - total[0]).exp()
         place = (targets - start).clamp(0, stop - start - 1).unsqueeze(1)
         inside = (targets >= start) & (targets < stop)
@@ -75,8 +74,8 @@ def _losses(
             here = logits.gather(1, place).squeeze(1).double()
             at_target[i] = torch.where(inside, here, at_target[i])
             if i > 0:
-                total[i] = total[i].logaddexp(_log_sum_exp(logits).double())
-                block_gap = torch.sub(clean, logits).mul_(p).sum(1)
+                total[i] = total[i].logaddexp(_exponentials(logits)[2])
+                block_gap = torch.sub(clean, logits).mul_(p).sum(1).double() / size
                 gap[i] = gap[i] * kept + block_gap * added
     return NextTokenLosses(total - at_target, gap - total[0] + total)
 
@@ -94,10 +93,16 @@ def largest_difference(
     return float(torch.stack(largest).max())
 
 
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    """`[n]` of `[n, width]`: on a CPU a quarter of the time of `torch.logsumexp`."""
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `[n, width]`, each row less its largest entry: the exponentials, their sum `[n]`; and the
+    log of the sum of exponentials of the row itself `[n]`, in float64 as the sum.
+
+    On a CPU a quarter of the time of `torch.logsumexp`; and large logits do not take the digits of
+    a distribution that is divided by `size` at the end."""
     largest = logits.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
-    return (logits - largest).exp_().sum(1).log_().add_(largest.squeeze(1))
+    exponentials = (logits - largest).exp_()
+    size = exponentials.sum(1).double()
+    return exponentials, size, size.log() + largest.squeeze(1).double()
 
 
 def _rows(n: int) -> list[slice]:

@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resae.evaluation.metrics import cross_entropy, kl_divergence
 from resae.evaluation.next_token import largest_difference, next_token_losses
-from resae.models.unembedding import unembedding_of
+from resae.models.unembedding import Unembedding, unembedding_of
 
 MOST = 1000
 """Entries of a block: parts of 2048 tokens for every number of rows here."""
@@ -62,6 +62,19 @@ def test_block_sizes_do_not_matter_and_agree_with_the_metrics(passes):
         torch.testing.assert_close(one.ce[i], expected, rtol=1e-4, atol=1e-4)
         expected = kl_divergence(logits[0], replaced).flatten().double()
         torch.testing.assert_close(one.kl[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_large_logits_of_many_tokens_keep_their_digits():
+    V, generator = 100_000, torch.Generator().manual_seed(0)
+    one, other = (100 * torch.randn(3, V, generator=generator) + 500 for _ in range(2))
+    targets = torch.tensor([0, 5, V - 1])
+    # Whole logits, of which parts are taken: nothing is rounded but by the sums.
+    losses = next_token_losses(Unembedding(tiny.llama(), None, V), [one, other], targets)
+    p, q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(losses.kl[1], expected, rtol=1e-6, atol=0)
+    expected = -q.gather(1, targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(losses.ce[1], expected, rtol=1e-6, atol=0)
 
 
 def test_largest_difference_of_logits(passes):
