@@ -78,6 +78,7 @@ def compiled(case, architecture: str):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     from resae_kernels.triton import runtime
 
@@ -100,7 +101,9 @@ def compiled(case, architecture: str):
     signature = {
         name: type_of(case.signature.get(name, "constexpr"), (i,)) for i, name in enumerate(names)
     }
-    source = ASTSource(kernel, signature, dict(case.constexprs), attributes)
+    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
+        kernel, signature, dict(case.constexprs), attributes
+    )
     return triton.compile(
         source,
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),

@@ -30,6 +30,7 @@ PAGES = (
 SMALL = {
     "fit": "--calibration-tokens 2048 --held-out-rows 4",
     "train": "--train-tokens 4096 --calibration-tokens 2048 --held-out-rows 4 --d-sae 64",
+    "finetune": "--train-tokens 4096",
     "eval": "--held-out-rows 4",
     "report": "",
     "convert": "",

@@ -171,7 +171,7 @@ KERNEL_FLOORS = [
     {"triton.step"},
     {"triton.encode", "triton.decode", "triton.screening", "cpu.encode"},
     {"triton.gemm", "triton.selection", "triton.encode_few"},
-    {"triton.residual"},
+    {"triton.residual", "triton.gemm_specialised"},
     {"cpu.sums", "cpu.screening_native", "cpu.screening_torch"},
     {"cpu.selection", "cpu.onednn", "triton.tiles"},
     {"cpu.native", "triton.keys"},

@@ -303,6 +303,11 @@ class Replacement:
         self._no_grad.close()
         self.remove()
 
+    def _hooks(self) -> dict[HookPoint, Callable[[Tensor], Tensor | None]]:
+        """Functions of the hook points up to the last that is written at."""
+        points = self._points[: self._last + 1]
+        return {point: partial(self._on_activation, layer) for layer, point in enumerate(points)}
+
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the whole model, with a state of its own."""
         thread = self._threads.here
@@ -686,27 +691,15 @@ def replacement(
             options that do not go together; layers that the stack does not have, or that are
             replaced already; interventions that cannot be parsed, or that the stack cannot do.
     """
-    if not isinstance(stack, ReSAE | AffineOnly):
-        raise TypeError(
-            f"replacement: got {type_name(stack)} as the stack, "
-            f"expected a ReSAE or AffineOnly; ReSAE.from_pretrained(folder) opens one, "
-            f"ReSAE([hook_point], AffinePredictor('none'), [sae]) makes one of an autoencoder"
-        )
+    _require_stack(stack)
     lm = lm if isinstance(lm, HookedLM) else HookedLM(lm)
     stack.require_model(lm)
     asked = Interventions() if interventions is None else Interventions.parse(interventions)
-    kept = KeptError.DETACHED if keep_error is True or asked.keep_error else False
-    points = lm.hook_points(stack.hook_points)
-    write_points = points if layers is None else lm.hook_points(layers)
-    for point in write_points:
-        if point not in points:
-            raise ValueError(
-                f"replacement: the stack has no {point.name} but {', '.join(stack.hook_points)}"
-            )
+    kept = KeptError.DETACHED if keep_error or asked.keep_error else False
     settings = _Settings(
         mode=mode,
         loop=loop,
-        write_points=write_points,
+        write_points=_write_points(lm, stack, layers),
         replace_special=replace_special,
         clean=clean,
         keep_error=keep_error if isinstance(keep_error, str) else kept,
@@ -717,21 +710,41 @@ def replacement(
     settings.check(stack)
     _require_devices(lm, stack)
     with ExitStack() as in_force:  # which undoes what was done, if any of it fails
-        in_force.enter_context(_claimed(lm, write_points))
+        in_force.enter_context(_claimed(lm, settings.write_points))
         edits = None
         if asked.edits:
             assert isinstance(stack, ReSAE)
-            edits = ActiveEdits(asked, stack, [point.name for point in write_points])
+            names = [point.name for point in settings.write_points]
+            edits = ActiveEdits(asked, stack, names)
         transported = settings.transported(stack, transport_bytes, edits)
         active = Replacement(lm, stack, settings, edits, transported)
-        hooks = {
-            point: partial(active._on_activation, layer)
-            for layer, point in enumerate(points)
-            if point <= max(write_points)
-        }
-        in_force.enter_context(lm.hooked(hooks, around=active._run))
+        in_force.enter_context(lm.hooked(active._hooks(), around=active._run))
         active._in_force = in_force.pop_all()
     return active
+
+
+def _require_stack(stack: Any) -> None:
+    if not isinstance(stack, ReSAE | AffineOnly):
+        raise TypeError(
+            f"replacement: got {type_name(stack)} as the stack, "
+            f"expected a ReSAE or AffineOnly; ReSAE.from_pretrained(folder) opens one, "
+            f"ReSAE([hook_point], AffinePredictor('none'), [sae]) makes one of an autoencoder"
+        )
+
+
+def _write_points(
+    lm: HookedLM, stack: ReSAE | AffineOnly, layers: Sequence[str | int] | None
+) -> list[HookPoint]:
+    """The hook points at which reconstructions enter the stream. Raises ValueError for one that
+    the stack does not have."""
+    points = lm.hook_points(stack.hook_points)
+    written = points if layers is None else lm.hook_points(layers)
+    for point in written:
+        if point not in points:
+            raise ValueError(
+                f"replacement: the stack has no {point.name} but {', '.join(stack.hook_points)}"
+            )
+    return written
 
 
 def _require_devices(lm: HookedLM, stack: ReSAE | AffineOnly) -> None:

@@ -50,8 +50,10 @@ def measure_rates(study: Study) -> Rates:
     xs, tokens = [captured[every.index(point)] for point in points], len(captured[0])
 
     began = time.perf_counter()
-    sizes = {"tokens": tokens, "d_in": lm.d_model, "n_layers": len(points)}
-    calibration = calibrate("none", sum_moments("all_previous", [xs], **sizes), ridge=0.0)
+    moments = sum_moments(
+        "all_previous", [xs], tokens=tokens, d_in=lm.d_model, n_layers=len(points)
+    )
+    calibration = calibrate("none", moments, ridge=0.0)
     seconds_maps = time.perf_counter() - began
 
     settings = _settings(study, "raw", config.headline_k)

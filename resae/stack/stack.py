@@ -316,7 +316,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         weights = sae.step_weights if few and predictor_inputs is reconstructions else None
         if weights is not None:
             on_cpu = x.is_cpu and not torch.compiler.is_compiling()
-            encoder = sae.screened if on_cpu else None
+            encoder = sae.screened if sae.screens(x) else None
             by_maps = transported is None or (on_cpu and _maps_are_faster(N, x.shape[-1], codes))
             if encoder is not None and by_maps:
                 step = self._step_at_once(layer, x, predictor_inputs, sae, encoder)
@@ -328,7 +328,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                 )
             if x.is_cuda:
                 prediction = self.predictor(layer, predictor_inputs)
-                return online_step(x, *weights, b_dec=sae.b_dec, prediction=prediction)
+                return online_step(
+                    x, *weights, b_dec=sae.b_dec, prediction=prediction, encoder=encoder
+                )
         prediction = self.predictor(layer, predictor_inputs)
         code = sae.encode(x, prediction=prediction)
         if predictor_inputs is not reconstructions:

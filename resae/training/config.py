@@ -36,6 +36,10 @@ WARMUP = 0.05
 """Share of the steps over which the learning rate rises from 0, where no number is given."""
 DECAY = 0.2
 """Share of the steps, at the end, over which it falls back to 0."""
+IDLE_FIRINGS = 64
+"""Mean distances between two firings after which an idle latent counts as dead. Early reviving
+costs nothing in FVU and leaves far fewer latents silent than waiting for an eighth of the training
+(`bench/results/real/dead.md`)."""
 
 NO_GAIN = {"hook_attn_out": (0.95, 1.37, 2.22), "hook_mlp_out": (1.00, 1.33, 1.53)}
 """Hook points where predicting a layer from others gained nothing: online Δ CE of ReSAE over that
@@ -96,8 +100,8 @@ class TrainingSettings(OptimiserSettings):
     """Peak learning rate of Adam; None: 8e-3 · sqrt(512 / d_sae), in each layer by its own
     d_sae."""
     dead_after_tokens: Annotated[int | None, whole(1)] = None
-    """Tokens without firing after which a latent counts as dead; None: an eighth of
-    train_tokens."""
+    """Tokens without firing after which a latent counts as dead and is revived; None: 64 times the
+    mean distance between two firings, d_sae / k, and at most an eighth of train_tokens."""
     accumulation_steps: Annotated[int, whole(1)] = 1
     """Pieces that a batch is cut into, one after the other: less memory, the same weights. More
     than one costs a second encode, for the sums over the whole batch that the loss divides by."""
@@ -255,7 +259,10 @@ class TrainConfig(TrainingSettings):
 
     @property
     def dead_tokens(self) -> int:
-        return self.dead_after_tokens or max(1, self.train_tokens // 8)
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        distance = max(M / k for M, k in zip(self.d_saes, self.k, strict=True))
+        return max(1, min(self.train_tokens // 8, math.ceil(IDLE_FIRINGS * distance)))
 
     @property
     def rising_steps(self) -> float:

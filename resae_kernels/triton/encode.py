@@ -3,7 +3,7 @@
 A GEMM writes the scores, and the largest score of each group of consecutive latents, by which the
 selection finds the k best latents (`selection.py`). Up to 16 tokens it is one kernel that reads
 `weight` once (`encode_few.py`); for more tokens it is the library's GEMM, or one that also writes
-the maxima (`gemm.py`), as the tile of "gemm_many_tokens_16bit" chooses.
+the maxima (`gemm.py`, `gemm_specialised.py`), as the tile of "gemm_many_tokens_16bit" chooses.
 """
 
 from collections.abc import Callable
