@@ -147,6 +147,8 @@ def fit_maps(
         batches = _captured(lm, noted, points)
         unseen = _captured(lm, held_out, points)
         reconstruct = None if stack is None else _reconstruct_by(stack.to(device))
+        if stack is not None:
+            console.log(f"affine maps: from the reconstructions by {config.on_reconstructions}")
         calibration, affine = fit_calibration(
             lm, points, batches, unseen, fit, console, SINGLE_PROCESS, reconstruct
         )
