@@ -54,7 +54,7 @@ MODELS = ("pythia-1.4b 64k", "gemma-2-9b", "pythia-1.4b", "gemma-2-9b 128k")
 WITH_PEERS = ("encode N=8192", "encode N=1 ", "decode N=8192", "forward N=1 ", "train N=8192")
 """Cases of bench/ops.py, by the beginning of their names."""
 TEST_FILES = ("topk_encode", "encode_few", "triton_encode", "sparse_decode", "affine_chain")
-TEST_FILES += ("online_step", "tuning")
+TEST_FILES += ("online_step", "threshold_encode", "triton_screening", "gemm_specialised", "tuning")
 
 
 # -- the plan --------------------------------------------------------------------------------------

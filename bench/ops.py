@@ -7,7 +7,8 @@
 Writes `ops.csv`, `ops.md` and `ops.svg` (time as a multiple of ours, per case) with versions and
 hardware. `resae_kernels.profiling` measures; this file holds the shapes and the peers, each taken
 if it is installed (`pip install "resae[peers]"`): eai-sparsify, sae-lens, dictionary-learning. On a
-CPU "oneDNN" is the fastest plain PyTorch: oneDNN's GEMM, `torch.topk`, `embedding_bag`.
+CPU "oneDNN" is the fastest plain PyTorch: oneDNN's GEMM, `torch.topk` (thresholds: JumpReLU in
+place), `embedding_bag`.
 """
 
 import argparse
@@ -96,6 +97,7 @@ CPU_CASES = [
         for dtype in ("float32", "bfloat16")
         for N in (1, 16, 256, 2048)
     ),
+    *(Case("threshold", N, D, 16384, 70) for D in (576, 640) for N in (1, 16, 256, 2048)),
 ]
 DRY_CASES = [Case(op, 4, 64, 256, 8, L=2 if op == "chain" else 1) for op in OPS]
 
@@ -287,20 +289,27 @@ def plain_onednn(case: Case, inputs: Inputs) -> Provider | None:
     """A few lines of PyTorch with its fastest GEMM on a CPU."""
     x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
     b_dec, W_dec = inputs["b_dec"][0], inputs["W_dec"][0]
-    if x.is_cuda or case.op not in ("encode", "decode", "forward"):
+    if x.is_cuda or case.op not in ("encode", "decode", "forward", "threshold"):
         return None
 
-    def encode(x: Tensor) -> Sequence[Tensor]:
+    def scores_of(x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
-            scores = torch.ops.mkldnn._linear_pointwise(x - b_dec, weight, bias, "none", [], "")
-        else:
-            scores = F.linear(x - b_dec, weight, bias)
-        acts, indices = scores.topk(case.k, dim=-1, sorted=False)
+            return torch.ops.mkldnn._linear_pointwise(x - b_dec, weight, bias, "none", [], "")
+        return F.linear(x - b_dec, weight, bias)
+
+    def jumprelu() -> Sequence[Tensor]:
+        scores = scores_of(x)
+        return [scores.relu_().mul_(scores > inputs["threshold"])]
+
+    def encode(x: Tensor) -> Sequence[Tensor]:
+        acts, indices = scores_of(x).topk(case.k, dim=-1, sorted=False)
         return acts.relu_(), indices
 
     def decode(acts: Tensor, indices: Tensor) -> Tensor:
         return F.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum") + b_dec
 
+    if case.op == "threshold":
+        return jumprelu
     return as_provider(case, inputs, encode=encode, decode=decode, code=inputs["codes"][0])
 
 

@@ -60,6 +60,13 @@ class Mode(Choice):
     ERROR_ADDED = "error_added"
 
 
+class KeptError(Choice):
+    """Gradient of a reconstruction's error that is kept (`resae.replacements.context`)."""
+
+    DETACHED = "detached"
+    PASS_THROUGH = "pass_through"
+
+
 class Action(Choice):
     """Edits of a latent (`resae.replacements.edits`)."""
 
@@ -112,6 +119,14 @@ class Parallelism(Choice):
 
     DATA = "data"
     LAYERS = "layers"
+
+
+class Objective(Choice):
+    """Loss of online training: KL to the plain model, cross-entropy of the text, or neither."""
+
+    KL = "kl"
+    CE = "ce"
+    MSE = "mse"
 
 
 EXPORTS = ("sparsify", "saelens", "resae")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resae_kernels import checks
 from resae_kernels.cpu.private_torch import is_transformed
 from resae_kernels.decode import sparse_decode
 from resae_kernels.encode import topk_encode
@@ -166,7 +167,7 @@ class Accelerated(nn.Module):
     def _code_of(self, dense: Tensor) -> SparseCode | None:
         """The code of dense acts `[..., M]`, without a gradient; None where they are not sparse
         enough, and where a gradient of all M acts is wanted."""
-        if torch.compiler.is_compiling() or is_transformed():
+        if torch.compiler.is_compiling() or belongs_to_library(dense):
             return None
         if torch.is_grad_enabled() and dense.requires_grad:
             return None
@@ -177,6 +178,13 @@ class Accelerated(nn.Module):
         if known and last is not None and (not dense.is_cpu or _holds(dense, last[2])):
             return SparseCode(last[2].acts.detach(), last[2].indices)
         return _packed(dense.detach())
+
+
+def belongs_to_library(x: Tensor) -> bool:
+    """True where the library's own code has to run: in a transform of torch.func, whose derivatives
+    our operations do not have, and under autocast, where each library rounds in places of its
+    own."""
+    return is_transformed() or checks.autocasts(x.device.type)
 
 
 def accelerated(sae: nn.Module, adapter: type[Accelerated], margin: Margin) -> Any:

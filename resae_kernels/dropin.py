@@ -21,8 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from resae_kernels.accelerated import Accelerated, accelerated
-from resae_kernels.cpu.private_torch import is_transformed
+from resae_kernels.accelerated import Accelerated, accelerated, belongs_to_library
 from resae_kernels.screened import MARGINS
 from resae_kernels.types import Margin, SparseCode
 
@@ -62,9 +61,10 @@ def accelerate(sae: SAE, *, margin: Margin = "statistical") -> SAE:
         copy is used, and kinds with thresholds (all but TopK) run the library's own code: call them
         under `torch.no_grad()`. So do they from the first call on in which a token had more than
         M / 8 active latents.
-        All kinds run the library's own code inside `torch.func` and forward-mode differentiation,
-        where acts that are decoded need a gradient, and where a linear layer of
-        dictionary_learning has a hook or an adapter.
+        All kinds run the library's own code under autocast (each library rounds in places of its
+        own; to keep the speed, convert the autoencoder instead), inside `torch.func` and
+        forward-mode differentiation, where acts that are decoded need a gradient, and where a
+        linear layer of dictionary_learning has a hook or an adapter.
 
         Moving or converting one object moves the parameters of both, as they are shared, but not
         the other's buffers and attributes (SAELens' `dtype`): convert first, then accelerate.
@@ -108,11 +108,11 @@ class _SAELens(Accelerated):
         """The code of an input as `process_sae_in` returns it."""
         raise NotImplementedError
 
-    def needs_library(self, x: Tensor) -> bool:  # noqa: ARG002
-        """True if the library's own code has to encode x: something reads all scores, or needs a
-        derivative that our operations do not have."""
+    def needs_library(self, x: Tensor) -> bool:
+        """True if the library's own code has to encode x: something reads all scores, or
+        `belongs_to_library`."""
         me: Any = self
-        return _is_hooked(me.hook_sae_acts_pre) or is_transformed()
+        return _is_hooked(me.hook_sae_acts_pre) or belongs_to_library(x)
 
     def encode(self, x: Tensor) -> Tensor:
         me: Any = self
@@ -220,7 +220,7 @@ class _SparsifyTopK(Accelerated):
         return self._topk(x, me.cfg.k, None if me.cfg.transcode else me.b_dec)
 
     def encode(self, x: Tensor) -> Any:
-        if is_transformed():
+        if belongs_to_library(x):
             return super().encode(x)  # type: ignore[misc]
         acts, indices = self._code(x)
         written = None if x.is_inference() else x._version
@@ -237,7 +237,7 @@ class _SparsifyTopK(Accelerated):
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         me: Any = self
-        if is_transformed():
+        if belongs_to_library(top_acts):
             return super().decode(top_acts, top_indices)  # type: ignore[misc]
         return self._gather(SparseCode(top_acts, top_indices), me.b_dec)
 
@@ -251,12 +251,12 @@ class _SparsifyTopK(Accelerated):
     ) -> Any:
         me: Any = self
         reads_all_scores = dead_mask is not None or me.cfg.multi_topk
-        if reads_all_scores or is_transformed():
+        if reads_all_scores or belongs_to_library(x):
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)  # type: ignore[misc]
         on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-            acts, indices = self._code(x)
-            x_hat = self.decode(acts, indices)
+            acts, indices = code = self._code(x)
+            x_hat = self._gather(code, me.b_dec)
             if me.W_skip is not None:
                 x_hat = x_hat + x.to(x_hat.dtype) @ me.W_skip.mT
             target = x if y is None else y
@@ -325,15 +325,15 @@ class _Dictionary(Accelerated):
         return self._above(x, self.biases()[0])
 
     def needs_library(self, x: Tensor) -> bool:
-        return self._wants_gradient(x) or self._is_dense or not self._is_plain("encoder")
+        return self._wants_gradient(x) or self._is_dense or not self._is_plain("encoder", x)
 
-    def _is_plain(self, name: str) -> bool:
+    def _is_plain(self, name: str, x: Tensor) -> bool:
         """True if the module `name` computes what its weight and bias say: no hook, adapter or
-        parametrization, and nothing transforms the call. Classes that keep parameters instead
+        parametrization, and x does not belong to the library. Classes that keep parameters instead
         have no such module."""
         module = getattr(self, name, None)
         plain = module is None or (type(module) is nn.Linear and not _is_hooked(module))
-        return plain and not is_transformed()
+        return plain and not belongs_to_library(x)
 
     def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
         me: Any = self
@@ -342,11 +342,11 @@ class _Dictionary(Accelerated):
         return self._dense(self.code(x), me.dict_size)
 
     def decode(self, f: Tensor) -> Tensor:
-        code = self._code_of(f) if self._is_plain("decoder") else None
+        code = self._code_of(f) if self._is_plain("decoder", f) else None
         return super().decode(f) if code is None else self._gather(code, self.biases()[1])  # type: ignore[misc]
 
     def forward(self, x: Tensor, *values: Any, **options: Any) -> Any:
-        plain = self._is_plain("decoder") and not self.needs_library(x)
+        plain = self._is_plain("decoder", x) and not self.needs_library(x)
         if values or _differ(options) or not plain:
             return super().forward(x, *values, **options)  # type: ignore[misc]
         return self._gather(self.code(x), self.biases()[1])
@@ -365,8 +365,8 @@ def _differ(options: dict[str, Any]) -> bool:
 class _DictionaryTopK(_Dictionary):
     _known_k: tuple[tuple[int, int], int] | None = None
 
-    def needs_library(self, x: Tensor) -> bool:  # noqa: ARG002
-        return not self._is_plain("encoder")
+    def needs_library(self, x: Tensor) -> bool:
+        return not self._is_plain("encoder", x)
 
     def encode(self, x: Tensor, *values: Any, **options: Any) -> Any:
         if options.get("use_threshold"):

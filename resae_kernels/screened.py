@@ -222,7 +222,8 @@ class ScreenedEncoder:
             raise ValueError(f"ScreenedEncoder: implementation={implementation!r}, but {reason}")
         self.weight, self.bias, self._seed = weight, bias, seed
         self.margin: Margin = margin
-        self._asked = implementation
+        self.requested = implementation
+        """The implementation that was passed."""
         self._outlier_dimensions: tuple[int, ...] = ()
         self._lock = threading.Lock()
         self._state: _State | None = None
@@ -442,7 +443,7 @@ class ScreenedEncoder:
         """The code of `threshold_encode`, with the path that its rows took and the reason."""
         private_torch.refuse_forward_mode("ScreenedEncoder.threshold_encode")
         weight, bias, N = self.weight, self.bias, x.shape[:-1].numel()
-        reason = self._exact_reason(x, N, None, False)
+        reason = self._exact_reason(x, N, None, False, max_active)
         if reason is not None:
             code = threshold_encode(
                 x,
@@ -490,7 +491,7 @@ class ScreenedEncoder:
     @property
     def implementation(self) -> str:
         """Implementation of screening: as requested, or by this machine "native" or "torch"."""
-        return self._asked or ("torch" if native.unavailable() else "native")
+        return self.requested or ("torch" if native.unavailable() else "native")
 
     def invalidate(self) -> None:
         """Drop the 8-bit copy: the next call makes a new one."""
@@ -581,8 +582,11 @@ class ScreenedEncoder:
             if self._state is state:
                 self.invalidate()
 
-    def _exact_reason(self, x: Tensor, N: int, k: int | None, trained: bool) -> str | None:
-        """Reason why a call is not screened at all; None if it is. k is None with thresholds."""
+    def _exact_reason(
+        self, x: Tensor, N: int, k: int | None, trained: bool, max_active: int = 0
+    ) -> str | None:
+        """Reason why a call is not screened at all; None if it is. k is None with thresholds, which
+        leave room for max_active."""
         weight = self.weight
         M, D = weight.shape
         implementation = self.implementation
@@ -599,15 +603,15 @@ class ScreenedEncoder:
         many_active = k is not None and (
             LEAST_LATENTS * k > M
             or (implementation == "torch" and screening_torch.group_size(M, k) is None)
-            or (implementation == "triton" and not triton_screening.screens(M, k))
         )
+        if implementation == "triton" and not many_active:
+            many_active = not triton_screening.screens(M, max_active if k is None else k)
         if rule.entries > M * D or rule.width > D or many_active:
-            return f"screening does not pay at M={M}, D={D}{'' if k is None else f', k={k}'}"
+            room = f", max_active={max_active}" if implementation == "triton" else ""
+            return f"screening does not pay at M={M}, D={D}{room if k is None else f', k={k}'}"
         if N == 0:
             return "there are no rows"
         if implementation == "triton":
-            if k is None:
-                return "thresholds are not screened by Triton"
             if N > FEW_TOKENS:
                 return f"{N} rows, at most {FEW_TOKENS} are screened by Triton"
             if not private_torch.is_eager():
@@ -620,7 +624,7 @@ class ScreenedEncoder:
         if self.margin == "certain" and rule.certain_rows < N:
             return f"the certain margin does not pay at {N} rows"
         state = self._state
-        cannot = unavailable(self._asked) if state is None else None
+        cannot = unavailable(self.requested) if state is None else None
         if cannot is not None:
             _warn_once(cannot)
         elif self._current_state() is None:

@@ -60,7 +60,9 @@ def online_step(
         transported: result of `transport()`. Its `constants[m]` contain the prediction's constant
             and this layer's b_dec, so neither is passed again.
         encoder: the encoder of this weight and bias that a CPU uses. None: one is made at the first
-            step (a quarter more memory than the weight) and kept as long as the weight.
+            step (a quarter more memory than the weight) and kept as long as the weight. On a GPU
+            only one that was made with implementation="triton" is used, in eager calls: it encodes
+            in place of the fused step, in six launches or seven, and two decodes follow at most.
         out: result of `StepWorkspace.allocate`: memory for everything that the step writes, so that
             nothing is allocated (contiguous inputs). The result is views of it, valid until the
             next step with the same `out`.
@@ -84,12 +86,16 @@ def online_step(
     """
     if implementation not in (None, "torch", "triton"):
         implementation_for("online_step", x, implementation)
-    if x.is_cpu and implementation != "triton" and not torch.compiler.is_compiling():
-        step = _step_on_cpu(
-            x, weight, bias, k, W_dec, b_dec, prediction, codes, transported, encoder, out
-        )
-        if step is not None:
-            return step
+    if not torch.compiler.is_compiling():
+        given = x, weight, bias, k, W_dec, b_dec, prediction, codes, transported
+        if encoder is not None and encoder.implementation == "triton":
+            _require_own(encoder, weight, bias)
+            if is_eager():
+                return _step_by_encoder(*given, encoder, out, implementation)
+        elif x.is_cpu and implementation != "triton":
+            step = _step_on_cpu(*given, encoder, out)
+            if step is not None:
+                return step
     step = _step_past_dispatcher(
         x, weight, bias, k, W_dec, b_dec, prediction, codes, transported, out, implementation
     )
@@ -165,8 +171,7 @@ def _step_past_dispatcher(
     if transported is not None and not codes:
         b_dec, constant = constant, None
     if out is None:
-        layout = _kept_layout(N, M, k, D, x.dtype)
-        out = StepWorkspace(*[x.new_empty(sizes, dtype=dtype) for sizes, dtype in layout])
+        out = _new_workspace(x, N, M, k, D, predicts=bool(dictionaries))
     flat = len(shape) == 2
     if flat:
         rows = x
@@ -192,7 +197,18 @@ def _predicting(transported: Transported | None, m: int) -> tuple[list[Tensor], 
     return transported.dictionaries[m][:-1], transported.constants[m]
 
 
-_kept_layout = cache(workspace_layout)
+_kept_layout = cache(workspace_layout)  # here, since torch.compile warns of a cache that it traces
+
+
+def _new_workspace(x: Tensor, N: int, M: int, k: int, D: int, *, predicts: bool) -> StepWorkspace:
+    """A workspace for one step. Where nothing is predicted from codes it has no memory for that."""
+    layout = _kept_layout(N, M, k, D, x.dtype)
+    made = [
+        # Sizes one by one: torch reads a tuple of them more slowly.
+        x.new_empty(*sizes, dtype=dtype) if predicts or field != "prediction" else x
+        for field, (sizes, dtype) in zip(StepWorkspace._fields, layout, strict=True)
+    ]
+    return StepWorkspace(*made)
 
 
 _ENCODERS = WeakIdKeyDictionary()
@@ -231,10 +247,8 @@ def _step_on_cpu(
         if not is_eager():
             return None
         encoder = _encoder_of(weight, bias)
-    elif encoder.weight is not weight or encoder.bias is not bias:
-        raise ValueError(
-            "online_step: encoder was made of another weight or bias; pass the ones it was made of"
-        )
+    else:
+        _require_own(encoder, weight, bias)
     plain = not codes and transported is None and out is None
     if plain and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_TOKENS:
         step = encoder.online_step(x, k, b_dec, prediction, W_dec)
@@ -242,6 +256,32 @@ def _step_on_cpu(
             return OnlineStep(step[0], SparseCode(*step[1:]))
     if not is_eager():
         return None
+    given = x, weight, bias, k, W_dec, b_dec, prediction, codes, transported
+    return _step_by_encoder(*given, encoder, out, None)
+
+
+def _require_own(encoder: ScreenedEncoder, weight: Tensor, bias: Tensor | None) -> None:
+    if encoder.weight is not weight or encoder.bias is not bias:
+        raise ValueError(
+            "online_step: encoder was made of another weight or bias; pass the ones it was made of"
+        )
+
+
+def _step_by_encoder(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    prediction: Tensor | None,
+    codes: Sequence[SparseCode | tuple[Tensor, Tensor]],
+    transported: Transported | None,
+    encoder: ScreenedEncoder,
+    out: StepWorkspace | None,
+    implementation: Implementation | None,
+) -> OnlineStep:
+    """The step with a code by a `ScreenedEncoder`; `implementation` decodes."""
     codes = [SparseCode(*code) for code in codes]
     _check(x, weight, bias, k, W_dec, b_dec, prediction, codes, transported)
     if transported is not None:
@@ -249,11 +289,17 @@ def _step_on_cpu(
         if codes:
             acts, indices = zip(*codes, strict=True)
             dictionaries = transported.dictionaries[len(codes)][:-1]
-            prediction, b_dec = sparse_decode(acts, indices, dictionaries, bias=b_dec), None
+            decoded = sparse_decode(
+                acts, indices, dictionaries, bias=b_dec, implementation=implementation
+            )
+            prediction, b_dec = decoded, None
     step = encoder.online_step(x, k, b_dec, prediction, W_dec)
     if step is None:
         code = encoder.encode(x, k, pre_bias=b_dec, prediction=prediction, sorted=False)
-        step = sparse_decode(*code, W_dec, bias=b_dec, prediction=prediction), *code
+        x_hat = sparse_decode(
+            *code, W_dec, bias=b_dec, prediction=prediction, implementation=implementation
+        )
+        step = x_hat, *code
     if out is not None:
         _check_workspace(out, x.shape[:-1].numel(), weight.shape[0], k, weight.shape[1], x)
         written = (out.x_hat, out.acts, out.indices)

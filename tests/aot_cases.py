@@ -11,6 +11,7 @@ from resae_kernels.triton import (
     decode,
     encode_few,
     gemm,
+    gemm_specialised,
     residual,
     screening,
     selection,
@@ -36,6 +37,13 @@ class AotCase(NamedTuple):
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
     register_budget: int | None = None
     """Argument of `launch_options`."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Everything that the machine code depends on but the architecture."""
+        given = (sorted(map(repr, part.items())) for part in (self.signature, self.constexprs))
+        launch = (self.num_warps, self.num_stages, self.register_budget)
+        return (repr(self.kernel), *map(tuple, given), *launch)
 
 
 def all_cases() -> Iterator[AotCase]:
@@ -255,6 +263,9 @@ def gemm_cases() -> Iterator[AotCase]:
         for tile in tiles.TILES["gemm_many_tokens_16bit"].candidates(architecture):
             if tile == tiles.LIBRARY_GEMM:
                 continue
+            if isinstance(tile, tiles.SpecialisedGemmTile):
+                yield from specialised_gemm_cases(tile)
+                continue
             kinds = dict.fromkeys(("bias", "scores"), "*bf16:16") | {"best": "*i16:16", "n": "i32"}
             kinds |= dict.fromkeys(("D", "M", "groups", "s_scores"), "i32:16")
             for name, rows in (("x", tile.tokens), ("weight", tile.latents)):
@@ -275,6 +286,32 @@ def gemm_cases() -> Iterator[AotCase]:
                 },
                 (architecture,),
             )
+
+
+def specialised_gemm_cases(tile: tiles.SpecialisedGemmTile) -> Iterator[AotCase]:
+    """The warp-specialised GEMM, which exists for one architecture."""
+    for bias, M in ((True, 65536), (False, 65520)):  # of which the latter are no whole groups
+        constants: dict[str, Any] = gemm_specialised.specialised_constants(
+            tile, M, 32, torch.bfloat16
+        )
+        kinds = {"scores": "*bf16:16", "best": "*i16:16", "n": "i32"}
+        if bias:
+            kinds["bias"] = "*bf16:16"
+        else:
+            constants["bias"] = None
+        kinds |= dict.fromkeys(("D", "M", "groups", "s_scores"), "i32:16")
+        for name, rows in (("x", tile.tokens), ("weight", tile.latents)):
+            layout = repr(gemm_specialised.shared_layout())
+            kinds[name] = f"tensordesc<bf16[{rows}, {tile.dimensions}],{layout}>"
+        yield AotCase(
+            f"specialised gemm bf16 M={M} {tiles.sizes(tile)}",
+            gemm_specialised.specialised_gemm_kernel,
+            kinds,
+            constants,
+            *(tile.num_warps, 3),
+            {"matrix": True, "tensor_loads": 2, "registers": 168, "instructions": 3000},
+            ("sm_90",),
+        )
 
 
 def few_token_cases() -> Iterator[AotCase]:
@@ -358,8 +395,8 @@ def step_cases() -> Iterator[AotCase]:
         yield AotCase(
             f"select_decode {name}, M={M} k={k} D={D}",
             step.select_decode_kernel,
-            each(floats, "x_hat program_acts W_dec b_dec prediction")
-            | each(integers, "acts program_keys scores best")
+            each(floats, "x_hat acts program_acts W_dec b_dec prediction")
+            | each(integers, "program_keys scores best")
             | each("*i64:16", "indices program_indices")
             | each("i32:16", "M groups s_scores k"),
             step.select_decode_constants(layout, D, dtype),
@@ -393,18 +430,20 @@ def screening_cases() -> Iterator[AotCase]:
             {"matrix": False, "loads_128": 3, "registers": 128, "instructions": 1500},
             one,
         )
-    for tile, architecture in itertools.product(tiles.TILES["screen"].candidates("other"), every):
+    for tile, architecture, above in itertools.product(
+        tiles.TILES["screen"].candidates("other"), every, (False, True)
+    ):
         loads = tile.latents * tile.dimensions // (tile.num_warps * 512)
         yield AotCase(
-            f"screen bf16 {tiles.sizes(tile)}",
+            f"screen bf16{' above' * above} {tiles.sizes(tile)}",
             screening.screen_kernel,
             each("*i8:16", "levels q")
-            | each("*bf16:16", "bias")
+            | each("*bf16:16", "bias threshold" if above else "bias")
             | each("*fp32:16", "terms facts")
             | each("*i32:16", "upper best")
             | each("i32", "n")
             | each("i32:16", "padded M groups s_upper"),
-            screening.screen_constants(tile, 32),
+            screening.screen_constants(tile, 32) | ({} if above else {"threshold": None}),
             *(tile.num_warps, tile.num_stages),
             {
                 "matrix": True,
@@ -423,17 +462,18 @@ def screening_cases() -> Iterator[AotCase]:
         assert layout is not None
         warps = selection.select_warps(layout)
         floats, integers = f"*{name.split()[0]}:16", f"*i{dtype.itemsize * 8}:16"
-        yield AotCase(
-            f"pick {name}, M={M} k={k}",
-            screening.pick_kernel,
-            each("*i32:16", "upper best picked n_candidates")
-            | each("i32", "n")
-            | each("i32:16", "M groups s_upper k"),
-            screening.pick_constants(layout, room, dtype),
-            *(warps, 3),
-            {"matrix": False, "registers": 128, "instructions": 2500},
-            architectures,
-        )
+        for above in (False, True):
+            yield AotCase(
+                f"pick {name}{' above' * above}, M={M} k={k}",
+                screening.pick_kernel,
+                each("*i32:16", "upper best picked n_candidates")
+                | each("i32", "n")
+                | each("i32:16", "M groups s_upper k"),
+                screening.pick_constants(layout, room, dtype, not above),
+                *(warps, 3),
+                {"matrix": False, "registers": 128, "instructions": 2500},
+                architectures,
+            )
         row_bytes = screening.RESCORED_ROWS * screening.RESCORED_BYTES
         yield AotCase(
             f"rescore {name}, M={M} D={D}",
@@ -452,18 +492,29 @@ def screening_cases() -> Iterator[AotCase]:
             },
             architectures,
         )
-        yield AotCase(
-            f"select_screened {name}, M={M} k={k}",
-            screening.select_screened_kernel,
-            each("*i32:16", "picked n_candidates")
-            | each(integers, "found scores best acts")
-            | each("*i64:16", "indices")
-            | each("i32:16", "M groups s_scores k"),
-            screening.select_screened_constants(layout, room, dtype, by_value=True),
-            *(warps, 3),
-            {"matrix": False, "instructions": 5000},
-            architectures,
-        )
+        for above in (False, True):
+            constants = screening.select_screened_constants(
+                layout, room, dtype, by_value=True, above=above
+            )
+            signature = (
+                each("*i32:16", "picked n_candidates")
+                | each(integers, "found scores best acts")
+                | each("*i64:16", "indices")
+                | each("i32:16", "M groups s_scores k")
+            )
+            if above:
+                signature |= each(integers, "threshold") | each("*i32:16", "n_active")
+            else:
+                constants |= {"threshold": None, "n_active": None}
+            yield AotCase(
+                f"select_screened {name}{' above' * above}, M={M} k={k}",
+                screening.select_screened_kernel,
+                signature,
+                constants,
+                *(warps, 3),
+                {"matrix": False, "instructions": 5000},
+                architectures,
+            )
     for N, architecture in itertools.product((1, encode_few.FEW_TOKENS), every):
         name = encode_few.small_gemm_tile_name(torch.bfloat16, N, (65536, 2048), (2048, 1))
         tile = tiles.TILES[name].of(architecture).tile

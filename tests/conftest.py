@@ -37,7 +37,8 @@ settings.register_profile(
 settings.load_profile("resae")
 
 LONGEST = ("static_gate", "demo", "cli", "decode_loop", "context", "sparse_decode", "topk_encode")
-LONGEST += ("watch", "distributed", "loop", "readme", "hooked", "tuning", "triton_encode")
+LONGEST += ("watch", "distributed", "loop", "kernel_device", "readme", "hooked", "tuning")
+LONGEST += ("triton_encode", "kernels_public")
 """Files that take more than ten seconds, the longest first. With `--dist loadfile` they are given
 out in this order, so that at the end no worker waits for a long one."""
 
@@ -99,6 +100,18 @@ def screened_at_any_size(request, monkeypatch):
 @pytest.fixture
 def screened_by_torch_at_any_size(monkeypatch):
     screen_at_any_size("torch", monkeypatch)
+
+
+@pytest.fixture
+def screened_by_triton_at_any_size(monkeypatch):
+    """Let encoders that ask for it screen small shapes by Triton."""
+    from resae_kernels import screened as screened_encode
+
+    rules = {
+        dtype: rule._replace(entries=0, width=0)
+        for dtype, rule in screened_encode.RULES["triton"].items()
+    }
+    monkeypatch.setitem(screened_encode.RULES, "triton", rules)
 
 
 def screen_at_any_size(implementation: str, monkeypatch) -> None:

@@ -544,6 +544,29 @@ def test_activations_of_16_bit_go_into_an_autoencoder_of_32(make, x, kind, dtype
     close(_flat(ours(x))[0], _flat(sae(x))[0])
 
 
+@pytest.mark.parametrize("kind", [*LIBRARIES, *THRESHOLDS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_under_autocast_dtypes_and_values_are_those_of_the_library(make, x, kind, dtype):
+    sae = make(kind)
+    ours = accelerate(sae)
+    for autocast in (True, False):  # the codes of one mode do not go into the other
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            encoded, expected = ours.encode(x), sae.encode(x)
+            pairs = [
+                (decoded(ours, encoded), decoded(sae, expected)),
+                (_flat(ours(x))[0], _flat(sae(x))[0]),
+            ]
+            if not hasattr(expected, "top_acts"):
+                pairs.append((encoded, expected))
+            elif autocast:
+                pairs += zip(tuple(encoded), tuple(expected), strict=True)
+        for found, reference in pairs:
+            assert found.dtype == reference.dtype
+            assert torch.equal(found, reference) if autocast else True
+            close(found, reference)
+
+
 @torch.no_grad()
 def test_k_of_saelens_is_that_of_its_activation_function(make, x):
     """The configuration is read once, by the library."""

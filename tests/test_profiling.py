@@ -36,6 +36,9 @@ def test_every_provider_is_checked_and_timed_hot_and_cold(case):
     for row in rows:
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["percent_of_roof"] == pytest.approx(1e5 * roofs.seconds(case) / row["ms_p50"])
+    ours = [row for row in rows if row["provider"] == rows[0]["provider"]]
+    assert all(row["ours_x"] == 1 for row in ours)
+    assert all(row["ours_x"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.op)
@@ -143,6 +146,13 @@ def test_a_ratio_compares_graphs_with_graphs_and_eager_with_eager():
     assert ratio(key, [("absent", False)], {}, eager) is None
 
 
+def test_a_ratio_is_the_median_of_those_of_the_rounds():
+    """A slow phase of the machine is in both times of a round."""
+    key, other = ("ours", False), ("it", False)
+    eager = {key: [1.0, 1.1, 30.0], other: [2.0, 22.0, 60.0]}
+    assert ratio(key, [other], {}, eager) == 0.5
+
+
 def test_long_cases_get_fewer_rounds_and_the_table_says_how_many(monkeypatch):
     monkeypatch.setattr("resae_kernels.profiling.measuring.CASE_SECONDS", 0.0)
     rows = profile(
@@ -164,7 +174,7 @@ def test_codes_are_compared_as_sets_also_where_they_are_dense_or_sparse():
 
 
 @pytest.mark.filterwarnings("ignore")  # those of other packages
-@pytest.mark.parametrize("op", ["encode", "decode", "forward", "train", "train+adam"])
+@pytest.mark.parametrize("op", ["encode", "decode", "forward", "threshold", "train", "train+adam"])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_with_our_weights_gives_our_answer(name, op, monkeypatch):
     monkeypatch.setenv(

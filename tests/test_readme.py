@@ -30,6 +30,7 @@ PAGES = (
 SMALL = {
     "fit": "--calibration-tokens 2048 --held-out-rows 4",
     "train": "--train-tokens 4096 --calibration-tokens 2048 --held-out-rows 4 --d-sae 64",
+    "finetune": "--train-tokens 4096",
     "eval": "--held-out-rows 4",
     "report": "",
     "convert": "",
@@ -388,6 +389,32 @@ def test_shares_of_the_fastest_peers_time_are_those_measured(path, dtypes, ops, 
                 and int(row["M"]) in latents
             ]
     assert f"{min(shares):.2f} to {max(shares):.2f}" in (ROOT / path).read_text()
+
+
+def test_shares_of_a_threshold_encode_are_those_measured():
+    with (ROOT / "bench/results/cpu/xeon/threshold/ops.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    names = ("encoder GEMM", "SAELens JumpReLU", "dense PyTorch", "oneDNN")
+    table = table_under("bench/README.md", "| D, M, dtype | tokens | ours, ms |")
+    assert len(table) == len({(row["D"], row["M"], row["dtype"], row["N"]) for row in rows}) == 24
+    for case, tokens, ours, *shares in table:
+        key = *(part.replace(",", "") for part in case.split(", ")), tokens.replace(",", "")
+        by = {r["provider"]: r for r in rows if (r["D"], r["M"], r["dtype"], r["N"]) == key}
+        assert ours == f"{float(by['resae']['ms_p50']):.3g}", case
+        assert shares == [f"{float(by[name]['ours_x']):.2f}" for name in names], case
+    for path, providers in (
+        ("bench/README.md", ("encoder GEMM", "SAELens JumpReLU", "oneDNN")),
+        ("resae_kernels/README.md", ("SAELens JumpReLU",)),
+    ):
+        for provider in providers:
+            for dtype in ("float32", "bfloat16"):
+                found = [
+                    float(row["ours_x"])
+                    for row in rows
+                    if (row["provider"], row["dtype"]) == (provider, dtype)
+                ]
+                text = f"{min(found):.2f} to {max(found):.2f}"
+                assert text in " ".join((ROOT / path).read_text().split()), (path, provider)
 
 
 def test_speed_of_generation_is_that_measured():

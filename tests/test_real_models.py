@@ -27,3 +27,12 @@ def test_parts_are_put_together_in_order_and_verified(tmp_path, monkeypatch):
     assert list(cache.iterdir()) == []
     assert real_models.fetch("good", cache).read_bytes() == whole
     assert [f.name for f in cache.iterdir()] == ["good.gguf"]
+
+
+def test_a_fetched_model_is_a_file_or_a_folder_of_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="fetch smollm2-135m"):
+        real_models.find("smollm2-135m", tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    assert real_models.find("smollm2-135m", tmp_path) == tmp_path / "smollm2-135m"
+    (tmp_path / "smollm2-135m.gguf").write_bytes(b"GGUF")
+    assert real_models.find("smollm2-135m", tmp_path) == tmp_path / "smollm2-135m.gguf"

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"reproduce"},
     {"demo"},
     {"report"},
     {"training"},
@@ -62,10 +63,10 @@ def imported(path: Path) -> set[str]:
 
 TESTED_BY = {
     "cli/test_cli.py": "__main__ cli.demo cli.eval cli.fit cli.generate cli.libraries cli.profile "
-    "cli.report cli.train cli.tune training.loggers training.runs",
+    "cli.report cli.train cli.tune training.baselines training.loggers training.runs",
     "cli/test_terminal.py": "console",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
-    "demo/test_demo.py": "demo.comparison demo.rows",
+    "demo/test_demo.py": "demo.comparison",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.rows",
     "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
@@ -74,7 +75,10 @@ TESTED_BY = {
     "models/test_hooked.py": "models.points models.splice",
     "replacements/test_context.py": "replacements.counts replacements.generation",
     "replacements/test_edits.py": "evaluation.effects",
-    "report/test_page.py": "evaluation.labels report.figures",
+    "report/test_page.py": "evaluation.labels report.content report.figures report.rows",
+    "reproduce/test_claims.py": "reproduce.losses",
+    "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
+    "reproduce.settings reproduce.summary",
     "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.record sae.registry",
     "stack/test_affine.py": "evaluation.predictors stack.fit",
     "stack/test_foreign.py": "interop.objects",
@@ -85,6 +89,7 @@ TESTED_BY = {
     "test_structure.py": "lazy",
     "training/test_loop.py": "training.calibration training.checkpoints training.loss "
     "training.start training.step",
+    "training/test_online.py": "cli.finetune training.finetuning",
     "training/test_pipeline.py": "training.maps",
     "test_settings.py": "training.config",
 }
@@ -166,7 +171,7 @@ KERNEL_FLOORS = [
     {"triton.step"},
     {"triton.encode", "triton.decode", "triton.screening", "cpu.encode"},
     {"triton.gemm", "triton.selection", "triton.encode_few"},
-    {"triton.residual"},
+    {"triton.residual", "triton.gemm_specialised"},
     {"cpu.sums", "cpu.screening_native", "cpu.screening_torch"},
     {"cpu.selection", "cpu.onednn", "triton.tiles"},
     {"cpu.native", "triton.keys"},

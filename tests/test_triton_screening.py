@@ -1,12 +1,22 @@
 """Screening in Triton finds the code of the exact path, bit by bit where all sums are exact."""
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from resae_kernels import ScreenedEncoder, SparseCode, topk_encode
+from resae_kernels import (
+    ScreenedEncoder,
+    SparseCode,
+    StepWorkspace,
+    online_step,
+    threshold_encode,
+    topk_encode,
+    transport,
+)
 from resae_kernels import screened as screened_encode
 from resae_kernels.screened import MARGINS
 from resae_kernels.triton import screening
@@ -22,6 +32,7 @@ DTYPES = [
     )
 ]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+small = pytest.mark.usefixtures("screened_by_triton_at_any_size")
 every_margin = pytest.mark.parametrize("margin", MARGINS)
 
 
@@ -139,6 +150,87 @@ def test_a_score_outside_its_bounds_sends_its_row_to_the_exact_path(device):  # 
     assert_exact(SparseCode(rows.acts, rows.indices), 6, **tensors)
 
 
+# -- thresholds ------------------------------------------------------------------------------------
+
+
+def assert_exact_above(
+    threshold: Tensor, k: int, margin="statistical", *, sorted=True, **arguments
+) -> list[int]:
+    """Screening finds the code and the count of the exact path by Triton, bit by bit. Returns the
+    number of candidates of each row."""
+    weight = arguments["weight"]
+    copy = screening.quantise(weight, arguments["bias"], margin, seed=0)
+    assert copy is not None
+    offsets = {name: arguments.get(name) for name in ("pre_bias", "prediction")}
+    levels = threshold.expand(len(weight))
+    rows = copy.encode(arguments["x"], k, **offsets, sorted=sorted, threshold=levels)
+    exact = threshold_encode(
+        **arguments, threshold=threshold, max_active=k, sorted=sorted, implementation="triton"
+    )
+    torch.testing.assert_close(rows.acts, exact.acts, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(rows.indices, exact.indices)
+    assert rows.n_active is not None
+    assert torch.equal(rows.n_active, exact.n_active)
+    assert isinstance(rows.candidates, Tensor)
+    return rows.candidates.tolist()
+
+
+def level_of(k: int, x, weight, bias, **_offsets) -> float:
+    """The k-th largest score of the first row: a threshold that it reaches and does not pass."""
+    return float((x[0].double() @ weight.double().T + bias.double()).sort().values[-k])
+
+
+@pytest.mark.parametrize(
+    ("margin", "dtype"),
+    [
+        pytest.param("statistical", torch.float32, id="fp32"),
+        pytest.param("statistical", torch.bfloat16, id="bf16"),
+        pytest.param("statistical", torch.float16, id="fp16"),
+        pytest.param("certain", torch.float32, id="certain"),
+    ],
+)
+def test_latents_above_their_thresholds_are_those_of_the_exact_path(device, margin, dtype):
+    N, D, M, k = 2, 150, 1100, 9  # no multiples of tiles, groups or padding
+    tensors = inputs(N, D, M, dtype)
+    tensors["pre_bias"] = inputs(1, D, 1, dtype)["x"][0]
+    tensors["prediction"] = tensors["x"].flip(0) / 2
+    one = torch.tensor(level_of(6, **tensors), dtype=dtype, device=device)
+    each = one + (torch.randint(-8, 9, (M,)) / 8).to(dtype)
+    for threshold, sorted in ((one, True), (each, False)):
+        candidates = assert_exact_above(threshold, k, margin, sorted=sorted, **tensors)
+        assert all(0 <= n <= 200 for n in candidates), candidates
+
+
+def test_a_score_equal_to_its_threshold_is_not_above_it(device):
+    tensors = inputs(1, 64, 1024)
+    level = torch.tensor(level_of(3, **tensors), device=device)
+    assert_exact_above(level, 4, **tensors)
+    code = threshold_encode(**tensors, threshold=level, max_active=4, implementation="triton")
+    assert (code.acts[0, : int(code.n_active)] > level).all()
+    assert int(code.n_active) < 3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in the interpreter's GEMM
+def test_thresholds_of_every_kind_and_rows_of_the_exact_path(device):
+    tensors = inputs(4, 96, 1024)
+    each = torch.full((1024,), level_of(5, **tensors), device=device)
+    each[::7], each[1::7], each[2::7] = math.nan, math.inf, -1.0  # −1: as 0
+    tensors["bias"][2::7] = -100.0  # of which few are positive then
+    tensors["x"][1, 3] = math.inf
+    tensors["x"][2] = 0.0
+    exact = [n < 0 for n in assert_exact_above(each, 6, **tensors)]
+    assert exact == [False, True, False, False]
+
+
+def test_more_active_latents_than_slots_are_counted(device):
+    tensors = inputs(2, 64, 1024)
+    level = torch.tensor(level_of(40, **tensors), device=device)
+    candidates = assert_exact_above(level, 8, **tensors)
+    assert max(candidates) > 8
+    # With ReLU half of the latents are candidates, and there is no room for them.
+    assert assert_exact_above(torch.zeros((), device=device), 8, **tensors) == [-1, -1]
+
+
 # -- the bounds ------------------------------------------------------------------------------------
 
 
@@ -178,17 +270,7 @@ def test_weights_that_could_overflow_have_no_copy(bad):
 # -- the public object -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Screen what the rules leave to the exact path."""
-    rules = {
-        dtype: rule._replace(entries=0, width=0)
-        for dtype, rule in screened_encode.RULES["triton"].items()
-    }
-    monkeypatch.setitem(screened_encode.RULES, "triton", rules)
-
-
-@pytest.mark.usefixtures("small")
+@small
 def test_an_encoder_screens_and_follows_its_weight(device):  # noqa: ARG001
     tensors = inputs(2, 64, 1024)
     encoder = ScreenedEncoder(tensors["weight"], tensors["bias"], implementation="triton")
@@ -207,7 +289,51 @@ def test_an_encoder_screens_and_follows_its_weight(device):  # noqa: ARG001
     assert info.reason == screened_encode.ROW_REASON
 
 
-@pytest.mark.usefixtures("small")
+@small
+def test_an_encoder_screens_thresholds(device):
+    tensors = inputs(2, 64, 1024)
+    level = torch.tensor(level_of(5, **tensors), device=device)
+    encoder = ScreenedEncoder(tensors["weight"], tensors["bias"], implementation="triton")
+    info = encoder.threshold_encode_with_info(tensors["x"].view(2, 1, 64), level, 8)
+    assert (info.rows_screened, info.rows_exact, info.reason) == (2, 0, None)
+    exact = threshold_encode(**tensors, threshold=level, max_active=8, implementation="triton")
+    assert info.code.n_active.shape == (2, 1)
+    assert torch.equal(info.code.n_active.flatten(), exact.n_active)
+    assert torch.equal(info.code.acts.flatten(0, 1), exact.acts)
+    assert torch.equal(info.code.indices.flatten(0, 1), exact.indices)
+
+
+@small
+@pytest.mark.parametrize("given", ["nothing", "prediction", "codes", "workspace"])
+def test_an_online_step_encodes_by_its_encoder_with_the_same_bits(device, given):
+    tensors = inputs(2, 64, 1024)
+    W_dec, b_dec = inputs(1, 64, 1024)["weight"], inputs(1, 64, 1)["x"][0]
+    more: dict[str, Any] = {"implementation": "triton"}
+    if given == "codes":
+        code = inputs(2, 4, 1)["x"].abs(), torch.randint(1024, (2, 4), device=device)
+        A, c = torch.eye(64, device=device), [b_dec]
+        more |= {"codes": [code], "transported": transport([W_dec] * 2, [A], c, b_dec=[b_dec] * 2)}
+    else:
+        more |= {"b_dec": b_dec}
+    if given == "prediction":
+        more["prediction"] = tensors["x"].flip(0) / 2
+    step = partial(online_step, **tensors, k=4, W_dec=W_dec, **more)
+    x_hat, code = step()
+    encoder = ScreenedEncoder(tensors["weight"], tensors["bias"], implementation="triton")
+    if given == "workspace":
+        step = partial(
+            step, out=StepWorkspace.allocate(2, 1024, 4, 64, dtype=x_hat.dtype, device=device)
+        )
+    ours, its_code = step(encoder=encoder)
+    assert encoder._state is not None  # it has screened
+    for found, expected in zip((ours, *its_code), (x_hat, *code), strict=True):
+        assert torch.equal(found, expected)
+    other = ScreenedEncoder(W_dec, tensors["bias"], implementation="triton")
+    with pytest.raises(ValueError, match="encoder was made of another weight"):
+        step(encoder=other)
+
+
+@small
 def test_gradients_are_those_of_the_exact_path(device):  # noqa: ARG001
     tensors = inputs(2, 64, 1024)
     encoder = ScreenedEncoder(tensors["weight"], tensors["bias"], implementation="triton")
@@ -219,7 +345,7 @@ def test_gradients_are_those_of_the_exact_path(device):  # noqa: ARG001
     assert torch.equal(*found)
 
 
-@pytest.mark.usefixtures("small")
+@small
 def test_what_is_not_screened_takes_the_exact_path_and_says_why(device):  # noqa: ARG001
     tensors = inputs(17, 64, 1024)
     x, weight = tensors["x"], tensors["weight"]
@@ -231,8 +357,8 @@ def test_what_is_not_screened_takes_the_exact_path_and_says_why(device):  # noqa
     assert "17 rows, at most 16" in reason(x)
     assert "does not pay at M=1024, D=64, k=80" in reason(x[:1], 80)
     assert "the GEMM is not in float32" in str(encoder._exact_reason(x.half(), 1, 4, False))
-    info = encoder.threshold_encode_with_info(x[:2], torch.zeros((), device=x.device), 4)
-    assert "thresholds are not screened" in str(info.reason)
+    info = encoder.threshold_encode_with_info(x[:2], torch.zeros((), device=x.device), 80)
+    assert "does not pay at M=1024, D=64, max_active=80" in str(info.reason)
     weight.requires_grad_()
     assert "the weight requires its gradient" in reason(x[:2])
 

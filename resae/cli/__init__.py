@@ -23,8 +23,11 @@ from resae.settings import make, read_file
 
 COMMANDS = {
     "demo": "everything on the embedded model and corpus, with a report to look at",
+    "reproduce": "measure the paper's claims on a language model, in a study that goes on where it "
+    "was interrupted",
     "fit": "fit the affine maps between layers and measure how well they predict",
     "train": "fit the affine maps and train one autoencoder per layer",
+    "finetune": "train a finished run further, with all its layers replaced in the running model",
     "eval": "replace layers on held-out text and measure the cost",
     "generate": "continue a prompt with and without the layers replaced",
     "convert": "rewrite an autoencoder in the format of another library",

@@ -96,7 +96,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     for count in replaced.counts:
         console.log(
             f"{count.hook_point}: {count.calls} forward passes, {count.replaced} tokens replaced, "
-            f"{count.skipped} special tokens left alone"
+            f"{count.skipped} special tokens and {count.sinks} sinks left alone"
         )
     for edit, name, changed in replaced.edits:
         console.log(f"{name}: {edit}: {sum(changed.values())} changes")

@@ -3,12 +3,15 @@
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from resae.arguments import peaks, real, whole
 from resae.cli.terminal import TerminalConsole
 from resae.settings import Shown
 from resae.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from resae.training.estimate import Device, RunEstimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +28,32 @@ class Planning:
     an H200."""
     plan_utilisation: Annotated[float, real(above=0, most=1)] = 0.5
     """Share of the peaks to assume."""
-    plan_ranks: Annotated[int, whole(1)] = 1
-    """Processes to assume."""
+
+    def planned_device(self) -> "Device":
+        """The device of the estimate."""
+        from resae.training.estimate import Device
+
+        device = Device()
+        if self.plan_device is not None:
+            product, bandwidth = self.plan_device
+            name = f"{product:.3g} FLOP/s, {bandwidth:.3g} B/s"
+            device = Device(name, product, product, product, bandwidth)
+        return replace(device, utilisation=self.plan_utilisation)
+
+    def print_plan(self, estimate: "RunEstimate", console: TerminalConsole) -> None:
+        if self.json:
+            phases = [phase._asdict() for phase in estimate.phases]
+            console.json(estimate._asdict() | {"phases": phases})
+        else:
+            console.result(estimate.table())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunConfig, Planning):
     """Train."""
+
+    plan_ranks: Annotated[int, whole(1)] = 1
+    """With --plan, processes to assume."""
 
 
 def run(options: Options, console: TerminalConsole) -> int:
@@ -42,7 +64,7 @@ def run(options: Options, console: TerminalConsole) -> int:
 
     quiet_libraries(options.data)
     config = RunConfig(**{f.name: getattr(options, f.name) for f in fields(RunConfig)})
-    done = train(config, console=console, command=console.command_line, stopping=_Interruptible())
+    done = train(config, console=console, command=console.command_line, stopping=Interruptible())
     if done.stack is None:
         console.log(
             f"stopped; a checkpoint is in {done.folder / 'checkpoints'}, continue with --resume"
@@ -59,7 +81,7 @@ def _plan(options: Options, console: TerminalConsole) -> int:
     from resae.data.activations import MODEL_ROWS
     from resae.models.hooked import HookedLM
     from resae.training.distributed import Ranks
-    from resae.training.estimate import Device, ModelSizes, estimate_run
+    from resae.training.estimate import ModelSizes, estimate_run
 
     quiet_libraries()
     lm = HookedLM.described(options.model, revision=options.revision)
@@ -68,16 +90,11 @@ def _plan(options: Options, console: TerminalConsole) -> int:
     lm.require_context(options.context_tokens)
     names = tuple(point.name for point in lm.hook_points(options.layers))
     config = options.for_model(names, lm.d_model)
-    device = Device()
-    if options.plan_device is not None:
-        product, bandwidth = options.plan_device
-        name = f"{product:.3g} FLOP/s, {bandwidth:.3g} B/s"
-        device = Device(name, product, product, product, bandwidth)
     cached = getattr(torch, options.cache_dtype or options.dtype) if options.cache else None
     estimate = estimate_run(
         config,
         ModelSizes.of(lm, config.layers, options.context_tokens),
-        device=replace(device, utilisation=options.plan_utilisation),
+        device=options.planned_device(),
         ranks=Ranks(0, options.plan_ranks, options.parallel),
         model_dtype=getattr(torch, options.dtype),
         context_tokens=options.context_tokens,
@@ -86,15 +103,11 @@ def _plan(options: Options, console: TerminalConsole) -> int:
         checkpoint_steps=options.checkpoint_steps,
         cache_dtype=cached,
     )
-    if options.json:
-        phases = [phase._asdict() for phase in estimate.phases]
-        console.json(estimate._asdict() | {"phases": phases})
-    else:
-        console.result(estimate.table())
+    options.print_plan(estimate, console)
     return 0
 
 
-class _Interruptible:
+class Interruptible:
     """Inside, the first Ctrl-C or SIGTERM only asks to stop after the step; a second one raises
     KeyboardInterrupt."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from resae.data.rows import TokenRows
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
+from resae.models.sinks import SINK_FACTOR, SinkRule
 from resae_kernels.cpu.onednn import OneDNNLinear
 
 MODEL_ROWS = 8
@@ -17,9 +18,20 @@ MODEL_ROWS = 8
 system each time and comes anew page by page: 16 rows of 128 tokens took about a tenth longer."""
 
 
-def capture_tokens(lm: HookedLM, input_ids: Tensor, points: Sequence[HookPoint]) -> list[Tensor]:
-    """Activations `[N, D]` in fp32 at each point, of the tokens that are not special."""
-    return [x.float() for x in _captured(lm, input_ids, points)[1]]
+def capture_tokens(
+    lm: HookedLM,
+    input_ids: Tensor,
+    points: Sequence[HookPoint],
+    *,
+    sinks: SinkRule | None = None,
+) -> list[Tensor]:
+    """Activations `[N, D]` in fp32 at each point, of the tokens that are neither special nor, with
+    a rule, sinks."""
+    xs = [x.float() for x in _captured(lm, input_ids, points)[1]]
+    if sinks is None:
+        return xs
+    kept = ~sinks.anywhere(xs)
+    return [x[kept.to(x.device)] for x in xs]
 
 
 def _captured(
@@ -67,5 +79,52 @@ class ModelActivations:
         def read(n: int) -> tuple[list[int], list[Tensor]]:
             ids = list(islice(rows, n))
             return _captured(self.lm, torch.stack(ids), self.points) if ids else ([], [])
+
+        return read
+
+
+MEDIAN_TOKENS = 4_096
+"""Tokens that the median norms are taken of: enough for two digits, where a factor is asked for."""
+
+
+def measure_sinks(activations: RowActivations, factor: float = SINK_FACTOR) -> SinkRule:
+    """The rule of sink tokens with the median norms of the first rows.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    read, pieces, held = activations.reader(0), [], 0
+    while held < MEDIAN_TOKENS and (taken := read(MODEL_ROWS))[0]:
+        pieces.append(taken[1])
+        held += sum(taken[0])
+    xs = [torch.cat(layer) for layer in zip(*pieces, strict=True)]
+    return SinkRule.measured(xs, factor)
+
+
+class WithoutSinks:
+    """Activations of rows without their sink tokens, which are found as they are read: a cache
+    holds them, and serves every rule."""
+
+    def __init__(self, activations: RowActivations, rule: SinkRule):
+        self.activations = activations
+        self.rule = rule
+        self.left_out = 0
+        """Sink tokens met so far, in all epochs."""
+
+    def reader(self, row: int) -> RowReader:
+        read_all = self.activations.reader(row)
+
+        def read(n: int) -> tuple[list[int], list[Tensor]]:
+            counts, xs = read_all(n)
+            if not counts:
+                return counts, xs
+            sinks = self.rule.anywhere(xs)
+            found = int(sinks.sum())
+            if not found:
+                return counts, xs
+            self.left_out += found
+            kept = (~sinks).nonzero().squeeze(1)
+            counts = [int(k.sum()) for k in (~sinks).split(counts)]
+            return counts, [x.index_select(0, kept.to(x.device)) for x in xs]
 
         return read

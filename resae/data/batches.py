@@ -248,6 +248,40 @@ class StoredActivations:
             position = Position(position.epoch + 1, 0, position.fill + 1)
 
 
+class RowBatches:
+    """Batches of token ids `[B, T]`, rows in their order; they start over when they end.
+
+    Args:
+        rows: the rows.
+        batch_rows: B.
+    """
+
+    def __init__(self, rows: TokenRows, batch_rows: int):
+        self.rows = rows
+        self.batch_rows = batch_rows
+
+    def batches(self, start: Position = Position()) -> Iterator[tuple[list[Tensor], Position]]:  # noqa: B008
+        """`[ids]`, and the position after them.
+
+        Raises:
+            ValueError: the data holds no row.
+        """
+        epoch, row = start.epoch, start.row
+        reader = self.rows.from_row(row)
+        while True:
+            batch: list[Tensor] = []
+            while len(batch) < self.batch_rows:
+                taken = list(islice(reader, self.batch_rows - len(batch)))
+                batch += taken
+                row += len(taken)
+                if len(batch) < self.batch_rows:
+                    if row == 0:
+                        raise ValueError("rows: the dataset holds no row of tokens; give more")
+                    epoch, row = epoch + 1, 0
+                    reader = self.rows.from_row(0)
+            yield [torch.stack(batch)], Position(epoch, row)
+
+
 def _shuffled(
     xs: Sequence[Tensor], batch_tokens: int, seed: int, fill: int
 ) -> Iterator[tuple[int, list[Tensor]]]:

@@ -1,7 +1,13 @@
-"""The methods that the demo compares: how each is trained."""
+"""The methods that are compared: how each is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from resae.training.config import TrainConfig
+
+LOW_RANK = 16
+"""The low-rank maps have a sixteenth of the width as rank."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,55 @@ class Recipe:
     """Peak learning rate; None: that of `TrainConfig`."""
     length: int = 1
     """Trained on this many times the tokens."""
+
+    def settings(
+        self,
+        layers: tuple[str, ...],
+        k: int,
+        d_sae: int,
+        *,
+        d_model: int,
+        ks: Sequence[int] = (),
+        **further: Any,
+    ) -> TrainConfig:
+        """Settings of the training loop.
+
+        Args:
+            k, d_sae: nominal active latents, and latents, per layer.
+            ks: every compared k, which `nested` trains at once.
+            further: settings of `TrainConfig` that are the same for all methods.
+        """
+        L = len(layers)
+        prefixes = None
+        if self.nested:
+            prefixes = tuple(sorted({max(1, ks[0] // 2), *ks, max(1, ks[-1] // 2)}))
+        factors = {"own": (1,) * L, "chain": tuple(range(1, L + 1)), "whole": (L,) * L}
+        weight = self.k_weight or (lambda *_: 1)
+        shares = divided(L * k, [weight(i, L) for i in range(1, L + 1)])
+        return TrainConfig(
+            layers=layers,
+            k=tuple(range(k, L * k + 1, k)) if self.k_grows else shares,
+            d_sae=tuple(d_sae * factor for factor in factors[self.dictionary]),
+            prefixes=prefixes,
+            lr=self.lr,
+            predictor=self.predictor,
+            map_type=self.map_type,
+            rank=max(1, d_model // LOW_RANK) if self.map_type == "low_rank" else None,
+            loop=self.loop,
+            shared=self.shared,
+            **further,
+        )
+
+
+def divided(total: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """`total` in whole parts, at least 1 each and nearly in proportion to `weights`: one by one to
+    the part that is furthest below its share."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    parts = [1] * len(weights)
+    for _ in range(total - len(weights)):
+        behind = [share - part for share, part in zip(exact, parts, strict=True)]
+        parts[behind.index(max(behind))] += 1
+    return tuple(parts)
 
 
 RECIPES = (
@@ -97,17 +152,39 @@ ELSEWHERE: dict[str, str | None] = {
 }
 """Further hook points at which `RECIPES` are compared, at the middle k: this one of the configured
 blocks; None: the stream after every block."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Online training of a trained stack: a further method."""
+
+    of: str
+    """Name of the recipe that the stack was trained by, one of `RECIPES`."""
+    objective: str = "kl"
+    """`kl`, or, for the control, `mse`: as many steps of the loss that it was trained on."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.of}_{'online' if self.objective == 'kl' else 'more'}"
+
+
+TUNINGS = tuple(Tuning(recipe.name, objective) for recipe in RECIPES for objective in ("kl", "mse"))
+SHOWN_TUNING = Tuning("resae")
+"""The one that the demo always has, at the middle k."""
+TUNING_METHODS = tuple(tuning.name for tuning in TUNINGS)
 FAIR_METHODS = tuple(recipe.name for recipe in FAIR_RECIPES)
 EXTRA_METHODS = (
     *(recipe.name for recipe in FAMILY_RECIPES),
     "boost",
     *FAIR_METHODS,
+    *TUNING_METHODS,
     *ELSEWHERE,
 )
 LR_METHODS = tuple(recipe.name for recipe in LR_RECIPES)
 METHOD_GROUPS = {
     "all": EXTRA_METHODS,
     "fair": FAIR_METHODS,
+    "online": TUNING_METHODS,
     "elsewhere": tuple(ELSEWHERE),
     "learning_rates": LR_METHODS,
 }

@@ -40,6 +40,8 @@ class ReplacementRow:
     """KL divergence from the unchanged to the replaced model, nats per token."""
     tokens: int
     """Evaluated positions."""
+    sinks: int = 0
+    """Tokens that were left alone as sinks, at the layer where they were most."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,18 @@ class ReconstructionRow:
     layer: str
     """Hook point."""
     fvu_stream: float
-    """Fraction of the stream's variance that is unexplained."""
+    """Fraction of the stream's variance that is unexplained, over tokens that are no sinks."""
     fvu_target: float | None
     """Fraction of the variance unexplained of the autoencoder's target; None without one."""
     l0: float
     """Active latents per token."""
     dead_fraction: float | None
     """Share of latents that never fired on these tokens; None without an autoencoder."""
+    fvu_with_sinks: float | None = None
+    """`fvu_stream` over sink tokens too, as if they were replaced; None in earlier reports."""
+    sinks: int = 0
+    """Sink tokens, by the rule of any of the methods compared, of which the other entries know
+    nothing."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,25 @@ class HistogramRow(DictionaryRow):
 
 
 @dataclass(frozen=True)
+class RowSums:
+    """Cross-entropy of every evaluated row `[T]` in one way of running the model: what intervals
+    are computed from."""
+
+    method: str | None
+    """Name of the method; None: the unchanged model."""
+    loop: str | None
+    """`open` or `closed`; None where both agree."""
+    mode: str | None
+    """`online`, `teacher_forced` or `error_added`; None: the unchanged model."""
+    layers: list[str]
+    """Hook points that were replaced."""
+    ce: list[float]
+    """Nats per row, summed over its evaluated positions."""
+    tokens: list[int]
+    """Evaluated positions of each row."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Tables of one evaluation."""
 
@@ -101,10 +127,14 @@ class Evaluation:
     """Per method with several dictionaries."""
     redundancy_histogram: list[HistogramRow]
     """Per method with several dictionaries."""
+    row_sums: list[RowSums]
+    """Sums of the unchanged model, then per row of `replacement`; not in report.json."""
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """The tables as lists of dictionaries, as in report.json."""
-        return asdict(self)
+        tables = asdict(self)
+        del tables["row_sums"]
+        return tables
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from resae.interop.files import (
     refuse_others,
     setting,
     take,
+    warn_if_unset,
 )
 from resae.sae.record import SAERecord
 
@@ -91,6 +92,7 @@ def _activation(state: dict[str, Any], trainer: dict[str, Any], file: Path) -> d
     kind = setting(trainer, "dict_class", str, file)
     if "group_sizes" in state or kind in BATCH_TOPK:
         threshold = float(take(state, "threshold", 0, file))
+        warn_if_unset(threshold, file)
         return {"k": k, "threshold": torch.full_like(like, threshold)}
     if kind != "AutoEncoderTopK":
         raise ValueError(

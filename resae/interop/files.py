@@ -4,6 +4,7 @@ Every function raises FileNotFoundError or ValueError, and asks for no more memo
 multiple of the file's size: sizes that a header promises are held against the file first.
 """
 
+import logging
 import pickletools
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +17,14 @@ from torch import Tensor
 
 from resae.storage import load_json, load_tensors, require_file
 from resae.strict_json import require_fields
+
+log = logging.getLogger(__name__)
+
+SCALE_OF_A_TOKEN = (
+    "it divides each token by a scale of its own, by which decode has to multiply again; a code "
+    "(acts, indices) does not carry that scale, so there is no form for it here"
+)
+"""Reason for the refusal of autoencoders that normalise every token."""
 
 LARGEST_PICKLE = 8 << 20
 """Bytes of the part of a `.pt` file that is a program, tensors not counted."""
@@ -195,4 +204,16 @@ def refuse_others(tensors: Mapping[str, Any], known: set[str], where: object) ->
         raise ValueError(
             f"SAE {where}: has {', '.join(others)[:300]}, which no kind of autoencoder here takes "
             f"into account"
+        )
+
+
+def warn_if_unset(threshold: float, where: object) -> None:
+    """Log a warning if the threshold of a BatchTopK autoencoder is that from before training."""
+    if threshold <= 0:
+        log.warning(
+            "SAE %s: its BatchTopK threshold is %g, as before training: every positive latent is "
+            "active, also in its own library; train it until the threshold is set "
+            "(dictionary_learning: step threshold_start_step), or set it before the import",
+            where,
+            threshold,
         )

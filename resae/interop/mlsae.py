@@ -1,7 +1,7 @@
 """mlsae: `config.json` and `model.safetensors`; TopK without encoder bias, for several layers.
 
-One that standardises each token (`standardize`, its default) has no form here: a code alone does
-not tell mean and scale of its token.
+One that standardises each token (`standardize`, its default) has no form here
+(`SCALE_OF_A_TOKEN`).
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from resae.interop.files import (
+    SCALE_OF_A_TOKEN,
     has,
     read_settings,
     read_tensors,
@@ -33,10 +34,13 @@ def detect(path: Path) -> bool:
 
 def read(path: Path) -> SAERecord:
     cfg = read_settings(path, "config.json")
-    for name, default in (("standardize", True), ("lens", False)):
-        if setting(cfg, name, bool, path, default):
-            what = "per-token standardisation" if name == "standardize" else "a lens per layer"
-            raise ValueError(f"SAE {path}: {name} is true: {what} has no form here")
+    if setting(cfg, "standardize", bool, path, True):
+        raise ValueError(
+            f"SAE {path}: standardize is true: {SCALE_OF_A_TOKEN}; run it in mlsae, or train one "
+            f"with standardize=False"
+        )
+    if setting(cfg, "lens", bool, path, False):
+        raise ValueError(f"SAE {path}: lens is true: a lens per layer has no form here")
     tensors = read_tensors(path, WEIGHTS)
     known = {"encoder.weight", "decoder.weight", "pre_encoder_bias", "last_nonzero"}
     refuse_others(tensors, known, path)

@@ -37,8 +37,10 @@ def import_placed_object(sae: Any, max_active: int | None = None) -> tuple[Autoe
             f"resae, SAELens, sparsify or dictionary_learning, or a path of one"
         )
     format, save = _SAVE[library]
-    with tempfile.TemporaryDirectory() as folder:
-        save(sae, Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / type(sae).__name__  # messages name it
+        folder.mkdir()
+        save(sae, folder)
         try:
             return import_placed(folder, format, max_active=max_active)
         except ValueError as error:

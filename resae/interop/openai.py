@@ -1,13 +1,19 @@
 """openai/sparse_autoencoder: one state dict `.pt` per layer, its activation named inside.
 
-TopK ones normalise each token (LayerNorm) and have no form here; ReLU ones do.
+TopK ones normalise each token (LayerNorm) and have no form here (`SCALE_OF_A_TOKEN`); ReLU ones do.
 """
 
 from pathlib import Path
 
 import torch
 
-from resae.interop.files import read_pickled_tensors, refuse_others, setting, take
+from resae.interop.files import (
+    SCALE_OF_A_TOKEN,
+    read_pickled_tensors,
+    refuse_others,
+    setting,
+    take,
+)
 from resae.sae.record import SAERecord
 
 FILES = ()
@@ -25,11 +31,14 @@ def detect(path: Path) -> bool:  # noqa: ARG001
 def read(path: Path) -> SAERecord:
     state = read_pickled_tensors(path)
     activation = setting(state, "activation", str, path, "ReLU")
-    if activation != "ReLU":
-        why = " with LayerNorm of each token" if activation == "TopK" else ""
+    if activation == "TopK":  # its library then applies LayerNorm
         raise ValueError(
-            f"SAE {path}: activation {activation!r}{why} has no form here, expected 'ReLU'"
+            f"SAE {path}: activation 'TopK' with LayerNorm of each token: {SCALE_OF_A_TOKEN}; "
+            f"run it in its library, or in SAELens (gpt2-small-resid-post-v5-32k and others) with "
+            f"resae_kernels.accelerate"
         )
+    if activation != "ReLU":
+        raise ValueError(f"SAE {path}: activation {activation!r} has no form here, expected 'ReLU'")
     refuse_others(state, KNOWN, path)
     weight = take(state, "encoder.weight", 2, path)
     tied = "decoder.linear.weight" in state  # the encoder's, held twice

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resae.interop.files import (
+    SCALE_OF_A_TOKEN,
     has,
     read_settings,
     read_tensors,
@@ -21,6 +22,7 @@ from resae.interop.files import (
     required,
     setting,
     take,
+    warn_if_unset,
 )
 from resae.sae.record import DTYPES, SAERecord
 from resae.storage import save_json, save_tensors
@@ -179,10 +181,15 @@ def _threshold(path: Path, architecture: str, tensors: dict[str, Tensor]) -> Ten
     if architecture == "standard":
         return torch.zeros_like(bias)
     if "topk_threshold" in tensors:
-        return torch.full_like(bias, float(take(tensors, "topk_threshold", 0, path)))
+        one = float(take(tensors, "topk_threshold", 0, path))
+        warn_if_unset(one, path)
+        return torch.full_like(bias, one)
     if "log_threshold" in tensors:
         return take(tensors, "log_threshold", 1, path).exp()
-    return take(tensors, "threshold", 1, path)
+    threshold = take(tensors, "threshold", 1, path)
+    if not threshold.any():  # JumpReLU's own are positive: saved from a BatchTopK
+        warn_if_unset(0.0, path)
+    return threshold
 
 
 def _normalised(path: Path, cfg: dict[str, Any], record: SAERecord) -> SAERecord:
@@ -207,6 +214,11 @@ def _scaled(path: Path, cfg: dict[str, Any], record: SAERecord) -> SAERecord:
     kind = setting(cfg, "normalize_activations", str, path, "none")
     if kind == "none":
         return record
+    if kind in ("layer_norm", "constant_norm_rescale"):
+        raise ValueError(
+            f"SAE {path}: normalize_activations {kind!r}: {SCALE_OF_A_TOKEN}; run it in SAELens "
+            f"with resae_kernels.accelerate"
+        )
     if kind != "expected_average_only_in" or not (path / SCALER).is_file():
         need = f"; expected {SCALER} with its factor" if kind == "expected_average_only_in" else ""
         raise ValueError(

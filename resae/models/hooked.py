@@ -14,7 +14,7 @@ that return a tuple get a tuple back, with everything but its first element unto
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from resae.assets import TINY_PYTHIA
 from resae.models.detection import detect
@@ -317,6 +318,17 @@ class HookedLM:
                     stack.callback(add_function(*splice))
             yield
 
+    @contextmanager
+    def recomputed(self) -> Generator[None]:
+        """While inside, the backward computes every block anew, whose activations the forward does
+        not keep (gradient checkpointing), in whatever mode the model is. Functions at `resid_pre`
+        and `resid_post` run once, in the forward."""
+        with ExitStack() as stack:
+            for layer in range(self.n_layers):
+                path = f"{self.family.blocks}.{layer}"
+                stack.callback(add_function(self._root, path, "around", 0, _recomputed))
+            yield
+
     def _splices(
         self, point: HookPoint, function: Callable[[Tensor], Tensor | None]
     ) -> list[tuple[nn.Module, str, str, int, Callable[..., Any]]]:
@@ -421,14 +433,25 @@ class HookedLM:
     ) -> Tensor:
         """Logits `[B, T, V]` with activations replaced by tensors `[B, T, D]` or by functions of
         what the running pass holds there. Passes of other threads go on as they are."""
-        hooks = {
-            point: in_this_thread(
-                (lambda _activation, new=new: new) if isinstance(new, Tensor) else new
-            )
-            for point, new in replacements.items()
-        }
-        with self.hooked(hooks):
+        with self.replacing(replacements):
             return self.logits(input_ids, **kwargs)
+
+    def replacing(
+        self, replacements: Mapping[HookPoint, Tensor | Callable[[Tensor], Tensor | None]]
+    ) -> AbstractContextManager[None]:
+        """Context in which the passes of this thread run with activations replaced (`replace`)."""
+        return self.hooked(
+            {
+                point: in_this_thread(
+                    (lambda _activation, new=new: new) if isinstance(new, Tensor) else new
+                )
+                for point, new in replacements.items()
+            }
+        )
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def type_name(value: object) -> str:

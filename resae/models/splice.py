@@ -141,6 +141,19 @@ def in_this_thread(function: Callable[[Tensor], Tensor | None]) -> Callable[[Ten
     return lambda activation: function(activation) if hasattr(thread, "calling") else None
 
 
+def around_in_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function for `around`, in the passes of the calling thread; those of others go on."""
+    thread = threading.local()
+    thread.calling = True
+
+    def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if hasattr(thread, "calling"):
+            return function(forward, *args, **kwargs)
+        return forward(*args, **kwargs)
+
+    return around
+
+
 def on_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     """`function` applied to the stream that a block is called with, wherever it is passed."""
 

@@ -9,12 +9,24 @@ Teacher-forced, the replacement of the last layer overwrites all earlier ones: r
 equals replacing only the last one, exactly. Online and error-added measure every layer.
 (Online, adding the error of the running stream to that stream is replacing it.)
 
+Special tokens are left alone, and sink tokens (`resae.models.sinks`) where the stack has a rule for
+them: by the clean stream in modes of two passes, online by the running stream, at the layer where a
+token is found to be one and all later ones.
+
 Online, the residual is taken against the reconstructions that were put into the stream (closed
 loop); loop "open" takes it against the stream as it was before each replacement. The chain runs
 through all selected layers, one token at a time, within one forward pass; between decode steps
 only the model's own KV cache is kept, and beams may be reordered between them. `layers` chooses
 where its result enters the stream. Codes can be read and edited on the way
 (`resae.replacements.edits`).
+
+With `gradient=True` gradients flow through every replaced layer: to the codes, to dictionaries and
+maps, and to the model. Where the error h − x̂ is kept, its gradient has a name:
+
+    detached      x̂ + (h − x̂)₀, ( )₀ a constant: the layers below are reached through the latents
+                  alone, as without the error
+    pass_through  h + (x̂ − x̂₀), x̂ from the constants h₀ and x̂₀ of earlier layers: the stream has
+                  the gradient of the plain model, and a latent that of its own direction in it
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -28,7 +40,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from resae.choices import Loop, Mode
+from resae.choices import KeptError, Loop, Mode
 from resae.models.hooked import HookedLM, cache_of, type_name
 from resae.models.points import HookPoint
 from resae.replacements.counts import LayerCounts, PassCounts
@@ -39,7 +51,68 @@ from resae.threads import PerThread
 from resae_kernels import SparseCode, Transported
 from resae_kernels.step import FEW_TOKENS
 
-OnCodes = Callable[[str, SparseCode], object]
+OnCodes = Callable[[str, SparseCode], SparseCode | None]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of `replacement`, checked."""
+
+    mode: str
+    loop: str
+    write_points: Sequence[HookPoint]
+    replace_special: bool
+    clean: Sequence[Tensor] | None
+    keep_error: str | bool
+    """A `KeptError`, or False."""
+    gradient: bool
+    interventions: Interventions
+    on_codes: OnCodes | None
+
+    def check(self, stack: ReSAE | AffineOnly) -> None:
+        """Raise ValueError for settings that do not go together, or not with this stack."""
+        Mode.check(self.mode, "replacement: mode")
+        Loop.check(self.loop, "replacement: loop")
+        if self.keep_error is not False:
+            KeptError.check(self.keep_error, "replacement: keep_error", "True", "False")
+        if self.needs_codes and (self.mode != "online" or not isinstance(stack, ReSAE)):
+            raise ValueError(
+                "replacement: interventions and on_codes need the codes of the running stream; use "
+                "mode='online' and a stack with autoencoders"
+            )
+        if self.keep_error and self.mode != "online":
+            raise ValueError(
+                f"replacement: keep_error={self.keep_error!r} with mode={self.mode!r}; use "
+                f"mode='online'"
+            )
+        if self.gradient and self.mode != "online":
+            raise ValueError(
+                f"replacement: gradient=True with mode={self.mode!r}, whose clean pass has no "
+                f"gradient; use mode='online'"
+            )
+
+    @property
+    def needs_codes(self) -> bool:
+        return bool(self.interventions.edits) or self.on_codes is not None
+
+    def transported(
+        self, stack: ReSAE | AffineOnly, max_bytes: int, edits: ActiveEdits | None
+    ) -> Transported | None:
+        """Dictionaries transported to later layers, where they are asked for and fit."""
+        if not max_bytes or not isinstance(stack, ReSAE):
+            return None
+        if self.mode != "online" or self.loop != "closed":
+            raise ValueError(
+                f"replacement: transport_bytes with mode={self.mode!r} and loop={self.loop!r}; "
+                f"transported dictionaries predict from codes what was put in: use mode='online' "
+                f"and loop='closed', or leave it out"
+            )
+        if self.gradient:
+            raise ValueError(
+                "replacement: transport_bytes with gradient=True; transported dictionaries pass no "
+                "gradient on, leave one of the two out"
+            )
+        return stack.transported(max_bytes, vectors=edits.vectors if edits else None)
 
 
 @dataclass
@@ -47,7 +120,9 @@ class _Pass:
     """State of one forward pass of the whole model."""
 
     skip: Tensor | None
-    """`[B, T, 1]` bool, tokens whose stream is not replaced; None: none."""
+    """`[B, T, 1]` bool, special tokens and padding; None: none."""
+    sinks: Tensor | None
+    """`[B, T, 1]` bool, sink tokens found so far that are not among those; None: none."""
     tokens: PassTokens | None
     """Tokens of this pass, among which edits look for theirs; None without edits."""
     predictor_inputs: list[Tensor]
@@ -60,7 +135,14 @@ class _Pass:
     codes: list[SparseCode] = field(default_factory=list)
     """Codes of the layers passed so far, where dictionaries are transported."""
     tally: Tensor | None = None
-    """`[3]` calls, tokens, tokens skipped; the same at every layer."""
+    """`[4]` calls, tokens, tokens skipped, sinks; the same until further sinks are found."""
+
+    @property
+    def left_alone(self) -> Tensor | None:
+        """`[B, T, 1]` bool, tokens whose stream is not replaced; None: none."""
+        if self.sinks is None or self.skip is None:
+            return self.skip if self.sinks is None else self.sinks
+        return self.skip | self.sinks
 
 
 class _ThreadState:
@@ -71,25 +153,26 @@ class _ThreadState:
         """The pass that this thread runs; None outside a pass."""
         self.capturing = False
         """True while this thread runs the clean pass of a mode of two passes."""
-        # [2, 3] per layer, (prefill, decode) by (calls, tokens, skipped): tensors, so that counting
+        # [2, 4] per layer, (prefill, decode) by (calls, tokens, skipped, sinks), so that counting
         # waits for no GPU, recompiles nothing and goes on in a replayed graph. Each thread has its
         # own: an addition to a tensor is not atomic. (`inference_mode` would make tensors that
         # later passes outside it could not change.)
         with torch.inference_mode(False):
             self.counts = [
-                torch.zeros(2, 3, dtype=torch.int64, device=device) for _ in range(n_layers)
+                torch.zeros(2, 4, dtype=torch.int64, device=device) for _ in range(n_layers)
             ]
         # The same of passes on a CPU that are not compiled.
-        self.host_counts = [[[0, 0, 0], [0, 0, 0]] for _ in range(n_layers)]
+        self.host_counts = [[[0, 0, 0, 0], [0, 0, 0, 0]] for _ in range(n_layers)]
 
     def totals(self, layer: int) -> Tensor:
-        """`[2, 3]` on the CPU: (prefill, decode) by (calls, tokens, skipped)."""
+        """`[2, 4]` on the CPU: (prefill, decode) by (calls, tokens, skipped, sinks)."""
         return self.counts[layer].cpu() + torch.tensor(self.host_counts[layer])
 
 
 class Replacement:
     """An active replacement; made by `replacement`. As a context manager it is removed on exit,
-    and what the calling thread runs inside runs without gradient.
+    and what the calling thread runs inside runs without gradient, unless it was made with
+    `gradient=True`.
 
     The state of a pass belongs to the pass: any number of threads may run the model at a time. A
     pass during which the replacement is removed, or that began before it, ends in a RuntimeError.
@@ -99,36 +182,33 @@ class Replacement:
         self,
         lm: HookedLM,
         stack: ReSAE | AffineOnly,
-        mode: str,
-        loop: str,
-        write_points: Sequence[HookPoint],
-        replace_special: bool,
-        clean: Sequence[Tensor] | None,
-        keep_error: bool,
+        settings: _Settings,
         edits: ActiveEdits | None,
-        on_codes: OnCodes | None,
         transported: Transported | None,
     ):
         self._lm = lm
         self._stack = stack
-        self._mode = str(mode)  # plain, as torch.compile compares it
-        self._loop = str(loop)
+        self._mode = str(settings.mode)  # plain, as torch.compile compares it
+        self._loop = str(settings.loop)
         self._points = [lm.hook_point(name) for name in stack.hook_points]
-        self._writes = [point in write_points for point in self._points]
-        self._last = self._points.index(max(write_points))
-        self._clean = clean
-        self._keep_error = keep_error
+        self._writes = [point in settings.write_points for point in self._points]
+        self._last = self._points.index(max(settings.write_points))
+        self._clean = settings.clean
+        self._keep_error = settings.keep_error and str(settings.keep_error)
+        self._gradient = settings.gradient
         self.edits = edits
         """The active interventions, with counts of their changes; None without any."""
-        self._on_codes = on_codes
+        self._propagates = settings.interventions.effects == "propagated"
+        self._on_codes = settings.on_codes
         self._transported = transported
-        self._reads_codes = not (edits is None and on_codes is None and transported is None)
+        self._reads_codes = settings.needs_codes or transported is not None
         self._device_refs = [_device_ref(stack, layer) for layer in range(len(self._points))]
         self._spread = len({ref.device for ref in self._device_refs if ref is not None}) > 1
         self._special = None  # [S] ids of special tokens, made once: a copy to a GPU waits for it
-        if not replace_special:
+        if not settings.replace_special:
             self._special = torch.tensor(lm.special_ids, dtype=torch.int64, device=lm.device)
         self._special_ids = frozenset(lm.special_ids)
+        self._sinks = None if settings.replace_special else stack.sinks
         self._in_force = ExitStack()
         self._no_grad = ExitStack()
         self._removed = False
@@ -147,7 +227,7 @@ class Replacement:
         state = "removed" if self._removed else "active"
         return (
             f"Replacement({state} at {layers} of {self._lm.name!r}, mode={self._mode!r}, "
-            f"loop={self._loop!r}, keep_error={self._keep_error}, "
+            f"loop={self._loop!r}, keep_error={self._keep_error!r}, "
             f"edits={0 if self.edits is None else len(self.edits.edits)})"
         )
 
@@ -160,7 +240,8 @@ class Replacement:
                 sums = sum(thread.totals(layer) for thread in self._threads)
                 assert isinstance(sums, Tensor)
                 kinds = [
-                    PassCounts(calls, tokens - left, left) for calls, tokens, left in sums.tolist()
+                    PassCounts(calls, tokens - skipped - sinks, skipped, sinks)
+                    for calls, tokens, skipped, sinks in sums.tolist()
                 ]
                 counts.append(LayerCounts(point.name, *kinds))
         return counts
@@ -189,8 +270,9 @@ class Replacement:
                 raise AssertionError(f"{name} was never reached by a forward pass")
             if not count.replaced:
                 raise AssertionError(
-                    f"{name} was reached by {count.calls} passes, but all {count.skipped} tokens "
-                    f"were left alone as special or padding"
+                    f"{name} was reached by {count.calls} passes, but all "
+                    f"{count.skipped + count.sinks} tokens were left alone as special, padding or "
+                    f"sinks"
                 )
             if decode_steps is None:
                 continue
@@ -201,7 +283,8 @@ class Replacement:
             if decode_steps and not count.decode.replaced:
                 raise AssertionError(
                     f"{name}: no token of its {decode_steps} decode steps was replaced; all "
-                    f"{count.decode.skipped} were left alone as special or padding"
+                    f"{count.decode.skipped + count.decode.sinks} were left alone as special, "
+                    f"padding or sinks"
                 )
 
     def remove(self) -> None:
@@ -212,18 +295,29 @@ class Replacement:
     def __enter__(self) -> "Replacement":
         if self._removed:
             raise RuntimeError("this replacement was removed; make a new one")
-        self._no_grad.enter_context(torch.no_grad())
+        if not self._gradient:
+            self._no_grad.enter_context(torch.no_grad())
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self._no_grad.close()
         self.remove()
 
+    def _hooks(self) -> dict[HookPoint, Callable[[Tensor], Tensor | None]]:
+        """Functions of the hook points up to the last that is written at."""
+        points = self._points[: self._last + 1]
+        return {point: partial(self._on_activation, layer) for layer, point in enumerate(points)}
+
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One forward pass of the whole model, with a state of its own."""
         thread = self._threads.here
         if thread.capturing:
             return forward(*args, **kwargs)
+        if self._gradient and DEFERRED.calls is not None:
+            raise ValueError(
+                "DecodeLoop: the active replacement was made with gradient=True, and the loop "
+                "writes without gradient; leave gradient out there"
+            )
         outer = thread.current
         state = thread.current = self._begin(args, kwargs)
         try:
@@ -243,21 +337,51 @@ class Replacement:
         """The state at the beginning: which tokens are special, and the outputs of a clean pass."""
         input_ids = args[0] if args else kwargs.get("input_ids")
         skip = self._skip_mask(input_ids, kwargs.get("attention_mask"))
+        sinks = self._first_positions(input_ids, skip, kwargs)
         tokens = None
         changes: list[Change | None] = [None] * len(self._points)
         if self.edits is not None:
             given = kwargs["inputs_embeds"] if input_ids is None else input_ids
-            left_alone = None if skip is None else skip.squeeze(-1)
-            tokens = PassTokens.of_pass(given, kwargs, left_alone)
+            tokens = PassTokens.of_pass(given, kwargs)
         if self._mode == "online":
-            return _Pass(skip, tokens, [], [], changes)
+            return _Pass(skip, sinks, tokens, [], [], changes)
         xs = self._clean
         if xs is None:
             xs = self._capture(input_ids, kwargs)
         x_hats = self._stack(
             [_cast_like(x, self._device_refs[0]) for x in xs], loop=self._loop
         ).x_hats
-        return _Pass(skip, tokens, list(xs), x_hats, changes)
+        state = _Pass(skip, sinks, tokens, list(xs), x_hats, changes)
+        for layer, x in enumerate(xs):
+            self._find_sinks(layer, x, state)
+        return state
+
+    def _first_positions(
+        self, input_ids: Tensor | None, skip: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """`[B, T, 1]` bool, tokens at the beginning of a sequence that are not special."""
+        if self._sinks is None or input_ids is None:
+            return None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            cache = cache_of(kwargs)
+            past = 0 if cache is None else cache.get_seq_length()
+            if input_ids.shape[1] == 1 and isinstance(past, int) and past > 0:
+                return None  # a decode step
+            positions = PassTokens.of_pass(input_ids, kwargs).positions
+        first = (positions == 0).expand(input_ids.shape)
+        return _unless_none(first.unsqueeze(-1), skip)
+
+    def _find_sinks(self, layer: int, stream: Tensor, state: _Pass) -> None:
+        """Add to the sinks of a pass those of selected layer `layer`."""
+        if self._sinks is None:
+            return
+        found = _unless_none(self._sinks.at(layer, stream).unsqueeze(-1), state.skip)
+        if found is not None:
+            state.tally = None
+            state.sinks = (
+                found if state.sinks is None else state.sinks | found.to(state.sinks.device)
+            )
 
     def _skip_mask(self, input_ids: Tensor | None, mask: Any) -> Tensor | None:
         """`[B, T, 1]` bool, which tokens are special or padding."""
@@ -327,21 +451,26 @@ class Replacement:
             raise RuntimeError(
                 f"replacement: {self._points[layer].name} was reached outside a forward pass of "
                 f"the whole model, or by a pass that began before the replacement; call the "
-                f"model, not its blocks, and begin passes after `replacement`"
+                f"model, not its blocks, and begin passes after `replacement`; gradient "
+                f"checkpointing (transformers 5.24 or newer) needs hook points resid_pre or "
+                f"resid_post, which it does not recompute"
             )
         delta = None
         if self._mode == "online":
+            self._find_sinks(layer, stream, state)
             x_hat, code = self._step(layer, stream, state)
             state.x_hats.append(x_hat)
             if self._reads_codes and code is not None:
                 delta = self._edit(layer, code, state)
         new = state.x_hats[layer]
-        if self._keep_error:
+        if self._keep_error == "pass_through":
+            new = _cast_like(stream, new) + (new - new.detach())
+        elif self._keep_error:
             # Without gradient: through x̂ + h − x̂ none would reach the latents.
             new = new + (_cast_like(stream, new) - new).detach()
         if delta is not None:
             new = new + delta
-            if self.edits is not None and self.edits.effects == "propagated":
+            if self._propagates:
                 state.x_hats[layer] = state.x_hats[layer] + delta
         new = _cast_like(new, stream)
         if self._mode == "error_added":
@@ -349,7 +478,8 @@ class Replacement:
         if not self._writes[layer]:
             return None
         self._count(layer, stream, thread, state)
-        return new if state.skip is None else torch.where(state.skip.to(stream.device), stream, new)
+        left_alone = state.left_alone
+        return new if left_alone is None else torch.where(left_alone.to(stream.device), stream, new)
 
     def _step(self, layer: int, stream: Tensor, state: _Pass) -> tuple[Tensor, SparseCode | None]:
         """x̂ `[B, T, D]` and code of selected layer `layer`, where its parameters are."""
@@ -359,6 +489,11 @@ class Replacement:
         if self._spread:
             reconstructions, predictor_inputs = (
                 [_cast_like(y, ref) for y in ys] for ys in (reconstructions, predictor_inputs)
+            )
+        if self._keep_error == "pass_through" and torch.is_grad_enabled():
+            x = x.detach()
+            reconstructions, predictor_inputs = (
+                [y.detach() for y in ys] for ys in (reconstructions, predictor_inputs)
             )
         if self._loop == "closed":
             predictor_inputs = reconstructions
@@ -377,42 +512,83 @@ class Replacement:
         return step
 
     def _edit(self, layer: int, code: SparseCode, state: _Pass) -> Tensor | None:
-        """Edit the code of selected layer `layer` and pass it to `on_codes`; returns the change
-        that the edits add to the stream, `[B, T, D]`."""
-        delta, transported = None, code
+        """Edit the code of selected layer `layer` and pass it to `on_codes`; returns what the edits
+        and a code that `on_codes` returned add to the stream, `[B, T, D]`."""
+        encoded, change, delta = code, None, None
         if self.edits is not None and state.tokens is not None:
-            code, change = self.edits.at(layer, code, state.tokens)
-            transported = self.edits.code_for_prediction(layer, transported, code, change)
+            left_alone = state.left_alone
+            if left_alone is not None:
+                left_alone = left_alone.squeeze(-1)
+            of_pass = state.tokens
+            tokens = PassTokens(of_pass.positions, of_pass.starts, of_pass.attended, left_alone)
+            code, change = self.edits.at(layer, code, tokens)
             state.changes[layer] = change
             delta = None if change is None else change.delta
+        edited, code = code, self._read(layer, code)
+        if code is not edited:
+            assert isinstance(self._stack, ReSAE)
+            sae = self._stack.sae(layer)
+            added = sae.decode(*code) - sae.decode(*edited)
+            delta = added if delta is None else delta + added
         if self._transported is not None:
-            state.codes.append(transported)
-        if self._on_codes is not None:
-            name = self._points[layer].name
-            if DEFERRED.calls is None:
-                self._on_codes(name, code)
-            else:
-                DEFERRED.calls.append((self._on_codes, name, code))
+            if self.edits is not None:
+                code = self.edits.code_for_prediction(layer, encoded, code, change)
+            state.codes.append(code if self._propagates else encoded)
         return delta
+
+    def _read(self, layer: int, code: SparseCode) -> SparseCode:
+        """Pass a code to `on_codes`; returns the code that it returned, otherwise the same."""
+        if self._on_codes is None:
+            return code
+        name = self._points[layer].name
+        if DEFERRED.calls is not None:
+            DEFERRED.calls.append((self._on_codes, name, code))
+            return code
+        returned = self._on_codes(name, code)
+        if returned is None:
+            return code
+        if not isinstance(returned, SparseCode):
+            raise TypeError(
+                f"replacement: on_codes returned {type_name(returned)} at {name}, expected a "
+                f"SparseCode, which replaces the code, or None"
+            )
+        shapes = returned.acts.shape, returned.indices.shape
+        if shapes[0] != shapes[1] or shapes[0][:-1] != code.acts.shape[:-1]:
+            raise ValueError(
+                f"replacement: on_codes returned acts {list(shapes[0])} and indices "
+                f"{list(shapes[1])} at {name}, expected both {[*code.acts.shape[:-1], 'k']}"
+            )
+        return returned
 
     def _count(self, layer: int, stream: Tensor, thread: _ThreadState, state: _Pass) -> None:
         B, T, _ = stream.shape
         row = 0 if T > 1 else 1
         if _on_host(stream):  # in numbers: a tensor would take longer than a prediction
-            left = 0 if state.skip is None else int(state.skip.sum())
             sums = thread.host_counts[layer][row]
             sums[0] += 1
             sums[1] += B * T
-            sums[2] += left
+            sums[2] += 0 if state.skip is None else int(state.skip.sum())
+            sums[3] += 0 if state.sinks is None else int(state.sinks.sum())
             return
         counts = thread.counts[layer]
         if counts.device != stream.device:  # of a model spread over devices, in its first pass
             counts = thread.counts[layer] = counts.to(stream.device)
         if state.tally is None:
-            left = counts.new_zeros(()) if state.skip is None else state.skip.sum()
-            calls, tokens = torch.ones_like(left), torch.full_like(left, B * T)
-            state.tally = torch.stack([calls, tokens, left])
+            skipped, sinks = (
+                counts.new_zeros(()) if mask is None else mask.sum().to(counts.device)
+                for mask in (state.skip, state.sinks)
+            )
+            calls, tokens = torch.ones_like(skipped), torch.full_like(skipped, B * T)
+            state.tally = torch.stack([calls, tokens, skipped, sinks])
         counts[row].add_(state.tally.to(stream.device))
+
+
+def _unless_none(found: Tensor, skip: Tensor | None) -> Tensor | None:
+    """The tokens `found [B, T, 1]` that are not in `skip`; None where that can be told to be none,
+    as in most passes: nothing to pick, nothing to count."""
+    if _on_host(found) and not found.any():
+        return None
+    return found if skip is None else found & ~skip.to(found.device)
 
 
 def _on_host(tensor: Tensor) -> bool:
@@ -453,7 +629,8 @@ def replacement(
     layers: Sequence[str | int] | None = None,
     replace_special: bool = False,
     clean: Sequence[Tensor] | None = None,
-    keep_error: bool = False,
+    keep_error: KeptError | str | bool = False,
+    gradient: bool = False,
     interventions: Any = None,
     on_codes: OnCodes | None = None,
     transport_bytes: int = 0,
@@ -479,100 +656,95 @@ def replacement(
             against the running stream before replacement).
         layers: where reconstructions enter the stream, a subset of the stack's hook points; default
             all. The chain itself always runs through every selected layer before the last of these.
-        replace_special: also replace at BOS, EOS and padding.
+        replace_special: also replace at BOS, EOS, padding and sink tokens (`resae.models.sinks`;
+            which tokens these are is the stack's rule, `stack.sinks`).
         clean: the clean activations `[B, T, D]` of the one batch that will be run, if already
             computed; saves the clean pass of the teacher-forced modes.
         keep_error: online only: x̂ + (h − x̂) goes in, the running stream h itself up to rounding.
             The codes are computed all the same: this is the clean model, and its codes can be
-            read. The error h − x̂ carries no gradient: all of it goes through x̂, to the latents.
-            Not needed where the interventions keep the error.
+            read. Not needed where the interventions keep the error. Of its gradient: `detached`,
+            which True stands for, or `pass_through` (above).
+        gradient: online only: leave gradients on inside the `with` block (call `lm.model`;
+            `lm.logits` has none). They reach codes, autoencoders, maps (buffers: where
+            `requires_grad_()` was called on them) and model, by sparse sums, never `[N, M]`;
+            under `torch.compile` and, at `resid_pre` and `resid_post`, under gradient
+            checkpointing too.
         interventions: online only: edits of the codes, as `resae.Interventions.parse` reads them.
         on_codes: online only: called at every selected layer of every pass with the name of its
-            hook point and its code `[B, T, k]`, edited, on the device, in the thread of the pass;
-            in a `DecodeLoop` after each step. `resae.StrongestLatents` is one such function.
+            hook point and its code `[B, T, k]`, edited, on the device, in the thread of the pass.
+            A `SparseCode` that it returns, of any k, replaces the code, as an edit does; None
+            leaves it. In a `DecodeLoop` it is called after each step and may only read.
+            `resae.StrongestLatents` is one such function.
         transport_bytes: online, closed loop: where the L(L−1)/2 dictionaries transported to later
             layers take no more than this, they are made now, and passes of up to 16 tokens predict
             by gathering their rows instead of multiplying by the maps; on a CPU as long as these
             are at most D rows, as more take longer than a map. They do not follow later changes of
             the stack. Not in an open loop, whose predictions come from streams
-            instead of codes.
+            instead of codes, and not with `gradient`.
 
     Returns:
         A `Replacement`, whose `counts` tell what was replaced, and `edits` what was edited.
 
     Raises:
         TypeError: something else than a model and a stack.
-        ValueError: another model's stack, or one on another device; unknown mode or loop; layers
-            that the stack does not have, or that are replaced already; interventions that cannot
-            be parsed, or that the stack cannot do.
+        ValueError: another model's stack, or one on another device; unknown mode or loop, or
+            options that do not go together; layers that the stack does not have, or that are
+            replaced already; interventions that cannot be parsed, or that the stack cannot do.
     """
+    _require_stack(stack)
+    lm = lm if isinstance(lm, HookedLM) else HookedLM(lm)
+    stack.require_model(lm)
+    asked = Interventions() if interventions is None else Interventions.parse(interventions)
+    kept = KeptError.DETACHED if keep_error or asked.keep_error else False
+    settings = _Settings(
+        mode=mode,
+        loop=loop,
+        write_points=_write_points(lm, stack, layers),
+        replace_special=replace_special,
+        clean=clean,
+        keep_error=keep_error if isinstance(keep_error, str) else kept,
+        gradient=gradient,
+        interventions=asked,
+        on_codes=on_codes,
+    )
+    settings.check(stack)
+    _require_devices(lm, stack)
+    with ExitStack() as in_force:  # which undoes what was done, if any of it fails
+        in_force.enter_context(_claimed(lm, settings.write_points))
+        edits = None
+        if asked.edits:
+            assert isinstance(stack, ReSAE)
+            names = [point.name for point in settings.write_points]
+            edits = ActiveEdits(asked, stack, names)
+        transported = settings.transported(stack, transport_bytes, edits)
+        active = Replacement(lm, stack, settings, edits, transported)
+        in_force.enter_context(lm.hooked(active._hooks(), around=active._run))
+        active._in_force = in_force.pop_all()
+    return active
+
+
+def _require_stack(stack: Any) -> None:
     if not isinstance(stack, ReSAE | AffineOnly):
         raise TypeError(
             f"replacement: got {type_name(stack)} as the stack, "
             f"expected a ReSAE or AffineOnly; ReSAE.from_pretrained(folder) opens one, "
             f"ReSAE([hook_point], AffinePredictor('none'), [sae]) makes one of an autoencoder"
         )
-    lm = lm if isinstance(lm, HookedLM) else HookedLM(lm)
-    stack.require_model(lm)
-    Mode.check(mode, "replacement: mode")
-    Loop.check(loop, "replacement: loop")
-    asked = Interventions() if interventions is None else Interventions.parse(interventions)
-    keep_error = keep_error or asked.keep_error
-    wants_codes = asked.edits or on_codes is not None
-    if wants_codes and (mode != "online" or not isinstance(stack, ReSAE)):
-        raise ValueError(
-            "replacement: interventions and on_codes need the codes of the running stream; use "
-            "mode='online' and a stack with autoencoders"
-        )
-    if keep_error and mode != "online":
-        raise ValueError(f"replacement: keep_error=True with mode={mode!r}; use mode='online'")
+
+
+def _write_points(
+    lm: HookedLM, stack: ReSAE | AffineOnly, layers: Sequence[str | int] | None
+) -> list[HookPoint]:
+    """The hook points at which reconstructions enter the stream. Raises ValueError for one that
+    the stack does not have."""
     points = lm.hook_points(stack.hook_points)
-    write_points = points if layers is None else lm.hook_points(layers)
-    for point in write_points:
+    written = points if layers is None else lm.hook_points(layers)
+    for point in written:
         if point not in points:
             raise ValueError(
                 f"replacement: the stack has no {point.name} but {', '.join(stack.hook_points)}"
             )
-    _require_devices(lm, stack)
-    with ExitStack() as in_force:  # which undoes what was done, if any of it fails
-        in_force.enter_context(_claimed(lm, write_points))
-        edits = None
-        if asked.edits:
-            assert isinstance(stack, ReSAE)
-            edits = ActiveEdits(asked, stack, [point.name for point in write_points])
-        transported = None
-        if transport_bytes and isinstance(stack, ReSAE):
-            if mode != "online" or loop != "closed":
-                raise ValueError(
-                    f"replacement: transport_bytes with mode={mode!r} and loop={loop!r}; "
-                    "transported "
-                    f"dictionaries predict from codes what was put in: use mode='online' and "
-                    f"loop='closed', or leave it out"
-                )
-            transported = stack.transported(
-                transport_bytes, vectors=edits.vectors if edits else None
-            )
-        active = Replacement(
-            lm,
-            stack,
-            mode,
-            loop,
-            write_points,
-            replace_special,
-            clean,
-            keep_error,
-            edits,
-            on_codes,
-            transported,
-        )
-        hooks = {
-            point: partial(active._on_activation, layer)
-            for layer, point in enumerate(points)
-            if point <= max(write_points)
-        }
-        in_force.enter_context(lm.hooked(hooks, around=active._run))
-        active._in_force = in_force.pop_all()
-    return active
+    return written
 
 
 def _require_devices(lm: HookedLM, stack: ReSAE | AffineOnly) -> None:

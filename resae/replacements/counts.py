@@ -13,6 +13,8 @@ class PassCounts(NamedTuple):
     """Tokens whose activation was replaced."""
     skipped: int = 0
     """Tokens not replaced: special tokens and padding."""
+    sinks: int = 0
+    """Tokens not replaced as sinks (`resae.models.sinks`)."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,8 @@ class LayerCounts:
     def skipped(self) -> int:
         """Tokens not replaced: special tokens and padding."""
         return self.prefill.skipped + self.decode.skipped
+
+    @property
+    def sinks(self) -> int:
+        """Tokens not replaced as sinks."""
+        return self.prefill.sinks + self.decode.sinks

@@ -197,7 +197,11 @@ class DecodeLoop:
         finally:
             DEFERRED.calls = None
         for function, *arguments in calls:
-            function(*arguments)
+            if function(*arguments) is not None:
+                raise ValueError(
+                    "DecodeLoop: on_codes returned a code, but is called after the step, whose "
+                    "code it cannot replace; return None, or write with lm.model.generate"
+                )
         return logits
 
     def _forward(

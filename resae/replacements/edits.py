@@ -233,13 +233,11 @@ class PassTokens:
     not waited for."""
     attended: Tensor | None
     """`[B, T]` bool, not padding; None: all."""
-    left_alone: Tensor | None
+    left_alone: Tensor | None = None
     """`[B, T]` bool, tokens whose stream is not replaced; None: none."""
 
     @classmethod
-    def of_pass(
-        cls, tokens: Tensor, kwargs: dict[str, Any], left_alone: Tensor | None
-    ) -> "PassTokens":
+    def of_pass(cls, tokens: Tensor, kwargs: dict[str, Any]) -> "PassTokens":
         """Describe a pass over `tokens [B, T, ...]` with these keyword arguments of an HF model."""
         B, T = tokens.shape[:2]
         cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
@@ -251,7 +249,7 @@ class PassTokens:
             positions = mask.cumsum(-1)[:, -T:] - 1
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"]
-        return cls(positions.expand(B, T), past == 0, attended, left_alone)
+        return cls(positions.expand(B, T), past == 0, attended)
 
     def chosen(self, at: str | Tensor) -> Tensor:
         """`[B, T, 1]` bool: the tokens at a `Place`, or at positions `[P]`, but for
@@ -350,10 +348,13 @@ class ActiveEdits:
     def code_for_prediction(
         self, layer: int, before: SparseCode, after: SparseCode, change: Change | None
     ) -> SparseCode:
-        """The code that later layers predict from, where selected layer `layer` had `before` and
-        `at` made it `after` by `change`: with the vectors added as further latents, from M on."""
-        if self.effects == "frozen" or change is None:
+        """The code that later layers predict from, where that of selected layer `layer` was
+        `before` and became `after`, by the edits with `change`: with the vectors added as further
+        latents, from M on."""
+        if self.effects == "frozen":
             return before
+        if change is None:
+            return after
         edits, M = self._layers[layer], self._stack.sae(layer).config.d_sae
         added = change.amounts[..., len(edits.latents) :]
         rows = torch.arange(M, M + added.shape[-1], device=added.device)
@@ -407,6 +408,7 @@ class _LayerEdits:
         latents = sorted({latent for edit in edits for latent in edit.latents})
         slot = {latent: i for i, latent in enumerate(latents)}
         self.name = stack.hook_points[layer]
+        self.sae = sae
         self.edits = edits
         self.latents = torch.tensor(latents, dtype=torch.int64, device=device)  # [E]
         self.slot_of = torch.full((M,), len(latents), device=device)  # [M], E: not edited
@@ -450,7 +452,13 @@ class _LayerEdits:
         acts = torch.cat([code.acts.masked_fill(edited, 0), now], -1)
         indices = torch.cat([code.indices, self.latents.expand_as(now)], -1)
         new_code = SparseCode(acts, indices.masked_fill(acts == 0, 0))
-        return new_code, Change(torch.cat([now - before, *added], -1), self.directions)
+        return new_code, Change(torch.cat([now - before, *added], -1), self._directions())
+
+    def _directions(self) -> Tensor:
+        """`directions`; where a gradient is wanted, with rows of the dictionary that have one."""
+        if not torch.is_grad_enabled() or not self.sae.W_dec.requires_grad:
+            return self.directions
+        return torch.cat([self.sae.W_dec[self.latents], self.directions[len(self.latents) :]])
 
     def counts(self) -> list[EditCount]:
         sums = [torch.stack(parts).sum(0) for parts in zip(*self.changed, strict=True)]

@@ -7,14 +7,16 @@ A kind of autoencoder is one file with a class that derives from `Autoencoder`, 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from resae.choices import InputKind, Screening
 from resae.sae.losses import Reduce, no_reduce
 from resae.sae.record import SAERecord
 from resae_kernels import ScreenedEncoder, SparseCode
+from resae_kernels.types import Margin, ScreeningImplementation
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ class Autoencoder(nn.Module, ABC):
     """Dictionary `[M, D]`, one direction per row."""
     b_dec: Tensor
     """Decoder bias `[D]`."""
+    screening_implementation: ScreeningImplementation | None = None
+    """Implementation of `ScreenedEncoder`; may be set. "triton": at most 16 tokens are screened on
+    a GPU, in calls that are not compiled. None: screened on a CPU alone."""
 
     # -- use ---------------------------------------------------------------------------------------
 
@@ -123,8 +128,28 @@ class Autoencoder(nn.Module, ABC):
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """Encoder used on a CPU in place of `resae_kernels.topk_encode`, or None."""
+        """Encoder used in place of `resae_kernels.topk_encode` for what is screened, or None."""
         return None
+
+    def screens(self, x: Tensor) -> bool:
+        """True if a call with x is to be screened: on a CPU, on a GPU on request."""
+        wanted = x.is_cpu or self.screening_implementation == "triton"
+        return wanted and not torch.compiler.is_compiling()
+
+    def encoder_of(
+        self, weight: Tensor, bias: Tensor, held: ScreenedEncoder | None, margin: str
+    ) -> ScreenedEncoder:
+        """`held` if it is the screening encoder of this weight, bias and margin, else a new one."""
+        asked = self.screening_implementation
+        if (
+            held is not None
+            and held.weight is weight
+            and held.bias is bias
+            and held.margin == margin
+            and held.requested == asked
+        ):
+            return held
+        return ScreenedEncoder(weight, bias, margin=cast("Margin", margin), implementation=asked)
 
     def set_input_kind(self, kind: InputKind | str) -> None:
         """Set what it encodes: `ReSAE` does, for layers that are predicted."""

@@ -9,7 +9,7 @@ when it is used, and θ = 0 is ReLU. The number of active latents differs from t
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from resae.storage import save_json, save_tensors
 from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, threshold_encode
 
 if TYPE_CHECKING:
-    from resae_kernels.types import Margin
+    pass
 
 DEFAULT_MAX_ACTIVE = 512
 """Slots of a code where the mean number of active latents is not known."""
@@ -111,7 +111,7 @@ class ThresholdSAE(Autoencoder):
             "prediction": prediction,
         }
         threshold, slots = self.threshold, self.max_active
-        screened = None if torch.compiler.is_compiling() or not x.is_cpu else self.screened
+        screened = self.screened if self.screens(x) else None
         if screened is not None:
             code = screened.threshold_encode(x, threshold, slots, sorted=sorted, **offsets)
         else:
@@ -123,17 +123,11 @@ class ThresholdSAE(Autoencoder):
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """The encoder on a CPU, by its `threshold_encode`."""
-        if self.config.screening is None:
-            return None
-        held = self._screened
-        same = held is not None and held.weight is self.weight and held.bias is self.bias
-        if held is None or not same or held.margin != self.config.screening:
-            held = ScreenedEncoder(
-                self.weight, self.bias, margin=cast("Margin", str(self.config.screening))
-            )
-            self._screened = held
-        return held
+        """Encoder of what is screened, by its `threshold_encode`."""
+        margin = self.config.screening
+        if margin is not None:
+            self._screened = self.encoder_of(self.weight, self.bias, self._screened, str(margin))
+        return None if margin is None else self._screened
 
     @torch.no_grad()
     def _count_overflow(self, n_active: Tensor) -> None:

@@ -10,7 +10,7 @@ cannot encode without it. Stored as `encoder.weight [M, D]`, `encoder.bias [M]`,
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from resae.strict_json import brief
 from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, topk_encode
 
 if TYPE_CHECKING:
-    from resae_kernels.types import Margin
+    pass
 
 
 class TopKSAE(Autoencoder):
@@ -87,7 +87,7 @@ class TopKSAE(Autoencoder):
         require_prediction(self, prediction)
         k = self.config.k if k is None else k
         offsets: dict[str, Any] = {"pre_bias": self.b_dec, "prediction": prediction}
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self.screens(x):
             screened = self.screened
             if screened is not None:
                 return screened.encode(x, k, sorted=sorted, **offsets)
@@ -105,15 +105,11 @@ class TopKSAE(Autoencoder):
 
     @property
     def screened(self) -> ScreenedEncoder | None:
-        """Encoder used on a CPU; its `encode_with_info` tells which path a call takes."""
-        if self.screening is None:
-            return None
-        held, weight, bias = self._screened, self.encoder.weight, self.encoder.bias
-        same = held is not None and held.weight is weight and held.bias is bias
-        if held is None or not same or held.margin != self.screening:
-            margin = cast("Margin", str(self.screening))
-            held = self._screened = ScreenedEncoder(weight, bias, margin=margin)
-        return held
+        """Encoder of what is screened; its `encode_with_info` tells which path a call takes."""
+        if self.screening is not None:
+            weight, bias = self.encoder.weight, self.encoder.bias
+            self._screened = self.encoder_of(weight, bias, self._screened, str(self.screening))
+        return None if self.screening is None else self._screened
 
     def decode(self, acts: Tensor, indices: Tensor, *, prediction: Tensor | None = None) -> Tensor:
         """`acts, indices [..., k]` → x̂ `[..., D]`, plus `prediction`

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from huggingface_hub import ModelCard, ModelCardData
 
 from resae.models.identity import ModelIdentity
+from resae.models.sinks import SinkRule
 from resae.sae.base import Autoencoder
 from resae.stack.affine import AffinePredictor
 from resae.strict_json import brief, require_fields
@@ -22,6 +23,7 @@ class Described(Protocol):
     hook_points: list[str]
     predictor: AffinePredictor
     model_identity: ModelIdentity | None
+    sinks: SinkRule | None
 
     @property
     def n_layers(self) -> int: ...
@@ -107,11 +109,19 @@ def _description(stack: Described, model: str) -> str:
 
 
 def _layers(stack: Described) -> str:
-    rows = ["| hook point | width | latents | k |", "|---|---|---|---|"]
+    rows = ["| hook point | width | latents | k | median norm |", "|---|---|---|---|---|"]
+    sinks = stack.sinks
     for layer, name in enumerate(stack.hook_points):
         config = stack.sae(layer).config
-        rows.append(f"| {name} | {config.d_in} | {config.d_sae} | {config.k} |")
-    return "\n".join(rows)
+        norm = "–" if sinks is None else f"{sinks.median_norms[layer]:.4g}"
+        rows.append(f"| {name} | {config.d_in} | {config.d_sae} | {config.k} | {norm} |")
+    table = "\n".join(rows)
+    if sinks is None:
+        return table
+    return (
+        f"{table}\n\nTokens whose stream is longer than {sinks.factor:g} times the median norm "
+        f"(attention sinks) are left alone like special tokens, in training and replacement."
+    )
 
 
 def _screening(screening: str | None) -> str:

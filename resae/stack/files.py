@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from resae.choices import PredictorKind
 from resae.models.identity import ModelIdentity
+from resae.models.sinks import SinkRule
 from resae.sae.base import Autoencoder
 from resae.sae.registry import load_sae
 from resae.stack.affine import AffinePredictor
@@ -26,12 +27,13 @@ class StackParts(NamedTuple):
     saes: Sequence[Autoencoder]
     """One per hook point."""
     model: ModelIdentity | None
+    sinks: SinkRule | None
 
 
 def write_stack(folder: Path, parts: StackParts, *, shared: bool, boosted: bool) -> None:
     """Write a stack into a folder. One with resae.json is complete: it goes first and comes
     last."""
-    hook_points, predictor, saes, model = parts
+    hook_points, predictor, saes, model, sinks = parts
     (folder / "resae.json").unlink(missing_ok=True)
     for name, sae in zip(hook_points, saes, strict=True):
         sae.save(folder / name, hook_point=name)
@@ -49,6 +51,7 @@ def write_stack(folder: Path, parts: StackParts, *, shared: bool, boosted: bool)
             "d_sae": [sae.config.d_sae for sae in saes],
             "k": [sae.config.k for sae in saes],
             "model": None if model is None else asdict(model),
+            "sinks": None if sinks is None else asdict(sinks),
         },
     )
 
@@ -79,7 +82,8 @@ def read_stack(folder: Path) -> StackParts:
     if description.get("shared", False) and not boosted:
         _share(saes, folder)
     model = _identity_in(description, f"stack {folder}: model in resae.json")
-    return StackParts(description["hook_points"], predictor, saes, model)
+    sinks = _sinks_in(description, f"stack {folder}: sinks in resae.json")
+    return StackParts(description["hook_points"], predictor, saes, model, sinks)
 
 
 def _description_in(folder: Path) -> dict[str, Any]:
@@ -92,7 +96,8 @@ def _description_in(folder: Path) -> dict[str, Any]:
             f"stack {folder}: format_version {found.get('format_version')}, this resae reads "
             f"{FORMAT_VERSION}; update resae"
         )
-    kinds = {"hook_points": [str], "predictor": str, "model": (dict, None)}
+    optional = dict.fromkeys(("model", "sinks"), (dict, None))
+    kinds = {"hook_points": [str], "predictor": str, **optional}
     flags = {"boosted": (bool, None), "shared": (bool, None)}
     require_fields(found, kinds | flags, where)
     names = found["hook_points"]
@@ -116,6 +121,21 @@ def _identity_in(description: dict[str, Any], where: str) -> ModelIdentity | Non
     return ModelIdentity(
         **{f.name: found[f.name] for f in fields(ModelIdentity) if f.name in found}
     )
+
+
+def _sinks_in(description: dict[str, Any], where: str) -> SinkRule | None:
+    """The rule of sink tokens; None in a stack that was trained without."""
+    found = description.get("sinks")
+    if found is None:
+        return None
+    require_fields(found, {"median_norms": [float], "factor": float}, where)
+    norms, factor = found["median_norms"], found["factor"]
+    if len(norms) != len(description["hook_points"]) or min(factor, *norms) <= 0:
+        raise ValueError(
+            f"{where}: {brief(found)}, expected a factor and a norm per hook point, all above 0; "
+            f"restore the file"
+        )
+    return SinkRule(tuple(norms), factor)
 
 
 def _share(saes: Sequence[Autoencoder], folder: Path) -> None:

@@ -27,6 +27,7 @@ from resae.choices import Loop, PredictorKind
 from resae.models.hooked import HookedLM, type_name
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
+from resae.models.sinks import SinkRule
 from resae.sae.base import Autoencoder, SAEConfig
 from resae.sae.registry import new_sae
 from resae.stack.affine import AffinePredictor
@@ -71,6 +72,8 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         saes: one per hook point; the same one at each for a shared dictionary (MLSAE). Those whose
             layer is predicted become autoencoders of residuals (`SAEConfig.input_kind`).
         model: identity of the model, or None.
+        sinks: the rule of sink tokens, which the stack was not trained on and does not replace;
+            None: there is none.
 
     Raises:
         TypeError: something else than hook points, a predictor and autoencoders.
@@ -83,6 +86,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         predictor: AffinePredictor,
         saes: Sequence[Autoencoder] = (),
         model: ModelIdentity | None = None,
+        sinks: SinkRule | None = None,
     ):
         super().__init__()
         _require_types(hook_points, predictor, saes)
@@ -107,8 +111,14 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                 )
         for sae in saes[first:]:
             sae.set_input_kind("affine_residual")
+        if sinks is not None and len(sinks.median_norms) != len(hook_points):
+            raise ValueError(
+                f"ReSAE: {len(sinks.median_norms)} median norms for {len(hook_points)} hook "
+                f"points; give one each"
+            )
         self._hold(saes)
         self.model_identity = model
+        self.sinks = sinks
         self._prepared: dict[int, PreparedLayer] = {}
 
     @classmethod
@@ -220,7 +230,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         most what each was trained with. Trained with `TrainConfig.prefixes` it is good at each of
         these (HierarchicalTopK); an ordinary one is merely truncated."""
         saes = [self.sae(layer).at_k(k) for layer in range(self.n_layers)]
-        stack = ReSAE(self.hook_points, self.predictor, saes, self.model_identity)
+        stack = ReSAE(self.hook_points, self.predictor, saes, self.model_identity, self.sinks)
         return stack.train(self.training)
 
     def encode(self, xs: Activations, *, loop: Loop | str = "open") -> list[SparseCode]:
@@ -307,7 +317,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         weights = sae.step_weights if few and predictor_inputs is reconstructions else None
         if weights is not None:
             on_cpu = x.is_cpu and not torch.compiler.is_compiling()
-            encoder = sae.screened if on_cpu else None
+            encoder = sae.screened if sae.screens(x) else None
             by_maps = transported is None or (on_cpu and _maps_are_faster(N, x.shape[-1], codes))
             if encoder is not None and by_maps:
                 step = self._step_at_once(layer, x, predictor_inputs, sae, encoder)
@@ -319,7 +329,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                 )
             if x.is_cuda:
                 prediction = self.predictor(layer, predictor_inputs)
-                return online_step(x, *weights, b_dec=sae.b_dec, prediction=prediction)
+                return online_step(
+                    x, *weights, b_dec=sae.b_dec, prediction=prediction, encoder=encoder
+                )
         prediction = self.predictor(layer, predictor_inputs)
         code = sae.encode(x, prediction=prediction)
         if predictor_inputs is not reconstructions:
@@ -418,12 +430,14 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         for layer, factor in enumerate(factors):
             self.sae(layer).rescale_(factor)
         self.predictor = self.predictor.rescaled(factors)
+        self.sinks = self.sinks and self.sinks.rescaled(factors)
 
     # -- disk and hub ------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:
         saes = [self.sae(layer) for layer in range(self.n_layers)]
-        parts = StackParts(self.hook_points, self.predictor, saes, self.model_identity)
+        identity = self.model_identity
+        parts = StackParts(self.hook_points, self.predictor, saes, identity, self.sinks)
         write_stack(save_directory, parts, shared=self.shared, boosted=self.boosted)
 
     def generate_model_card(self, *_arguments: Any, **options: Any) -> ModelCard:
@@ -543,6 +557,7 @@ class AffineOnly:
             raise TypeError(f"AffineOnly: got {type_name(stack)}, expected a ReSAE")
         self.hook_points = stack.hook_points
         self.predictor = stack.predictor
+        self.sinks = stack.sinks
         self.n_layers = stack.n_layers
         self.require_model = stack.require_model
 

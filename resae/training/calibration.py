@@ -1,13 +1,14 @@
 """Measured before the first step: affine maps, scales and means."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from resae.models.sinks import SinkRule
 from resae.stack.affine import AffinePredictor
 from resae.stack.fit import Moments, fit_predictor
 from resae.stack.stack import ReSAE
@@ -16,13 +17,16 @@ from resae.strict_json import brief
 
 
 class Calibration(NamedTuple):
-    """Maps, scales and means fixed before training, in raw units of the activations."""
+    """Maps, scales, means and sink tokens fixed before training, in raw units of the
+    activations."""
 
     predictor: AffinePredictor
     scale: list[float]
     """RMS of each layer."""
     mean: list[Tensor]
     """L × `[D]`."""
+    sinks: SinkRule | None = None
+    """Rule of the tokens that were left out; None: none were."""
 
     def keeping_first(self) -> "Calibration":
         """The same with the scale of the first layer rounded to a power of two, which brings an
@@ -32,6 +36,10 @@ class Calibration(NamedTuple):
     def save(self, path: Path) -> None:
         scale = torch.tensor(self.scale, dtype=torch.float64)
         fixed = {"scale": scale, "mean": torch.stack(self.mean)}
+        if self.sinks is not None:
+            norms = torch.tensor(self.sinks.median_norms, dtype=torch.float64)
+            factor = torch.tensor([self.sinks.factor], dtype=torch.float64)
+            fixed |= {"median_norm": norms, "sink_factor": factor}
         save_tensors(path, self.predictor.tensors() | fixed)
 
     @classmethod
@@ -54,27 +62,56 @@ class Calibration(NamedTuple):
                 f"calibration: {path} does not hold scales above 0 and means of {kind!r} maps, but "
                 f"{brief(found)}; fit the maps anew"
             )
-        return cls(predictor, scale.tolist(), list(mean))
+        return cls(predictor, scale.tolist(), list(mean), _sinks_in(tensors, scale, path))
+
+
+def _sinks_in(tensors: Mapping[str, Tensor], scale: Tensor, path: Path) -> SinkRule | None:
+    """The rule of sink tokens; None in a file without."""
+    norms, factor = tensors.get("median_norm"), tensors.get("sink_factor")
+    if norms is None and factor is None:
+        return None
+    if (
+        norms is None
+        or factor is None
+        or norms.shape != scale.shape
+        or factor.shape != (1,)
+        or not bool((torch.cat([norms, factor]) > 0).all())
+    ):
+        raise ValueError(
+            f"calibration: {path} does not hold a median norm above 0 per layer and the factor of "
+            f"sink tokens; fit the maps anew"
+        )
+    return SinkRule(tuple(norms.tolist()), float(factor))
 
 
 def calibrate(
-    kind: str, moments: Moments, *, ridge: float, map_type: str = "full", rank: int | None = None
+    kind: str,
+    moments: Moments,
+    *,
+    ridge: float,
+    map_type: str = "full",
+    rank: int | None = None,
+    sinks: SinkRule | None = None,
 ) -> Calibration:
-    """Maps, scales and means from the moments of the calibration tokens."""
+    """Maps, scales and means from the moments of the calibration tokens, without those that are
+    `sinks`."""
     return Calibration(
         fit_predictor(kind, moments, ridge=ridge, map_type=map_type, rank=rank),
         moments.scale(),
         [moments.mean(layer).float() for layer in range(moments.n_layers)],
+        sinks,
     )
 
 
 def boost_calibration(base_stack: ReSAE, moments: Moments) -> Calibration:
-    """Calibration for boosting a stack: its own maps, and scales rounded to powers of two, which
-    bring its weights into units of training and back without changing a bit."""
+    """Calibration for boosting a stack: its own maps and rule of sinks, and scales rounded to
+    powers of two, which bring its weights into units of training and back without changing a
+    bit."""
     return Calibration(
         base_stack.predictor,
         [power_of_two(s) for s in moments.scale()],
         [moments.mean(layer).float() for layer in range(moments.n_layers)],
+        base_stack.sinks,
     )
 
 

@@ -9,9 +9,8 @@ import json
 import logging
 import re
 from dataclasses import MISSING, asdict, fields, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import save_file
@@ -19,15 +18,15 @@ from torch import Tensor
 
 from resae.data.batches import Position
 from resae.settings import current_names
-from resae.stack.stack import ReSAE
 from resae.storage import load_header, load_tensors, write_atomically
 from resae.strict_json import brief, parse, require_fields
 from resae.training.config import TrainConfig
 from resae.training.distributed import Ranks
-from resae.training.step import TrainState
+from resae.training.step import TrainState, trained_tensors
 
 log = logging.getLogger(__name__)
 NONE = type(None)
+Config = TypeVar("Config", bound=TrainConfig)
 
 
 def save_checkpoint(
@@ -62,8 +61,8 @@ def save_checkpoint(
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Everything that a step changes, by name."""
     tensors = dict(trained_tensors(state.stack))
-    for name, parameter in state.stack.named_parameters():
-        for entry, t in state.optimizer.state.get(parameter, {}).items():
+    for name, trained in trained_tensors(state.stack).items():
+        for entry, t in state.optimizer.state.get(trained, {}).items():
             tensors[f"{name}/{entry}"] = t
     for i, idle_tokens in enumerate(state.tokens_since_fired):
         tensors[f"saes.{i}.tokens_since_fired"] = idle_tokens
@@ -81,12 +80,6 @@ def named_in_whole(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor
     return named
 
 
-def trained_tensors(stack: ReSAE) -> dict[str, Tensor]:
-    """Trainable tensors by name, each once: all but the maps, which belong to the calibration."""
-    named = chain(stack.named_parameters(), stack.named_buffers())
-    return {name: tensor for name, tensor in named if not name.startswith("predictor.")}
-
-
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     named = re.compile(r"step_\d{8}\.safetensors")
@@ -97,7 +90,7 @@ def _step_in(checkpoint: Path) -> int:
     return int(checkpoint.stem.removeprefix("step_"))
 
 
-def resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
+def resumed_config(config: Config, out: Path) -> Config:
     """`config` as the resumed run in `out` uses it.
 
     With more `train_tokens` the run continues from the newest checkpoint that both runs share:
@@ -110,7 +103,8 @@ def resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
     Raises:
         ValueError: the run has other settings, or no checkpoint that the longer run shares.
     """
-    found = [(path, begun) for path in _checkpoints(out / "checkpoints") if (begun := _begun(path))]
+    paths = _checkpoints(out / "checkpoints")
+    found = [(path, begun) for path in paths if (begun := _begun(path, type(config)))]
     if not found:
         return config
     path, begun = found[-1]
@@ -141,24 +135,24 @@ def resumed_config(config: TrainConfig, out: Path) -> TrainConfig:
     return config
 
 
-class _Metadata(NamedTuple):
+class _Metadata(NamedTuple, Generic[Config]):
     """Description of a checkpoint, which it holds."""
 
     step: int
     positions: list[Position]
     """One per rank."""
-    config: TrainConfig
+    config: Config
     """The configuration that it was trained with."""
 
 
-def _read_metadata(checkpoint: Path) -> _Metadata:
+def _read_metadata(checkpoint: Path, cls: type[Config]) -> _Metadata[Config]:
     """Raise ValueError for a checkpoint that is damaged."""
     found = load_header(checkpoint, "checkpoint").metadata
     require_fields(found, {"step": str, "positions": str, "config": str}, "metadata")
     step, positions, saved = (parse(found[name], name) for name in ("step", "positions", "config"))
     saved = current_names(require_fields(saved, {}, "config"))
-    hints = get_type_hints(TrainConfig)
-    required = {f.name for f in fields(TrainConfig) if f.default is MISSING}
+    hints = get_type_hints(cls)
+    required = {f.name for f in fields(cls) if f.default is MISSING}
     expected = {n: _json_types(hints[n]) for n in hints if n in saved or n in required}
     require_fields(saved, expected, "config")
     held = {"step": step, "positions": positions}
@@ -168,7 +162,7 @@ def _read_metadata(checkpoint: Path) -> _Metadata:
     if unknown := sorted(saved.keys() - hints.keys()):
         raise ValueError(f"settings of another version: {brief(unknown)}")
     settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()}
-    return _Metadata(step, [Position(*p) for p in positions], TrainConfig(**settings))
+    return _Metadata(step, [Position(*p) for p in positions], cls(**settings))
 
 
 def _json_types(annotation: Any) -> Any:
@@ -179,10 +173,10 @@ def _json_types(annotation: Any) -> Any:
     return tuple(map(_json_types, parts)) if parts else None if annotation is NONE else annotation
 
 
-def _begun(checkpoint: Path) -> TrainConfig | None:
+def _begun(checkpoint: Path, cls: type[Config]) -> Config | None:
     """The configuration that a checkpoint was trained with; None if it is damaged."""
     try:
-        return _read_metadata(checkpoint).config
+        return _read_metadata(checkpoint, cls).config
     except ValueError:
         return None
 
@@ -197,7 +191,7 @@ def load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ran
     left_behind = []
     for path in reversed(_checkpoints(folder)):
         try:
-            step, positions, begun = _read_metadata(path)
+            step, positions, begun = _read_metadata(path, type(config))
             tensors = load_tensors(path, "checkpoint")
             _require_state(tensors, state, ranks)
         except ValueError as error:
@@ -226,7 +220,7 @@ def load_newest(folder: Path, state: TrainState, config: TrainConfig, ranks: Ran
 def _require_state(tensors: dict[str, Tensor], state: TrainState, ranks: Ranks) -> None:
     """Raise ValueError unless these are the tensors of a state like this one."""
     expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    named = dict(state.stack.named_parameters())
+    named = trained_tensors(state.stack)
     for name, tensor in _tensors(state).items():
         (whole_name,) = named_in_whole({name: tensor}, ranks)
         expected[whole_name] = (tensor.shape, tensor.dtype)
@@ -243,14 +237,22 @@ def _require_state(tensors: dict[str, Tensor], state: TrainState, ranks: Ranks) 
 
 @torch.no_grad()
 def _restore(state: TrainState, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    for name, parameter in state.stack.named_parameters():
-        (whole_name,) = named_in_whole({name: parameter}, ranks)
+    for name, trained in trained_tensors(state.stack).items():
+        (whole_name,) = named_in_whole({name: trained}, ranks)
         entries = {
-            key.removeprefix(f"{whole_name}/"): tensor.to(parameter.device)
+            key.removeprefix(f"{whole_name}/"): _laid_out_like(trained, tensor)
             for key, tensor in tensors.items()
             if key.startswith(f"{whole_name}/")
         }
         if entries:
-            state.optimizer.state[parameter] = entries
+            state.optimizer.state[trained] = entries
     for name, tensor in named_in_whole(_tensors(state), ranks).items():
         tensor.copy_(tensors[name])
+
+
+def _laid_out_like(trained: Tensor, moment: Tensor) -> Tensor:
+    """A moment with the strides of its tensor, as fused Adam takes for granted; its step count as
+    it is."""
+    if moment.shape != trained.shape:
+        return moment.to(trained.device)
+    return torch.empty_like(trained, requires_grad=False).copy_(moment)

@@ -19,10 +19,12 @@ from resae.arguments import (
     writable,
 )
 from resae.arguments import device as device_name
+from resae.arguments import seed as seed_number
 from resae.choices import (
     DTYPES,
     Loop,
     MapType,
+    Objective,
     Parallelism,
     PredictorKind,
     check_map_type,
@@ -34,6 +36,10 @@ WARMUP = 0.05
 """Share of the steps over which the learning rate rises from 0, where no number is given."""
 DECAY = 0.2
 """Share of the steps, at the end, over which it falls back to 0."""
+IDLE_FIRINGS = 64
+"""Mean distances between two firings after which an idle latent counts as dead. Early reviving
+costs nothing in FVU and leaves far fewer latents silent than waiting for an eighth of the training
+(`bench/results/real/dead.md`)."""
 
 NO_GAIN = {"hook_attn_out": (0.95, 1.37, 2.22), "hook_mlp_out": (1.00, 1.33, 1.53)}
 """Hook points where predicting a layer from others gained nothing: online Δ CE of ReSAE over that
@@ -42,7 +48,21 @@ residuals over the first, in the demo (embedded model, blocks 1, 3 and 5, k = 8,
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class OptimiserSettings:
+    """Optimiser."""
+
+    batch_tokens: Annotated[int, whole(1)] = 1_024
+    """Tokens per step; `resae finetune`: a multiple of the run's context."""
+    warmup_steps: Annotated[float | None, real(least=0)] = None
+    """Steps over which the learning rate rises from 0; None: a twentieth of all."""
+    auxk_coefficient: Annotated[float, real(least=0)] = 1 / 32
+    """Weight of the loss that revives dead latents."""
+    clip_norm: Annotated[float | None, real(above=0)] = None
+    """The gradient of all layers together is scaled down to this norm; None: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(OptimiserSettings):
     """Training."""
 
     loop: Annotated[str, Loop] = "open"
@@ -71,8 +91,6 @@ class TrainingSettings:
     own (k: the slots of a code of one with thresholds)."""
     train_tokens: Annotated[int, whole(1)] = 1_000_000
     """Tokens to train on; the data starts over if it is shorter. A run can be resumed with more."""
-    batch_tokens: Annotated[int, whole(1)] = 1_024
-    """Tokens per step."""
     buffer_tokens: Annotated[int, whole(1)] = 65_536
     """Tokens whose activations are shuffled together."""
     buffer_dtype: Annotated[str, DTYPES] = "bfloat16"
@@ -81,15 +99,9 @@ class TrainingSettings:
     lr: Annotated[float | None, real(above=0)] = None
     """Peak learning rate of Adam; None: 8e-3 · sqrt(512 / d_sae), in each layer by its own
     d_sae."""
-    warmup_steps: Annotated[float | None, real(least=0)] = None
-    """Steps over which the learning rate rises from 0; None: a twentieth of all."""
-    auxk_coefficient: Annotated[float, real(least=0)] = 1 / 32
-    """Weight of the loss that revives dead latents."""
     dead_after_tokens: Annotated[int | None, whole(1)] = None
-    """Tokens without firing after which a latent counts as dead; None: an eighth of
-    train_tokens."""
-    clip_norm: Annotated[float | None, real(above=0)] = None
-    """The gradient of all layers together is scaled down to this norm; None: never."""
+    """Tokens without firing after which a latent counts as dead and is revived; None: 64 times the
+    mean distance between two firings, d_sae / k, and at most an eighth of train_tokens."""
     accumulation_steps: Annotated[int, whole(1)] = 1
     """Pieces that a batch is cut into, one after the other: less memory, the same weights. More
     than one costs a second encode, for the sums over the whole batch that the loss divides by."""
@@ -120,10 +132,19 @@ class TrainConfig(TrainingSettings):
     buffer at most."""
     ridge: float = 1e-4
     """Ridge of the affine fit, relative to the mean eigenvalue of the sources' covariance."""
+    sink_factor: float = 10.0
+    """Norm, in units of a layer's median, above which a token is left alone as an attention sink
+    (`resae.models.sinks`); 0: none is."""
     seed: int = 0
     """Fixes initial directions and the order of the data."""
 
     def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_method()
+        self._check_numbers()
+
+    def _check_sizes(self) -> None:
+        """Raise ValueError for k and d_sae that are not those of the layers."""
         if len(self.k) != len(self.layers):
             raise ValueError(f"TrainConfig: {len(self.k)} k for {len(self.layers)} layers")
         if len(self.d_saes) != len(self.layers):
@@ -136,6 +157,9 @@ class TrainConfig(TrainingSettings):
                 raise ValueError(
                     f"TrainConfig: k={k} for d_sae={d_sae} latents; expected 1 ≤ k ≤ d_sae"
                 )
+
+    def _check_method(self) -> None:
+        """Raise ValueError for an unknown method, or parts of one that exclude each other."""
         PredictorKind.check(self.predictor, "TrainConfig: predictor")
         check_map_type(self.predictor, self.map_type, self.rank, "TrainConfig")
         Loop.check(self.loop, "TrainConfig: loop")
@@ -166,6 +190,9 @@ class TrainConfig(TrainingSettings):
             raise ValueError(
                 f"TrainConfig: boost_keep={self.boost_keep}, expected above 0, up to 1"
             )
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError for tokens, rates and bounds out of their range."""
         for name in ("train_tokens", "calibration_tokens", "batch_tokens", "dead_after_tokens"):
             value = getattr(self, name)
             # A batch of one token has no variance to be explained.
@@ -174,7 +201,7 @@ class TrainConfig(TrainingSettings):
                 raise ValueError(f"TrainConfig: {name}={value}, expected at least {least}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"TrainConfig: lr={self.lr}, expected above 0, or None")
-        for name in ("auxk_coefficient", "ridge", "seed"):
+        for name in ("auxk_coefficient", "ridge", "sink_factor", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"TrainConfig: {name}={getattr(self, name)}, expected from 0 on")
         if self.buffer_tokens < self.batch_tokens:
@@ -232,7 +259,10 @@ class TrainConfig(TrainingSettings):
 
     @property
     def dead_tokens(self) -> int:
-        return self.dead_after_tokens or max(1, self.train_tokens // 8)
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        distance = max(M / k for M, k in zip(self.d_saes, self.k, strict=True))
+        return max(1, min(self.train_tokens // 8, math.ceil(IDLE_FIRINGS * distance)))
 
     @property
     def rising_steps(self) -> float:
@@ -297,6 +327,10 @@ class MapSettings:
     at most; None: 100000."""
     ridge: Annotated[float | None, real(least=0)] = None
     """Ridge of the fit, relative to the mean eigenvalue of the sources' covariance; None: 1e-4."""
+    sink_factor: Annotated[float | None, real(least=0)] = None
+    """Tokens whose norm at a selected layer exceeds this many times the layer's median are
+    attention sinks, left alone like special tokens in maps, training and replacement; 0: none;
+    None: 10."""
 
     @property
     def chosen_maps(self) -> dict[str, Any]:
@@ -366,12 +400,6 @@ class Files:
     resume: bool = False
     """Go on from the newest checkpoint; with more train_tokens, from one before the learning rate
     fell, as a run of that length would have but for its warm-up."""
-    cache: Annotated[str | None, writable, Shown("DIR")] = None
-    """Keep the activations of the language model there, and read them where they are there
-    already."""
-    cache_dtype: Annotated[str | None, DTYPES] = None
-    """Data type of the activations kept; bfloat16 halves the disk of a float32 model and rounds
-    every number to 8 bits, a relative error of 1/512; None: as the model computes them."""
     checkpoint_steps: Annotated[int, whole(1)] = 1_000
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, whole(1)] = 2
@@ -389,7 +417,19 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Source, Dictionaries, MapSettings, TrainingSettings, Files, Placement):
+class Cache:
+    """Activation cache."""
+
+    cache: Annotated[str | None, writable, Shown("DIR")] = None
+    """Keep the activations of the language model there, and read them where they are there
+    already."""
+    cache_dtype: Annotated[str | None, DTYPES] = None
+    """Data type of the activations kept; bfloat16 halves the disk of a float32 model and rounds
+    every number to 8 bits, a relative error of 1/512; None: as the model computes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Source, Dictionaries, MapSettings, TrainingSettings, Files, Cache, Placement):
     """A training run: what `resae.training.run` does, and `resae train`.
 
     Exactly one of `k` and `k_per_layer` is given. `layers` may be left out with `maps` or `boost`,
@@ -436,3 +476,113 @@ class RunConfig(Source, Dictionaries, MapSettings, TrainingSettings, Files, Plac
         common = {f.name: getattr(self, f.name) for f in fields(TrainingSettings)}
         k = self.k_per_layer or (self.k or 1,) * len(layers)
         return TrainConfig(layers, k, d_sae, seed=self.seed, **self.chosen_maps, **common)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineSettings:
+    """Objective."""
+
+    objective: Annotated[str, Objective] = "kl"
+    """Loss of the replaced model, in nats per token: kl, from the plain model's next-token
+    distributions, or ce, of the text; mse: none, as a control of as many steps of `resae train`."""
+    mse_weight: Annotated[float, real(least=0)] = 3.0
+    """Weight of the loss of `resae train` on the plain model's activations beside it: the FVU of
+    each layer, and AuxK. 0: FVU rises by a fifth and more."""
+    plain_probability: Annotated[float, real(least=0, most=1)] = 0.0
+    """Probability that the plain stream goes on at a layer and row, in place of the reconstruction:
+    student forcing."""
+    train_maps: bool = False
+    """Train the affine maps too."""
+    gradient_checkpointing: bool = False
+    """Recompute the model's blocks in the backward instead of keeping their activations: less
+    memory, a third more time. For hook points resid_pre and resid_post."""
+
+
+@dataclass(frozen=True)
+class OnlineConfig(OnlineSettings, TrainConfig):
+    """Settings of online training: those of `TrainConfig` and how the model takes part."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Objective.check(self.objective, "OnlineConfig: objective")
+        if not 0 <= self.plain_probability <= 1:
+            raise ValueError(
+                f"OnlineConfig: plain_probability={self.plain_probability}, expected 0 to 1"
+            )
+        if not 0 <= self.mse_weight < math.inf:
+            raise ValueError(f"OnlineConfig: mse_weight={self.mse_weight}, expected from 0 on")
+        if self.objective == "mse" and not self.mse_weight:
+            raise ValueError("OnlineConfig: objective='mse' with mse_weight=0; give it a weight")
+        inside = [n for n in self.layers if not n.endswith(("resid_post", "resid_pre"))]
+        if self.gradient_checkpointing and inside:
+            raise ValueError(
+                f"OnlineConfig: gradient_checkpointing with {', '.join(inside)}, inside blocks, "
+                f"which the backward would run anew; leave it out"
+            )
+
+    @property
+    def peak_lrs(self) -> tuple[float, ...]:
+        """Peak learning rate of each layer: a quarter of that of `TrainConfig`, where None is
+        given."""
+        rates = super().peak_lrs
+        return rates if self.lr is not None else tuple(rate / 4 for rate in rates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(OnlineSettings, OptimiserSettings, Files, Machine):
+    """Online training.
+
+    Of a finished run, with all its layers replaced: what `resae.training.finetune` does, and `resae
+    finetune`.
+    """
+
+    run: Annotated[str, filled, Shown("RUN", positional=True)]
+    """Run directory or stack to begin with, which stays as it is."""
+    data: Annotated[str | None, filled] = None
+    """Text to train on; None: that of the run."""
+    text_column: Annotated[str, filled] = "text"
+    """Column of `data` that holds the text."""
+    loop: Annotated[str, Loop] = "closed"
+    """Residuals are taken against predictions from what the stream was before replacement (open) or
+    from the reconstructions put in (closed)."""
+    train_tokens: Annotated[int, whole(1)] = 204_800
+    """Tokens to train on; the data starts over if it is shorter."""
+    lr: Annotated[float | None, real(above=0)] = None
+    """Peak learning rate of Adam; None: 2e-3 · sqrt(512 / d_sae), in each layer by its own d_sae, a
+    quarter of that of `resae train`."""
+    accumulation_steps: Annotated[int, whole(1)] = 1
+    """Pieces of rows that a batch is cut into, one after the other: less memory, the same weights.
+    More than one costs a second plain pass and encode."""
+    seed: Annotated[int, seed_number] = 0
+    """Fixes the rows and layers at which the plain stream goes on, and the order of the data."""
+
+    def for_stack(self, stack: Any, context_tokens: int) -> OnlineConfig:
+        """Settings of the training loop for a `ReSAE`.
+
+        Raises:
+            ValueError: settings that do not fit together.
+        """
+        if self.batch_tokens % context_tokens:
+            raise ValueError(
+                f"finetune: batch_tokens={self.batch_tokens}, expected a multiple of the run's "
+                f"context of {context_tokens} tokens"
+            )
+        rows = self.batch_tokens // context_tokens
+        if self.accumulation_steps > rows:
+            raise ValueError(
+                f"finetune: accumulation_steps={self.accumulation_steps} for {rows} rows per step; "
+                f"expected at most as many"
+            )
+        own = {f.name for f in fields(FinetuneConfig)} & {f.name for f in fields(OnlineConfig)}
+        configs = [stack.sae(layer).config for layer in range(stack.n_layers)]
+        return OnlineConfig(
+            layers=tuple(stack.hook_points),
+            k=tuple(config.k for config in configs),
+            d_sae=tuple(config.d_sae for config in configs),
+            predictor=stack.predictor.kind,
+            map_type=stack.predictor.map_type,
+            rank=stack.predictor.rank if stack.predictor.n_maps else None,
+            shared=stack.shared,
+            buffer_tokens=self.batch_tokens,
+            **{name: getattr(self, name) for name in own},
+        )

@@ -19,13 +19,17 @@ import torch
 
 from resae.models.hooked import HookedLM
 from resae.stack.fit import Moments
-from resae.training.config import TrainConfig
+from resae.training.config import OnlineConfig, TrainConfig
 from resae.training.distributed import Ranks
 from resae_kernels.memory import WORKSPACE_BYTES
 
 STREAMS = 6
 """Tensors `[N, D]` in float32 that a layer holds until the backward: the raw and the scaled
 activation, the prediction, the reconstruction, the error and its gradient."""
+
+LOGIT_COPIES = 6
+"""Tensors `[N, V]` of an online step: the logits of both passes, their two log-softmax, the
+probabilities and the gradient."""
 
 
 @dataclass(frozen=True)
@@ -160,113 +164,262 @@ def estimate_run(
         model_dtype: of the language model and the buffer; float32 or 16 bit.
         cache_dtype: of an activation cache; None: there is none.
     """
-    L, D, N = len(config.layers), model.d_model, config.batch_tokens
-    R, k = ranks.size, max(config.k)
-    # d_sae of each layer on the fullest rank: layers are dealt out one by one.
-    shares = [config.d_saes[rank::R] for rank in range(R)] if ranks.by_layers else [config.d_saes]
-    Ms = max(shares, key=lambda share: (len(share), sum(share)))
-    held = len(Ms)
-    tokens_here = N if ranks.by_layers else N // R  # of a step, per autoencoder
-    half = model_dtype.itemsize == 2
-    products = device.half if half else device.single
-    sae_products = device.half if config.autocast else device.single
-    parameters = sum(_parameters(M, D) for M in (Ms[:1] if config.shared else Ms))
+    work = _Work(config, model, device, ranks, model_dtype)
+    phases = _phases(work, model_rows * context_tokens)
+    training = sum(phase.seconds for phase in phases[1:])
+    calibration = phases[0].seconds * config.calibration_tokens
+    hours = (training * config.train_tokens + calibration) / 3600
+    return RunEstimate(
+        phases,
+        1 / training,
+        hours,
+        _device_memory(work),
+        _host_memory(work),
+        _disk(work, keep_checkpoints, cache_dtype),
+        _settings(work, checkpoint_steps),
+    )
 
-    def seconds(flops: float, moved: float, rate: float) -> float:
-        return max(flops / rate, moved / device.bandwidth) / device.utilisation
 
-    # Per token of the whole run, spread over the ranks where each has its share.
-    lm_bytes = model.weights_read * model_dtype.itemsize / (model_rows * context_tokens)
-    lm = seconds(model.flops_per_token, lm_bytes, products) / R
+def estimate_online(
+    config: OnlineConfig,
+    lm: HookedLM,
+    context_tokens: int,
+    *,
+    device: Device = Device(),  # noqa: B008
+    model_dtype: torch.dtype = torch.float32,
+    keep_checkpoints: int = 2,
+    checkpoint_steps: int = 1_000,
+) -> RunEstimate:
+    """The estimate for an online training of one process: the plain pass, and forward and backward
+    of the replaced one, through the whole model.
 
-    moments = Moments(L, 1, config.predictor)
-    fit_flops = 2.0 * len(moments.blocks) * D * D
+    Activations of the model are counted as inputs and outputs of the products of its blocks (with
+    gradient checkpointing the streams between blocks, and one block), logits in `LOGIT_COPIES`
+    tensors of float32.
+
+    Args:
+        lm: the model, or its shapes (`HookedLM.described`).
+    """
+    V, D = int(lm.config.vocab_size), lm.d_model
+    blocks = ModelSizes.of(lm, (f"blocks.{lm.n_layers - 1}.hook_resid_post",), context_tokens)
+    model = blocks._replace(
+        flops_per_token=blocks.flops_per_token + 2.0 * D * V, weights_read=blocks.parameters
+    )
+    work = _Work(config, model, device, Ranks(), model_dtype)
+    size = model_dtype.itemsize
+    moved = model.weights_read * size / config.batch_tokens
+    rate = device.half if size == 2 else device.single
+    one = work.seconds(model.flops_per_token, moved, rate)
+    # The backward has the products of the forward for the stream's gradient, none for weights.
+    passes = {
+        "plain pass": 2 if config.accumulation_steps > 1 else 1,
+        "replaced pass": 1,
+        "backward": 2 if config.gradient_checkpointing else 1,
+    }
+    T, flops = config.train_tokens, model.flops_per_token
+    step = _step_phase(work)
+    phases = [Phase(name, T, n * flops, n * moved, n * one) for name, n in passes.items()]
+    # On the plain activations and in the replaced pass.
+    phases.append(
+        step._replace(flops=2 * step.flops, bytes=2 * step.bytes, seconds=2 * step.seconds)
+    )
+    tokens = ceil(config.batch_tokens / config.accumulation_steps)
+    kept = _block_activations(lm)
+    if config.gradient_checkpointing:
+        activations = tokens * size * (lm.n_layers * D + max(kept))
+    else:
+        activations = tokens * size * sum(kept)
+    memory = _device_memory(work)
+    del memory["buffer"]
+    memory["step"] *= 2
+    memory["activations of the model"] = activations
+    memory["logits"] = tokens * V * 4 * LOGIT_COPIES
+    host = _host_memory(work)
+    del host["moments"]
+    training = sum(phase.seconds for phase in phases)
+    return RunEstimate(
+        phases,
+        1 / training,
+        training * T / 3600,
+        memory,
+        host,
+        _disk(work, keep_checkpoints, None),
+        _settings(work, checkpoint_steps),
+    )
+
+
+def _block_activations(lm: HookedLM) -> list[int]:
+    """Numbers per token that the backward of each block needs: inputs and outputs of its products,
+    and two streams that are normalised."""
+    counts = []
+    for block in lm.blocks:
+        products = [p for p in block.parameters() if p.ndim == 2]
+        counts.append(sum(sum(p.shape) for p in products) + 2 * lm.d_model)
+    return counts
+
+
+class _Work(NamedTuple):
+    """A run, and the sizes of a step on its fullest rank."""
+
+    config: TrainConfig
+    model: ModelSizes
+    device: Device
+    ranks: Ranks
+    model_dtype: torch.dtype
+
+    @property
+    def own_d_saes(self) -> tuple[int, ...]:
+        """`d_sae` of each layer on the rank with the most: layers are dealt out one by one."""
+        d_saes, R = self.config.d_saes, self.ranks.size
+        shares = [d_saes[rank::R] for rank in range(R)] if self.ranks.by_layers else [d_saes]
+        return max(shares, key=lambda share: (len(share), sum(share)))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the autoencoders of the rank."""
+        d_saes = self.own_d_saes[:1] if self.config.shared else self.own_d_saes
+        return sum(_parameters(M, self.model.d_model) for M in d_saes)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step that an autoencoder sees on one rank."""
+        N = self.config.batch_tokens
+        return N if self.ranks.by_layers else N // self.ranks.size
+
+    @property
+    def k(self) -> int:
+        """Largest k of a layer."""
+        return max(self.config.k)
+
+    @property
+    def moments(self) -> Moments:
+        """Moments that the maps are fitted on; of width 1, since only their blocks are counted."""
+        return Moments(len(self.config.layers), 1, self.config.predictor)
+
+    def seconds(self, flops: float, moved: float, rate: float) -> float:
+        """Time of `flops` at `rate` per second, or of moving so many bytes: the longer."""
+        return max(flops / rate, moved / self.device.bandwidth) / self.device.utilisation
+
+
+def _phases(work: _Work, tokens_per_pass: int) -> list[Phase]:
+    """The calibration, then the parts of the training. Seconds are per token of the whole run,
+    spread over the ranks where each has its share."""
+    config, model, device, R = work.config, work.model, work.device, work.ranks.size
+    L, D, T = len(config.layers), model.d_model, config.train_tokens
+    products = device.half if work.model_dtype.itemsize == 2 else device.single
+    lm_bytes = model.weights_read * work.model_dtype.itemsize / tokens_per_pass
+    lm = work.seconds(model.flops_per_token, lm_bytes, products) / R
+    fit_flops = 2.0 * len(work.moments.blocks) * D * D
     fit_bytes = 8.0 * L * D
-    fit = seconds(fit_flops, fit_bytes, device.double) / R
-
-    encodes = 2 if config.accumulation_steps > 1 else 1
-    maps = 0 if config.predictor in ("none", "identity") else 2.0 * D * D
-
-    def flops_of(d_saes: Sequence[int]) -> float:
-        return sum(2.0 * D * M * encodes + 8.0 * k * D + maps for M in d_saes)
-
-    step_flops = flops_of(config.d_saes)
-    update = 4.0 * parameters * (3 + 6 + 4)  # gradient, Adam's six passes, the decoder's norms
-    gathers = 4.0 * k * D * 4 + STREAMS * D * 4 * 2
-    read = encodes * sum(Ms) * D * (2 if config.autocast else 4)
-    step_bytes = L * gathers + (read + update) / tokens_here
-    share = tokens_here / N  # of the tokens, on this rank
-    compute = seconds(flops_of(Ms) * share, held * share * gathers, sae_products)
-    compute += (read + update) / N / device.bandwidth / device.utilisation
-    moved = 0.0
-    if ranks.by_data:
-        moved = 2.0 * parameters * 4 * (R - 1) / R / N
-    elif ranks.by_layers:
-        moved = L * D * 4 * (R - 1) / R / R
-    exchange = moved / device.link / device.utilisation
-
-    buffer_bytes = 2.0 * L * D * (model_dtype.itemsize + 4)
-    buffer = seconds(0, buffer_bytes, products) / R
-
-    T = config.train_tokens
-    phases = [
-        Phase(
-            "calibration",
-            config.calibration_tokens,
-            model.flops_per_token + fit_flops,
-            lm_bytes + fit_bytes,
-            lm + fit,
-        ),
+    fit = work.seconds(fit_flops, fit_bytes, device.double) / R
+    buffer_bytes = 2.0 * L * D * (work.model_dtype.itemsize + 4)
+    buffer = work.seconds(0, buffer_bytes, products) / R
+    calibration = Phase(
+        "calibration",
+        config.calibration_tokens,
+        model.flops_per_token + fit_flops,
+        lm_bytes + fit_bytes,
+        lm + fit,
+    )
+    return [
+        calibration,
         Phase("language model", T, model.flops_per_token, lm_bytes, lm),
         Phase("buffer", T, 0.0, buffer_bytes, buffer),
-        Phase("SAE step", T, step_flops, step_bytes, compute),
+        _step_phase(work),
+        *([_exchange_phase(work)] if R > 1 else []),
     ]
-    if R > 1:
-        phases.append(Phase("exchange", T, 0.0, moved, exchange))
-    training = sum(phase.seconds for phase in phases[1:])
 
+
+def _step_phase(work: _Work) -> Phase:
+    """Forward, backward and update of the autoencoders."""
+    config, D, N = work.config, work.model.d_model, work.config.batch_tokens
+    encodes = 2 if config.accumulation_steps > 1 else 1
+    maps = 0 if config.predictor in ("none", "identity") else 2.0 * D * D
+    Ms, tokens_here = work.own_d_saes, work.step_tokens
+
+    def flops_of(d_saes: Sequence[int]) -> float:
+        return sum(2.0 * D * M * encodes + 8.0 * work.k * D + maps for M in d_saes)
+
+    # Gradient, Adam's six passes, the decoder's norms.
+    update = 4.0 * work.parameters * (3 + 6 + 4)
+    gathers = 4.0 * work.k * D * 4 + STREAMS * D * 4 * 2
+    read = encodes * sum(Ms) * D * (2 if config.autocast else 4)
+    share = tokens_here / N  # of the tokens, on this rank
+    rate = work.device.half if config.autocast else work.device.single
+    compute = work.seconds(flops_of(Ms) * share, len(Ms) * share * gathers, rate)
+    compute += (read + update) / N / work.device.bandwidth / work.device.utilisation
+    moved = len(config.layers) * gathers + (read + update) / tokens_here
+    return Phase("SAE step", config.train_tokens, flops_of(config.d_saes), moved, compute)
+
+
+def _exchange_phase(work: _Work) -> Phase:
+    """Traffic between ranks: gradients by data, residuals by layers."""
+    config, R = work.config, work.ranks.size
+    moved = 0.0
+    if work.ranks.by_data:
+        moved = 2.0 * work.parameters * 4 * (R - 1) / R / config.batch_tokens
+    elif work.ranks.by_layers:
+        moved = len(config.layers) * work.model.d_model * 4 * (R - 1) / R / R
+    seconds = moved / work.device.link / work.device.utilisation
+    return Phase("exchange", config.train_tokens, 0.0, moved, seconds)
+
+
+def _device_memory(work: _Work) -> dict[str, int]:
+    config, D, N = work.config, work.model.d_model, work.config.batch_tokens
+    held, tokens_here = len(work.own_d_saes), work.step_tokens
     buffer_dtype: torch.dtype = getattr(torch, config.buffer_dtype)
-    buffered = L * D * buffer_dtype.itemsize * (config.buffer_tokens // N) * (N // R)
-    checkpoint = checkpoint_bytes(config, D)
-    own = 4 * parameters
-    code = held * tokens_here * k * (4 + 8)
-    device_memory = {
-        "language model": model.parameters * model_dtype.itemsize,
+    rows = (config.buffer_tokens // N) * (N // work.ranks.size)
+    own = 4 * work.parameters
+    code = held * tokens_here * work.k * (4 + 8)
+    return {
+        "language model": work.model.parameters * work.model_dtype.itemsize,
         "autoencoders": own,
         "gradients": own,
         "Adam": 2 * own,
         "maps": 4 * sum(_map_sizes(config, D)),
-        "buffer": buffered,
+        "buffer": len(config.layers) * D * buffer_dtype.itemsize * rows,
         "step": held * tokens_here // config.accumulation_steps * D * 4 * STREAMS + code,
         "encode": WORKSPACE_BYTES["cuda"],
     }
-    host = {
-        "language model while loading": model.parameters * model_dtype.itemsize,
-        "moments": 8 * (len(moments.blocks) * D * D + L * (D + 1)),
-        "checkpoint": checkpoint,
+
+
+def _host_memory(work: _Work) -> dict[str, int]:
+    L, D = len(work.config.layers), work.model.d_model
+    return {
+        "language model while loading": work.model.parameters * work.model_dtype.itemsize,
+        "moments": 8 * (len(work.moments.blocks) * D * D + L * (D + 1)),
+        "checkpoint": checkpoint_bytes(work.config, D),
     }
+
+
+def _disk(work: _Work, keep: int, cache_dtype: torch.dtype | None) -> dict[str, int]:
+    config, D = work.config, work.model.d_model
     disk = {
-        f"checkpoints, {keep_checkpoints} and one being written": checkpoint
-        * (keep_checkpoints + 1),
+        f"checkpoints, {keep} and one being written": checkpoint_bytes(config, D) * (keep + 1),
         "stack": 4 * sum(_parameters(M, D) for M in config.d_saes),
     }
     if cache_dtype is not None:
-        disk["activation cache"] = T * L * D * cache_dtype.itemsize
-    settings = {
-        "model": model.name,
+        cached = config.train_tokens * len(config.layers) * D * cache_dtype.itemsize
+        disk["activation cache"] = cached
+    return disk
+
+
+def _settings(work: _Work, checkpoint_steps: int) -> dict[str, Any]:
+    """Settings that the estimate is of, as its table shows them."""
+    config = work.config
+    return {
+        "model": work.model.name,
         "layers": [name.removesuffix(".hook_resid_post") for name in config.layers],
         "d_sae": config.d_sae,
-        "k": k,
-        "train_tokens": T,
-        "batch_tokens": N,
+        "k": work.k,
+        "train_tokens": config.train_tokens,
+        "batch_tokens": config.batch_tokens,
         "checkpoints": ceil(config.steps / checkpoint_steps),
-        "ranks": R,
-        "parallelism": ranks.parallelism,
-        "device": device.name,
-        "utilisation": device.utilisation,
+        "ranks": work.ranks.size,
+        "parallelism": work.ranks.parallelism,
+        "device": work.device.name,
+        "utilisation": work.device.utilisation,
     }
-    hours = (training * T + phases[0].seconds * config.calibration_tokens) / 3600
-    return RunEstimate(phases, 1 / training, hours, device_memory, host, disk, settings)
 
 
 def checkpoint_bytes(config: TrainConfig, d_in: int) -> int:

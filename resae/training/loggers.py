@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from resae.storage import load_json, save_json
-from resae.training.config import RunConfig, TrainConfig
+from resae.training.config import Files, TrainConfig
 from resae.training.loop import Progress
 
 
-def require_loggers(config: RunConfig) -> None:
+def require_loggers(config: Files) -> None:
     """Raise ModuleNotFoundError before anything runs, not after."""
     wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb is not None}
     for name, asked in wanted.items():
@@ -24,7 +24,7 @@ def require_loggers(config: RunConfig) -> None:
 
 
 def metric_loggers(
-    config: RunConfig, train: TrainConfig, until_done: ExitStack
+    config: Files, train: TrainConfig, until_done: ExitStack
 ) -> list[Callable[[Progress], None]]:
     """Functions to call with each progress; what they hold open is closed with `until_done`."""
     out = Path(config.out)

@@ -12,31 +12,31 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from resae.data.batches import ActivationSource
+from resae.data.batches import ActivationSource, Position
 from resae.models.identity import ModelIdentity
 from resae.stack.affine import AffinePredictor
 from resae.stack.stack import ReSAE
 from resae.storage import remove_partial, save_tensors, write_atomically
 from resae.training.calibration import Calibration
 from resae.training.checkpoints import (
+    Config,
     load_newest,
     named_in_whole,
     resumed_config,
     save_checkpoint,
-    trained_tensors,
 )
 from resae.training.config import TrainConfig
 from resae.training.distributed import SINGLE_PROCESS, Ranks
 from resae.training.loss import LayerMetrics
 from resae.training.start import initial_state, require_divisible, state_of_rank
-from resae.training.step import TrainState, train_step
+from resae.training.step import TrainState, train_step, trained_tensors
 
 
 class Progress(NamedTuple):
@@ -66,6 +66,59 @@ class Progress(NamedTuple):
         )
 
 
+class LoopOptions(TypedDict, total=False):
+    """Options of a training loop; defaults as of `run_loop`."""
+
+    resume: bool
+    """Continue from the newest readable checkpoint of `out`, a folder that exists (from step 0
+    without a checkpoint); with more `train_tokens` than before see `resumed_config`."""
+    checkpoint_steps: int
+    """Interval; a last checkpoint is written at the end."""
+    keep_checkpoints: int
+    """Number of newest checkpoints to keep (one more while it is written); of two or more, one is
+    from before the learning rate falls."""
+    log_steps: int
+    """Interval."""
+    eval_steps: int | None
+    """Interval at which `delta_ce` measures a copy of the stack, for raw activations, on the
+    training's device (in the place that gradients take in a step); the run is the same without."""
+    delta_ce: Callable[[ReSAE], Mapping[str, float]] | None
+    on_progress: Callable[[Progress], None] | None
+    on_checkpoint: Callable[[], None]
+    """Called on every rank before a checkpoint is written: what belongs to it and is not of the
+    weights."""
+    should_stop: Callable[[], bool]
+    """Asked after every step; if true, a checkpoint is written and None returned."""
+
+
+class Task(Protocol):
+    """Work of a training loop: a state, and how a batch changes it."""
+
+    state: TrainState
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """Names of the tensors of a batch."""
+        ...
+
+    def step(self, batch: list[Tensor]) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
+        """One optimiser step; returns as `train_step`."""
+        ...
+
+    def whole(self) -> ReSAE | None:
+        """A copy of the whole stack as it is now, for raw activations, on rank 0; None
+        elsewhere."""
+        ...
+
+
+class Batches(Protocol):
+    """Source of a task's batches: endless, from any recorded position."""
+
+    def batches(self, start: Position) -> Iterator[tuple[list[Tensor], Position]]:
+        """Tensors of one batch, and the position after it."""
+        ...
+
+
 def train(
     config: TrainConfig,
     source: ActivationSource,
@@ -73,6 +126,38 @@ def train(
     out: Path,
     *,
     identity: ModelIdentity | None = None,
+    device: str = "cpu",
+    ranks: Ranks = SINGLE_PROCESS,
+    **options: Unpack[LoopOptions],
+) -> ReSAE | None:
+    """Train, log and checkpoint into `out`; save the finished stack there and return it.
+
+    Args:
+        source: batches of L raw activations `[batch_tokens / ranks, D]`.
+        identity: the model, as recorded with the stack.
+        ranks: several processes that train together, in a folder that all of them see; rank 0
+            writes and reports, and all stop together.
+        options: `LoopOptions`: `resume`, intervals, and functions that are called.
+
+    Raises:
+        ValueError: the loss or the weights stopped being finite (no such state is saved; the batch
+            is, in `nan_batch.safetensors`), or a checkpoint of another configuration.
+        OSError: the disk is full; the checkpoints there are intact.
+        FileNotFoundError: `resume`, and no folder `out`.
+    """
+
+    def task(config: TrainConfig) -> Task:
+        return _OnActivations(config, calibration, identity, device, ranks)
+
+    return run_loop(config, source, task, out, device=device, ranks=ranks, **options)
+
+
+def run_loop(
+    config: Config,
+    source: Batches,
+    make_task: Callable[[Config], Task],
+    out: Path,
+    *,
     device: str = "cpu",
     resume: bool = False,
     checkpoint_steps: int = 1_000,
@@ -85,31 +170,8 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> ReSAE | None:
-    """Train, log and checkpoint into `out`; save the finished stack there and return it.
-
-    Args:
-        source: batches of L raw activations `[batch_tokens / ranks, D]`.
-        identity: the model, as recorded with the stack.
-        resume: continue from the newest readable checkpoint of `out`, a folder that exists (from
-            step 0 without a checkpoint); with more `train_tokens` than before see
-            `resumed_config`.
-        checkpoint_steps, log_steps: intervals; a last checkpoint is written at the end.
-        keep_checkpoints: number of newest checkpoints to keep (one more while it is written); of
-            two or more, one is from before the learning rate falls.
-        eval_steps: interval at which `delta_ce` measures a copy of the stack, for raw activations,
-            on `device` (in the place that gradients take in a step); the run is the same without.
-        on_checkpoint: called on every rank before a checkpoint is written: what belongs to it and
-            is not of the weights.
-        should_stop: asked after every step; if true, a checkpoint is written and None returned.
-        ranks: several processes that train together, in a folder that all of them see; rank 0
-            writes and reports, and all stop together.
-
-    Raises:
-        ValueError: the loss or the weights stopped being finite (no such state is saved; the batch
-            is, in `nan_batch.safetensors`), or a checkpoint of another configuration.
-        OSError: the disk is full; the checkpoints there are intact.
-        FileNotFoundError: `resume`, and no folder `out`.
-    """
+    """The loop of `train` for any task, made for the configuration that a resumed run goes on with;
+    options as of `LoopOptions`, errors as of `train`."""
     _require_intervals(
         keep_checkpoints=keep_checkpoints,
         checkpoint_steps=checkpoint_steps,
@@ -120,11 +182,8 @@ def train(
         raise FileNotFoundError(f"train: no folder {out} to resume from; look for the right one")
     if resume:
         config = resumed_config(config, out)
-    require_divisible(config, ranks)
-    begun = initial_state(config, calibration, identity, "cpu" if ranks.by_layers else device)
-    state, step_config = state_of_rank(begun, config, ranks, device)
-    maps = begun.stack.predictor.to(device)
-    own = ranks.local_layers(len(config.layers))
+    task = make_task(config)
+    state, own = task.state, ranks.local_layers(len(config.layers))
     checkpoints, logged = out / "checkpoints", out / "log.jsonl"
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -137,32 +196,29 @@ def train(
         left_behind = load_newest(checkpoints, state, config, ranks)
         if ranks.rank == 0:
             _drop_later(out, state.step, config.steps, left_behind)
-    inverse = [1.0 / s for s in calibration.scale]
     batches = source.batches(state.position)
     pace, check = _Pace(config, state.step), _LossCheck()
     while state.step < config.steps:
         raw, state.position = next(batches)
-        xs = [x.to(device) * factor for x, factor in zip(raw, inverse, strict=True)]
-        if ranks.by_layers:
-            xs = ranks.gather_by_layer(_residuals(maps, xs))
-        loss, metrics = train_step(state, step_config, xs, ranks)
+        loss, metrics = task.step(raw)
         last = state.step == config.steps
         due = last or state.step % checkpoint_steps == 0
         due |= state.step == config.common_steps and keep_checkpoints > 1
         measure = eval_steps is not None and (last or state.step % eval_steps == 0)
         report = measure or last or state.step % log_steps == 0
-        batch = _Batch(state.step, loss, raw)
+        batch = _Batch(state.step, loss, dict(zip(task.inputs, raw, strict=True)))
         bad = check.add(batch, now=due or report)
         stop, diverged = ranks.any_rank(not last and should_stop(), bad is not None)
         if (stop or due) and not diverged:
-            finite = all(bool(p.isfinite().all()) for p in state.stack.parameters())
+            trained = trained_tensors(state.stack).values()
+            finite = all(bool(t.isfinite().all()) for t in trained if t.requires_grad)
             bad = None if finite and bool(loss.isfinite()) else batch
             (diverged,) = ranks.any_rank(bad is not None)
         if diverged:
             raise ValueError(_diverged(check.recent, bad, out, config, ranks))
         if report:
             progress = pace.progress(state.step, _of_all_ranks(loss, metrics, own, config, ranks))
-            whole = _in_raw_units(state, begun, calibration, ranks) if measure else None
+            whole = task.whole() if measure else None
             if whole is not None and delta_ce is not None:
                 progress = progress._replace(delta_ce=delta_ce(whole.to(device).eval()))
                 del whole
@@ -175,11 +231,55 @@ def train(
             save_checkpoint(checkpoints, state, config, keep_checkpoints, ranks)
         if stop:
             return None
-    stack = _in_raw_units(state, begun, calibration, ranks)
+    stack = task.whole()
     if stack is not None:
         stack.to("cpu").save_pretrained(out)
     ranks.barrier()  # nobody reads before
     return ReSAE.load(out) if stack is None else stack.eval()
+
+
+class _OnActivations:
+    """`train`'s task: autoencoders trained on activations, each layer divided by its RMS."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        calibration: Calibration,
+        identity: ModelIdentity | None,
+        device: str,
+        ranks: Ranks,
+    ):
+        require_divisible(config, ranks)
+        self.begun = initial_state(
+            config, calibration, identity, "cpu" if ranks.by_layers else device
+        )
+        self.state, self.config = state_of_rank(self.begun, config, ranks, device)
+        self.maps = self.begun.stack.predictor.to(device)
+        self.inputs: Sequence[str] = config.layers
+        self.scale = calibration.scale
+        self.sinks = calibration.sinks
+        self.device = device
+        self.ranks = ranks
+
+    def step(self, batch: list[Tensor]) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
+        xs = [x.to(self.device) * (1.0 / s) for x, s in zip(batch, self.scale, strict=True)]
+        if self.ranks.by_layers:
+            xs = self.ranks.gather_by_layer(_residuals(self.maps, xs))
+        return train_step(self.state, self.config, xs, self.ranks)
+
+    def whole(self) -> ReSAE | None:
+        state, ranks = self.state, self.ranks
+        state.optimizer.zero_grad(set_to_none=True)  # makes room for the copy
+        if ranks.by_layers:
+            held = ranks.gather_to_rank0(named_in_whole(trained_tensors(state.stack), ranks))
+            for name, tensor in trained_tensors(self.begun.stack).items() if held else ():
+                tensor.data.copy_(held[name])
+        if ranks.rank > 0:
+            return None
+        stack = copy.deepcopy(self.begun.stack)
+        stack.rescale_(self.scale)
+        stack.sinks = self.sinks  # as they were, not scaled to and fro
+        return stack
 
 
 def _require_intervals(**intervals: int | None) -> None:
@@ -205,22 +305,6 @@ def _residuals(maps: AffinePredictor, xs: Sequence[Tensor]) -> list[Tensor]:
         x if prediction is None else x - prediction
         for x, prediction in zip(xs, predictions, strict=True)
     ]
-
-
-def _in_raw_units(
-    state: TrainState, begun: TrainState, calibration: Calibration, ranks: Ranks
-) -> ReSAE | None:
-    """A copy of the whole stack as it is now, for raw activations, on rank 0; None elsewhere."""
-    state.optimizer.zero_grad(set_to_none=True)  # makes room for the copy
-    if ranks.by_layers:
-        held = ranks.gather_to_rank0(named_in_whole(trained_tensors(state.stack), ranks))
-        for name, tensor in trained_tensors(begun.stack).items() if held else ():
-            tensor.data.copy_(held[name])
-    if ranks.rank > 0:
-        return None
-    stack = copy.deepcopy(begun.stack)
-    stack.rescale_(calibration.scale)
-    return stack
 
 
 def _of_all_ranks(
@@ -272,7 +356,7 @@ class _Batch(NamedTuple):
 
     step: int
     loss: Tensor
-    raw: list[Tensor]
+    inputs: dict[str, Tensor]
 
 
 class _LossCheck:
@@ -297,15 +381,14 @@ def _diverged(
     step = max(step for (step,) in ranks.all_gather_ints([-1 if bad is None else bad.step]))
     batch = next(b for b in recent if b.step == step)
     path = out / f"nan_batch{f'.rank{ranks.rank}' if ranks.size > 1 else ''}.safetensors"
-    tensors = dict(zip(config.layers, batch.raw, strict=True))
-    save_tensors(path, {**tensors, "step": torch.tensor(batch.step)})
-    if any(ranks.any_rank(not all(bool(x.isfinite().all()) for x in batch.raw))):
+    save_tensors(path, {**batch.inputs, "step": torch.tensor(batch.step)})
+    if any(ranks.any_rank(not all(bool(x.isfinite().all()) for x in batch.inputs.values()))):
         remedy = "hold NaN or inf; look there, or load the model in float32 or bfloat16"
     else:
         remedy = f"are finite: train with a lower lr (now {config.peak_lr:g}) or clip_norm"
     return (
         f"training: loss is {float(batch.loss)} at step {batch.step}, or the weights after it are "
-        f"not finite; no such state is saved. The step's raw activations, in {path}, {remedy}, "
+        f"not finite; no such state is saved. The inputs of the step, in {path}, {remedy}, "
         f"into another --out"
     )
 

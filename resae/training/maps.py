@@ -15,6 +15,7 @@ from resae.evaluation.predictors import r2_per_layer, routing_shares
 from resae.evaluation.rows import LayerPairRow
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
+from resae.models.sinks import SinkRule
 from resae.settings import current_names
 from resae.stack.fit import Moments
 from resae.training.calibration import Calibration, Reconstruct, calibrate, sum_moments
@@ -69,6 +70,8 @@ def fit_calibration(
     console: Console,
     ranks: Ranks,
     reconstruct: Reconstruct | None = None,
+    *,
+    sinks: SinkRule | None,
 ) -> tuple[Calibration, list[LayerPairRow]]:
     """The calibration by `batches` of L activations, and R² per pair of layers on those of held-out
     tokens, with the identity's for comparison; with several source layers also their shares. No R²
@@ -76,6 +79,7 @@ def fit_calibration(
 
     Args:
         reconstruct: gives the reconstructions that the maps take; None: they take activations.
+        sinks: the rule by which tokens were left out of `batches` and `unseen`.
     """
     moments = measure_moments(lm, points, batches, config, console, ranks, reconstruct)
     calibration = calibrate(
@@ -84,6 +88,7 @@ def fit_calibration(
         ridge=config.ridge,
         map_type=config.map_type,
         rank=config.rank,
+        sinks=sinks,
     )
     table: list[LayerPairRow] = []
     unseen = [] if config.predictor == "none" else [[x.cpu() for x in xs] for xs in unseen]
@@ -144,6 +149,7 @@ class FittedMaps(NamedTuple):
         record = load_record(file, "maps")
         record = current_names(record | record.get("train", {}))
         record.setdefault("rank", None)
+        record.setdefault("sink_factor", 0.0)
         if not record.keys() >= {"layers", *FITTED} or not record.keys() >= FIXED:
             raise ValueError(f"--maps: {file} was written by an earlier resae; fit the maps anew")
         calibration = Calibration.load(folder / "calibration.safetensors", record["predictor"])

@@ -7,7 +7,7 @@ Everything that can be wrong with the settings is found before the weights of th
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from resae.console import Console, SilentConsole
-from resae.data.activations import MODEL_ROWS, ModelActivations, capture_tokens
+from resae.data.activations import (
+    MODEL_ROWS,
+    ModelActivations,
+    RowActivations,
+    WithoutSinks,
+    measure_sinks,
+)
 from resae.data.batches import ActivationBatches, WithRows, sequential
 from resae.data.cache import ActivationCache
 from resae.data.rows import TokenRows, read_rows
@@ -27,6 +33,7 @@ from resae.evaluation.comparison import delta_ce
 from resae.models.hooked import HookedLM
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
+from resae.models.sinks import SinkRule
 from resae.stack.stack import ReSAE
 from resae.storage import is_unused, locked, save_json
 from resae.training.calibration import Calibration, Reconstruct, boost_calibration
@@ -144,14 +151,26 @@ def fit_maps(
         lm = load_model(config.model, config.dtype, device, config.revision)
         text = _text_of((("--on-reconstructions", config.on_reconstructions),), console)
         noted = rows if text is None else rows.noted(text.add)
-        batches = _captured(lm, noted, points)
-        unseen = _captured(lm, held_out, points)
         reconstruct = None if stack is None else _reconstruct_by(stack.to(device))
         if stack is not None:
             console.log(f"affine maps: from the reconstructions by {config.on_reconstructions}")
+        sinks = None if stack is None else stack.sinks
+        if stack is None and fit.sink_factor:
+            sinks = measure_sinks(ModelActivations(lm, rows, points), fit.sink_factor)
+        calibrating = _without(sinks, ModelActivations(lm, noted, points))
+        unseen = _without(sinks, ModelActivations(lm, held_out, points))
         calibration, affine = fit_calibration(
-            lm, points, batches, unseen, fit, console, SINGLE_PROCESS, reconstruct
+            lm,
+            points,
+            sequential(calibrating),
+            sequential(unseen),
+            fit,
+            console,
+            SINGLE_PROCESS,
+            reconstruct,
+            sinks=sinks,
         )
+        _say_left_out(calibrating, console)
         calibration.save(out / "calibration.safetensors")
         table = [row.to_dict() for row in affine]
         if text is not None:
@@ -213,8 +232,19 @@ def load_model(name: str, dtype: str, device: str, revision: str | None = None) 
     )
 
 
-def _captured(lm: HookedLM, rows: TokenRows, points: Sequence[HookPoint]) -> Iterator[list[Tensor]]:
-    return (capture_tokens(lm, ids, points) for ids in rows.batches(MODEL_ROWS))
+def _without(sinks: SinkRule | None, activations: RowActivations) -> RowActivations:
+    return activations if sinks is None else WithoutSinks(activations, sinks)
+
+
+def _say_left_out(activations: RowActivations, console: Console) -> None:
+    """Report the sink tokens of the tokens read so far."""
+    if isinstance(activations, WithoutSinks):
+        rule = activations.rule
+        norms = ", ".join(f"{norm:.4g}" for norm in rule.median_norms)
+        console.log(
+            f"sink tokens: {activations.left_out:,} left out so far, of norms above "
+            f"{rule.factor:g} × the median ({norms})"
+        )
 
 
 class _Pipeline:
@@ -243,12 +273,18 @@ class _Pipeline:
         lm = load_model(model, self.config.dtype, self.config.model_device or self.device, revision)
         text = self._trained_text()
         noted = rows if text is None else rows.noted(text.add)
-        source = self._source(lm, rows, noted, train_config)
+        begun = None
         if self.config.resume and self.calibrated.exists():
-            calibration = self._go_on(train_config)
+            begun = self._go_on(train_config)
+        cache = self._open_cache(lm, rows, "train", self.ranks, train_config.train_tokens)
+        fixed = begun or (maps and maps.calibration) or base_stack
+        sinks = fixed.sinks if fixed else self._measure_sinks(lm, rows, cache, train_config)
+        source = self._source(lm, noted, cache, sinks, train_config)
+        if begun is not None:
+            calibration = begun
         else:
             calibration, affine = self._calibrate(
-                lm, source, held_out, train_config, maps, base_stack
+                lm, source, held_out, train_config, maps, base_stack, sinks
             )
             if train_config.first_sae is not None:
                 calibration = calibration.keeping_first()
@@ -326,15 +362,35 @@ class _Pipeline:
         earlier = {"--boost": self.config.boost, "--maps": self.config.maps, "--first-sae": first}
         return _text_of(earlier.items(), self.console)
 
+    def _measure_sinks(
+        self, lm: HookedLM, rows: TokenRows, cache: ActivationCache | None, config: TrainConfig
+    ) -> SinkRule | None:
+        """The rule of sink tokens of a new run; of several ranks that of the first."""
+        if not config.sink_factor:
+            return None
+        share = rows.shard(self.ranks.rank, self.ranks.size)
+        rule = measure_sinks(
+            cache or ModelActivations(lm, share, self._points(lm)), config.sink_factor
+        )
+        norms = torch.tensor(rule.median_norms, dtype=torch.float64, device=self.device)
+        self.ranks.broadcast_([norms])
+        return replace(rule, median_norms=tuple(norms.tolist()))
+
     def _source(
-        self, lm: HookedLM, rows: TokenRows, noted: TokenRows, config: TrainConfig
+        self,
+        lm: HookedLM,
+        noted: TokenRows,
+        cache: ActivationCache | None,
+        sinks: SinkRule | None,
+        config: TrainConfig,
     ) -> ActivationBatches:
         rank, world = self.ranks.rank, self.ranks.size
-        cache = self._open_cache(lm, rows, "train", self.ranks, config.train_tokens)
+        points, share = self._points(lm), noted.shard(rank, world)
+        activations = WithRows(cache, share) if cache else ModelActivations(lm, share, points)
         return ActivationBatches(
             lm,
             noted,
-            self._points(lm),
+            points,
             batch_tokens=config.batch_tokens,
             buffer_tokens=config.buffer_tokens,
             buffer_dtype=getattr(torch, config.buffer_dtype),
@@ -343,7 +399,7 @@ class _Pipeline:
             device=self.device,
             rank=rank,
             world=world,
-            cache=cache and WithRows(cache, noted.shard(rank, world)),
+            cache=_without(sinks, activations),
         )
 
     def _open_cache(
@@ -400,6 +456,7 @@ class _Pipeline:
         config: TrainConfig,
         maps: FittedMaps | None,
         base_stack: ReSAE | None,
+        sinks: SinkRule | None,
     ) -> tuple[Calibration, list[dict[str, Any]]]:
         """The calibration, and the rows of R² that are recorded of it."""
         # Nothing here may hold on to `source.sequential()`: it would keep the first buffer in
@@ -421,10 +478,18 @@ class _Pipeline:
         unseen: Iterable[list[Tensor]] = []
         if self.ranks.rank == 0:  # only rank 0 reports R²
             kept = self._open_cache(lm, held_out, "held_out", SINGLE_PROCESS)
-            unseen = sequential(kept or ModelActivations(lm, held_out, points))
+            unseen = sequential(_without(sinks, kept or ModelActivations(lm, held_out, points)))
         calibration, table = fit_calibration(
-            lm, points, source.sequential(), unseen, config, self.console, self.ranks
+            lm,
+            points,
+            source.sequential(),
+            unseen,
+            config,
+            self.console,
+            self.ranks,
+            sinks=sinks,
         )
+        _say_left_out(source.activations, self.console)
         return calibration, [row.to_dict() for row in table]
 
     def _begin(

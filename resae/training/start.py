@@ -33,16 +33,25 @@ def initial_state(
         _boosted(config, calibration) if config.boost else _random(config, calibration, identity)
     )
     stack.to(device)
-    Ms = [(sae if sae.is_frozen else sae.trainable).config.d_sae for sae in stack.unique_saes()]
-    idle_tokens = [torch.zeros(M, dtype=torch.int64, device=device) for M in Ms]
-    return TrainState(stack, _optimizer(stack, config), idle_tokens)
+    return TrainState(stack, _optimizer(stack), idle_tokens(stack))
 
 
-def _optimizer(stack: ReSAE, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam with one parameter group per layer, or one for all layers that share a dictionary."""
+def idle_tokens(stack: ReSAE) -> list[torch.Tensor]:
+    """Counters of tokens since each latent fired, at 0: `[M]` of each of `stack.saes`."""
+    saes = [sae if sae.is_frozen else sae.trainable for sae in stack.unique_saes()]
+    return [sae.b_dec.new_zeros(sae.config.d_sae, dtype=torch.int64) for sae in saes]
+
+
+def _optimizer(stack: ReSAE) -> torch.optim.Optimizer:
+    """Adam with one parameter group per layer, or one for all layers that share a dictionary; a
+    step sets the learning rates."""
     groups = [
-        {"params": [p for p in sae.parameters() if p.requires_grad], "lr": rate}
-        for sae, rate in zip(stack.unique_saes(), config.peak_lrs, strict=False)
+        {
+            "params": [p for p in sae.parameters() if p.requires_grad],
+            "layer": layer,
+            "lr_factor": 1.0,
+        }
+        for layer, sae in enumerate(stack.unique_saes())
     ]
     return torch.optim.Adam(groups, fused=True)
 
@@ -65,14 +74,14 @@ def state_of_rank(
         saes.append(sae)
     names = tuple(config.layers[layer] for layer in own)
     part = ReSAE(names, AffinePredictor("none"), saes).to(device)
-    idle_tokens = [state.tokens_since_fired[layer].to(device) for layer in own]
+    idle = [state.tokens_since_fired[layer].to(device) for layer in own]
     sizes = {
         "k": tuple(config.k[layer] for layer in own),
         "d_sae": tuple(config.d_saes[layer] for layer in own),
     }
     alone = {"predictor": "none", "map_type": "full", "rank": None, "loop": "open"}
     config = replace(config, layers=names, **sizes, **alone)
-    return TrainState(part, _optimizer(part, config), idle_tokens), config
+    return TrainState(part, _optimizer(part), idle), config
 
 
 def require_divisible(config: TrainConfig, ranks: Ranks) -> None:

@@ -1,11 +1,12 @@
 """One optimiser step on one batch, of one process or of several."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resae.data.batches import Position
 from resae.sae.losses import Reduce, no_reduce
@@ -29,6 +30,13 @@ class TrainState:
     """In the data; of several ranks each has its own."""
 
 
+def trained_tensors(stack: ReSAE) -> dict[str, Tensor]:
+    """Trainable tensors by name, each once: all but maps without gradient, which belong to the
+    calibration."""
+    named = chain(stack.named_parameters(), stack.named_buffers())
+    return {n: t for n, t in named if t.requires_grad or not n.startswith("predictor.")}
+
+
 def train_step(
     state: TrainState, config: TrainConfig, xs: Sequence[Tensor], ranks: Ranks = SINGLE_PROCESS
 ) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
@@ -42,18 +50,41 @@ def train_step(
         The loss, and the metrics of each layer, as scalars still on the device; with several ranks
         this one's part.
     """
-    stack, tokens = state.stack, len(xs[0])
-    dead = [idle_tokens >= config.dead_tokens for idle_tokens in state.tokens_since_fired]
     pieces = list(zip(*(x.tensor_split(config.accumulation_steps) for x in xs), strict=True))
-    autocast = torch.autocast(xs[0].device.type, torch.bfloat16, enabled=config.autocast)
+    return update(state, config, pieces, ranks)
+
+
+def update(
+    state: TrainState,
+    config: TrainConfig,
+    pieces: Sequence[Sequence[Tensor]],
+    ranks: Ranks = SINGLE_PROCESS,
+    *,
+    weight: float = 1.0,
+    added: Callable[[int], Tensor] | None = None,
+) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
+    """`train_step` on a batch that is cut into pieces of L activations `[n, D]`.
+
+    Args:
+        weight: factor of the stack's own loss.
+        added: further loss of a piece, given its number; over the pieces it adds up.
+    """
+    stack, tokens = state.stack, sum(len(piece[0]) for piece in pieces)
+    dead = [idle_tokens >= config.dead_tokens for idle_tokens in state.tokens_since_fired]
+    device = pieces[0][0].device.type
+    autocast = torch.autocast(device, torch.bfloat16, enabled=config.autocast)
     state.optimizer.zero_grad(set_to_none=True)
     for idle_tokens in state.tokens_since_fired:
         idle_tokens += tokens * (ranks.size if ranks.by_data else 1)
     normaliser = _normalisers(state, config, pieces, dead, autocast, ranks)
     parts = []
     for piece in pieces:
-        with autocast:
+        with autocast, torch.set_grad_enabled(weight > 0):
             part = stack_loss(stack, config, piece, dead, normaliser=normaliser)
+        if weight != 1:
+            part = part._replace(loss=weight * part.loss)
+        if added is not None:
+            part = part._replace(loss=part.loss + added(len(parts)))
         for idle_tokens, latents in zip(state.tokens_since_fired, part.fired, strict=True):
             idle_tokens[latents] = 0
         if len(parts) + 1 < len(pieces):
@@ -66,9 +97,9 @@ def train_step(
     for sae in stack.unique_saes():
         sae.remove_parallel_gradient()
     if config.clip_norm is not None:
-        clip_gradients(stack.parameters(), config.clip_norm, ranks.reduce_over_layers)
-    for layer, group in enumerate(state.optimizer.param_groups):
-        group["lr"] = config.lr_at(state.step, layer)
+        clip_gradients(trained_tensors(stack).values(), config.clip_norm, ranks.reduce_over_layers)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["lr_factor"] * config.lr_at(state.step, group["layer"])
     state.optimizer.step()
     for sae in stack.unique_saes():
         sae.normalize_decoder()
@@ -138,9 +169,7 @@ def _sum_of_pieces(
     return torch.stack([part.loss for _, part in parts]).sum(), metrics
 
 
-def clip_gradients(
-    parameters: Iterable[nn.Parameter], norm: float, reduce: Reduce = no_reduce
-) -> None:
+def clip_gradients(parameters: Iterable[Tensor], norm: float, reduce: Reduce = no_reduce) -> None:
     """Scale the gradients of `parameters` together down to `norm`, where it is larger.
 
     Args:

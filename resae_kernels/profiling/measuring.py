@@ -1,13 +1,15 @@
 """Measure the ops against alternatives and against the roofs of the machine.
 
-    case | provider | eager ms | graph ms | rounds | × GEMM | × peer | GB/s | TFLOP/s | % of roof
+    case | provider | eager ms | graph ms | rounds | × GEMM | × peer | ours ÷ it | GB/s | TFLOP/s |
+    % of roof
 
 A *case* is an op at one shape and dtype. Every provider gets the same inputs and must give the
 reference's answer before it is timed. Providers are timed in turns, one call each per round, so
 that a slow phase of the machine affects all of them; where an op scores every latent, the encoder
 GEMM alone is timed too. "× GEMM" is the time relative to it, "× peer" relative to the fastest
-peer. Roofs are measured in the same process: copy bandwidth and the rate of a large GEMM; the roof
-of a case is the longer of the times of its least bytes and its least FLOPs. "Cold" empties the
+peer, "ours ÷ it" the time of our first provider relative to the row's: medians of the rounds'
+ratios. Roofs are measured in the same process: copy bandwidth and the rate of a large GEMM; the
+roof of a case is the longer of the times of its least bytes and its least FLOPs. "Cold" empties the
 last-level cache before each call, "hot" repeats the call for 10 ms before it is timed.
 """
 
@@ -83,6 +85,7 @@ def profile(
             if timer.graph:
                 graph[key].append(timer.graph())
     rows = []
+    ours = next(iter(calls))
     for (name, cold), timer in timers.items():
         key, rivals = (name, cold), [(n, cold) for n in peers or () if n in calls]
         times = graph.get(key, eager[key])
@@ -100,6 +103,7 @@ def profile(
                 "rounds": len(times),
                 "x_gemm": ratio(key, [(GEMM, cold)], graph, eager),
                 "x_peer": ratio(key, rivals, graph, eager),
+                "ours_x": ratio((ours, cold), [key], graph, eager),
                 "gb_per_s": moved / seconds / 1e9,
                 "tflop_per_s": computed / seconds / 1e12,
                 "percent_of_roof": 100 * roofs.seconds(case) / seconds,
@@ -116,13 +120,14 @@ Times = Mapping[tuple[str, bool], Sequence[float]]
 def ratio(
     key: tuple[str, bool], others: Sequence[tuple[str, bool]], graph: Times, eager: Times
 ) -> float | None:
-    """Time of a provider over that of the fastest of others: replayed where all were captured,
-    otherwise eager; None where there is no other."""
+    """Time of a provider over that of the fastest of others, the median of the rounds' ratios:
+    replayed where all were captured, otherwise eager; None where there is no other."""
     others = [other for other in others if other in eager]
     if not others:
         return None
     times = graph if all(one in graph for one in (key, *others)) else eager
-    return statistics.median(times[key]) / min(statistics.median(times[one]) for one in others)
+    fastest = min((times[one] for one in others), key=statistics.median)
+    return statistics.median(ours / its for ours, its in zip(times[key], fastest, strict=True))
 
 
 def device_ms(row: Mapping[str, Any]) -> float:
@@ -186,19 +191,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, one line per row."""
     lines = [
         "| case | provider | cache | eager ms p50 (p20–p80) | graph ms p50 (p20–p80) | rounds | "
-        "× GEMM | × peer | GB/s | TFLOP/s | % of roof | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "× GEMM | × peer | ours ÷ it | GB/s | TFLOP/s | % of roof | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         case = Case(**{name: row[name] for name in ("op", "N", "D", "M", "k", "dtype", "L")})
         peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        gemm, peer = (
-            "–" if row[ratio] is None else f"{row[ratio]:.2f}" for ratio in ("x_gemm", "x_peer")
+        gemm, peer, ours = (
+            "–" if row[ratio] is None else f"{row[ratio]:.2f}"
+            for ratio in ("x_gemm", "x_peer", "ours_x")
         )
         lines.append(
             f"| {case.name} | {row['provider']} | {row['cache']} | {_span(row, 'ms')} | "
             f"{_span(row, 'graph_ms') or row['not_captured'] or '–'} | {row['rounds']} | "
-            f"{gemm} | {peer} | {row['gb_per_s']:.1f} | {row['tflop_per_s']:.3f} | "
+            f"{gemm} | {peer} | {ours} | {row['gb_per_s']:.1f} | {row['tflop_per_s']:.3f} | "
             f"{row['percent_of_roof']:.0f} | {peak} |"
         )
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resae_kernels.triton import runtime, tiles
+from resae_kernels.triton.gemm_specialised import launch_specialised_gemm
 from resae_kernels.triton.keys import KEYS, key
 from resae_kernels.triton.runtime import tl, triton
 
@@ -33,9 +34,13 @@ def launch_gemm(
     scores: Tensor,
     best: Tensor,
     group: int,
-    tile: tiles.GemmTile,
+    tile: tiles.GemmTile | tiles.SpecialisedGemmTile,
 ) -> None:
     """Write `scores [n, M]` and the keys `best [n, groups]` of `x [n, D]`, `weight [M, D]`."""
+    if isinstance(tile, tiles.SpecialisedGemmTile):
+        given = x, weight, bias, scores, best, group, tile
+        launch_specialised_gemm(*given, _multiprocessors(x.device))
+        return
     (n, D), M = x.shape, weight.shape[0]
     keys = KEYS[x.dtype]
     programs = triton.cdiv(n, tile.tokens) * triton.cdiv(M, tile.latents)

@@ -28,16 +28,40 @@ class Kernel:
         """
         names = self.function.__globals__
         if names[self.__name__] is self:
-            real = import_module("triton")
             kernels = {name: value for name, value in names.items() if isinstance(value, Kernel)}
+            used = self._used()
             loaded = {
-                name: real.jit(kernel.function)
+                name: used[self.compiler].jit(kernel.function)
                 if kernel.function.__globals__ is names
                 else kernel.load()
                 for name, kernel in kernels.items()
             }
-            names.update(loaded, triton=real, tl=import_module("triton.language"))
+            names.update(loaded, **used)
         return names[self.__name__]
+
+    compiler = "triton"
+
+    def _used(self) -> dict[str, Any]:
+        """Modules and names that kernels use, for the globals of their module."""
+        return {"triton": import_module("triton"), "tl": import_module("triton.language")}
+
+
+class GluonKernel(Kernel):
+    """A kernel in Gluon, Triton's language of layouts, barriers and warps."""
+
+    compiler = "gluon"
+
+    def _used(self) -> dict[str, Any]:
+        gluon = "triton.experimental.gluon"
+        hopper = import_module(f"{gluon}.language.nvidia.hopper")
+        # Triton 3.9 has taken the earlier name away, and 3.6 does not know the later one.
+        name = "async_load" if hasattr(hopper.tma, "async_load") else "async_copy_global_to_shared"
+        return {
+            "gluon": import_module(gluon),
+            "gl": import_module(f"{gluon}.language"),
+            "hopper": hopper,
+            "async_load": getattr(hopper.tma, name),
+        }
 
 
 class _Lazy:
@@ -53,6 +77,11 @@ class _Lazy:
 
 
 triton: Any = _Lazy("triton", jit=Kernel)
+gluon: Any = _Lazy("triton.experimental.gluon", jit=GluonKernel)
+gl: Any = _Lazy("triton.experimental.gluon.language", constexpr="constexpr")
+hopper: Any = _Lazy("triton.experimental.gluon.language.nvidia.hopper")
+async_load: Any = None
+"""A load by the tensor memory accelerator, put into the modules of Gluon kernels."""
 if TYPE_CHECKING:
     import triton.language as tl  # pyright: ignore[reportUnusedImport]  (for the kernels)
 else:

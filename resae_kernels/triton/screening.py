@@ -1,6 +1,6 @@
 # pyright: basic
-"""TopK encode of at most 16 tokens in Triton from an 8-bit copy of the weight: screen, then score
-exactly (candidates, bounds and their proof: `screened.py`).
+"""TopK and threshold encode of at most 16 tokens in Triton from an 8-bit copy of the weight:
+screen, then score exactly (candidates, bounds and their proof: `screened.py`).
 
 The residual r has no dither here. It is rounded to 15 bits, r̂ = t (128·high + low) with two 8-bit
 numbers for each entry, so that a massive activation spoils no other entry and no column of the
@@ -19,12 +19,18 @@ Scores in 16 bit are compared after they are rounded, so a latent can beat one w
 score: candidates are all whose upper bound reaches the k-th lower bound less one unit in the last
 place.
 
+With thresholds the candidates of a row are all latents whose upper bound lies above their
+threshold and above 0. That needs no such unit: a score that is above its threshold once rounded is
+above it before. The certain margin misses none; the statistical one misses an active latent with
+probability below `FAILURE` per row (`screened.py`).
+
 Six launches (seven where the tile of the exact path has one for its residual), without a wait for
 the device, so that they can be captured in a CUDA graph:
 
     quantise   r, rounded, its 8-bit numbers and norms
     screen     the 8-bit GEMM: M·D bytes; upper bounds, largest bounds of each group of latents
-    pick       a program per row: the k-th lower bound, and the latents that reach it
+    pick       a program per row: the k-th lower bound, and the latents that reach it; with
+               thresholds the latents that `screen` left
     rescore    their exact scores: rows of the weight are gathered; a score outside its bounds (the
                copy is of another weight) and too many candidates both mark a row as exact
     exact      the GEMM of the exact path, whose programs end at once unless a row is marked
@@ -55,12 +61,15 @@ from resae_kernels.triton.residual import residual_tile
 from resae_kernels.triton.runtime import tl, triton
 from resae_kernels.triton.selection import (
     SelectionLayout,
+    above_threshold,
     select_constants,
     select_row,
     select_warps,
     selection_layout,
     sort_row,
     take_first,
+    threshold_maxima,
+    threshold_tile,
 )
 from resae_kernels.triton.tiles import ScreenTile
 
@@ -111,10 +120,11 @@ class TritonCopy(NamedTuple):
         sorted: bool,
         threshold: Tensor | None = None,
     ) -> ScreenedRows:
-        """Codes of at most 16 rows, as `ScreeningCopy.encode`; thresholds are not screened."""
-        assert threshold is None
-        acts, indices, n_candidates = launch_screened(self, x, k, pre_bias, prediction, sorted)
-        return ScreenedRows(acts, indices, None, n_candidates)
+        """Codes of at most 16 rows, as `ScreeningCopy.encode`."""
+        acts, indices, n_candidates, n_active = launch_screened(
+            self, x, k, pre_bias, prediction, sorted, threshold
+        )
+        return ScreenedRows(acts, indices, None, n_candidates, n_active)
 
 
 def quantise(weight: Tensor, bias: Tensor | None, margin: str, seed: int) -> TritonCopy | None:
@@ -172,18 +182,24 @@ def launch_screened(
     pre_bias: Tensor | None,
     prediction: Tensor | None,
     sorted: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Acts and indices `[N, k]`, and the number of candidates of each row, `[N]` int32; negative:
-    the row took the exact path. N ≤ 16."""
+    threshold: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Acts and indices `[N, k]`; the number of candidates of each row, `[N]` int32, negative where
+    the row took the exact path; with `threshold [M]` the number of latents above it, `[N]` int32.
+    N ≤ 16."""
     (N, D), M, weight = x.shape, copy.weight.shape[0], copy.weight
     layout, keys = selection_layout(M, k), KEYS[x.dtype]
     assert layout is not None
     bias, room = copy.bias, most_candidates(copy, k)
     acts, indices = x.new_empty(N, k), _empty(x, N, k, dtype=torch.int64)
     picked, found = _empty(x, N, 2, room), _empty(x, N, room, dtype=keys.dtype)
+    n_active = level = None
+    if threshold is not None:
+        threshold, n_active = threshold.contiguous(), _empty(x, N)
+        level = threshold.view(keys.dtype)
     with torch.cuda.device_of(x):
         rest, facts, upper, best, n_candidates = launch_bounds(
-            copy, x, pre_bias, prediction, layout
+            copy, x, pre_bias, prediction, layout, threshold
         )
         pick_kernel[(N,)](
             upper,
@@ -195,7 +211,7 @@ def launch_screened(
             layout.groups,
             upper.stride(0),
             k,
-            **pick_settings(layout, room, x.dtype),
+            **pick_settings(layout, room, x.dtype, threshold is None),
         )
         rescore_kernel[(N, room // RESCORED_ROWS)](
             rest,
@@ -213,7 +229,7 @@ def launch_screened(
             **rescore_settings(room, D, x.dtype),
         )
         # The bounds have been read: their memory holds all scores, where these are wanted.
-        scores = upper.view(x.dtype)[:, :M]
+        scores = upper.view(keys.dtype)
         best = best.view(-1).view(keys.dtype)[: N * layout.groups].view(N, layout.groups)
         exact = encode_few.small_gemm_tile(N, weight)
         encode_few.small_gemm(
@@ -233,7 +249,7 @@ def launch_screened(
             found,
             picked,
             n_candidates,
-            scores.view(keys.dtype),
+            scores,
             best,
             acts.view(keys.dtype),
             indices,
@@ -241,9 +257,11 @@ def launch_screened(
             layout.groups,
             scores.stride(0),
             k,
-            **select_screened_settings(layout, room, x.dtype, sorted),
+            level,
+            n_active,
+            **select_screened_settings(layout, room, x.dtype, sorted, threshold is not None),
         )
-    return acts, indices, n_candidates
+    return acts, indices, n_candidates, n_active
 
 
 class ScoreBounds(NamedTuple):
@@ -254,7 +272,8 @@ class ScoreBounds(NamedTuple):
     facts: Tensor
     """`[N, 4]`, as `quantise_kernel` writes them."""
     upper: Tensor
-    """`[N, M]`, each row padded: upper bounds as integers, 0 for what is not positive."""
+    """`[N, M]`, each row padded: upper bounds as integers, 0 for what is not positive, or not above
+    its threshold."""
     best: Tensor
     """`[2, N, groups]`: the largest lower and upper bounds of each group of latents, so too."""
     n_candidates: Tensor
@@ -267,6 +286,7 @@ def launch_bounds(
     pre_bias: Tensor | None,
     prediction: Tensor | None,
     layout: SelectionLayout,
+    threshold: Tensor | None = None,
 ) -> ScoreBounds:
     """The first two launches of a screened encode."""
     (N, D), M, padded = x.shape, copy.weight.shape[0], copy.q.shape[1]
@@ -308,6 +328,7 @@ def launch_bounds(
         M,
         layout.groups,
         upper.stride(0),
+        threshold,
         **screen_settings(tile, layout.group),
     )
     return ScoreBounds(rest, facts, upper, best, n_candidates)
@@ -348,8 +369,11 @@ def screen_settings(tile: ScreenTile, group: int) -> dict[str, Any]:
     return screen_constants(tile, group) | options
 
 
-def pick_constants(layout: SelectionLayout, room: int, dtype: torch.dtype) -> dict[str, Any]:
+def pick_constants(
+    layout: SelectionLayout, room: int, dtype: torch.dtype, by_rank: bool = True
+) -> dict[str, Any]:
     return {
+        "BY_RANK": by_rank,
         "ULP": ULP[dtype],
         "SMALLEST": 2.0**-24 if dtype == torch.float16 else 0.0,
         "GROUP": layout.group,
@@ -360,9 +384,11 @@ def pick_constants(layout: SelectionLayout, room: int, dtype: torch.dtype) -> di
 
 
 @cache
-def pick_settings(layout: SelectionLayout, room: int, dtype: torch.dtype) -> dict[str, Any]:
+def pick_settings(
+    layout: SelectionLayout, room: int, dtype: torch.dtype, by_rank: bool
+) -> dict[str, Any]:
     options = runtime.launch_options(select_warps(layout))
-    return pick_constants(layout, room, dtype) | options
+    return pick_constants(layout, room, dtype, by_rank) | options
 
 
 def rescore_constants(room: int, D: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -377,19 +403,20 @@ def rescore_settings(room: int, D: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def select_screened_constants(
-    layout: SelectionLayout, room: int, dtype: torch.dtype, by_value: bool
+    layout: SelectionLayout, room: int, dtype: torch.dtype, by_value: bool, above: bool = False
 ) -> dict[str, Any]:
-    constants = select_constants(layout, SCREENED_SELECT, maxima=False, by_value=by_value)
-    del constants["BM"]
+    # The maxima of what is above thresholds are taken here, and what is above is counted.
+    tile = threshold_tile(SCREENED_SELECT, layout)
+    constants = select_constants(layout, tile, maxima=above, by_value=by_value)
     return constants | {"ROOM": room, "INF": KEYS[dtype].inf, "TOP": KEYS[dtype].top}
 
 
 @cache
 def select_screened_settings(
-    layout: SelectionLayout, room: int, dtype: torch.dtype, by_value: bool
+    layout: SelectionLayout, room: int, dtype: torch.dtype, by_value: bool, above: bool
 ) -> dict[str, Any]:
     options = runtime.launch_options(select_warps(layout))
-    return select_screened_constants(layout, room, dtype, by_value) | options
+    return select_screened_constants(layout, room, dtype, by_value, above) | options
 
 
 # -- kernels ---------------------------------------------------------------------------------------
@@ -479,6 +506,7 @@ def screen_kernel(
     M,
     groups,
     s_upper,
+    threshold,  # [M] or None
     ROUNDING: tl.constexpr,
     GROUP: tl.constexpr,
     BL: tl.constexpr,
@@ -517,6 +545,9 @@ def screen_kernel(
     b_score = (b_score - b_along) * b_step * b_steps + b_bias
     b_bound = _bound(p_terms, M, b_size, b_error, b_bias, m_latent, ROUNDING)
     b_upper = tl.where(m_latent, _positive(b_score + b_bound), 0)
+    if threshold is not None:
+        b_level = tl.load(threshold + o_l[:, None], mask=m_latent, other=0.0).to(tl.float32)
+        b_upper = tl.where(b_upper > _positive(b_level), b_upper, 0)
     b_lower = b_score - b_bound
     b_lower = tl.where(m_latent & (b_lower > 0.0), b_lower.to(tl.int32, bitcast=True), 0)
     p_upper = upper + o_n.to(tl.int64)[None, :] * s_upper + o_l[:, None]
@@ -542,6 +573,7 @@ def pick_kernel(
     groups,
     s_upper,
     k,
+    BY_RANK: tl.constexpr,  # candidates reach the k-th lower bound; else all that is not 0
     ULP: tl.constexpr,
     SMALLEST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -552,12 +584,15 @@ def pick_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     o_g = tl.arange(0, GROUPS)
     p_best = best + i_n * groups + o_g
-    # k groups, hence k latents, have a score of at least `low`.
-    b_best = tl.load(p_best, mask=o_g < groups, other=0)
-    least = tl.min(tl.where(o_g < groups, b_best, 0x7FFFFFFF), axis=0)
-    _, _, _, low = take_first(b_best, least, k)
-    least = low.to(tl.float32, bitcast=True) * (1.0 - ULP) - SMALLEST
-    least = tl.maximum(least.to(tl.int32, bitcast=True), 1)  # a negative number is one, too
+    if BY_RANK:
+        # k groups, hence k latents, have a score of at least `low`.
+        b_best = tl.load(p_best, mask=o_g < groups, other=0)
+        least = tl.min(tl.where(o_g < groups, b_best, 0x7FFFFFFF), axis=0)
+        _, _, _, low = take_first(b_best, least, k)
+        lower = low.to(tl.float32, bitcast=True) * (1.0 - ULP) - SMALLEST
+        least = tl.maximum(lower.to(tl.int32, bitcast=True), 1)  # a negative number is one, too
+    else:
+        least = 1
     # [GROUPS]
     m_group = tl.load(p_best + n * groups, mask=o_g < groups, other=0) >= least
     b_slot = tl.cumsum(m_group.to(tl.int32), axis=0) - 1
@@ -656,9 +691,12 @@ def select_screened_kernel(
     groups,
     s_scores,
     k,
+    threshold,  # [M] or None, as integers
+    n_active,  # [n] or None
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     SLOTS: tl.constexpr,
+    BM: tl.constexpr,
     BJ: tl.constexpr,
     ROOM: tl.constexpr,
     INF: tl.constexpr,
@@ -669,8 +707,23 @@ def select_screened_kernel(
     count = tl.load(n_candidates + i_n)
     if count < 0:
         p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
+        if BM > 0:
+            above = threshold_maxima(p_scores, threshold, p_best, M, groups, GROUP, BM, INF, TOP)
+            tl.store(n_active + i_n, above)
         select_row(
-            p_scores, None, p_best, p_acts, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP
+            p_scores,
+            threshold,
+            p_best,
+            p_acts,
+            p_indices,
+            M,
+            groups,
+            k,
+            GROUP,
+            GROUPS,
+            SLOTS,
+            INF,
+            TOP,
         )
     else:
         o_c, o_s = tl.arange(0, ROOM), tl.arange(0, SLOTS)
@@ -678,6 +731,9 @@ def select_screened_kernel(
         # [ROOM]
         b_key = key(tl.load(found + i_n * ROOM + o_c, mask=m_c, other=0), INF, TOP)
         b_latent = tl.load(picked + (i_n * 2 + 1) * ROOM + o_c, mask=m_c, other=0)
+        if threshold is not None:
+            b_key = above_threshold(b_key, threshold, b_latent, m_c, INF, TOP)
+            tl.store(n_active + i_n, tl.sum((b_key > 0).to(tl.int32), axis=0))
         least = tl.maximum(tl.min(tl.where(m_c, b_key, TOP), axis=0), 0)
         m_taken, b_slot, taken, _ = take_first(b_key, least, k)
         tl.store(p_acts + b_slot, b_key, mask=m_taken)

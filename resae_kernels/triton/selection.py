@@ -168,9 +168,16 @@ def _keys(
     """Keys of the scores at `o_m`: 0 for those that are not above their thresholds."""
     b_key = key(tl.load(p_scores + o_m, mask=m_m, other=0), INF, TOP)
     if threshold is not None:
-        b_level = tl.maximum(key(tl.load(threshold + o_m, mask=m_m, other=0), INF, TOP), 0)
-        b_key = tl.where((b_key > b_level) | (b_key == TOP), b_key, 0)  # NaN is above everything
+        b_key = above_threshold(b_key, threshold, o_m, m_m, INF, TOP)
     return b_key
+
+
+@triton.jit
+def above_threshold(b_key, threshold, o_m, m_m, INF: tl.constexpr, TOP: tl.constexpr):
+    """Keys of latents `o_m`, 0 where these are not above their thresholds. NaN is above
+    everything."""
+    b_level = tl.maximum(key(tl.load(threshold + o_m, mask=m_m, other=0), INF, TOP), 0)
+    return tl.where((b_key > b_level) | (b_key == TOP), b_key, 0)
 
 
 @triton.jit
@@ -195,6 +202,27 @@ def _strip_maxima(
     b_best = tl.max(tl.reshape(b_key, [BM // GROUP, GROUP]), axis=1)
     tl.store(p_best + o_g, b_best, mask=o_g < groups)
     return tl.sum((b_key > 0).to(tl.int32), axis=0)
+
+
+@triton.jit
+def threshold_maxima(
+    p_scores,  # [M]
+    threshold,  # [M] or None
+    p_best,  # [groups]
+    M,
+    groups,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    INF: tl.constexpr,
+    TOP: tl.constexpr,
+):
+    """Write the group maxima of a row, for this program to read; returns how many scores are
+    positive and above their thresholds."""
+    count = 0
+    for i_m in range(0, tl.cdiv(M, BM)):
+        count += _strip_maxima(p_scores, threshold, p_best, i_m, M, groups, GROUP, BM, INF, TOP)
+    tl.debug_barrier()  # other threads wrote the maxima than read them
+    return count
 
 
 @triton.jit
@@ -345,12 +373,9 @@ def select_kernel(
     p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
     p_acts, p_indices = acts + i_n * k, indices + i_n * k
     if BM > 0:
-        count = 0
-        for i_m in range(0, tl.cdiv(M, BM)):
-            count += _strip_maxima(p_scores, threshold, p_best, i_m, M, groups, GROUP, BM, INF, TOP)
+        count = threshold_maxima(p_scores, threshold, p_best, M, groups, GROUP, BM, INF, TOP)
         if n_active is not None:
             tl.store(n_active + i_n, count)
-        tl.debug_barrier()  # other threads wrote the maxima than read them
     select_row(
         p_scores, threshold, p_best, p_acts, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP
     )

@@ -98,6 +98,17 @@ class GemmTile(NamedTuple):
     """1: one program per multiprocessor takes block after block; 0: one program a block."""
 
 
+class SpecialisedGemmTile(NamedTuple):
+    """Tokens, latents and dimensions that a program of the warp-specialised GEMM multiplies at a
+    time, and the number of such blocks in shared memory. One warp more than `num_warps` loads."""
+
+    tokens: int
+    latents: int
+    dimensions: int
+    buffers: int
+    num_warps: int
+
+
 LIBRARY_GEMM = GemmTile(0, 0, 0, 0, 0, 0, 0)
 
 
@@ -234,7 +245,8 @@ TILES: dict[str, TileTable] = {
         ),
     ),
     # Static reason for the library (not measured): its GEMM overlaps loads, products and stores by
-    # warp specialisation, which Triton's compiler does not do for this epilogue.
+    # warp specialisation, which Triton's compiler does not do for this epilogue. In Gluon it is
+    # written out, for sm_90; no device has run that.
     "gemm_many_tokens_16bit": TileTable(
         default=TileChoice(LIBRARY_GEMM, measured=None),
         alternatives=(GemmTile(128, 128, 32, 4, 4, descriptors=0, persistent=0),),
@@ -244,6 +256,7 @@ TILES: dict[str, TileTable] = {
                 GemmTile(128, 256, 64, 3, 8, descriptors=0, persistent=0),
                 GemmTile(128, 256, 64, 3, 8, descriptors=1, persistent=0),
                 GemmTile(128, 256, 64, 3, 8, descriptors=1, persistent=1),
+                SpecialisedGemmTile(128, 256, 64, buffers=4, num_warps=8),
             ),
             # Accumulators of 256 latents pass through registers at the end, and would spill.
             "sm_100": (

@@ -8,14 +8,15 @@ import tiny
 import torch
 
 from resae import AffineOnly, Method, evaluate
-from resae.demo import rows as demo_rows
 from resae.evaluation import rows as evaluation_rows
 from resae.evaluation.comparison import collapse_difference, forward_passes
+from resae.report import rows as report_rows
 
 COLUMNS = {
     "replacement": "method loop mode layers k active_total ce_clean ce delta_ce ce_recovered_zero "
-    "ce_recovered_mean kl tokens",
-    "reconstruction": "method loop k layer fvu_stream fvu_target l0 dead_fraction",
+    "ce_recovered_mean kl tokens sinks",
+    "reconstruction": "method loop k layer fvu_stream fvu_target l0 dead_fraction fvu_with_sinks "
+    "sinks",
     "redundancy": "method k mean_max_cos share_over_0_5 share_over_0_7 share_over_0_9 random_floor",
 }
 
@@ -33,7 +34,7 @@ def batches():
 
 
 @pytest.fixture(scope="module")
-def report(lm, batches):
+def evaluation(lm, batches):
     stack = tiny.stack(lm)
     methods = [
         Method("raw", tiny.stack(lm, "none"), 4, subsets=((tiny.NAMES[-1],),)),
@@ -41,7 +42,12 @@ def report(lm, batches):
         Method("exact", tiny.exact_stack(lm), 64),
         Method("affine_only", AffineOnly(stack), None),
     ]
-    return evaluate(lm, methods, batches).to_dict()
+    return evaluate(lm, methods, batches)
+
+
+@pytest.fixture(scope="module")
+def report(evaluation):
+    return evaluation.to_dict()
 
 
 def one(rows, **wanted):
@@ -65,6 +71,21 @@ def test_every_method_is_measured_in_every_mode_and_loop(report):
     }
     expected |= {("affine_only", mode, None, 3) for mode in modes}
     assert cases == expected
+
+
+def test_sums_of_single_rows_are_those_of_the_row_alone(lm, batches, evaluation):
+    clean, *replaced = evaluation.row_sums
+    assert clean.method is None
+    third = batches[1][:1]  # with a special token inside: not counted
+    (alone,) = evaluate(
+        lm, [Method("affine_only", AffineOnly(tiny.stack(lm)), None)], [third]
+    ).row_sums[:1]
+    assert clean.tokens == [10, 10, 9, 10, 10, 10]
+    assert clean.ce[2] == pytest.approx(alone.ce[0])
+    assert alone.tokens == [9]
+    for sums, row in zip(replaced, evaluation.replacement, strict=True):
+        assert (sums.method, sums.loop, sums.mode) == (row.method, row.loop, row.mode)
+        assert sum(sums.ce) / sum(sums.tokens) == pytest.approx(row.ce)
 
 
 def test_numbers_are_those_of_a_computation_by_hand(lm, batches, report):
@@ -151,13 +172,13 @@ def test_collapse_of_teacher_forcing_is_exact(lm, batches):
 
 
 def test_cost_is_counted_in_passes(lm, batches):
+    """Over the whole batch: before, the model is tried on one row."""
     passes = []
     lm = tiny.pythia()
-    lm.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    lm.blocks[0].register_forward_hook(lambda _module, args, _out: passes.append(len(args[0])))
     methods = [Method("resae", tiny.stack(lm), 4)]
-    passes.clear()
     evaluate(lm, methods, batches[:1])
-    assert len(passes) == forward_passes(methods)
+    assert passes.count(len(batches[0])) == forward_passes(methods)
 
 
 def test_bad_input_is_named(lm, batches):
@@ -174,7 +195,7 @@ def test_bad_input_is_named(lm, batches):
 
 ROWS = [
     cls
-    for module in (evaluation_rows, demo_rows)
+    for module in (evaluation_rows, report_rows)
     for cls in vars(module).values()
     if is_dataclass(cls) and cls.__module__ == module.__name__
 ]

@@ -172,6 +172,36 @@ def test_a_training_checkpoint_of_batchtopk_has_one_threshold(architecture, tmp_
     assert_same_function(import_sae(tmp_path), expected)
 
 
+def test_a_batchtopk_from_before_training_is_imported_with_a_warning(tmp_path, caplog):
+    """Its threshold is -1 in dictionary_learning and 0 in SAELens: no positive latent is below."""
+    untrained, trained = plain(threshold=0), plain(threshold=1.5)
+    for name, sae in (("untrained", untrained), ("trained", trained)):
+        folder = tmp_path / name
+        one = torch.tensor(float(sae.threshold[0]))
+        files.saelens(folder / "saved", sae, architecture="jumprelu")
+        settings = {"architecture": "batchtopk", "k": 5.0}
+        stored = sae._replace(threshold=None)
+        files.saelens(folder / "checkpoint", stored, extra={"topk_threshold": one}, **settings)
+        unset = sae._replace(threshold=None) if name == "untrained" else sae
+        files.dictionary_learning(folder / "dictionary", unset, "BatchTopKSAE")
+        for kind in ("saved", "checkpoint", "dictionary"):
+            caplog.clear()
+            format = "dictionary_learning" if kind == "dictionary" else None
+            assert_same_function(import_sae(folder / kind, format=format), sae)
+            found = [record.getMessage() for record in caplog.records]
+            if name == "trained":
+                assert not found
+            else:
+                (message,) = found
+                assert f"{name}/{kind}" in message
+                assert "every positive latent is active" in message
+                assert "train it until the threshold is set" in message
+    files.saelens(tmp_path / "relu", untrained, architecture="standard")
+    caplog.clear()
+    import_sae(tmp_path / "relu")
+    assert not caplog.records
+
+
 def test_the_factor_of_the_inputs_is_folded(tmp_path):
     expected = plain()
     stored = expected._replace(
@@ -192,11 +222,11 @@ def test_the_factor_of_the_inputs_is_folded(tmp_path):
         (lambda p: files.saelens(p, plain(), architecture="transcoder"), "'transcoder'"),
         (
             lambda p: files.saelens(p, plain(), normalize_activations="layer_norm"),
-            "normalize_activations 'layer_norm'",
+            "normalize_activations 'layer_norm'.*a scale of its own.*accelerate",
         ),
         (
             lambda p: files.saelens(p, plain(), normalize_activations="constant_norm_rescale"),
-            "constant_norm_rescale",
+            "constant_norm_rescale.*a scale of its own.*accelerate",
         ),
         (lambda p: files.saelens(p, plain(), reshape_activations="hook_z"), "hook_z"),
         (lambda p: files.saelens(p, plain(), extra={"b_gate": torch.ones(M)}), "b_gate"),
@@ -209,7 +239,10 @@ def test_the_factor_of_the_inputs_is_folded(tmp_path):
             lambda p: files.sparsify(p, plain(), extra={"W_skip": torch.ones(D, D)}),
             "W_skip",
         ),
-        (lambda p: files.mlsae(p, plain(), standardize=True), "standardize"),
+        (
+            lambda p: files.mlsae(p, plain(), standardize=True),
+            "standardize.*a scale of its own.*in mlsae",
+        ),
         (lambda p: files.mlsae(p, plain(), lens=True), "lens"),
         (lambda p: files.sparsify(p, plain(), k=M + 1), f"k={M + 1}"),
         (
@@ -230,7 +263,9 @@ def test_pickles_are_read_only_where_their_format_is_named(tmp_path):
         with pytest.raises(ValueError, match="pickle.*--format"):
             import_sae(path)
     files.openai(file, plain(), activation="TopK")
-    with pytest.raises(ValueError, match="LayerNorm of each token"):
+    with pytest.raises(
+        ValueError, match="LayerNorm of each token: .*a scale of its own.*accelerate"
+    ):
         import_sae(file, format="openai")
     files.dictionary_learning(tmp_path / "b", plain(), "AutoEncoderTopK", config=False)
     with pytest.raises(ValueError, match="same tensors"):

@@ -23,6 +23,7 @@ from resae.interop.formats import convert, read_sae
 from resae.interop.objects import import_object
 from resae.sae.base import SAEConfig
 from resae.sae.threshold import ThresholdSAE
+from resae_kernels import accelerate
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -269,3 +270,28 @@ def test_an_object_of_a_library_is_imported_as_it_computes(made, x):
     else:
         torch.testing.assert_close(dense(found), encoded, rtol=1e-5, atol=1e-5)
     assert import_object(ours) is ours
+
+
+def test_objects_of_batchtopk_from_before_training_are_imported_with_a_warning(caplog):
+    training = sae_lens.BatchTopKTrainingSAE(
+        sae_lens.BatchTopKTrainingSAEConfig(d_in=D, d_sae=M, k=K)
+    )
+    for theirs in (training, BatchTopKSAE(D, M, K)):
+        caplog.clear()
+        import_object(theirs)
+        name = type(theirs).__name__
+        assert f"{name}" in caplog.text
+        assert "threshold is" in caplog.text
+        assert "every positive latent is active" in caplog.text
+
+
+@torch.no_grad()
+def test_saelens_with_layer_norm_is_accelerated_though_it_cannot_be_imported(x, tmp_path):
+    """As openai's TopK autoencoders are in SAELens."""
+    theirs = lens_sae("topk", k=K, normalize_activations="layer_norm")
+    theirs.save_model(tmp_path)
+    with pytest.raises(ValueError, match="layer_norm.*accelerate"):
+        import_sae(tmp_path)
+    ours = accelerate(theirs)
+    torch.testing.assert_close(ours.encode(x), theirs.encode(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-3)

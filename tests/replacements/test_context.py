@@ -343,7 +343,7 @@ def test_left_padded_rows_are_generated_as_they_are_alone(either, cache):
     with replacement(either, tiny.stack(either)) as active:
         batch = greedy(either, ids, new_tokens, attention_mask=mask, **options)
         for count in active.counts:
-            assert count.prefill == (1, sum(lengths), 3 * 12 - sum(lengths))
+            assert count.prefill == (1, sum(lengths), 3 * 12 - sum(lengths), 0)
             assert count.decode.calls == new_tokens - 1
         for row, length in enumerate(lengths):
             alone = greedy(either, ids[row : row + 1, 12 - length :], new_tokens, **options)
@@ -672,7 +672,7 @@ def test_a_replacement_made_in_inference_mode_counts_outside_it(neox):
     results = [*in_threads([run]), run()]
     active.remove()
     assert results == [None, None]
-    assert active.counts[0].prefill == (4, 4 * ids.numel(), 0)
+    assert active.counts[0].prefill == (4, 4 * ids.numel(), 0, 0)
     assert active.edits.changed[tiny.NAMES[0]] == 4 * 3 * ids.numel()
 
 
@@ -688,7 +688,7 @@ def test_a_compiled_model_is_shared_by_threads(neox):
         assert not isinstance(result, Exception), result
         for one in result:
             torch.testing.assert_close(one, right, atol=1e-4, rtol=1e-4)
-    assert [count.prefill for count in active.counts] == [(20, 320, 0)] * 3
+    assert [count.prefill for count in active.counts] == [(20, 320, 0, 0)] * 3
 
 
 def test_one_decode_loop_writes_one_text_at_a_time(neox):
@@ -822,7 +822,7 @@ def test_a_replacement_compiles_into_one_graph_and_counts_in_it(either):
                 out = compiled(ids, use_cache=False).logits
             torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     left = int(either.is_special(ids).sum())
-    assert [c.prefill for c in active.counts] == [(4, 4 * (ids.numel() - left), 4 * left)] * 3
+    assert [c.prefill for c in active.counts] == [(4, 4 * (ids.numel() - left), 4 * left, 0)] * 3
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, clean)
 
@@ -912,6 +912,7 @@ def test_the_chain_follows_the_blocks_of_a_model_spread_over_devices(kind, loop)
         {"layer": 1, "action": "clamp", "latents": [3], "value": 2.0},
         {"layer": 3, "action": "add", "vector": [1.0] * 32, "at": "prompt"},
     ]
+    read = []
     for keep_error, interventions in itertools.product((False, True), ([], edits)):
         out = logits(
             lm,
@@ -920,7 +921,7 @@ def test_the_chain_follows_the_blocks_of_a_model_spread_over_devices(kind, loop)
             loop=loop,
             keep_error=keep_error,
             interventions=interventions,
-            on_codes=lambda _, code: code.acts.abs(),
+            on_codes=lambda _, code: read.append(code.acts.abs()),
         )
         assert out.device.type == "meta"
         assert out.shape == (3, 12, 32)
@@ -1143,8 +1144,8 @@ def test_what_a_replacement_did_not_do_is_named(neox):
         neox.logits(ids[:, 1:2])
         active.assert_replaced(decode_steps=2)
     count = active.counts[0]
-    assert count.prefill == (2, 4, 8)
-    assert count.decode == (2, 1, 1)
+    assert count.prefill == (2, 4, 8, 0)
+    assert count.decode == (2, 1, 1, 0)
     assert (count.calls, count.replaced, count.skipped) == (4, 5, 9)
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -36,7 +37,7 @@ def stack():
 
 
 def a_pass(rows=2, length=6, **kwargs):
-    return PassTokens.of_pass(torch.zeros(rows, length), kwargs, None)
+    return PassTokens.of_pass(torch.zeros(rows, length), kwargs)
 
 
 def codes(stack, rows=2, length=6):
@@ -281,7 +282,8 @@ def test_a_decode_step_is_placed_by_cache_mask_or_position_ids(length):
 
 def test_tokens_left_alone_are_never_edited():
     left = torch.tensor([[True, False, False, False, True]])
-    tokens = PassTokens.of_pass(torch.zeros(1, 5), {"past_key_values": Cache(0)}, left)
+    whole = PassTokens.of_pass(torch.zeros(1, 5), {"past_key_values": Cache(0)})
+    tokens = replace(whole, left_alone=left)
     assert places(tokens)["all"] == [[0, 1, 1, 1, 0]]
     assert places(tokens)["last_prompt"] == [[0, 0, 0, 0, 0]]
 

@@ -81,6 +81,26 @@ def test_on_a_cpu_codes_are_screened_and_the_same():
     assert set(sae.state_dict()) == {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 
 
+@pytest.mark.usefixtures("screened_by_triton_at_any_size")
+@torch.no_grad()
+def test_on_request_few_tokens_are_screened_by_triton(device):
+    sae = small(k=4, d_in=64, d_sae=640).to(device)
+    x = torch.randn(2, 64, device=device)
+    plain = sae.encode(x)
+    sae.screening_implementation = "triton"
+    info = sae.screened.encode_with_info(x, 4, pre_bias=sae.b_dec)
+    assert (info.implementation, info.rows_screened) == ("triton", 2)
+    for twin in (sae, copy.deepcopy(sae)):
+        code = twin.encode(x)
+        assert twin._screened.implementation == "triton"
+        assert torch.equal(code.indices, plain.indices)
+        torch.testing.assert_close(code.acts, plain.acts)
+    held = sae.screened
+    assert sae.screened is held
+    sae.screening_implementation = None
+    assert sae.screened.implementation != "triton"
+
+
 @pytest.mark.parametrize("screening", ["statistical", "certain", None])
 def test_screening_is_part_of_the_config_and_of_the_file(screening, tmp_path):
     sae = TopKSAE(SAEConfig(8, 64, 2, screening=screening))

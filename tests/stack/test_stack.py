@@ -454,6 +454,29 @@ CHANGES = {
 }
 
 
+@pytest.mark.usefixtures("screened_by_triton_at_any_size")
+@pytest.mark.parametrize("by_codes", [False, True])
+@torch.no_grad()
+def test_a_step_screens_by_triton_on_request(by_codes, device):
+    D = 64
+    predictor = AffinePredictor("previous", [torch.randn(D, D) / 8], [torch.randn(D)])
+    stack = new_stack(tiny.NAMES[:2], predictor, d_in=D, d_sae=640, k=[4, 4]).eval().to(device)
+    x, past = torch.randn(1, 1, D, device=device), [torch.randn(1, 1, D, device=device)]
+    more = {}
+    if by_codes:
+        code = stack.saes[0].encode(past[0])
+        past = [stack.saes[0].decode(*code)]
+        more = {"codes": [code], "transported": stack.transported(1 << 30)}
+    plain = stack.step(1, x, past, past, **more)
+    for sae in stack.saes:
+        sae.screening_implementation = "triton"
+    x_hat, code = stack.step(1, x, past, past, **more)
+    assert stack.saes[1]._screened.implementation == "triton"
+    assert stack.saes[1]._screened._state is not None
+    assert set(code.indices.flatten().tolist()) == set(plain[1].indices.flatten().tolist())
+    torch.testing.assert_close(x_hat, plain[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 @pytest.mark.parametrize("tokens", [(1, 1), (16, 1)])
 @pytest.mark.parametrize("change", CHANGES)

@@ -243,6 +243,16 @@ def test_a_resolved_configuration_trains_the_same_and_says_with_what():
     assert [resolved.lr_at(step) for step in range(24)] == [config.lr_at(s) for s in range(24)]
 
 
+def test_a_latent_counts_as_dead_after_some_mean_distances_between_its_firings():
+    """Whatever the length of the training, but for short ones; of unequal layers the largest."""
+    config = config_of(train_tokens=10**6)
+    assert config.dead_tokens == 64 * 64 // 4
+    assert replace(config, train_tokens=10**8).dead_tokens == config.dead_tokens
+    assert replace(config, d_sae=(64, 640, 64), k=(4, 5, 1)).dead_tokens == 64 * 128
+    assert replace(config, train_tokens=800).dead_tokens == 100
+    assert replace(config, dead_after_tokens=7).dead_tokens == 7
+
+
 def test_resuming_a_finished_run_changes_nothing(xs, tmp_path):
     before = run(xs, tmp_path).state_dict()
     after = run(xs, tmp_path, resume=True).state_dict()

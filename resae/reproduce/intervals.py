@@ -1,0 +1,48 @@
+"""Intervals by the bootstrap: documents are drawn again with replacement.
+
+A quantity is an array `[1 + R]`: its value on the documents as they are, then on R resamples. All
+quantities of one `Bootstrap` have the same resamples, so that differences and ratios of them are
+paired: what makes a document hard for every method cancels.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+Quantity = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+class Bootstrap:
+    """Resamples of `documents` documents."""
+
+    def __init__(self, documents: int, *, resamples: int = RESAMPLES, seed: int = 0):
+        even = [1 / documents] * documents
+        drawn = np.random.default_rng(seed).multinomial(documents, even, size=resamples)
+        self._times = np.concatenate([np.ones((1, documents)), drawn])
+
+    def per_token(self, sums: Sequence[float], tokens: Sequence[int]) -> Quantity:
+        """Mean per token of what was summed over the tokens of each document."""
+        total, count = (self._times @ np.asarray(column, np.float64) for column in (sums, tokens))
+        return total / count
+
+
+def interval(quantity: Quantity) -> Interval:
+    """Value and percentile interval of a quantity `[1 + R]`."""
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(quantity[1:], [tail, 1 - tail])
+    return Interval(float(quantity[0]), float(low), float(high))
