@@ -35,7 +35,7 @@ class Options:
     max_active: Annotated[int | None, whole(1)] = None
     """Slots of a code, for autoencoders with a threshold (--to resae)."""
     skip_unsupported: bool = False
-    """Of several autoencoders, leave out those that cannot be converted, each with a line that says
+    """Leave out those of several autoencoders that cannot be converted, each with a line that tells
     why."""
 
 
