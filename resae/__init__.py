@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from resae.data.cache import ActivationCache
     from resae.data.rows import TokenRows
     from resae.data.texts import load_texts
+    from resae.evaluation.attribution import LatentGradients, latent_gradients
     from resae.evaluation.comparison import evaluate
     from resae.evaluation.methods import Method
     from resae.interop.formats import export_sae, import_sae
@@ -62,6 +63,7 @@ __all__ = [
     "HookPoint",
     "HookedLM",
     "Interventions",
+    "LatentGradients",
     "Method",
     "ModelActivations",
     "Moments",
@@ -78,6 +80,7 @@ __all__ = [
     "fit_predictor",
     "generate",
     "import_sae",
+    "latent_gradients",
     "load_texts",
     "predicted_effects",
     "replacement",
@@ -96,6 +99,10 @@ _MODULES = {
     "data.cache": ("ActivationCache",),
     "data.rows": ("TokenRows",),
     "data.texts": ("load_texts",),
+    "evaluation.attribution": (
+        "LatentGradients",
+        "latent_gradients",
+    ),
     "evaluation.comparison": ("evaluate",),
     "evaluation.methods": ("Method",),
     "interop.formats": (

@@ -114,10 +114,11 @@ class Parallelism(Choice):
 
 
 class Objective(Choice):
-    """Loss of online training: KL to the plain model, or cross-entropy of the text."""
+    """Loss of online training: KL to the plain model, cross-entropy of the text, or neither."""
 
     KL = "kl"
     CE = "ce"
+    MSE = "mse"
 
 
 EXPORTS = ("sparsify", "saelens", "resae")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from resae_kernels import checks
 from resae_kernels.cpu.private_torch import refuse_forward_mode
-from resae_kernels.decode import check_decode, decode_rows, sparse_decode
+from resae_kernels.decode import check_decode, reconstruct, sparse_decode
 from resae_kernels.dispatch import (
     LIBRARY,
     check_once,
@@ -27,7 +27,7 @@ from resae_kernels.dispatch import (
     triton_signature,
 )
 from resae_kernels.gradients import code_gradients
-from resae_kernels.precision import gemm
+from resae_kernels.precision import cast, gemm
 from resae_kernels.types import (
     ChainAlgorithm,
     Implementation,
@@ -81,14 +81,14 @@ def affine_chain(
         autocast the acts are cast to W_dec's dtype and GEMMs stay in it. Each decode chooses
         between gather and dense by the rule of `sparse_decode`.
     """
-    codes = [SparseCode(*code) for code in codes]
     flat = [t for code in codes for t in code]
     given = *W_dec, *flat, *A, *c, *b_dec
     signature = triton_signature(implementation, *given) if W_dec else None
     if signature:
-        lengths = tuple(map(len, (W_dec, codes, A, c, b_dec)))
-        check_once(_PASSED, (lengths, signature), lambda: _check(codes, W_dec, A, c, b_dec))
+        lengths = len(W_dec), len(codes), len(A), len(c), len(b_dec)
+        check_once(_PASSED, (lengths, signature), lambda: _check(_named(codes), W_dec, A, c, b_dec))
     else:
+        codes = _named(codes)
         _check(codes, W_dec, A, c, b_dec)
     if algorithm not in (None, "sequential", "transported"):
         raise ValueError(
@@ -99,15 +99,14 @@ def affine_chain(
         raise ValueError(
             "affine_chain: algorithm='transported' needs transported; build it with transport()"
         )
-    leading = codes[0].acts.shape[:-1]
-    N = leading.numel()
+    leading = codes[0][0].shape[:-1]
     if transported is not None:
         if len(transported.dictionaries) != len(codes):
             raise ValueError(
                 f"affine_chain: transported covers {len(transported.dictionaries)} layers, codes "
                 f"{len(codes)}; build it with transport() from the same W_dec, A and c"
             )
-        if algorithm is None and N * (len(codes) - 1) <= TRANSPORTED_TOKENS:
+        if algorithm is None and leading.numel() * (len(codes) - 1) <= TRANSPORTED_TOKENS:
             algorithm = "transported"
     if algorithm == "transported":
         assert transported is not None
@@ -115,6 +114,7 @@ def affine_chain(
             x_hats = _transported_past_dispatcher(codes, transported, signature, implementation)
             if x_hats is not None:
                 return x_hats
+        codes = _named(codes)
         return [
             sparse_decode(
                 [code.acts for code in codes[: m + 1]],
@@ -128,6 +128,7 @@ def affine_chain(
     if signature and len(leading) == 1:  # eager calls skip the dispatcher
         acts, indices = zip(*codes, strict=True)
         return _chain(acts, indices, W_dec, A, c, b_dec, implementation="triton")
+    codes, N = _named(codes), leading.numel()
     op = _chain if signature else torch.ops.resae.affine_chain
     x_hats = op(
         [code.acts.to(W_dec[0].dtype).reshape(N, code.acts.shape[-1]) for code in codes],
@@ -144,8 +145,12 @@ def affine_chain(
 _PASSED: set[Any] = set()
 
 
+def _named(codes: Sequence[SparseCode | tuple[Tensor, Tensor]]) -> list[SparseCode]:
+    return [SparseCode(*code) for code in codes]
+
+
 def _transported_past_dispatcher(
-    codes: Sequence[SparseCode],
+    codes: Sequence[SparseCode | tuple[Tensor, Tensor]],
     transported: Transported,
     signature: tuple[Any, ...],
     implementation: str | None,
@@ -165,14 +170,7 @@ def _transported_past_dispatcher(
 
     check_once(_PASSED, (tuple(map(len, dictionaries)), signature, whole), check)
     return [
-        decode_rows(
-            acts[: m + 1],
-            indices[: m + 1],
-            row,
-            constants[m],
-            None,
-            implementation="triton",
-        )
+        reconstruct(acts[: m + 1], indices[: m + 1], row, constants[m], None, None, "triton")[0]
         for m, row in enumerate(dictionaries)
     ]
 
@@ -285,7 +283,7 @@ def _chain(
     *,
     implementation: str = "",
 ) -> list[Tensor]:
-    implementation = implementation_for("affine_chain", acts[0], implementation or None)
+    chosen = implementation_for("affine_chain", acts[0], implementation or None)
     acc_dtype = accumulation_dtype(acts[0].dtype)
     x_hats: list[Tensor] = []
     for layer in range(len(acts)):
@@ -293,10 +291,9 @@ def _chain(
         if layer > 0:
             # Prediction and constants stay in the accumulation dtype: one rounding per layer, here.
             prediction = _map_sources(x_hats, A[layer - 1])
-            bias = bias.to(acc_dtype) + c[layer - 1]
+            bias = cast(bias, acc_dtype) + c[layer - 1]
         code = [acts[layer]], [indices[layer]], [W_dec[layer]]
-        x_hat = decode_rows(*code, bias, prediction, implementation=implementation)
-        x_hats.append(x_hat)
+        x_hats.append(reconstruct(*code, bias, prediction, None, chosen)[0])
     return x_hats
 
 

@@ -139,9 +139,7 @@ def _decode_past_dispatcher(
         N = leading.numel()
         acts, indices = ([t.reshape(N, t.shape[-1]) for t in ts] for ts in (acts, indices))
         prediction = None if prediction is None else prediction.reshape(N, D)
-    out = decode_rows(
-        acts, indices, W_dec, bias, prediction, implementation="triton", algorithm=algorithm or ""
-    )
+    out, _ = reconstruct(acts, indices, W_dec, bias, prediction, None, "triton", algorithm or "")
     return out if len(leading) == 1 else out.view(*leading, D)
 
 
@@ -292,7 +290,8 @@ def decode_rows(
     algorithm: str = "",
 ) -> Tensor:
     """Decode `[N, D]` of codes `[N, k]`: the op itself, without the dispatcher."""
-    return _reconstruct(acts, indices, W_dec, bias, prediction, None, implementation, algorithm)[0]
+    chosen = implementation_for("sparse_decode", W_dec[0], implementation or None)
+    return reconstruct(acts, indices, W_dec, bias, prediction, None, chosen, algorithm)[0]
 
 
 def _error(
@@ -306,23 +305,24 @@ def _error(
     implementation: str = "",
 ) -> tuple[Tensor, Tensor]:
     codes = acts, indices, W_dec
-    error, squared = _reconstruct(*codes, bias, prediction, target, implementation, "")
+    chosen = implementation_for("reconstruction_error", W_dec[0], implementation or None)
+    error, squared = reconstruct(*codes, bias, prediction, target, chosen, "")
     assert squared is not None
     return error, squared
 
 
-def _reconstruct(
+def reconstruct(
     acts: Sequence[Tensor],
     indices: Sequence[Tensor],
     W_dec: Sequence[Tensor],
     bias: Tensor | None,
     prediction: Tensor | None,
     target: Tensor | None,
-    implementation: str,
-    algorithm: str,
+    chosen: str,
+    algorithm: str = "",
 ) -> tuple[Tensor, Tensor | None]:
-    """The decode; or, given a target, its error and the squares of that summed over D."""
-    chosen = implementation_for("sparse_decode", W_dec[0], implementation or None)
+    """The decode; or, given a target, its error and the squares of that summed over D. `chosen` is
+    what `implementation_for` returned."""
     dtype = W_dec[0].dtype
     few = not algorithm and acts[0].shape[0] < dense.DENSE_TOKENS  # by the rule never dense
     if chosen == "triton" and (

@@ -38,7 +38,7 @@ def triton_signature(
     """
     if not (implementation == "triton" or (implementation is None and first.is_cuda)):
         return None
-    if not is_eager() or is_profiled() or torch.is_autocast_enabled("cuda"):
+    if not is_eager() or is_profiled():
         return None
     wants_gradient = torch.is_grad_enabled()
     found: list[Any] = []

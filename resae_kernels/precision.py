@@ -25,5 +25,10 @@ def gemm(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
         return summed if total is None else total.add_(summed)
     if total is None:
         total = a.new_empty(a.shape[0], b.shape[1], dtype=acc_dtype)
-        return torch.mm(a.to(acc_dtype), b.to(acc_dtype), out=total)
-    return total.addmm_(a.to(acc_dtype), b.to(acc_dtype))
+        return torch.mm(cast(a, acc_dtype), cast(b, acc_dtype), out=total)
+    return total.addmm_(cast(a, acc_dtype), cast(b, acc_dtype))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which takes as long as an addition where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -165,8 +165,7 @@ def _step_past_dispatcher(
     if transported is not None and not codes:
         b_dec, constant = constant, None
     if out is None:
-        layout = _kept_layout(N, M, k, D, x.dtype)
-        out = StepWorkspace(*[x.new_empty(sizes, dtype=dtype) for sizes, dtype in layout])
+        out = _new_workspace(x, N, M, k, D, predicts=bool(dictionaries))
     flat = len(shape) == 2
     if flat:
         rows = x
@@ -192,7 +191,18 @@ def _predicting(transported: Transported | None, m: int) -> tuple[list[Tensor], 
     return transported.dictionaries[m][:-1], transported.constants[m]
 
 
-_kept_layout = cache(workspace_layout)
+_kept_layout = cache(workspace_layout)  # here, since torch.compile warns of a cache that it traces
+
+
+def _new_workspace(x: Tensor, N: int, M: int, k: int, D: int, *, predicts: bool) -> StepWorkspace:
+    """A workspace for one step. Where nothing is predicted from codes it has no memory for that."""
+    layout = _kept_layout(N, M, k, D, x.dtype)
+    made = [
+        # Sizes one by one: torch reads a tuple of them more slowly.
+        x.new_empty(*sizes, dtype=dtype) if predicts or field != "prediction" else x
+        for field, (sizes, dtype) in zip(StepWorkspace._fields, layout, strict=True)
+    ]
+    return StepWorkspace(*made)
 
 
 _ENCODERS = WeakIdKeyDictionary()

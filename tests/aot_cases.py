@@ -37,6 +37,13 @@ class AotCase(NamedTuple):
     register_budget: int | None = None
     """Argument of `launch_options`."""
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Everything that the machine code depends on but the architecture."""
+        given = (sorted(map(repr, part.items())) for part in (self.signature, self.constexprs))
+        launch = (self.num_warps, self.num_stages, self.register_budget)
+        return (repr(self.kernel), *map(tuple, given), *launch)
+
 
 def all_cases() -> Iterator[AotCase]:
     """The cases of every kernel."""
@@ -358,8 +365,8 @@ def step_cases() -> Iterator[AotCase]:
         yield AotCase(
             f"select_decode {name}, M={M} k={k} D={D}",
             step.select_decode_kernel,
-            each(floats, "x_hat program_acts W_dec b_dec prediction")
-            | each(integers, "acts program_keys scores best")
+            each(floats, "x_hat acts program_acts W_dec b_dec prediction")
+            | each(integers, "program_keys scores best")
             | each("*i64:16", "indices program_indices")
             | each("i32:16", "M groups s_scores k"),
             step.select_decode_constants(layout, D, dtype),

@@ -18,13 +18,17 @@ It cannot see bank conflicts, caches, latency or races. Run it without TRITON_IN
 takes the place of the compiler: `python tests/static_gate.py [name …]`, names select cases.
 """
 
+import itertools
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import aot_cases
 
@@ -35,8 +39,20 @@ SHARED_PER_MULTIPROCESSOR |= {"sm_100": 233472}
 WARPS_PER_MULTIPROCESSOR = {"sm_86": 48, "sm_89": 48}  # others: 64
 MATRIX = dict.fromkeys(("sm_80", "sm_86", "sm_89"), r"[HI]MMA") | {"sm_90": r"[HI]GMMA"}
 MATRIX |= {"sm_100": r"(UTC\w*MMA|IMMA)"}  # IMMA: 8-bit products of Triton 3.6
+BINARIES = {"sm_80": "SM80", "sm_86": "SM86", "sm_89": "SM89", "sm_90": "SM90a", "sm_100": "SM100a"}
+"""Architectures that Triton compiles for, as the disassembler names them."""
 SKIPPED = 77
 """Exit status where Triton or its tools are absent."""
+
+
+class Compiled(NamedTuple):
+    """A kernel of one architecture."""
+
+    cubin: bytes
+    shared: int
+    """Bytes of shared memory."""
+    seconds: float
+    """Time that it took to compile."""
 
 
 def tools() -> tuple[Path, Path]:
@@ -92,33 +108,62 @@ def compiled(case, architecture: str):
     )
 
 
-def usage(cuobjdump: Path, nvdisasm: Path, cubin: bytes) -> dict[str, int | str]:
+def resources(cuobjdump: Path, cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack and local memory, of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        resources, code = (
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            for command in (
-                [cuobjdump, "-res-usage", file.name],
-                # Its analysis of the flow of data takes a quarter of the time and prints nothing.
-                [nvdisasm, "--no-dataflow", "-c", file.name],
-            )
-        )
-    found: dict[str, int | str] = {
-        name.lower(): int(value)
-        for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)
+        text = output_of(cuobjdump, "-res-usage", file.name)
+    return {
+        name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)
     }
-    # "/*0040*/  @!P0 LDG.E.128 R4, …": an address, perhaps a predicate, the operation.
-    lines = re.findall(
-        r"^(\.L_\w+:)|/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z].*?);", code, re.MULTILINE
+
+
+def output_of(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def code_of(cubin: bytes) -> bytes:
+    """The machine code of the one kernel in a cubin, an ELF file: its section `.text.NAME`."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
+    start_of_names = sections[names][4]
+    (found,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text.", start_of_names + name)
     )
-    operations = [operation for _, operation in lines if operation]
-    assert operations, "no instruction found in nvdisasm's output"
-    found["code"] = "\n".join(operations)
-    # What follows the kernel's end is padding.
-    found["instructions"] = sum(operation != "NOP" for operation in operations)
-    found["in_flight"] = loads_in_flight([label or operation for label, operation in lines])
     return found
+
+
+def machine_code(nvdisasm: Path, architecture: str, cubins: Sequence[bytes]) -> list[list[str]]:
+    """Labels (`.L_x_1a0:`) and instructions of each kernel, in their order.
+
+    All of an architecture at once, one after another in a file of code alone: the disassembler
+    takes longer to start than for a kernel. In such a file it names the places that branches go to
+    by their addresses.
+    """
+    codes = [code_of(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        # Its analysis of the flow of data takes a quarter of the time and prints nothing.
+        text = output_of(nvdisasm, "--no-dataflow", "-b", BINARIES[architecture], file.name)
+    # "/*0040*/  @!P0 LDG.E.128 R4, …": an address, perhaps a predicate, the operation.
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z].*?);", text)
+    branch = re.compile(r"(BRA\b.*?)0x([0-9a-f]+)\s*$")
+    targets = {int(match[2], 16) for _, line in found if (match := branch.match(line))}
+    ends = list(itertools.accumulate(map(len, codes)))
+    kernels: list[list[str]] = [[] for _ in codes]
+    for place, line in found:
+        address = int(place, 16)
+        lines = kernels[bisect_right(ends, address)]
+        if address in targets:
+            lines.append(f".L_x_{address:x}:")
+        lines.append(branch.sub(r"\1`(.L_x_\2)", line))
+    assert all(kernels), "a kernel without an instruction in nvdisasm's output"
+    return kernels
 
 
 def loads_in_flight(lines: Sequence[str]) -> int:
@@ -126,7 +171,7 @@ def loads_in_flight(lines: Sequence[str]) -> int:
     registers that follow each other before one of their results is used; over all of the kernel
     where such loops are unrolled.
 
-    `lines` are the labels (`.L_x_1:`) and instructions of machine code in their order.
+    `lines` as of `machine_code`.
     """
     labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     found: list[int] = []
@@ -158,23 +203,31 @@ def _most_pending(lines: Iterable[str]) -> int:
     return most
 
 
-def count(pattern: str, code) -> int:
-    return len(re.findall(rf"^{pattern}", str(code), re.MULTILINE))
+def count(pattern: str, code: str) -> int:
+    return len(re.findall(rf"^{pattern}", code, re.MULTILINE))
 
 
-def failures(case, architecture: str, shared: int, found: dict[str, int | str]) -> list[str]:
-    code = found["code"]
+def instructions(lines: Sequence[str]) -> int:
+    """Instructions of a kernel; what follows its end is padding."""
+    return sum(not line.endswith(":") and line.strip() != "NOP" for line in lines)
+
+
+def failures(
+    case, architecture: str, shared: int, used: dict[str, int], lines: Sequence[str]
+) -> list[str]:
+    """Sentences on what is wrong with a kernel; `used` as of `resources`."""
+    code = "\n".join(line for line in lines if not line.endswith(":"))
     measured = {
-        "instructions": found["instructions"],
-        "registers": found["reg"],
+        "instructions": instructions(lines),
+        "registers": used["reg"],
         "shared": shared,
         "barriers": count(r"BAR\.", code),
         "loads_128": count(r"LDG(STS)?\.E\.(\w+\.)*128", code),
-        "in_flight": found["in_flight"],
+        "in_flight": loads_in_flight(lines),
         "tensor_loads": count(r"UTMALDG", code),
         "additions": count(r"FADD\b", code),
     }
-    wrong = [f"{name} {found[name]}, expected 0" for name in ("stack", "local") if found[name] != 0]
+    wrong = [f"{name} {used[name]}, expected 0" for name in ("stack", "local") if used[name] != 0]
     spills = count(r"(LDL|STL)\b", code)
     if spills:
         wrong.append(f"{spills} instructions on local memory, expected 0")
@@ -204,30 +257,44 @@ def occupancy(architecture: str, registers: int, shared: int, num_warps: int) ->
 
 def main(names: list[str]) -> int:
     cuobjdump, nvdisasm = tools()
+    # Two cases may name one kernel: it is compiled once.
+    kernels: dict[str, dict[tuple[Any, ...], Compiled]] = {}
+    chosen = []
+    for case in aot_cases.all_cases():
+        if not names or any(name in case.name for name in names):
+            chosen.append(case)
+            for architecture in case.architectures:
+                made = kernels.setdefault(architecture, {})
+                if case.key not in made:
+                    start = time.perf_counter()
+                    kernel = compiled(case, architecture)
+                    seconds = time.perf_counter() - start
+                    cubin = kernel.asm["cubin"]
+                    made[case.key] = Compiled(cubin, kernel.metadata.shared, seconds)
+    codes = {
+        architecture: dict(zip(made, machine_code(nvdisasm, architecture, cubins), strict=True))
+        for architecture, made in kernels.items()
+        if (cubins := [kernel.cubin for kernel in made.values()])
+    }
     print(
         f"{'kernel':<50} | {'arch':<6} | registers | shared | occupancy | instructions | "
         "in flight | compile s"
     )
     failed = 0
-    for case in aot_cases.all_cases():
-        if names and not any(name in case.name for name in names):
-            continue
+    for case in chosen:
         for architecture in case.architectures:
-            start = time.perf_counter()
-            kernel = compiled(case, architecture)
-            found = usage(cuobjdump, nvdisasm, kernel.asm["cubin"])
-            seconds = time.perf_counter() - start
-            shared = kernel.metadata.shared
-            share = occupancy(architecture, int(found["reg"]), shared, case.num_warps)
+            cubin, shared, seconds = kernels[architecture][case.key]
+            lines = codes[architecture][case.key]
+            used = resources(cuobjdump, cubin)
+            share = occupancy(architecture, used["reg"], shared, case.num_warps)
             print(
-                f"{case.name:<50} | {architecture:<6} | {found['reg']:>9} | {shared:>6} | "
-                f"{share:>9.0%} | {found['instructions']:>12} | {found['in_flight']:>9} | "
-                f"{seconds:>9.1f}",
-                flush=True,
+                f"{case.name:<50} | {architecture:<6} | {used['reg']:>9} | {shared:>6} | "
+                f"{share:>9.0%} | {instructions(lines):>12} | {loads_in_flight(lines):>9} | "
+                f"{seconds:>9.1f}"
             )
-            for wrong in failures(case, architecture, shared, found):
+            for wrong in failures(case, architecture, shared, used, lines):
                 failed += 1
-                print(f"    FAILED {wrong}", flush=True)
+                print(f"    FAILED {wrong}")
     print(f"{failed} failed" if failed else "all passed")
     return int(failed > 0)
 

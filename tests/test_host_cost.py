@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from resae_kernels import (
+    StepWorkspace,
     affine_chain,
     decode,
     dispatch,
@@ -19,6 +21,9 @@ from resae_kernels import (
     transport,
 )
 from resae_kernels.dispatch import check_once, triton_signature
+from resae_kernels.triton import decode as triton_decode
+from resae_kernels.triton import encode_few
+from resae_kernels.triton import step as triton_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,6 +134,50 @@ def test_wrong_codes_and_dictionaries_are_refused_past_the_dispatcher(device):  
             transported=other._replace(constants=[torch.zeros(4)] * 2),
             implementation="triton",
         )
+
+
+class NoLaunch:
+    def __getitem__(self, _grid):
+        return lambda *_arguments, **_options: None
+
+
+def tensors_made(call, monkeypatch) -> Counter[str]:
+    """Calls of torch that make a tensor, of which each takes the host up to a microsecond."""
+    for module, name in (
+        (triton_decode, "decode_kernel"),
+        (encode_few, "gemv_kernel"),
+        (triton_step, "select_decode_kernel"),
+    ):
+        monkeypatch.setattr(module, name, NoLaunch())
+    call()
+    made: Counter[str] = Counter()
+
+    def count(_frame, event, function):
+        if event == "c_call" and function.__name__ in ("new_empty", "empty", "view", "to", "mm"):
+            made[function.__name__] += 1
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return made
+
+
+def test_a_step_makes_its_results_and_what_passes_between_its_launches(device, monkeypatch):  # noqa: ARG001
+    x, weight = torch.randn(2, 4), torch.randn(8, 4)
+    given = x, weight, None, 2, weight
+    space = StepWorkspace.allocate(2, 8, 2, 4, dtype=x.dtype, device=x.device)
+    made = tensors_made(lambda: online_step(*given, implementation="triton"), monkeypatch)
+    # Memory for a prediction only where there are codes; one view, of the codes as integers.
+    assert made == {"new_empty": len(space) - 1, "view": 1}
+    in_place = lambda: online_step(*given, out=space, implementation="triton")  # noqa: E731
+    assert tensors_made(in_place, monkeypatch) == {"view": 1}
+
+
+def test_a_chain_makes_its_results_and_its_predictions(device, monkeypatch):  # noqa: ARG001
+    made = tensors_made(calls()["affine_chain"], monkeypatch)
+    assert made == {"new_empty": 3, "mm": 1}
 
 
 def test_checks_run_once_for_each_signature(device, monkeypatch):  # noqa: ARG001

@@ -63,10 +63,10 @@ def imported(path: Path) -> set[str]:
 
 TESTED_BY = {
     "cli/test_cli.py": "__main__ cli.demo cli.eval cli.fit cli.generate cli.libraries cli.profile "
-    "cli.report cli.train cli.tune training.loggers training.runs",
+    "cli.report cli.train cli.tune training.baselines training.loggers training.runs",
     "cli/test_terminal.py": "console",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
-    "demo/test_demo.py": "demo.comparison demo.rows",
+    "demo/test_demo.py": "demo.comparison",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.rows",
     "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
@@ -75,7 +75,7 @@ TESTED_BY = {
     "models/test_hooked.py": "models.points models.splice",
     "replacements/test_context.py": "replacements.counts replacements.generation",
     "replacements/test_edits.py": "evaluation.effects",
-    "report/test_page.py": "evaluation.labels report.figures",
+    "report/test_page.py": "evaluation.labels report.content report.figures report.rows",
     "reproduce/test_claims.py": "reproduce.losses",
     "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
     "reproduce.settings reproduce.summary",

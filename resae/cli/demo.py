@@ -26,11 +26,14 @@ class Options:
     layers: Annotated[tuple[str, ...], names] = ("1", "3", "5")
     """Blocks to replace."""
     methods: Annotated[tuple[str, ...], names] = ()
-    """Further methods besides raw SAEs, identity residuals and ReSAE: all (11 to 15 minutes), fair
-    (rows without an advantage for ReSAE, longer training among them), elsewhere (other hook
-    points), learning_rates (a grid), or the names below."""
+    """Further methods besides raw SAEs, identity residuals and ReSAE: all (20 to 30 minutes), fair
+    (rows without an advantage for ReSAE, longer training among them), online (every stack tuned
+    online, and as many more steps of training), elsewhere (other hook points), learning_rates (a
+    grid), or the names below."""
     train_tokens: Annotated[int, whole(1)] = 200_000
     """Tokens that each stack is trained on; fewer for a quick look."""
+    tune_tokens: Annotated[int | None, whole(1)] = None
+    """Tokens that ReSAE is tuned on online; None: as many as each stack is trained on."""
     held_out_rows: Annotated[int, whole(1)] = 64
     """Rows to evaluate on."""
     threads: Annotated[int, whole(1)] = 1
@@ -69,12 +72,13 @@ def _run_into(out: Path, options: Options, console: TerminalConsole) -> int:
         seed=options.seed,
         methods=tuple(dict.fromkeys(chain.from_iterable(named))),
         train_tokens=options.train_tokens,
+        tune_tokens=options.tune_tokens,
         held_out_rows=options.held_out_rows,
     )
     report = run_demo(out, config, log=console.log, progress=console.progress)
     page = write_report(out)
     console.log()
-    for sentence in report["findings"]:
+    for sentence in report.findings:
         console.log(f"• {sentence}")
     console.log()
     console.log(f"report: {page}   rows: {out / 'report.json'}   stacks: {out / 'stacks'}")

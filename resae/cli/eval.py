@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from resae.data.text_record import Overlap, RunText
     from resae.evaluation.methods import Method
+    from resae.evaluation.rows import Evaluation
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
@@ -74,46 +75,132 @@ class Options(Machine):
     allow_trained_text: bool = False
     """Evaluate even where a run was trained on the text, or where that is not known; otherwise an
     error."""
+    baselines: bool = False
+    """Compare with raw and identity-residual autoencoders too: those that are not among the runs
+    are trained like the first of them, into a folder beside it; interrupted, the same command goes
+    on."""
     json: bool = False
     """Print the rows of the table as JSON; progress goes to standard error."""
 
 
+@dataclass(frozen=True)
+class OpenRun:
+    """A run to evaluate."""
+
+    folder: Path
+    record: dict[str, Any]
+    stack: ReSAE
+
+
 def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli.libraries import quiet_libraries
-    from resae.data.activations import MODEL_ROWS
-    from resae.evaluation.comparison import evaluate, forward_passes
     from resae.evaluation.labels import whole_selection
     from resae.models.hooked import HookedLM
     from resae.storage import require_writable, save_json
     from resae.training.pipeline import load_model
-    from resae.training.runs import model_of, open_run
+    from resae.training.runs import model_of
 
     if options.json:
         console.report_to_stderr()
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
-    folders = [Path(folder) for folder in options.run_directories]
+    runs = _open_runs([Path(folder) for folder in options.run_directories], device)
+    out = Path(options.out or runs[0].folder)
+    require_writable(out)
+    quiet_libraries()
+    first = runs[0]
+    name, revision = model_of(first.record, first.stack, options.model, options.revision)
+    shapes = HookedLM.described(name, tokenizer=None, revision=revision)
+    _require_comparable(runs, shapes)
+    if options.baselines:
+        baselines = _baselines(runs, device, console)
+        if baselines is None:
+            return 130
+        runs += baselines
+    ids, data, overlaps = _unseen(
+        options, [(run.folder, run.record) for run in runs], shapes, console
+    )
+    methods = _methods(runs, options.k)
+    lm = load_model(name, options.dtype, device, revision)
+    evaluation = _evaluated(lm, methods, ids, data, console)
+    config = {
+        "model": lm.name,
+        "data": data,
+        "held_out_rows": len(ids),
+        "context_tokens": ids.shape[1],
+        "trained_on": overlaps,
+    }
+    report = _report(runs, evaluation, config, _training(runs, methods, options.k))
+    save_json(out / "report.json", report)
+    rows = [asdict(row) for row in whole_selection(evaluation.replacement)]
+    if options.json:
+        console.json(rows)
+    else:
+        console.result(_table(rows))
+    console.log(f"written to {out / 'report.json'}; next: resae report {out}")
+    return 0
+
+
+def _open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
+    from resae.training.runs import open_run
+
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is named twice; name each once")
-    runs = [(folder, *open_run(folder, device)) for folder in folders]
-    out = Path(options.out or folders[0])
-    require_writable(out)
-    methods = _methods(runs, options.k)
-    record = runs[0][1]
-    quiet_libraries()
-    name, revision = model_of(record, runs[0][2], options.model, options.revision)
-    shapes = HookedLM.described(name, tokenizer=None, revision=revision)
-    for folder, _, stack in runs:
-        stack.require_model(shapes)
-        if stack.hook_points != runs[0][2].hook_points:
+    return [OpenRun(folder, *open_run(folder, device)) for folder in folders]
+
+
+def _require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
+    """Raise ValueError for runs of another model, or of different layers."""
+    layers = runs[0].stack.hook_points
+    for run in runs:
+        run.stack.require_model(shapes)
+        if run.stack.hook_points != layers:
             raise ValueError(
-                f"{folder} has layers {', '.join(stack.hook_points)}, {folders[0]} has "
-                f"{', '.join(runs[0][2].hook_points)}; evaluate them apart"
+                f"{run.folder} has layers {', '.join(run.stack.hook_points)}, {runs[0].folder} has "
+                f"{', '.join(layers)}; evaluate them apart"
             )
-    ids, data, overlaps = _unseen(
-        options, [(folder, record) for folder, record, _ in runs], shapes, console
+
+
+def _baselines(
+    runs: Sequence[OpenRun], device: str, console: TerminalConsole
+) -> list[OpenRun] | None:
+    """The baselines of the first run that are not among the runs, trained if need be; None:
+    interrupted."""
+    from resae.cli.train import Interruptible
+    from resae.evaluation.methods import method_name
+    from resae.training.baselines import baselines_of, train_baselines
+
+    baselines = baselines_of(runs[0].folder, {method_name(run.stack) for run in runs})
+    for baseline in baselines:
+        text = "trained already"
+        if not baseline.done:
+            text = f"{baseline.config.train_tokens:,} training tokens to go through"
+            text += ", continued from its newest checkpoint" if baseline.config.resume else ""
+        console.log(f"baseline {baseline.name}: {text}; {baseline.folder}")
+    whole = train_baselines(
+        baselines,
+        device=device,
+        console=console,
+        command=console.command_line,
+        stopping=Interruptible,
     )
-    lm = load_model(name, options.dtype, device, revision)
+    if not whole:
+        console.log("stopped; the same command goes on from the newest checkpoint")
+        return None
+    return _open_runs([baseline.folder for baseline in baselines], device)
+
+
+def _evaluated(
+    lm: HookedLM,
+    methods: Sequence[Method],
+    ids: torch.Tensor,
+    data: str,
+    console: TerminalConsole,
+) -> Evaluation:
+    """The methods on rows `ids [R, T]` of a text of this name."""
+    from resae.data.activations import MODEL_ROWS
+    from resae.evaluation.comparison import evaluate, forward_passes
+
     batches = list(ids.split(MODEL_ROWS))
     console.log(f"{forward_passes(methods)} passes over {ids.numel():,} held-out tokens of {data}")
     began = time.perf_counter()
@@ -122,42 +209,43 @@ def run(options: Options, console: TerminalConsole) -> int:
         left = (time.perf_counter() - began) * (len(batches) - done) / done
         console.progress(f"{done}/{len(batches)} batches, about {left:.0f} s left")
 
-    report = evaluate(lm, methods, batches, on_batch=progress).to_dict()
-    config = {
-        "model": lm.name,
-        "data": data,
-        "layers": runs[0][2].hook_points,
-        "d_sae": runs[0][2].d_sae,
-        "train_tokens": record.get("train", {}).get("train_tokens", 0),
-        "runs": [str(folder) for folder, _, _ in runs],
-        "held_out_rows": len(ids),
-        "context_tokens": ids.shape[1],
-        "trained_on": overlaps,
+    return evaluate(lm, methods, batches, on_batch=progress)
+
+
+def _report(
+    runs: Sequence[OpenRun],
+    evaluation: Evaluation,
+    config: dict[str, Any],
+    training: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Content of report.json; `config` names what was evaluated on."""
+    first = runs[0]
+    of_runs = {
+        "layers": first.stack.hook_points,
+        "d_sae": first.stack.d_sae,
+        "train_tokens": first.record.get("train", {}).get("train_tokens", 0),
+        "runs": [str(run.folder) for run in runs],
     }
-    training = [
-        {"method": m.name, "k": m.k, "log": _log(folder)}
-        for m, (folder, _, _) in zip(methods[:: len(options.k or (0,))], runs, strict=False)
-        if (folder / "log.jsonl").exists()
+    return {
+        "schema_version": 1,
+        "title": f"Evaluation of {', '.join(run.folder.name for run in runs)}",
+        "config": config | of_runs,
+        "environment": environment(),
+        **evaluation.to_dict(),
+        "affine": _affine([run.record for run in runs]),
+        "training": training,
+    }
+
+
+def _training(
+    runs: Sequence[OpenRun], methods: Sequence[Method], ks: Sequence[int] | None
+) -> list[dict[str, Any]]:
+    """The logs of the runs that have one."""
+    return [
+        {"method": m.name, "k": m.k, "log": _log(run.folder)}
+        for m, run in zip(methods[:: len(ks or (0,))], runs, strict=False)
+        if (run.folder / "log.jsonl").exists()
     ]
-    save_json(
-        out / "report.json",
-        {
-            "schema_version": 1,
-            "title": f"Evaluation of {', '.join(folder.name for folder, _, _ in runs)}",
-            "config": config,
-            "environment": environment(),
-            **report,
-            "affine": _affine([record for _, record, _ in runs]),
-            "training": training,
-        },
-    )
-    rows = whole_selection(report["replacement"])
-    if options.json:
-        console.json(rows)
-    else:
-        console.result(_table(rows))
-    console.log(f"written to {out / 'report.json'}; next: resae report {out}")
-    return 0
 
 
 def _unseen(
@@ -274,21 +362,20 @@ def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _methods(
-    runs: Sequence[tuple[Path, dict[str, Any], ReSAE]], ks: Sequence[int] | None
-) -> list[Method]:
+def _methods(runs: Sequence[OpenRun], ks: Sequence[int] | None) -> list[Method]:
     """Every run, at every k asked for; and the maps alone."""
     from resae.evaluation.methods import Method, method_name
     from resae.stack.stack import AffineOnly
 
     methods: list[Method] = []
-    for folder, _, stack in runs:
+    for run in runs:
+        stack = run.stack
         for k in ks or (stack.sae(0).config.k,):
             name = method_name(stack)
             if any((m.name, m.k) == (name, k) for m in methods):
-                name = f"{name} ({folder.name})"
+                name = f"{name} ({run.folder.name})"
             methods.append(Method(name, stack.at_k(k) if ks else stack, k))
-    chained = next((stack for _, _, stack in runs if stack.chained), None)
+    chained = next((run.stack for run in runs if run.stack.chained), None)
     if chained is not None:
         methods.append(Method("affine_only", AffineOnly(chained), None))
     return methods

@@ -10,14 +10,14 @@ advantage away from ReSAE (`FAIR_METHODS`), and the comparison at other hook poi
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from resae.data.activations import capture_tokens
-from resae.data.batches import StoredActivations
+from resae.data.batches import RowBatches, StoredActivations
 from resae.data.rows import TokenRows, train_and_held_out
 from resae.data.text_record import TrainedText, save_held_out
 from resae.data.texts import load_texts
@@ -30,43 +30,49 @@ from resae.demo.recipes import (
     LR_RECIPES,
     METHOD_GROUPS,
     RECIPES,
+    SHOWN_TUNING,
+    TUNINGS,
     Recipe,
-)
-from resae.demo.rows import (
-    BoostRow,
-    ElsewhereRow,
-    FairRow,
-    FvuRow,
-    NestedFvuRow,
-    RoutingRow,
-    Sample,
-    TrainingRow,
+    Tuning,
 )
 from resae.environment import environment
 from resae.evaluation.comparison import collapse_difference, evaluate
 from resae.evaluation.methods import Method
 from resae.evaluation.predictors import r2_per_layer, routing_shares
-from resae.evaluation.rows import LayerPairRow, ReconstructionRow, ReplacementRow
+from resae.evaluation.rows import Evaluation, LayerPairRow, ReconstructionRow, ReplacementRow
 from resae.models.hooked import EMBEDDED, HookedLM
 from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
 from resae.replacements.generation import generate
+from resae.report.content import Report
 from resae.report.findings import extra_findings, findings
+from resae.report.rows import (
+    BoostRow,
+    ElsewhereRow,
+    FairRow,
+    FvuRow,
+    LayerFvu,
+    LogEntry,
+    NestedFvuRow,
+    RoutingRow,
+    Sample,
+    TrainingRow,
+)
 from resae.stack.fit import Moments
 from resae.stack.stack import AffineOnly, ReSAE
 from resae.storage import save_json
 from resae.training.calibration import Calibration, boost_calibration, calibrate, sum_moments
-from resae.training.config import TrainConfig
+from resae.training.config import FinetuneConfig, TrainConfig
 from resae.training.loop import Progress, train
+from resae.training.online import layer_scales, train_online
 
-SCHEMA_VERSION = 1
 HOP_HELD_OUT_ROWS = 64
 PROMPTS = ("And it came to pass", "def __init__(self,")
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes of the demonstration; the defaults fit in three minutes and 3 GB on one CPU core."""
+    """Sizes of the demonstration; the defaults fit in five minutes and 3 GB on one CPU core."""
 
     layers: tuple[str, ...] = ("1", "3", "5")
     k: tuple[int, ...] = (4, 8, 32)
@@ -77,6 +83,8 @@ class DemoConfig:
     held_out_rows: int = 64
     context_tokens: int = 128
     seed: int = 0
+    tune_tokens: int | None = None
+    """Tokens that a stack is tuned on online; None: as many as it is trained on."""
     methods: tuple[str, ...] = ()
     """Further methods: names from `EXTRA_METHODS` and `LR_METHODS`."""
 
@@ -184,7 +192,7 @@ class _Comparison(NamedTuple):
 
 def run_demo(
     out: Path, config: DemoConfig, *, log: Callable[[str], None], progress: Callable[[str], None]
-) -> dict[str, Any]:
+) -> Report:
     """Run everything into `out`; returns what is written to `out/report.json`.
 
     Args:
@@ -192,24 +200,8 @@ def run_demo(
     """
     lm = HookedLM.from_pretrained(EMBEDDED)
     main, *others = _comparisons(config, lm)
-    points, names = main.points, [point.name for point in main.points]
     stages = _stages(config, [main, *others])
-    log(
-        f"{len(main.runs) + 2 * ('boost' in config.methods)} stacks of {len(names)} autoencoders "
-        f"({config.d_sae} latents; k = {', '.join(map(str, config.k))}) for {', '.join(names)} of "
-        f"a {lm.n_layers}-layer Pythia of width {lm.d_model}"
-    )
-    for other in others:
-        log(f"{len(other.runs)} stacks for {', '.join(point.name for point in other.points)}")
-    log(
-        f"{config.train_tokens:,} training tokens{_longer(config, main)}, "
-        f"{config.held_out_rows * config.context_tokens:,} held out; "
-        f"about {sum(stages.values()) / 60:.0f} minutes"
-    )
-    log(
-        f"what comes: {_CAPTURE}, {_FIT}, train each stack, {_EVALUATE}, {_GENERATE}; then a page "
-        f"with figures"
-    )
+    _announce(config, lm, [main, *others], sum(stages.values()) / 60, log)
     plan = ProgressEstimate(stages, progress)
 
     plan.stage(_CAPTURE)
@@ -222,26 +214,21 @@ def run_demo(
     )
     trained_text = TrainedText()
     rows = rows.noted(trained_text.add)
-    xs = _capture(lm, rows, points, main.tokens, plan)
-    unseen = list(held_out.batches(16))
-    eval_rows, hop_rows = torch.cat(unseen).split([config.held_out_rows, HOP_HELD_OUT_ROWS])
+    xs = _capture(lm, rows, main.points, main.tokens, plan)
+    unseen = torch.cat(list(held_out.batches(16)))
+    eval_rows, hop_rows = unseen.split([config.held_out_rows, HOP_HELD_OUT_ROWS])
     batches = list(eval_rows.split(16))
 
     plan.stage(_FIT)
     moments = _moments(xs, config)
-    affine, routing = _hop_rows(lm, points, moments, main.runs, hop_rows)
+    affine, routing = _hop_rows(lm, main.points, moments, main.runs, hop_rows)
     text = _Text(trained_text, eval_rows, config.context_tokens)
     stacks = out / "stacks"
     methods, training = _train_all(main, moments, xs, config, stacks, lm, plan, text)
     del xs
-    if "hierarchical" in config.methods:
-        ordinary = _stack_of(methods, "raw", config.k[-1])
-        methods += [Method("raw_truncated", ordinary.at_k(k), k) for k in config.k[:-1]]
-    boost: list[BoostRow] = []
-    if "boost" in config.methods:
-        boosted, boost = _boost(lm, points, config, out, plan)
-        methods += boosted
-    methods.append(_affine_only(methods))
+    methods += _tuned(methods, config, rows, text, stacks, lm, plan)
+    further, boost = _further_methods(methods, main, config, out, lm, plan)
+    methods += further
     elsewhere: list[ElsewhereRow] = []
     for other in others:
         elsewhere += _elsewhere(other, rows, batches, config, stacks, lm, plan, text)
@@ -253,32 +240,87 @@ def run_demo(
 
     plan.stage(_GENERATE)
     samples = _samples(lm, methods, config)
-    tables = evaluation.to_dict()
-    report: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "title": "ReSAE on the embedded model",
-        "config": {**asdict(config), "model": EMBEDDED, "data": EMBEDDED, "layers": names},
-        "environment": environment(),
-        **tables,
-        "affine": [row.to_dict() for row in affine],
-        "training": [asdict(row) for row in training],
-        "samples": [asdict(sample) for sample in samples],
-        "teacher_forced_collapse": collapse,
-        "findings": findings(tables, collapse),
-    }
-    fair = _fair_table(evaluation.replacement, main.runs)
-    for name, table in (
-        ("routing", routing),
-        ("boost", boost),
-        ("fair", fair),
-        ("elsewhere", elsewhere),
-        *_fvu_tables(evaluation.reconstruction).items(),
-    ):
-        if table:
-            report[name] = [asdict(row) for row in table]
-    report["findings"] += extra_findings(report, BOOST_K)
-    save_json(out / "report.json", report)
+    report = replace(
+        _report(config, main, evaluation, collapse),
+        affine=affine,
+        training=training,
+        samples=samples,
+        routing=routing,
+        boost=boost,
+        elsewhere=elsewhere,
+    )
+    told = [*findings(evaluation, collapse), *extra_findings(report, BOOST_K)]
+    report = replace(report, findings=told)
+    save_json(out / "report.json", report.to_dict())
     return report
+
+
+def _announce(
+    config: DemoConfig,
+    lm: HookedLM,
+    comparisons: Sequence[_Comparison],
+    minutes: float,
+    log: Callable[[str], None],
+) -> None:
+    """Log what is trained, on how much, and how long it takes."""
+    main, *others = comparisons
+    log(
+        f"{len(main.runs) + 2 * ('boost' in config.methods)} stacks of {len(main.points)} "
+        f"autoencoders ({config.d_sae} latents; k = {', '.join(map(str, config.k))}) for "
+        f"{', '.join(point.name for point in main.points)} of a {lm.n_layers}-layer Pythia of "
+        f"width {lm.d_model}"
+    )
+    for other in others:
+        log(f"{len(other.runs)} stacks for {', '.join(point.name for point in other.points)}")
+    longer = f" ({main.tokens:,} where long)" if main.tokens > config.train_tokens else ""
+    log(
+        f"{config.train_tokens:,} training tokens{longer}, "
+        f"{config.held_out_rows * config.context_tokens:,} held out; about {minutes:.0f} minutes"
+    )
+    log(
+        f"what comes: {_CAPTURE}, {_FIT}, train each stack, {_EVALUATE}, {_GENERATE}; then a page "
+        f"with figures"
+    )
+
+
+def _further_methods(
+    methods: Sequence[Method],
+    main: _Comparison,
+    config: DemoConfig,
+    out: Path,
+    lm: HookedLM,
+    plan: ProgressEstimate,
+) -> tuple[list[Method], list[BoostRow]]:
+    """Methods made of the trained ones: truncated, boosted, the maps alone; rows of the boost."""
+    further: list[Method] = []
+    boost: list[BoostRow] = []
+    if "hierarchical" in config.methods:
+        ordinary = _stack_of(methods, "raw", config.k[-1])
+        further += [Method("raw_truncated", ordinary.at_k(k), k) for k in config.k[:-1]]
+    if "boost" in config.methods:
+        boosted, boost = _boost(lm, main.points, config, out, plan)
+        further += boosted
+    return [*further, _affine_only(methods)], boost
+
+
+def _report(
+    config: DemoConfig, main: _Comparison, evaluation: Evaluation, collapse: float
+) -> Report:
+    """The report of an evaluation, with the tables that are made of its rows."""
+    names = [point.name for point in main.points]
+    return Report(
+        title="ReSAE on the embedded model",
+        config={**asdict(config), "model": EMBEDDED, "data": EMBEDDED, "layers": names},
+        environment=environment(),
+        replacement=evaluation.replacement,
+        reconstruction=evaluation.reconstruction,
+        redundancy=evaluation.redundancy,
+        redundancy_histogram=evaluation.redundancy_histogram,
+        teacher_forced_collapse=collapse,
+        fair=_fair_table(evaluation.replacement, main.runs),
+        mlsae=_fvu_table(evaluation.reconstruction, "mlsae"),
+        hierarchical=_nested_fvu_table(evaluation.reconstruction),
+    )
 
 
 # Seconds per stage, measured on one core; the display corrects them by the speed it meets.
@@ -297,10 +339,6 @@ def _stage_name(stage: str, where: str) -> str:
 
 def _training_stage(run: _Run) -> str:
     return f"train {run.recipe.name}, k = {run.k}"
-
-
-def _longer(config: DemoConfig, main: _Comparison) -> str:
-    return f" ({main.tokens:,} where long)" if main.tokens > config.train_tokens else ""
 
 
 def _planned(config: DemoConfig) -> list[tuple[Recipe, int]]:
@@ -356,6 +394,11 @@ def _stages(config: DemoConfig, comparisons: Sequence[_Comparison]) -> dict[str,
         training[_training_stage(run)] = _training_seconds(run)
         if run.recipe not in RECIPES:
             ways += 3 if run.recipe.predictor == "none" else 6
+    for tuning, k in _tunings(config):
+        share = (config.tune_tokens or config.train_tokens) / 200_000
+        seconds = 50.0 if tuning.objective == "kl" else 12.0
+        training[_tuning_stage(tuning, k)] = seconds * share
+        ways += 3 if tuning.of.startswith("raw") else 6
     if "hierarchical" in config.methods:
         ways += 6 * (len(config.k) - 1)
     if "boost" in config.methods:
@@ -450,8 +493,62 @@ def _train_all(
         if not recipe.nested:
             methods.append(Method(recipe.name, stack, k, (last,) if alone else ()))
         rank = config.k.index(k)
-        training.append(TrainingRow(recipe.name, k, rank, log))
+        training.append(TrainingRow(method=recipe.name, k=k, rank=rank, log=log))
     return methods, training
+
+
+def _tunings(config: DemoConfig) -> list[tuple[Tuning, int]]:
+    """Stacks to tune online, and their k."""
+    asked = [(tuning, k) for k in config.k for tuning in TUNINGS if tuning.name in config.methods]
+    shown = (SHOWN_TUNING, _middle_k(config))
+    return asked if shown in asked else [shown, *asked]
+
+
+def _tuning_stage(tuning: Tuning, k: int) -> str:
+    how = "tune {} online" if tuning.objective == "kl" else "train {} further"
+    return f"{how.format(tuning.of)}, k = {k}"
+
+
+def _tuned(
+    methods: Sequence[Method],
+    config: DemoConfig,
+    rows: TokenRows,
+    text: _Text,
+    folder: Path,
+    lm: HookedLM,
+    plan: ProgressEstimate,
+) -> list[Method]:
+    """Tune trained stacks online, on the rows that they were trained on."""
+    source = RowBatches(rows, config.batch_tokens // config.context_tokens)
+    (ids,), _ = next(source.batches())
+    made = []
+    for tuning, k in _tunings(config):
+        plan.stage(_tuning_stage(tuning, k))
+        stack = _stack_of(methods, tuning.of, k)
+        out = folder / f"{tuning.name}_k{k}"
+        asked = FinetuneConfig(
+            run=str(folder / f"{tuning.of}_k{k}"),
+            out=str(out),
+            objective=tuning.objective,
+            train_tokens=config.tune_tokens or config.train_tokens,
+            batch_tokens=source.batch_rows * config.context_tokens,
+            seed=config.seed,
+        )
+        trained = train_online(
+            asked.for_stack(stack, config.context_tokens),
+            source,
+            lm,
+            stack,
+            layer_scales(lm, stack, ids),
+            out,
+            keep_checkpoints=1,
+            log_steps=5,
+            on_progress=lambda p: plan.at(p.step / p.steps, f"loss {p.loss:.3f}"),
+        )
+        assert trained is not None  # nothing asks it to stop
+        text.save(out)
+        made.append(Method(tuning.name, trained, k))
+    return made
 
 
 def _elsewhere(
@@ -502,14 +599,13 @@ def _train(
     folder: Path,
     lm: HookedLM,
     plan: ProgressEstimate,
-) -> tuple[ReSAE, list[dict[str, Any]]]:
+) -> tuple[ReSAE, list[LogEntry]]:
     """One stack and its training curve."""
-    log: list[dict[str, Any]] = []
+    log: list[LogEntry] = []
 
     def record(p: Progress) -> None:
         plan.at(p.step / p.steps, f"fvu {' '.join(f'{m.fvu:.3f}' for m in p.layers)}")
-        curve = [{"fvu": m.fvu} for m in p.layers]
-        log.append({"step": p.step, "tokens": p.tokens, "layers": curve})
+        log.append(LogEntry(p.step, p.tokens, [LayerFvu(m.fvu) for m in p.layers]))
 
     stack = train(
         settings,
@@ -693,20 +789,24 @@ def _samples(lm: HookedLM, methods: Sequence[Method], config: DemoConfig) -> lis
     return samples
 
 
-def _fvu_tables(rows: Sequence[ReconstructionRow]) -> dict[str, list[FvuRow]]:
-    """`mlsae` and `hierarchical`: FVU per layer and k, with that of raw SAEs of the same k."""
+def _fvu_table(rows: Sequence[ReconstructionRow], method: str) -> list[FvuRow]:
+    """FVU of a method per layer and k, with that of raw SAEs of the same k."""
+    single = _fvu_of("raw", rows)
+    return [
+        FvuRow(k, layer, fvu, single[k, layer], fvu / single[k, layer] - 1)
+        for (k, layer), fvu in _fvu_of(method, rows).items()
+    ]
 
-    def of(method: str) -> dict[tuple[int, str], float]:
-        return {
-            (r.k, r.layer): r.fvu_stream for r in rows if r.method == method and r.k is not None
-        }
 
-    single, truncated = of("raw"), of("raw_truncated")
-    tables: dict[str, list[FvuRow]] = {"mlsae": [], "hierarchical": []}
-    for method, table in tables.items():
-        for (k, layer), fvu in of(method).items():
-            row = FvuRow(k, layer, fvu, single[k, layer], fvu / single[k, layer] - 1)
-            if method == "hierarchical":
-                row = NestedFvuRow(**asdict(row), truncated=truncated.get((k, layer)))
-            table.append(row)
-    return tables
+def _nested_fvu_table(rows: Sequence[ReconstructionRow]) -> list[NestedFvuRow]:
+    """The same for HierarchicalTopK, with that of truncated raw SAEs."""
+    truncated = _fvu_of("raw_truncated", rows)
+    return [
+        NestedFvuRow(**asdict(row), truncated=truncated.get((row.k, row.layer)))
+        for row in _fvu_table(rows, "hierarchical")
+    ]
+
+
+def _fvu_of(method: str, rows: Sequence[ReconstructionRow]) -> dict[tuple[int, str], float]:
+    """FVU by k and layer."""
+    return {(r.k, r.layer): r.fvu_stream for r in rows if r.method == method and r.k is not None}

@@ -152,17 +152,39 @@ ELSEWHERE: dict[str, str | None] = {
 }
 """Further hook points at which `RECIPES` are compared, at the middle k: this one of the configured
 blocks; None: the stream after every block."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Online training of a trained stack: a further method."""
+
+    of: str
+    """Name of the recipe that the stack was trained by, one of `RECIPES`."""
+    objective: str = "kl"
+    """`kl`, or, for the control, `mse`: as many steps of the loss that it was trained on."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.of}_{'online' if self.objective == 'kl' else 'more'}"
+
+
+TUNINGS = tuple(Tuning(recipe.name, objective) for recipe in RECIPES for objective in ("kl", "mse"))
+SHOWN_TUNING = Tuning("resae")
+"""The one that the demo always has, at the middle k."""
+TUNING_METHODS = tuple(tuning.name for tuning in TUNINGS)
 FAIR_METHODS = tuple(recipe.name for recipe in FAIR_RECIPES)
 EXTRA_METHODS = (
     *(recipe.name for recipe in FAMILY_RECIPES),
     "boost",
     *FAIR_METHODS,
+    *TUNING_METHODS,
     *ELSEWHERE,
 )
 LR_METHODS = tuple(recipe.name for recipe in LR_RECIPES)
 METHOD_GROUPS = {
     "all": EXTRA_METHODS,
     "fair": FAIR_METHODS,
+    "online": TUNING_METHODS,
     "elsewhere": tuple(ELSEWHERE),
     "learning_rates": LR_METHODS,
 }

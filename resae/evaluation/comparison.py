@@ -205,9 +205,12 @@ class _Passes:
         special = lm.is_special(ids)
         counted = ~special[:, :-1]
         clean = self._shared.clean(ids)
-        left_alone = special | _sinks(self._rules, clean.streams, special)
-        # One that is left alone behind replaced ones keeps what it read of them.
-        overwritten = not _left_alone_inside(left_alone).any()
+        sinks = [_sinks([rule], clean.streams, special) for rule in self._rules]
+        masks = [special, *(special | found for found in sinks)]
+        left_alone = torch.stack(masks).any(0)
+        # One that is left alone behind replaced ones keeps what it read of them. A stack leaves
+        # alone by its own rule or, without one, only special tokens.
+        overwritten = not any(_left_alone_inside(mask).any() for mask in (*masks, left_alone))
         targets = ids[:, 1:][counted]
         rows = [self._rows_before + row for row in part.tolist()]
         positions = counted.sum(1).tolist()

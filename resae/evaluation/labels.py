@@ -1,9 +1,8 @@
 """Result rows: the labels of methods, and selections of rows."""
 
 from collections.abc import Sequence
-from typing import Any
 
-Row = dict[str, Any]
+from resae.evaluation.rows import ReplacementRow
 
 _OF_METHOD = {
     "raw": "raw SAEs",
@@ -37,7 +36,12 @@ COMPARED = ("raw", "raw_equal_total", "raw_matched", "raw_wide", "identity", "re
 LABELS = _OF_METHOD | {
     f"{name}_{suffix}": f"{_OF_METHOD[name]}, {text}"
     for name in COMPARED
-    for suffix, text in (("best_lr", "best learning rate"), ("long", "more tokens"))
+    for suffix, text in (
+        ("best_lr", "best learning rate"),
+        ("long", "more tokens"),
+        ("online", "tuned online"),
+        ("more", "as many more steps of training"),
+    )
 }
 """Name of a method in result rows → its label."""
 
@@ -49,12 +53,13 @@ MODES = {
 }
 
 
-def label(row: Row) -> str:
-    name: str = LABELS.get(row["method"]) or row["method"]
-    return f"{name}, {row['loop']} loop" if row.get("loop") else name
+def label(method: str, loop: str | None = None) -> str:
+    """Label of a method, or its name where it has none; with the loop, if there is a choice."""
+    name = LABELS.get(method) or method
+    return f"{name}, {loop} loop" if loop else name
 
 
-def whole_selection(rows: Sequence[Row]) -> list[Row]:
+def whole_selection(rows: Sequence[ReplacementRow]) -> list[ReplacementRow]:
     """The rows in which every selected layer is replaced."""
-    most = max((len(row["layers"]) for row in rows), default=0)
-    return [row for row in rows if len(row["layers"]) == most]
+    most = max((len(row.layers) for row in rows), default=0)
+    return [row for row in rows if len(row.layers) == most]

@@ -67,6 +67,13 @@ def kl_divergence(original: Tensor, replaced: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def kept_directions(before: Tensor, after: Tensor, cosine: float = 0.9) -> float:
+    """Share of the latents of two dictionaries `[M, D]` whose directions have a cosine above this
+    one: how far a dictionary stayed what it was."""
+    cosines = F.cosine_similarity(before.float(), after.float(), dim=1)
+    return float((cosines > cosine).double().mean())
+
+
 def recovered(ablated: float, replaced: float, original: float) -> float:
     """Share of the cross-entropy that an ablation loses and the replacement keeps."""
     if ablated == original:

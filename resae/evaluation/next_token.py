@@ -18,7 +18,7 @@ from torch import Tensor
 from resae.models.unembedding import Unembedding
 
 MOST_ROWS = 1024
-MOST_LOGITS = {"cpu": 2**21}
+MOST_LOGITS = {"cpu": 2**20}
 """Entries of a block of logits, by kind of device: on a CPU what its caches hold."""
 MOST_LOGITS_ELSEWHERE = 2**26
 
@@ -64,7 +64,7 @@ def _losses(
     at_target = torch.zeros(shape, **options)
     for start, stop in _blocks(unembedding, finals[0], most_logits):
         clean = unembedding.logits(finals[0], start, stop)
-        block_total = clean.logsumexp(1)
+        block_total = _log_sum_exp(clean)
         p = (clean - block_total.unsqueeze(1)).exp_()
         before, total[0] = total[0].clone(), total[0].logaddexp(block_total.double())
         kept, added = (before - total[0]).exp(), (block_total - total[0]).exp()
@@ -75,7 +75,7 @@ def _losses(
             here = logits.gather(1, place).squeeze(1).double()
             at_target[i] = torch.where(inside, here, at_target[i])
             if i > 0:
-                total[i] = total[i].logaddexp(logits.logsumexp(1).double())
+                total[i] = total[i].logaddexp(_log_sum_exp(logits).double())
                 block_gap = torch.sub(clean, logits).mul_(p).sum(1)
                 gap[i] = gap[i] * kept + block_gap * added
     return NextTokenLosses(total - at_target, gap - total[0] + total)
@@ -92,6 +92,12 @@ def largest_difference(
             a, b = (unembedding.logits(final[rows], start, stop) for final in (one, other))
             largest.append((a - b).abs_().max())
     return float(torch.stack(largest).max())
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """`[n]` of `[n, width]`: on a CPU a quarter of the time of `torch.logsumexp`."""
+    largest = logits.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    return (logits - largest).exp_().sum(1).log_().add_(largest.squeeze(1))
 
 
 def _rows(n: int) -> list[slice]:

@@ -41,7 +41,7 @@ class ReplacementRow:
     tokens: int
     """Evaluated positions."""
     sinks: int = 0
-    """Tokens that were left alone as sinks at the last of these layers."""
+    """Tokens that were left alone as sinks, at the layer where they were most."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Evaluation:
     redundancy_histogram: list[HistogramRow]
     """Per method with several dictionaries."""
     row_sums: list[RowSums]
-    """Of the unchanged model, then per row of `replacement`; not in report.json."""
+    """Sums of the unchanged model, then per row of `replacement`; not in report.json."""
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """The tables as lists of dictionaries, as in report.json."""

@@ -65,4 +65,5 @@ class SinkRule:
 
 def _norms(x: Tensor) -> Tensor:
     # Half precision would overflow at 65,504: squares of massive activations are above it.
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)

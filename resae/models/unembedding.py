@@ -35,8 +35,8 @@ class Unembedding:
 
     lm: HookedLM
     path: str | None
-    """Of the head in the model; None: one of unknown form, so that passes end with whole logits, of
-    which parts are taken."""
+    """Name of the head in the model; None: one of unknown form, so that passes end with whole
+    logits, of which parts are taken."""
     vocabulary: int
     """Number of tokens."""
 

@@ -5,9 +5,14 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
-from resae.evaluation.labels import LABELS, MODES, Row, label, whole_selection
+from resae.evaluation.labels import MODES, label, whole_selection
+from resae.evaluation.rows import HistogramRow, ReplacementRow
+from resae.report.content import Report
+from resae.report.rows import TrainingRow
+
+AnyRow = TypeVar("AnyRow", ReplacementRow, HistogramRow, TrainingRow)
 
 COLORS = {  # Okabe and Ito: told apart by colour-blind readers too
     "raw": "#d55e00",
@@ -54,26 +59,27 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Sequ
     return figure, axes
 
 
-def _against_k(axis: Any, rows: Sequence[Row], column: str) -> None:
+def _against_k(axis: Any, rows: Sequence[ReplacementRow], column: str) -> None:
     """One line per method and loop over k; methods without k as a level."""
-    series: dict[tuple[str, str], list[Row]] = {}
+    series: dict[tuple[str, str | None], list[ReplacementRow]] = {}
     for row in rows:
-        series.setdefault((row["method"], row["loop"] or ""), []).append(row)
-    ks = sorted({row["k"] for row in rows if row["k"] is not None})
+        series.setdefault((row.method, row.loop), []).append(row)
+    ks = sorted({row.k for row in rows if row.k is not None})
     for (method, loop), points in series.items():
         color = COLORS.get(method, "#000000")
-        if points[0]["k"] is None:
-            axis.axhline(points[0][column], color=color, linestyle=":", label=label(points[0]))
+        if points[0].k is None:
+            level = getattr(points[0], column)
+            axis.axhline(level, color=color, linestyle=":", label=label(method, loop))
             continue
-        points = sorted(points, key=lambda row: row["k"])
+        points = sorted(points, key=lambda row: row.k or 0)
         axis.plot(
-            [row["k"] for row in points],
-            [row[column] for row in points],
+            [row.k for row in points],
+            [getattr(row, column) for row in points],
             color=color,
             linestyle="--" if loop == "open" else "-",
             marker="o" if loop != "open" else "s",
             markersize=4,
-            label=label(points[0]),
+            label=label(method, loop),
         )
     if ks:
         axis.set_xscale("log", base=2)
@@ -82,18 +88,18 @@ def _against_k(axis: Any, rows: Sequence[Row], column: str) -> None:
     axis.set_xlabel("k, active latents per layer")
 
 
-def _drawn(rows: Sequence[Row]) -> list[Row]:
+def _drawn(rows: Sequence[AnyRow]) -> list[AnyRow]:
     return [
         row
         for row in rows
-        if row["method"] not in TABLES_ONLY and not FAIR_TABLE_ONLY.search(row["method"])
+        if row.method not in TABLES_ONLY and not FAIR_TABLE_ONLY.search(row.method)
     ]
 
 
-def _per_mode(rows: Sequence[Row], column: str, title: str) -> Any:
+def _per_mode(rows: Sequence[ReplacementRow], column: str, title: str) -> Any:
     figure, axes = new_figure(11, 4.1, columns=3)
     for axis, (mode, name) in zip(axes, MODES.items(), strict=True):
-        _against_k(axis, [row for row in rows if row["mode"] == mode], column)
+        _against_k(axis, [row for row in rows if row.mode == mode], column)
         axis.set_title(name, fontsize=10)
     axes[0].set_ylabel(title)
     if column == "delta_ce":
@@ -104,32 +110,32 @@ def _per_mode(rows: Sequence[Row], column: str, title: str) -> Any:
     return figure
 
 
-def _delta_ce(report: Row) -> Any:
-    rows = _drawn(whole_selection(report["replacement"]))
+def _delta_ce(report: Report) -> Any:
+    rows = _drawn(whole_selection(report.replacement))
     return _per_mode(rows, "delta_ce", "Δ CE, nats per token")
 
 
-def _ce_recovered(report: Row) -> Any:
-    rows = _drawn(whole_selection(report["replacement"]))
+def _ce_recovered(report: Report) -> Any:
+    rows = _drawn(whole_selection(report.replacement))
     return _per_mode(rows, "ce_recovered_mean", "CE recovered against mean ablation")
 
 
-def _redundancy(report: Row) -> Any:
-    rows = _drawn(report["redundancy_histogram"])
-    ks = sorted({row["k"] for row in rows})
+def _redundancy(report: Report) -> Any:
+    rows = _drawn(report.redundancy_histogram)
+    ks = sorted({row.k for row in rows if row.k is not None})
     figure, axes = new_figure(11, 3.2, columns=len(ks))
-    floor = report["redundancy"][0]["random_floor"]
+    floor = report.redundancy[0].random_floor
     for axis, k in zip(axes, ks, strict=True):
         for row in rows:
-            if row["k"] != k:
+            if row.k != k:
                 continue
-            total = sum(row["counts"])
+            total = sum(row.counts)
             axis.stairs(
-                [count / total for count in row["counts"]],
-                row["edges"],
-                color=COLORS.get(row["method"], "#000000"),
+                [count / total for count in row.counts],
+                row.edges,
+                color=COLORS.get(row.method, "#000000"),
                 linewidth=1.4,
-                label=LABELS.get(row["method"], row["method"]),
+                label=label(row.method),
             )
         axis.axvline(floor, color="#999999", linestyle=":", label="mean of random directions")
         axis.set_title(f"k = {k}", fontsize=10)
@@ -140,15 +146,15 @@ def _redundancy(report: Row) -> Any:
     return figure
 
 
-def _r2(report: Row) -> Any:
-    rows = report["affine"]
-    pairs = list(dict.fromkeys(row["hop"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+def _r2(report: Report) -> Any:
+    rows = report.affine
+    pairs = list(dict.fromkeys(row.hop for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
     figure, (axis,) = new_figure(2.5 + 1.5 * len(methods), 3.2)
     width = 0.8 / len(methods)
     for i, method in enumerate(methods):
         values = [
-            next(r["r2"] for r in rows if (r["hop"], r["method"]) == (pair, method))
+            next(row.r2 for row in rows if (row.hop, row.method) == (pair, method))
             for pair in pairs
         ]
         bars = axis.bar(
@@ -157,7 +163,7 @@ def _r2(report: Row) -> Any:
             width,
             color=COLORS.get(method, "#aaaaaa"),
             hatch={0: "", 1: "//", 2: "..", 3: "xx"}[(i - 2) % 4] if method in TABLES_ONLY else "",
-            label=LABELS.get(method, method),
+            label=label(method),
         )
         axis.bar_label(bars, fmt="%.3f", fontsize=8)
     axis.set_xticks(
@@ -174,29 +180,29 @@ def _short_name(text: str) -> str:
     return text.replace("blocks.", "block ").replace(".hook_resid_post", "").replace(".hook_", " ")
 
 
-def _training(report: Row) -> Any:
-    runs = _drawn(report["training"])
-    layers = len(runs[0]["log"][0]["layers"])
+def _training(report: Report) -> Any:
+    runs = _drawn(report.training)
+    layers = len(runs[0].log[0].layers)
     figure, axes = new_figure(11, 3.4, columns=layers)
     for run in runs:
         for layer, axis in enumerate(axes):
             axis.plot(
-                [entry["tokens"] / 1e3 for entry in run["log"]],
-                [entry["layers"][layer]["fvu"] for entry in run["log"]],
-                color=COLORS.get(run["method"], "#000000"),
+                [entry.tokens / 1e3 for entry in run.log],
+                [entry.layers[layer].fvu for entry in run.log],
+                color=COLORS.get(run.method, "#000000"),
                 alpha=0.85,
                 linewidth=1.2,
-                linestyle={0: "-", 1: "--", 2: ":"}[run.get("rank", 0) % 3],
+                linestyle={0: "-", 1: "--", 2: ":"}[run.rank % 3],
             )
-            axis.set_title(_short_name(report["config"]["layers"][layer]), fontsize=9)
+            axis.set_title(_short_name(report.config["layers"][layer]), fontsize=9)
             axis.set_yscale("log")
             axis.set_xlabel("thousand tokens")
     axes[0].set_ylabel("FVU of the training target")
     return figure
 
 
-FIGURES: list[tuple[str, str, str, Callable[[Row], Any]]] = [
-    # report key · file name · caption · drawing
+FIGURES: list[tuple[str, str, str, Callable[[Report], Any]]] = [
+    # table · file name · caption · drawing
     ("replacement", "delta_ce", "Cross-entropy lost when all selected layers are replaced at once. "
      "Lower is better. Dashed: open loop; solid: closed loop, or where there is only one.",
      _delta_ce),
@@ -213,12 +219,12 @@ FIGURES: list[tuple[str, str, str, Callable[[Row], Any]]] = [
 ]  # fmt: skip
 
 
-def draw(report: Row) -> dict[str, tuple[str, str]]:
+def draw(report: Report) -> dict[str, tuple[str, str]]:
     """File name → (SVG, caption), of every figure that the report has data for."""
     return {
         name: (svg_of(partial(function, report), name), caption)
-        for key, name, caption, function in FIGURES
-        if report.get(key)
+        for table, name, caption, function in FIGURES
+        if getattr(report, table)
     }
 
 

@@ -4,13 +4,17 @@ Reads the report.json of `resae demo` or `resae eval`; sections without rows are
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from resae.evaluation.labels import LABELS, MODES, Row, label, whole_selection
+from resae.evaluation.labels import LABELS, MODES, label, whole_selection
+from resae.evaluation.rows import ReconstructionRow, RedundancyRow, ReplacementRow
+from resae.report.content import Report, load_report
 from resae.report.figures import draw, require_matplotlib
-from resae.storage import load_json, require_writable, write_atomically
+from resae.storage import require_writable, write_atomically
+
+RowOfK = TypeVar("RowOfK", ReplacementRow, ReconstructionRow, RedundancyRow)
 
 STYLE = """
 :root { color-scheme: light }
@@ -37,15 +41,37 @@ def _cell(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _table(rows: Sequence[Row], columns: dict[str, str]) -> str:
-    """`columns`: row key → heading. A rule is drawn where the first cell's k changes."""
+def _name(row: Any) -> str:
+    return label(row.method, getattr(row, "loop", None))
+
+
+def _table(
+    rows: Sequence[Any],
+    columns: dict[str, str],
+    *,
+    name: Callable[[Any], str] = _name,
+    marked: bool = True,
+) -> str:
+    """A table of rows; a rule is drawn where k changes.
+
+    Args:
+        columns: column of the rows → heading, of which those in percent end in %; `name` is that of
+            the method.
+        marked: colour rows by their method.
+    """
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in columns.values())
     body = []
     previous: Any = object()
     for row in rows:
-        classes = [row.get("method", "")] + (["first"] if row.get("k") != previous else [])
-        previous = row.get("k")
-        cells = "".join(f"<td>{_cell(row.get(key))}</td>" for key in columns)
+        k = getattr(row, "k", None)
+        classes = [row.method if marked else ""] + (["first"] if k != previous else [])
+        previous = k
+        values = {key: name(row) if key == "name" else getattr(row, key) for key in columns}
+        shown = [
+            _cell(f"{value:+.1%}" if columns[key].endswith("%") else value)
+            for key, value in values.items()
+        ]
+        cells = "".join(f"<td>{text}</td>" for text in shown)
         body.append(f'<tr class="{" ".join(classes)}">{cells}</tr>')
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
@@ -54,7 +80,7 @@ def _table(rows: Sequence[Row], columns: dict[str, str]) -> str:
 
 
 FURTHER: dict[str, tuple[str, str, dict[str, str]]] = {
-    # report key → heading, note, columns; those in percent end in %
+    # table of the report → heading, note, columns
     "hierarchical": (
         "HierarchicalTopK: one autoencoder at every k",
         "FVU of the stream, from clean activations, next to an autoencoder trained at that k, and "
@@ -129,130 +155,156 @@ FURTHER: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 
 
-def _further(report: Row) -> list[str]:
-    parts = []
-    for key, (heading, note, columns) in FURTHER.items():
-        if not report.get(key):
-            continue
-        rows = []
-        for row in report[key]:
-            percent = {c: f"{row[c]:+.1%}" for c, text in columns.items() if text.endswith("%")}
-            name = LABELS.get(row.get("method", ""), "")
-            rows.append({**row, **percent, "method": "", "name": name})
-        parts += [f"<h2>{html.escape(heading)}</h2>", _table(rows, columns)]
-        parts.append(f"<p class=note>{html.escape(note)}</p>")
-    return parts
+def _by_k(rows: Sequence[RowOfK]) -> list[RowOfK]:
+    """Rows ordered by k, those without k last."""
+    return sorted(rows, key=lambda row: (row.k is None, row.k or 0))
 
 
-def _labelled(rows: Sequence[Row]) -> list[Row]:
-    """Rows with `name`, ordered by k (those without k last)."""
-    named = [{**row, "name": label(row)} for row in rows]
-    return sorted(named, key=lambda row: (row["k"] is None, row["k"] or 0))
+class _Page:
+    """Parts of the page, in the order of the methods."""
 
+    def __init__(self, report: Report, figures: dict[str, tuple[str, str]]) -> None:
+        self.report = report
+        self.figures = figures
+        """Name → SVG and caption."""
 
-def _page(report: Row, figures: dict[str, tuple[str, str]]) -> str:
-    config = report["config"]
-    parts = [f"<h1>{html.escape(report['title'])}</h1>"]
-    parts.append(
-        f"<p>Model <b>{html.escape(str(config['model']))}</b>, data "
-        f"<b>{html.escape(str(config['data']))}</b>, layers {', '.join(config['layers'])}, "
-        f"{config['d_sae']} latents per layer, {config['train_tokens']:,} training tokens, "
-        f"{report['replacement'][0]['tokens']:,} evaluated positions. "
-        f"CE of the unchanged model: {report['replacement'][0]['ce_clean']:.4f} nats per token.</p>"
-    )
-    if report.get("findings"):
-        items = "".join(f"<li>{html.escape(text)}</li>" for text in report["findings"])
-        parts.append(f"<h2>What was found</h2><ul>{items}</ul>")
+    def text(self) -> str:
+        title = html.escape(self.report.title)
+        parts = (
+            self._summary(),
+            self._findings(),
+            self._replacement(),
+            self._redundancy(),
+            self._maps(),
+            self._reconstruction(),
+            self._further(),
+            self._training(),
+            self._samples(),
+            self._configuration(),
+        )
+        return (
+            '<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>{title}</title><style>{STYLE}</style>"
+            f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
+        )
 
-    def figure(name: str) -> str:
-        if name not in figures:
+    def _figure(self, name: str) -> str:
+        if name not in self.figures:
             return ""
-        svg, caption = figures[name]
+        svg, caption = self.figures[name]
         return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
-    parts += ["<h2>All selected layers replaced at once</h2>", figure("delta_ce")]
-    parts.append(figure("ce_recovered"))
-    columns = {
-        "name": "method",
-        "k": "k",
-        "active_total": "latents in the last x̂",
-        "delta_ce": "Δ CE",
-        "ce_recovered_mean": "recovered (mean)",
-        "ce_recovered_zero": "recovered (zero)",
-        "kl": "KL",
-    }
-    rows = _labelled(whole_selection(report["replacement"]))
-    for mode, name in MODES.items():
-        parts.append(f"<h3>{name}</h3>")
-        parts.append(_table([row for row in rows if row["mode"] == mode], columns))
-    parts.append(
-        "<p class=note>Nats per token. Special tokens are neither replaced nor counted. "
-        "Teacher-forced, replacing all layers is the same as replacing the last one: the stream "
-        "put in last overwrites what came before. Online and error-added see every layer.</p>"
-    )
-    parts += ["<h2>Redundancy between layers</h2>", figure("redundancy")]
-    parts.append(
-        _table(
-            _labelled([{"loop": None, **row} for row in report["redundancy"]]),
-            {
-                "name": "method",
-                "k": "k",
-                "mean_max_cos": "mean of largest cosine",
-                "random_floor": "random directions",
-                "share_over_0_5": "> 0.5",
-                "share_over_0_7": "> 0.7",
-                "share_over_0_9": "> 0.9",
-            },
+    def _summary(self) -> str:
+        config, first = self.report.config, self.report.replacement[0]
+        return (
+            f"<p>Model <b>{html.escape(config['model'])}</b>, data "
+            f"<b>{html.escape(config['data'])}</b>, layers {', '.join(config['layers'])}, "
+            f"{config['d_sae']} latents per layer, {config['train_tokens']:,} training tokens, "
+            f"{first.tokens:,} evaluated positions. "
+            f"CE of the unchanged model: {first.ce_clean:.4f} nats per token.</p>"
         )
-    )
-    if "r2" in figures:
-        parts += ["<h2>What the affine maps predict</h2>", figure("r2")]
-    parts.append("<h2>Reconstruction from clean activations</h2>")
-    sinks = max((row.get("sinks", 0) for row in report["reconstruction"]), default=0)
-    with_sinks = {"fvu_with_sinks": "FVU, stream with sinks"} if sinks else {}
-    parts.append(
-        _table(
-            _labelled(report["reconstruction"]),
-            {
-                "name": "method",
-                "k": "k",
-                "layer": "layer",
-                "fvu_stream": "FVU, stream",
-                **with_sinks,
-                "fvu_target": "FVU, target",
-                "l0": "L0",
-                "dead_fraction": "never fired",
-            },
+
+    def _findings(self) -> str:
+        if not self.report.findings:
+            return ""
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in self.report.findings)
+        return f"<h2>What was found</h2><ul>{items}</ul>"
+
+    def _replacement(self) -> str:
+        columns = {
+            "name": "method",
+            "k": "k",
+            "active_total": "latents in the last x̂",
+            "delta_ce": "Δ CE",
+            "ce_recovered_mean": "recovered (mean)",
+            "ce_recovered_zero": "recovered (zero)",
+            "kl": "KL",
+        }
+        rows = _by_k(whole_selection(self.report.replacement))
+        tables = [
+            f"<h3>{name}</h3>{_table([row for row in rows if row.mode == mode], columns)}"
+            for mode, name in MODES.items()
+        ]
+        return (
+            f"<h2>All selected layers replaced at once</h2>{self._figure('delta_ce')}"
+            f"{self._figure('ce_recovered')}{''.join(tables)}"
+            "<p class=note>Nats per token. Special tokens are neither replaced nor counted. "
+            "Teacher-forced, replacing all layers is the same as replacing the last one: the "
+            "stream put in last overwrites what came before. Online and error-added see every "
+            "layer.</p>"
         )
-    )
-    parts.append(
-        "<p class=note>Stream: the residual stream itself. Target: what the autoencoder reads, for "
-        "residual methods what the prediction left.</p>"
-    )
-    if sinks:
-        parts.append(
+
+    def _redundancy(self) -> str:
+        columns = {
+            "name": "method",
+            "k": "k",
+            "mean_max_cos": "mean of largest cosine",
+            "random_floor": "random directions",
+            "share_over_0_5": "> 0.5",
+            "share_over_0_7": "> 0.7",
+            "share_over_0_9": "> 0.9",
+        }
+        table = _table(_by_k(self.report.redundancy), columns)
+        return f"<h2>Redundancy between layers</h2>{self._figure('redundancy')}{table}"
+
+    def _maps(self) -> str:
+        figure = self._figure("r2")
+        return figure and f"<h2>What the affine maps predict</h2>{figure}"
+
+    def _reconstruction(self) -> str:
+        rows = self.report.reconstruction
+        sinks = max((row.sinks for row in rows), default=0)
+        with_sinks = {"fvu_with_sinks": "FVU, stream with sinks"} if sinks else {}
+        columns = {
+            "name": "method",
+            "k": "k",
+            "layer": "layer",
+            "fvu_stream": "FVU, stream",
+            **with_sinks,
+            "fvu_target": "FVU, target",
+            "l0": "L0",
+            "dead_fraction": "never fired",
+        }
+        note = (
             f"<p class=note>{sinks} tokens are attention sinks, many times as long as the others: "
             f"they are left alone in replacement, and only in the column with sinks.</p>"
         )
-    parts += _further(report)
-    if "training" in figures:
-        parts += ["<h2>Training</h2>", figure("training")]
-    if report.get("samples"):
-        parts.append("<h2>Text written with the layers replaced</h2>")
-        for sample in report["samples"]:
-            parts.append(
-                f"<p class=note>{html.escape(sample['how'])}</p>"
-                f"<pre><b>{html.escape(sample['prompt'])}</b>{html.escape(sample['text'])}</pre>"
-            )
-    facts = {**config, **report["environment"]}
-    lines = "\n".join(f"{key}: {value}" for key, value in facts.items())
-    parts.append(f"<h2>Configuration</h2><pre>{html.escape(lines)}</pre>")
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(report['title'])}</title><style>{STYLE}</style>"
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
+        return (
+            f"<h2>Reconstruction from clean activations</h2>{_table(_by_k(rows), columns)}"
+            "<p class=note>Stream: the residual stream itself. Target: what the autoencoder reads, "
+            "for residual methods what the prediction left.</p>" + (note if sinks else "")
+        )
+
+    def _further(self) -> str:
+        parts: list[str] = []
+        for key, (heading, note, columns) in FURTHER.items():
+            rows = getattr(self.report, key)
+            if rows:
+                table = _table(
+                    rows, columns, name=lambda row: LABELS.get(row.method, ""), marked=False
+                )
+                parts.append(f"<h2>{html.escape(heading)}</h2>{table}")
+                parts.append(f"<p class=note>{html.escape(note)}</p>")
+        return "".join(parts)
+
+    def _training(self) -> str:
+        figure = self._figure("training")
+        return figure and f"<h2>Training</h2>{figure}"
+
+    def _samples(self) -> str:
+        samples = [
+            f"<p class=note>{html.escape(sample.how)}</p>"
+            f"<pre><b>{html.escape(sample.prompt)}</b>{html.escape(sample.text)}</pre>"
+            for sample in self.report.samples
+        ]
+        heading = "<h2>Text written with the layers replaced</h2>"
+        return heading + "".join(samples) if samples else ""
+
+    def _configuration(self) -> str:
+        facts = {**self.report.config, **self.report.environment}
+        lines = "\n".join(f"{key}: {value}" for key, value in facts.items())
+        return f"<h2>Configuration</h2><pre>{html.escape(lines)}</pre>"
 
 
 def write_report(folder: str | Path) -> Path:
@@ -260,26 +312,18 @@ def write_report(folder: str | Path) -> Path:
     path of the page.
 
     Raises:
-        FileNotFoundError: no report.json. ModuleNotFoundError: no matplotlib.
-        ValueError: another file than resae's. OSError: the folder cannot be written into.
+        FileNotFoundError, ValueError: as of `load_report`. ModuleNotFoundError: no matplotlib.
+        OSError: the folder cannot be written into.
     """
     require_matplotlib()
     folder = Path(folder)
-    path = folder / "report.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path}; write it first with `resae eval {folder}` or `resae demo --out {folder}`"
-        )
-    report = load_json(path, "report")
-    absent = sorted({"title", "config", "replacement", "environment"} - set(report))
-    if absent:
-        raise ValueError(f"{path} is no report of resae: it has no {', '.join(absent)}")
+    report = load_report(folder / "report.json")
     require_writable(folder)
     figures = draw(report)
     for name, (svg, _) in figures.items():
         target = folder / "figures" / f"{name}.svg"
         write_atomically(target, lambda temporary, svg=svg: temporary.write_text(svg))
     page = folder / "report.html"
-    text = _page(report, figures)
+    text = _Page(report, figures).text()
     write_atomically(page, lambda temporary: temporary.write_text(text))
     return page

@@ -31,9 +31,9 @@ class Rates(NamedTuple):
     capture: float
     maps: float
     train: float
-    """Of raw SAEs at the headline's k."""
+    """Training of raw SAEs at the headline's k."""
     evaluate: float
-    """Of raw SAEs, per forward pass."""
+    """Evaluation of raw SAEs, per forward pass."""
     passes: int
     """Forward passes of the evaluation of raw SAEs."""
 

@@ -137,7 +137,7 @@ class Study:
         return True
 
     def result(self, job: Job) -> Result | None:
-        """What a job wrote; None: it is not done."""
+        """Result that a job wrote; None: it is not done."""
         file = self._file(job)
         return load_json(file, "result of a study") if file.exists() else None
 

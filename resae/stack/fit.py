@@ -38,8 +38,8 @@ class Moments:
         self.count = 0
         rows = n_layers * (2 if on_reconstructions else 1)
         self.sums = [torch.zeros(d_in, dtype=torch.float64) for _ in range(rows)]
-        """Of the L activations, then of the L reconstructions if maps take these; so are the rows
-        of `squares` and `blocks`."""
+        """Sums of the L activations, then of the L reconstructions if maps take these; the rows of
+        `squares` and `blocks` have the same order."""
         self.squares = torch.zeros(rows, dtype=torch.float64)
         self.blocks: dict[tuple[int, int], Tensor] = {}
         for layer in range(n_layers):

@@ -44,7 +44,21 @@ residuals over the first, in the demo (embedded model, blocks 1, 3 and 5, k = 8,
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class OptimiserSettings:
+    """Optimiser."""
+
+    batch_tokens: Annotated[int, whole(1)] = 1_024
+    """Tokens per step; `resae finetune`: a multiple of the run's context."""
+    warmup_steps: Annotated[float | None, real(least=0)] = None
+    """Steps over which the learning rate rises from 0; None: a twentieth of all."""
+    auxk_coefficient: Annotated[float, real(least=0)] = 1 / 32
+    """Weight of the loss that revives dead latents."""
+    clip_norm: Annotated[float | None, real(above=0)] = None
+    """The gradient of all layers together is scaled down to this norm; None: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(OptimiserSettings):
     """Training."""
 
     loop: Annotated[str, Loop] = "open"
@@ -73,8 +87,6 @@ class TrainingSettings:
     own (k: the slots of a code of one with thresholds)."""
     train_tokens: Annotated[int, whole(1)] = 1_000_000
     """Tokens to train on; the data starts over if it is shorter. A run can be resumed with more."""
-    batch_tokens: Annotated[int, whole(1)] = 1_024
-    """Tokens per step."""
     buffer_tokens: Annotated[int, whole(1)] = 65_536
     """Tokens whose activations are shuffled together."""
     buffer_dtype: Annotated[str, DTYPES] = "bfloat16"
@@ -83,15 +95,9 @@ class TrainingSettings:
     lr: Annotated[float | None, real(above=0)] = None
     """Peak learning rate of Adam; None: 8e-3 · sqrt(512 / d_sae), in each layer by its own
     d_sae."""
-    warmup_steps: Annotated[float | None, real(least=0)] = None
-    """Steps over which the learning rate rises from 0; None: a twentieth of all."""
-    auxk_coefficient: Annotated[float, real(least=0)] = 1 / 32
-    """Weight of the loss that revives dead latents."""
     dead_after_tokens: Annotated[int | None, whole(1)] = None
     """Tokens without firing after which a latent counts as dead; None: an eighth of
     train_tokens."""
-    clip_norm: Annotated[float | None, real(above=0)] = None
-    """The gradient of all layers together is scaled down to this norm; None: never."""
     accumulation_steps: Annotated[int, whole(1)] = 1
     """Pieces that a batch is cut into, one after the other: less memory, the same weights. More
     than one costs a second encode, for the sums over the whole batch that the loss divides by."""
@@ -471,8 +477,8 @@ class OnlineSettings:
 
     objective: Annotated[str, Objective] = "kl"
     """Loss of the replaced model, in nats per token: kl, from the plain model's next-token
-    distributions, or ce, of the text."""
-    mse_weight: Annotated[float, real(least=0)] = 0.3
+    distributions, or ce, of the text; mse: none, as a control of as many steps of `resae train`."""
+    mse_weight: Annotated[float, real(least=0)] = 3.0
     """Weight of the loss of `resae train` on the plain model's activations beside it: the FVU of
     each layer, and AuxK. 0: FVU rises by a fifth and more."""
     plain_probability: Annotated[float, real(least=0, most=1)] = 0.0
@@ -498,6 +504,8 @@ class OnlineConfig(OnlineSettings, TrainConfig):
             )
         if not 0 <= self.mse_weight < math.inf:
             raise ValueError(f"OnlineConfig: mse_weight={self.mse_weight}, expected from 0 on")
+        if self.objective == "mse" and not self.mse_weight:
+            raise ValueError("OnlineConfig: objective='mse' with mse_weight=0; give it a weight")
         inside = [n for n in self.layers if not n.endswith(("resid_post", "resid_pre"))]
         if self.gradient_checkpointing and inside:
             raise ValueError(
@@ -514,7 +522,7 @@ class OnlineConfig(OnlineSettings, TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(OnlineSettings, Files, Machine):
+class FinetuneConfig(OnlineSettings, OptimiserSettings, Files, Machine):
     """Online training.
 
     Of a finished run, with all its layers replaced: what `resae.training.finetune` does, and `resae
@@ -532,17 +540,9 @@ class FinetuneConfig(OnlineSettings, Files, Machine):
     from the reconstructions put in (closed)."""
     train_tokens: Annotated[int, whole(1)] = 204_800
     """Tokens to train on; the data starts over if it is shorter."""
-    batch_tokens: Annotated[int, whole(1)] = 1_024
-    """Tokens per step, a multiple of the run's context."""
     lr: Annotated[float | None, real(above=0)] = None
     """Peak learning rate of Adam; None: 2e-3 · sqrt(512 / d_sae), in each layer by its own d_sae, a
     quarter of that of `resae train`."""
-    warmup_steps: Annotated[float | None, real(least=0)] = None
-    """Steps over which the learning rate rises from 0; None: a twentieth of all."""
-    auxk_coefficient: Annotated[float, real(least=0)] = 1 / 32
-    """Weight of the loss that revives dead latents, times mse_weight."""
-    clip_norm: Annotated[float | None, real(above=0)] = None
-    """The gradient of all layers together is scaled down to this norm; None: never."""
     accumulation_steps: Annotated[int, whole(1)] = 1
     """Pieces of rows that a batch is cut into, one after the other: less memory, the same weights.
     More than one costs a second plain pass and encode."""

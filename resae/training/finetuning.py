@@ -22,6 +22,7 @@ from resae.data.text_record import TrainedText, save_held_out
 from resae.data.texts import fingerprint
 from resae.environment import describe_device, environment, find_device
 from resae.evaluation.comparison import delta_ce
+from resae.evaluation.metrics import kept_directions
 from resae.models.hooked import HookedLM
 from resae.stack.stack import ReSAE
 from resae.storage import locked, save_json
@@ -133,7 +134,20 @@ class _Finetuning:
         trained = self._train(
             lm, stack, batches, held_out, calibration, train_config, text, stopping
         )
+        if trained is not None:
+            self._say_kept(stack, trained)
         return Run(self.out, train_config, trained)
+
+    def _say_kept(self, before: ReSAE, after: ReSAE) -> None:
+        """Report how many latents still have the direction that they began with."""
+        shares = [
+            kept_directions(old.W_dec.detach().cpu(), new.W_dec.detach().cpu())
+            for old, new in zip(before.unique_saes(), after.unique_saes(), strict=True)
+        ]
+        self.console.log(
+            f"latents whose direction has a cosine above 0.9 with before: "
+            f"{', '.join(f'{share:.1%}' for share in shares)}"
+        )
 
     def _resumed(self, config: OnlineConfig) -> OnlineConfig:
         """The settings that the training in `out` goes on with."""

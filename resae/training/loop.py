@@ -95,8 +95,11 @@ class Task(Protocol):
     """Work of a training loop: a state, and how a batch changes it."""
 
     state: TrainState
-    inputs: Sequence[str]
-    """Names of the tensors of a batch."""
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """Names of the tensors of a batch."""
+        ...
 
     def step(self, batch: list[Tensor]) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
         """One optimiser step; returns as `train_step`."""
@@ -252,7 +255,7 @@ class _OnActivations:
         )
         self.state, self.config = state_of_rank(self.begun, config, ranks, device)
         self.maps = self.begun.stack.predictor.to(device)
-        self.inputs = config.layers
+        self.inputs: Sequence[str] = config.layers
         self.scale = calibration.scale
         self.sinks = calibration.sinks
         self.device = device

@@ -2,9 +2,10 @@
 
     loss = KL(plain model ‖ replaced model)  +  mse_weight · (Σ_l fvu_l + auxk_coefficient · auxk_l)
 
-or cross-entropy in place of KL; both in nats per token, over positions whose input token is not
-special, as `evaluate` counts them. The second term is the loss of `resae train` on the plain
-model's activations of the same tokens: without it FVU rises. The model's weights stay as they are.
+or cross-entropy in place of KL, or, as a control, neither; both in nats per token, over positions
+whose input token is not special, as `evaluate` counts them. The second term is the loss of `resae
+train` on the plain model's activations of the same tokens: without it FVU rises. The model's
+weights stay as they are.
 
 KL through a replaced model: end-to-end SAEs (arXiv 2405.12241), here for several layers at once;
 KL and MSE as a fine-tuning of trained SAEs (arXiv 2503.17272).
@@ -119,7 +120,7 @@ class _Plain(NamedTuple):
 class _Online:
     """`train_online`'s task."""
 
-    inputs = ("input_ids",)
+    inputs: Sequence[str] = ("input_ids",)
 
     def __init__(self, config: OnlineConfig, lm: HookedLM, stack: ReSAE, scale: Sequence[float]):
         self.config = config
@@ -133,7 +134,8 @@ class _Online:
     def step(self, batch: list[Tensor]) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
         ids = batch[0].to(self.lm.device)
         pieces = ids.tensor_split(self.config.accumulation_steps)
-        plain = self._plain(pieces[0]) if len(pieces) == 1 else None
+        through_model = self.config.objective != "mse"
+        plain = self._plain(pieces[0]) if through_model and len(pieces) == 1 else None
         xs = [plain.xs] if plain else [self._captured(piece) for piece in pieces]
         counted = int(self._counted(ids).sum())
         kept = [layer.split([len(p) for p in pieces]) for layer in self._kept_plain(len(ids))]
@@ -146,8 +148,13 @@ class _Online:
         with ExitStack() as stack:
             if self.config.gradient_checkpointing:
                 stack.enter_context(self.lm.recomputed())
-            weight = self.config.mse_weight
-            return update(self.state, self.config, xs, weight=weight, added=added)
+            return update(
+                self.state,
+                self.config,
+                xs,
+                weight=self.config.mse_weight,
+                added=added if through_model else None,
+            )
 
     @torch.no_grad()
     def whole(self) -> ReSAE:

@@ -13,7 +13,7 @@ from resae.settings import current_names
 from resae.stack.stack import ReSAE
 from resae.storage import is_unused, load_json
 from resae.strict_json import brief, require_fields
-from resae.training.config import FitConfig, RunConfig, TrainConfig
+from resae.training.config import FinetuneConfig, FitConfig, RunConfig, TrainConfig
 
 RECORDED = (
     "model",
@@ -173,11 +173,14 @@ def require_same_run(
         )
 
 
-def require_same_text(record: dict[str, Any], config: RunConfig, rows: TokenRows) -> None:
+def require_same_text(
+    record: dict[str, Any], config: RunConfig | FinetuneConfig, rows: TokenRows
+) -> None:
     """Refuse to resume on text that was changed."""
     if record.get("data_fingerprint") not in (None, fingerprint(rows.texts)):
         raise ValueError(
-            f"--resume: {config.data} holds other text than the run in {config.out} began with; "
+            f"--resume: {config.data or 'the data'} holds other text than the run in {config.out} "
+            f"began with; "
             f"bring it back, or choose another --out"
         )
 

@@ -81,8 +81,10 @@ def update(
     for piece in pieces:
         with autocast, torch.set_grad_enabled(weight > 0):
             part = stack_loss(stack, config, piece, dead, normaliser=normaliser)
+        if weight != 1:
+            part = part._replace(loss=weight * part.loss)
         if added is not None:
-            part = part._replace(loss=weight * part.loss + added(len(parts)))
+            part = part._replace(loss=part.loss + added(len(parts)))
         for idle_tokens, latents in zip(state.tokens_since_fired, part.fired, strict=True):
             idle_tokens[latents] = 0
         if len(parts) + 1 < len(pieces):

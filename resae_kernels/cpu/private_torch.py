@@ -34,6 +34,13 @@ is_profiled: Callable[[], bool] = _found("_C._autograd._profiler_enabled", lambd
 """True if torch's profiler records dispatched calls."""
 
 
+_is_cast: Callable[[], bool] = _found(
+    "_C._is_any_autocast_enabled",
+    lambda: torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+)
+"""True if autocast casts calls, on any device type."""
+
+
 def is_transformed() -> bool:
     """True inside a transform of `torch.func` or a level of forward-mode differentiation. Ops of
     this package have no rule for these: tangents would be lost."""
@@ -57,10 +64,7 @@ def refuse_forward_mode(op: str) -> None:
 def is_eager() -> bool:
     """True if nothing traces, transforms or casts calls."""
     return not (
-        torch.compiler.is_compiling()
-        or _dispatch_modes()
-        or is_transformed()
-        or torch.is_autocast_enabled("cpu")
+        torch.compiler.is_compiling() or _dispatch_modes() or is_transformed() or _is_cast()
     )
 
 

@@ -68,7 +68,7 @@ def launch_decode(
         out = acts[0].new_empty(N, D)
     tile = tiles.tile(decode_tile_name(N), out.device)
     few = min(N, SPREAD_TOKENS + 1)
-    slices, settings = decode_settings(tile, few, tuple(a.shape[1] for a in acts), D, out.dtype)
+    slices, settings = decode_settings(tile, few, tuple([a.shape[1] for a in acts]), D, out.dtype)
     squared = None
     if target is not None:
         squared = out.new_empty(N, slices, dtype=accumulation_dtype(out.dtype))
@@ -78,9 +78,9 @@ def launch_decode(
             # cache.
             decode_kernel[(N, slices)](
                 out,
-                tuple(a.contiguous() for a in acts),
-                tuple(i.contiguous() for i in indices),
-                tuple(W.contiguous() for W in W_dec),
+                tuple([a.contiguous() for a in acts]),
+                tuple([i.contiguous() for i in indices]),
+                tuple([W.contiguous() for W in W_dec]),
                 None if bias is None else bias.contiguous(),
                 None if prediction is None else prediction.contiguous(),
                 None if target is None else target.contiguous(),

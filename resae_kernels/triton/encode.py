@@ -113,10 +113,11 @@ def _small_gemm(
     layout: SelectionLayout,
 ) -> Tensor:
     """Write scores and group maxima by one kernel, chosen by N; returns the maxima."""
-    best = torch.empty(x.shape[0], layout.groups, dtype=KEYS[x.dtype].dtype, device=x.device)
-    tile = encode_few.small_gemm_tile(N, weight)
+    integers = KEYS[x.dtype].dtype
+    best = x.new_empty(x.shape[0], layout.groups, dtype=integers)
+    tile, bits = encode_few.small_gemm_tile(N, weight), scores.view(integers)
     encode_few.small_gemm(
-        x, weight, bias, pre_bias, prediction, scores, best, layout.group, tile, rest=None
+        x, weight, bias, pre_bias, prediction, bits, best, layout.group, tile, rest=None
     )
     return best
 

@@ -63,7 +63,8 @@ def small_gemm(
     rest,
     n_candidates: Tensor | None = None,
 ) -> None:
-    """Write scores `[n, M]` and the largest score of each group of latents, `[n, groups]`.
+    """Write scores `[n, M]` and the largest score of each group of latents, `[n, groups]`, both as
+    integers (`KEYS`).
 
     `rest`, `[n, D]`, or None to allocate it: where the residual goes if it has its own launch. With
     `n_candidates [n]`, int32, nothing is computed unless one of them is negative.
@@ -71,8 +72,7 @@ def small_gemm(
     if tile.residual_launch and not (prediction is None and pre_bias is None):
         x, prediction, pre_bias = launch_residual(x, pre_bias, prediction, rest), None, None
     (n, D), M = x.shape, weight.shape[0]
-    keys = KEYS[scores.dtype]
-    settings = small_gemm_settings(tile, n, group, scores.dtype, not x.is_cuda)
+    settings = small_gemm_settings(tile, n, group, x.dtype, not x.is_cuda)
     programs = blocks = runtime.cdiv(M, settings["BL"])
     if isinstance(tile, SmallGemmTile) and tile.programs_per_multiprocessor:
         resident = tile.programs_per_multiprocessor * _multiprocessors(x.device)
@@ -83,7 +83,7 @@ def small_gemm(
         pre_bias,
         weight,
         bias,
-        scores.view(keys.dtype),
+        scores,
         best,
         n,
         D,

@@ -213,7 +213,7 @@ def launch_screened(
             **rescore_settings(room, D, x.dtype),
         )
         # The bounds have been read: their memory holds all scores, where these are wanted.
-        scores = upper.view(x.dtype)[:, :M]
+        scores = upper.view(keys.dtype)
         best = best.view(-1).view(keys.dtype)[: N * layout.groups].view(N, layout.groups)
         exact = encode_few.small_gemm_tile(N, weight)
         encode_few.small_gemm(
@@ -233,7 +233,7 @@ def launch_screened(
             found,
             picked,
             n_candidates,
-            scores.view(keys.dtype),
+            scores,
             best,
             acts.view(keys.dtype),
             indices,

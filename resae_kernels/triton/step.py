@@ -51,9 +51,10 @@ class StepWorkspace(NamedTuple):
     prediction: Tensor
     """`[N, D]`: what the earlier codes predict. Written where they are given with `transported`."""
     scores: Tensor
-    """`[N, M]`, each row padded; in use by "triton" alone, as all that follow."""
+    """`[N, M]`, each row padded, the bits of scores as integers; in use by "triton" alone, as all
+    that follow."""
     best: Tensor
-    """`[N, groups at most]`: the largest score of each group of latents."""
+    """`[N, groups at most]`: the largest score of each group of latents, so too."""
     program_acts: Tensor
     """`[N, slices of D, k]`: the code as each program selects it."""
     program_indices: Tensor
@@ -85,23 +86,24 @@ class StepWorkspace(NamedTuple):
 
 def workspace_layout(
     N: int, M: int, k: int, D: int, dtype: torch.dtype
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shape and dtype of each field of the workspace."""
 
     def cdiv(a: int, b: int) -> int:
         return -(-a // b)
 
     slices = cdiv(D, SLICE_BYTES // dtype.itemsize)
-    return [
+    bits = KEYS[dtype].dtype if dtype in KEYS else dtype  # fp64 is for "torch" alone
+    return (
         ((N, D), dtype),
         ((N, k), dtype),
         ((N, k), torch.int64),
         ((N, D), dtype),
-        ((N, cdiv(M, 64) * 64), dtype),  # every row starts at a multiple of 16 bytes
-        ((N, cdiv(M, min(GROUP_SIZES))), dtype),
+        ((N, cdiv(M, 64) * 64), bits),  # every row starts at a multiple of 16 bytes
+        ((N, cdiv(M, min(GROUP_SIZES))), bits),
         ((N, slices, k), dtype),
         ((N, slices, k), torch.int64),
-    ]
+    )
 
 
 def launch_step(
@@ -128,7 +130,6 @@ def launch_step(
         )
     if N == 0:
         return
-    keys = KEYS[x.dtype]
     x, weight, W_dec = x.contiguous(), encode_few.readable(weight), W_dec.contiguous()
     bias, b_dec, prediction = (
         None if t is None else t.contiguous() for t in (bias, b_dec, prediction)
@@ -138,27 +139,28 @@ def launch_step(
             prediction, _ = launch_decode(
                 acts, indices, dictionaries, constant, None, to.prediction
             )
-        scores, best = to.scores[:, :M], to.best.view(keys.dtype)
+        scores, best = to.scores, to.best
         tile = encode_few.small_gemm_tile(N, weight)
         # x̂ is written last: until then its memory holds the residual.
         encode_few.small_gemm(
             x, weight, bias, b_dec, prediction, scores, best, layout.group, tile, rest=to.x_hat
         )
-        select_decode_kernel[(N, to.program_acts.shape[1])](
+        program_acts = to.program_acts
+        select_decode_kernel[(N, program_acts.shape[1])](
             to.x_hat,
-            to.acts.view(keys.dtype),
+            to.acts,
             to.indices,
-            to.program_acts,
-            to.program_acts.view(keys.dtype),
+            program_acts,
+            program_acts.view(KEYS[x.dtype].dtype),
             to.program_indices,
-            scores.view(keys.dtype),
+            scores,
             best,
             W_dec,
             b_dec,
             prediction,
             M,
             layout.groups,
-            scores.stride(0),
+            scores.shape[1],
             k,
             **select_decode_settings(layout, D, x.dtype),
         )
@@ -190,7 +192,7 @@ def select_decode_constants(layout: SelectionLayout, D: int, dtype: torch.dtype)
 @triton.jit
 def select_decode_kernel(
     x_hat,  # [N, D]
-    acts,  # [N, k], as integers
+    acts,  # [N, k]
     indices,  # [N, k]
     program_acts,  # [N, slices, k]
     program_keys,  # the same memory, as integers
@@ -225,7 +227,8 @@ def select_decode_kernel(
     if i_s == 0:
         o_s = tl.arange(0, SLOTS)
         m_s = o_s < k
-        tl.store(acts + i_n * k + o_s, tl.load(p_keys + o_s, mask=m_s, other=0), mask=m_s)
+        b_act = tl.load(program_acts + o_row + o_s, mask=m_s, other=0.0)
+        tl.store(acts + i_n * k + o_s, b_act, mask=m_s)
         tl.store(indices + i_n * k + o_s, tl.load(p_indices + o_s, mask=m_s, other=0), mask=m_s)
     o_d = i_s * BD + tl.arange(0, BD)
     m_d = o_d < D

@@ -87,6 +87,44 @@ def test_runs_are_compared_in_one_table(run, material, tmp_path):
         ]
 
 
+def test_eval_trains_the_baselines_that_are_missing_once(run, tmp_path, monkeypatch, capsys):
+    ours = tmp_path / "ours"
+    shutil.copytree(run, ours)
+    out = ["--out", str(tmp_path / "both")]
+    trained = []
+
+    def stop_after_one_step(self):
+        trained.append(self)
+        return lambda: len(trained) == 1
+
+    # The first of the two is interrupted; the same command goes on with it.
+    with monkeypatch.context() as patched:
+        patched.setattr("resae.cli.train.Interruptible.__enter__", stop_after_one_step)
+        patched.setattr("resae.cli.train.Interruptible.__exit__", lambda *_: None)
+        assert main(["eval", str(ours), "--baselines", *out]) == 130
+        assert not (tmp_path / "both" / "report.json").exists()
+        assert main(["eval", str(ours), "--baselines", *out]) == 0
+    assert "baseline raw: 4,096 training tokens" in capsys.readouterr().out
+    folders = [tmp_path / "ours-baselines" / name for name in ("raw", "identity")]
+    report = json.loads((tmp_path / "both" / "report.json").read_text())
+    methods = {r["method"] for r in report["replacement"]}
+    assert methods == {"resae", "raw", "identity", "affine_only"}
+    assert report["config"]["runs"] == [str(folder) for folder in (ours, *folders)]
+    began = json.loads((ours / "run.json").read_text())["train"]
+    for folder in folders:
+        record = json.loads((folder / "run.json").read_text())["train"]
+        different = {name for name in began if record[name] != began[name]}
+        assert different == {"predictor"}
+    monkeypatch.setattr("resae.training.baselines.run", None)  # nothing is trained again
+    assert main(["eval", str(ours), str(folders[0]), "--baselines", *out]) == 0
+    assert "baseline identity: trained already" in capsys.readouterr().out
+    record = json.loads((folders[1] / "run.json").read_text())
+    record["config"]["train_tokens"] = 8192
+    (folders[1] / "run.json").write_text(json.dumps(record))
+    assert main(["eval", str(ours), "--baselines"]) == 2
+    assert "begun with other settings" in capsys.readouterr().err
+
+
 @pytest.fixture
 def evaluated(monkeypatch):
     """The rows that `resae eval` would evaluate on; evaluating itself ends there."""

@@ -17,6 +17,7 @@ def demo(tmp_path_factory):
     """The demo at one k and with fewer tokens: what holds at full size must hold here too."""
     out = tmp_path_factory.mktemp("demo") / "out"
     arguments = ["demo", "--out", str(out), "--k", "8", "--train-tokens", "100000"]
+    arguments += ["--tune-tokens", "25600"]
     assert main([*arguments, "--held-out-rows", "32"]) == 0
     return out
 
@@ -69,7 +70,7 @@ def test_residual_against_the_stream_before_replacement_loses_the_gain(report):
 
 
 def test_controls_are_there_beside_the_method(report):
-    methods = {"raw", "raw_equal_total", "identity", "resae", "affine_only"}
+    methods = {"raw", "raw_equal_total", "identity", "resae", "resae_online", "affine_only"}
     assert {r["method"] for r in report["replacement"]} == methods
     totals = {r["method"]: r["active_total"] for r in report["replacement"]}
     assert totals["raw_equal_total"] == totals["resae"] == totals["identity"] == 24
@@ -82,6 +83,19 @@ def test_controls_are_there_beside_the_method(report):
     learned = [r["r2"] for r in report["affine"] if r["method"] == "resae"]
     identity = [r["r2"] for r in report["affine"] if r["method"] == "identity"]
     assert all(a > b > 0.5 for a, b in zip(learned, identity, strict=True))
+
+
+def test_tuned_online_resae_loses_less_at_a_fidelity_that_stays(report):
+    tuned, before = (delta(report, m, "online", "closed") for m in ("resae_online", "resae"))
+    assert tuned < 0.9 * before
+    fvu = {
+        (r["method"], r["layer"]): r["fvu_stream"]
+        for r in report["reconstruction"]
+        if r["loop"] == "closed"
+    }
+    for layer in report["config"]["layers"]:
+        assert fvu["resae_online", layer] < 1.25 * fvu["resae", layer]
+    assert any("Tuned online" in sentence for sentence in report["findings"])
 
 
 def test_teacher_forced_collapse_is_said_and_exact(report):
@@ -103,7 +117,7 @@ def test_everything_is_written(demo, report):
     assert all(s["replaced"] > 0 for s in report["samples"] if "replaced online" in s["how"])
     assert (demo / "report.html").stat().st_size > 50_000
     assert len(list((demo / "figures").iterdir())) == 5
-    assert len(list((demo / "stacks").iterdir())) == 4
+    assert len(list((demo / "stacks").iterdir())) == 5
 
 
 def test_a_stack_of_the_demo_can_be_used_by_hand(demo, tmp_path, capsys):
@@ -127,6 +141,7 @@ def everything(tmp_path_factory):
         calibration_tokens=8_192,
         held_out_rows=2,
         context_tokens=64,
+        tune_tokens=1_024,
         methods=EXTRA_METHODS,
     )
     said = []

@@ -9,6 +9,9 @@ from resae.demo.recipes import (
     LR_RECIPES,
     METHOD_GROUPS,
     RECIPES,
+    SHOWN_TUNING,
+    TUNING_METHODS,
+    TUNINGS,
     divided,
 )
 from resae.evaluation.labels import LABELS
@@ -19,6 +22,9 @@ def test_every_recipe_is_one_method_that_can_be_trained_and_has_a_label():
     names = [recipe.name for recipe in recipes]
     assert len(set(names)) == len(names)
     extra = {recipe.name for recipe in FAMILY_RECIPES + FAIR_RECIPES} | {"boost", *ELSEWHERE}
+    extra |= set(TUNING_METHODS)
+    assert SHOWN_TUNING in TUNINGS
+    assert set(TUNING_METHODS) <= set(LABELS)
     assert set(EXTRA_METHODS) == extra == set(METHOD_GROUPS["all"])
     for recipe in recipes:
         assert recipe.predictor in tuple(PredictorKind)

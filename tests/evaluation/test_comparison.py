@@ -8,9 +8,9 @@ import tiny
 import torch
 
 from resae import AffineOnly, Method, evaluate
-from resae.demo import rows as demo_rows
 from resae.evaluation import rows as evaluation_rows
 from resae.evaluation.comparison import collapse_difference, forward_passes
+from resae.report import rows as report_rows
 
 COLUMNS = {
     "replacement": "method loop mode layers k active_total ce_clean ce delta_ce ce_recovered_zero "
@@ -195,7 +195,7 @@ def test_bad_input_is_named(lm, batches):
 
 ROWS = [
     cls
-    for module in (evaluation_rows, demo_rows)
+    for module in (evaluation_rows, report_rows)
     for cls in vars(module).values()
     if is_dataclass(cls) and cls.__module__ == module.__name__
 ]

@@ -10,6 +10,7 @@ from resae.evaluation.metrics import (
     VarianceUnexplained,
     cosine_histogram,
     cross_entropy,
+    kept_directions,
     kl_divergence,
     max_cosines,
     recovered,
@@ -28,6 +29,13 @@ def test_fvu_of_a_worked_example():
     x = torch.tensor([[0.0, 0.0], [2.0, 4.0]])  # mean (1, 2): variance 2 · (1 + 4) = 10
     x_hat = torch.tensor([[1.0, 0.0], [2.0, 2.0]])  # error 1 + 4 = 5
     assert fvu(x, x_hat) == 0.5
+
+
+def test_directions_are_kept_where_the_cosine_is_above():
+    before = torch.eye(4)
+    after = torch.tensor([[2.0, 0, 0, 0], [0.3, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, -1.0]])
+    assert kept_directions(before, after) == 0.5
+    assert kept_directions(before, after, 0.7) == 0.75
 
 
 def test_fvu_is_0_for_the_truth_and_1_for_the_mean():

@@ -1,10 +1,12 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from resae.evaluation.labels import label, whole_selection
+from resae.report.content import load_report
 from resae.report.page import write_report
 from resae.storage import save_json
 
@@ -79,7 +81,7 @@ def report_of(**changes):
         ],
         "affine": [{"method": "resae", "hop": "blocks.1.x → blocks.3.x", "r2": 0.87}],
         "training": [{"method": "raw", "k": 4, "log": log}],
-        "samples": [{"how": "plain", "prompt": "p <b>", "text": "t & u"}],
+        "samples": [{"how": "plain", "prompt": "p <b>", "text": "t & u", "replaced": 0}],
         "findings": ["ReSAE < raw"],
         **changes,
     }
@@ -180,11 +182,73 @@ def test_drawing_twice_gives_the_same_bytes(tmp_path):
     assert write_report(tmp_path).read_bytes() == first
 
 
-def test_labels_and_selection():
-    assert label({"method": "resae", "loop": "closed"}) == "ReSAE, closed loop"
-    assert label({"method": "raw", "loop": None}) == "raw SAEs"
-    rows = report_of()["replacement"]
+def test_labels_and_selection(tmp_path):
+    assert label("resae", "closed") == "ReSAE, closed loop"
+    assert label("raw", None) == "raw SAEs"
+    assert label("a new one") == "a new one"
+    save_json(tmp_path / "report.json", report_of())
+    rows = load_report(tmp_path / "report.json").replacement
     assert len(whole_selection(rows)) == len(rows) - 1
+
+
+def contained(old, new):
+    """True if content has all entries of `old`; in objects there may be more."""
+    if isinstance(old, dict):
+        return all(name in new and contained(value, new[name]) for name, value in old.items())
+    if isinstance(old, list):
+        return len(old) == len(new) and all(map(contained, old, new))
+    return old == new
+
+
+def test_a_report_is_read_as_rows_and_written_without_loss(tmp_path):
+    pair = {"method": "all_previous", "hop": "a → b", "r2": 0.9, "shares": {"a": 0.25, "c": 0.75}}
+    written = report_of(affine=[*report_of()["affine"], pair])
+    save_json(tmp_path / "report.json", written)
+    report = load_report(tmp_path / "report.json")
+    assert report.affine[0].shares is None
+    assert report.affine[1].shares == {"a": 0.25, "c": 0.75}
+    assert report.training[0].log[1].layers[0].fvu == 0.5
+    assert contained(written, report.to_dict())
+    save_json(tmp_path / "report.json", report.to_dict())
+    assert load_report(tmp_path / "report.json") == report
+
+
+@pytest.mark.parametrize("name", ["report", "methods", "learning_rates", "elsewhere_seed_1"])
+def test_every_report_here_is_read_without_loss(name):
+    path = Path(__file__).parents[2] / f"bench/results/demo/{name}.json"
+    content = json.loads(path.read_text())
+    read = load_report(path).to_dict()
+    assert contained(content, read)
+    assert list(content) == list(read)
+
+
+def without(column):
+    return [{name: v for name, v in replacement_row("raw", None, "online", 4, 1.0).items()
+             if name != column}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"schema_version": 2}, "has schema_version 2, expected 1; draw it with the version"),
+        ({"schema_version": None}, "has schema_version None, expected 1"),
+        ({"replacement": without("kl")}, r"replacement\[0\] has no kl, expected a number; write"),
+        ({"replacement": []}, "replacement has no rows; write the file again"),
+        ({"replacement": {}}, "replacement = {}, expected a list"),
+        ({"redundancy": [{"method": 3}]}, r"redundancy\[0\]: method = 3, expected text"),
+        ({"config": {"model": "m"}}, "config has no data, expected text"),
+        ({"training": [{"method": "raw", "k": 4, "log": [{"step": 1, "tokens": 2}]}]},
+         r"training\[0\]: log\[0\] has no layers"),
+        ({"fair": [{"lr": ["x"]}]}, r"fair\[0\] has no method"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)  # fmt: skip
+def test_a_report_of_another_version_is_refused_and_nothing_is_drawn(tmp_path, changes, problem):
+    save_json(tmp_path / "report.json", report_of(**changes))
+    with pytest.raises(ValueError, match=problem) as error:
+        write_report(tmp_path)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_a_missing_or_broken_report_is_named(tmp_path):

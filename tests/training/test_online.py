@@ -139,6 +139,16 @@ def test_the_loss_is_the_formula_by_hand(lm, stack, tmp_path, objective, loop):
         assert metrics.l0 == pytest.approx(float(own.metrics[layer].l0), rel=1e-4)
 
 
+def test_the_control_has_only_the_loss_of_plain_training(lm, stack, tmp_path):
+    seen = []
+    config = config_of(stack, 20, lr=3e-3, objective="mse", mse_weight=0.5, loop="closed")
+    tune(lm, stack, tmp_path, config, log_steps=1, on_progress=seen.append)
+    for progress in (seen[0], seen[-1]):
+        own = sum(metrics.fvu + metrics.auxk / 32 for metrics in progress.layers)
+        assert progress.loss == pytest.approx(0.5 * own, rel=1e-4)
+    assert seen[-1].loss < 0.9 * seen[0].loss
+
+
 @pytest.mark.parametrize("changes", [{}, {"plain_probability": 0.5, "clip_norm": 0.1}], ids=str)
 def test_pieces_and_recomputed_blocks_give_the_same_weights(lm, stack, tmp_path, changes):
     whole = tune(lm, stack, tmp_path / "whole", config_of(stack, 3, **changes))
@@ -195,7 +205,8 @@ def test_rows_start_over_and_go_on_from_any_position(lm):
     [
         ({"batch_tokens": 40}, "batch_tokens=40, expected a multiple of .* 16 tokens"),
         ({"accumulation_steps": 5}, "accumulation_steps=5 for 4 rows"),
-        ({"objective": "mse"}, "objective='mse', expected 'kl' or 'ce'"),
+        ({"objective": "l2"}, "objective='l2', expected 'kl', 'ce' or 'mse'"),
+        ({"objective": "mse", "mse_weight": 0.0}, "objective='mse' with mse_weight=0"),
         ({"plain_probability": 1.5}, "plain_probability=1.5, expected 0 to 1"),
         ({"mse_weight": -1.0}, "mse_weight=-1.0, expected from 0 on"),
     ],

@@ -1,10 +1,30 @@
-"""Rows of the demo's own tables; `dataclasses.asdict` gives those of report.json."""
+"""Rows of the tables of a report that are not of an evaluation; `dataclasses.asdict` gives those
+of report.json."""
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
+class LayerFvu:
+    """Quality of one layer in training."""
+
+    fvu: float
+    """Fraction of the training target's variance that is unexplained."""
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One point of a training curve."""
+
+    step: int
+    """Steps done."""
+    tokens: int
+    """Tokens trained on."""
+    layers: list[LayerFvu]
+    """One per layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingRow:
     """Training curve of one stack."""
 
@@ -12,10 +32,10 @@ class TrainingRow:
     """Name of the method."""
     k: int
     """Nominal active latents per layer."""
-    rank: int
+    rank: int = 0
     """Position of k among those compared."""
-    log: list[dict[str, Any]]
-    """`step`, `tokens` and per layer `fvu`, at intervals."""
+    log: list[LogEntry]
+    """Points at intervals."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +99,7 @@ class ElsewhereRow:
     """Cost of replacing layers at other hook points; columns as of `ReplacementRow`."""
 
     where: str
-    """Name of the hook points among `ELSEWHERE`."""
+    """Name of the hook points."""
     method: str
     """Name of the method."""
     loop: str | None
