@@ -106,6 +106,14 @@ class Screening(Choice):
     CERTAIN = "certain"
 
 
+class Overflow(Choice):
+    """Response to a token with more active latents than a code has slots: an error, or a count of
+    those that are dropped."""
+
+    RAISE = "raise"
+    COUNT = "count"
+
+
 class Parallelism(Choice):
     """Work of each rank: a share of every batch (data), or some layers."""
 

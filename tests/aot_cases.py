@@ -512,7 +512,7 @@ def screening_cases() -> Iterator[AotCase]:
                 signature,
                 constants,
                 *(warps, 3),
-                {"matrix": False, "instructions": 5000},
+                {"matrix": False, "instructions": 6000 if above else 5000},
                 architectures,
             )
     for N, architecture in itertools.product((1, encode_few.FEW_TOKENS), every):

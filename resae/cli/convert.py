@@ -11,7 +11,8 @@ from resae.settings import Shown
 
 EPILOG = (
     "A folder with several autoencoders (hook points, seeds, a run of resae) is converted as a "
-    "whole. Pickles (dictionary_learning, openai) are read only if --format names them."
+    "whole, or, if one of them cannot be, not at all. Pickles (dictionary_learning, openai) are "
+    "read only if --format names them."
 )
 
 
@@ -33,6 +34,9 @@ class Options:
     """Branch, tag or commit of a repository."""
     max_active: Annotated[int | None, whole(1)] = None
     """Slots of a code, for autoencoders with a threshold (--to resae)."""
+    skip_unsupported: bool = False
+    """Leave out those of several autoencoders that cannot be converted, each with a line that tells
+    why."""
 
 
 def run(options: Options, console: TerminalConsole) -> int:
@@ -40,6 +44,10 @@ def run(options: Options, console: TerminalConsole) -> int:
 
     if options.max_active is not None and options.to != "resae":
         raise ValueError("--max-active: only resae's own format holds it; add --to resae")
+
+    def skipped(folder: Path, error: Exception) -> None:
+        console.error(f"left out: {folder}: {' '.join(str(error).split())}")
+
     written = convert(
         options.source,
         Path(options.destination),
@@ -48,6 +56,7 @@ def run(options: Options, console: TerminalConsole) -> int:
         hook_point=options.hook_point,
         revision=options.revision,
         max_active=options.max_active,
+        on_skip=skipped if options.skip_unsupported else None,
     )
     for found, folder in written:
         console.log(f"{found.path} ({found.format}) written to {folder} ({options.to})")

@@ -340,7 +340,6 @@ def _load_dataset(
     options: Mapping[str, str],
 ) -> Any:
     import datasets  # heavy, and absent where only kernels are used
-    from datasets.exceptions import DatasetsError
 
     if path.is_file():
         source: dict[str, Any] = {"path": READERS[_kind(path)], "data_files": str(path)}
@@ -352,7 +351,9 @@ def _load_dataset(
         return datasets.load_dataset(**source)
     except OSError as error:  # not there, or the hub cannot be reached
         raise FileNotFoundError(_not_found(data, _first_line(error))) from None
-    except (ValueError, RuntimeError, DatasetsError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # datasets raises whatever a wrong description runs into
         if type(error) is ValueError:
             raise FileNotFoundError(
                 f"dataset {data!r}: cannot read split {split!r} ({_first_line(error)})"
@@ -410,14 +411,27 @@ def _check_of(data: str, loaded: Any, column: str) -> Check:
     kinds = {name: _holds(loaded.features, name) for name in loaded.features}
     if kinds[column] in CHECKS:
         return CHECKS[kinds[column]]
-    held = getattr(loaded.features[column], "dtype", None) or "values of several types"
+    held = _described(loaded.features.arrow_schema.field(column).type)
     texts, others = ([n for n, kind in kinds.items() if kind in wanted]
                      for wanted in ({"text"}, {"ids", "conversation"}))  # fmt: skip
     raise ValueError(
-        f"dataset {data!r}: column {column!r} holds {held}, expected strings, token ids or "
-        f"conversations; columns of strings: {', '.join(texts) or 'none'}, of the others: "
-        f"{', '.join(others) or 'none'} (--text-column)"
+        f"dataset {data!r}: column {column!r} holds {held}, expected strings, lists of token ids "
+        f"(whole numbers) or conversations (lists of messages with role and content); columns of "
+        f"strings: {', '.join(texts) or 'none'}, of the others: {', '.join(others) or 'none'} "
+        f"(--text-column)"
     )
+
+
+def _described(kind: Any) -> str:
+    """An Arrow type in words: `lists of double`."""
+    from pyarrow import BaseExtensionType, types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return f"lists of {_described(kind.value_type)}"
+    if types.is_struct(kind):
+        names = brief(", ".join(kind.field(i).name for i in range(kind.num_fields)))
+        return f"objects with {names[1:-1]}"
+    return "values of several types" if isinstance(kind, BaseExtensionType) else str(kind)
 
 
 def _holds(features: Any, column: str) -> str | None:

@@ -94,7 +94,7 @@ def largest_difference(
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `[n, width]`, each row less its largest entry: the exponentials, their sum `[n]`; and the
+    """Exponentials of `[n, width]`, each row less its largest entry, and their sum `[n]`; and the
     log of the sum of exponentials of the row itself `[n]`, in float64 as the sum.
 
     On a CPU a quarter of the time of `torch.logsumexp`; and large logits do not take the digits of

@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from resae.interop.hub import locate
 from resae.sae.base import Autoencoder
 from resae.sae.record import SAERecord
 from resae.sae.registry import load_sae, sae_from_record
-from resae.storage import is_unused
+from resae.storage import is_unused, require_writable
 
 DEEPEST = 4
 """Folders below a path in which autoencoders are looked for."""
@@ -220,35 +221,65 @@ def convert(
     hook_point: str | None = None,
     revision: str | None = None,
     max_active: int | None = None,
+    on_skip: Callable[[Path, Exception], None] | None = None,
 ) -> list[tuple[Found, Path]]:
     """Read an autoencoder, or all below a local folder, and write each in format `to`.
+
+    Args:
+        on_skip: called with the folder of each of several that cannot be converted, and why; it is
+            left out. None: the first of these is an error.
 
     Returns:
         What was read and where it was written: `destination`, or a folder in it for each.
 
     Raises:
-        as of `import_sae` and `export_sae`; then nothing is written.
+        as of `import_sae` and `export_sae`, or if none can be converted; then nothing is written.
     """
     write = _writer(to)
     _require_known(format)
     alone = hook_point or any(known.detect(Path(source)) for known in FORMATS.values())
     inside = [] if alone else folders_in(Path(source), format)
+    _require_outside(destination, inside or [Path(source)])
     written = []
 
+    def write_one(folder: str | Path, new: Path) -> Found:
+        found = read_sae(folder, format, None if inside else hook_point, revision)
+        if bad := found.record.non_finite():
+            raise ValueError(f"SAE {found.path}: NaN or infinite entries in {', '.join(bad)}")
+        if to == "resae":
+            own.write(found.record, new, max_active=max_active)
+        else:
+            write(found.record, new)
+        return found
+
     def write_all(new: Path) -> None:
-        for folder in inside or [source]:
-            found = read_sae(folder, format, None if inside else hook_point, revision)
-            name = Path(folder).relative_to(source) if inside else Path()
-            if bad := found.record.non_finite():
-                raise ValueError(f"SAE {found.path}: NaN or infinite entries in {', '.join(bad)}")
-            if to == "resae":
-                own.write(found.record, new / name, max_active=max_active)
-            else:
-                write(found.record, new / name)
-            written.append((found, destination / name))
+        for folder in inside:
+            name = folder.relative_to(source)
+            try:
+                written.append((write_one(folder, new / name), destination / name))
+            except (ValueError, FileNotFoundError) as error:
+                if on_skip is None:
+                    kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+                    raise kind(
+                        f"{error} (one of {len(inside)} autoencoders; nothing is written, unless "
+                        f"--skip-unsupported leaves it out)"
+                    ) from None
+                shutil.rmtree(new / name, ignore_errors=True)
+                on_skip(folder, error)
+        if inside and not written:
+            raise ValueError(f"{source}: none of its {len(inside)} autoencoders can be converted")
+        if not inside:
+            written.append((write_one(source, new), destination))
 
     write_folder(destination, write_all)
     return written
+
+
+def _require_outside(destination: Path, sources: Sequence[Path]) -> None:
+    """Raise ValueError for a destination within the folder of an autoencoder to be converted."""
+    for source in sources:
+        if source.is_dir() and source.resolve() in destination.resolve().parents:
+            raise ValueError(f"{destination} lies within {source}; choose a folder outside")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -256,18 +287,39 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     Raises:
         FileExistsError: it has content.
-        OSError: it cannot be written.
+        OSError: it cannot be written; then no folder is left behind.
     """
-    if not is_unused(folder):
-        raise FileExistsError(f"{folder} is there and not empty; choose another, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    made: list[Path] = []
+    with _named_destination(folder):
+        if not is_unused(folder):
+            raise FileExistsError(f"{folder} is there and not empty; choose another, or remove it")
+        made = [parent for parent in folder.absolute().parents if not parent.exists()]
+        require_writable(folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         write(temporary)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
+        with _named_destination(folder):
+            temporary.chmod(0o755)
+            temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            for parent in made:
+                parent.rmdir()
+
+
+@contextmanager
+def _named_destination(folder: Path) -> Generator[None]:
+    """Errors of the operating system in words that name the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # in words already
+            raise
+        raise OSError(
+            f"cannot write the folder {folder} ({error.strerror}); choose another destination"
+        ) from None
 
 
 def _require_known(format: str | None) -> None:

@@ -136,12 +136,13 @@ def plan_table(study: Study, jobs: Sequence[Job], rates: Rates) -> str:
     """The plan for people: one line per stack, with the sweeps that its learning rate needs."""
     seconds = expected_seconds(study, jobs, rates)
     lines = [f"{'':<44}{'jobs':>6}{'done':>6}{'M tokens':>10}{'minutes':>9}{'in all':>8}"]
-    group: list[Job] = []
+    pending: list[Job] = []
     spent = 0.0
     for job in jobs:
-        group.append(job)
+        pending.append(job)
         if job.kind in (Kind.SWEEP, Kind.TRAIN):  # an evaluation ends the work on a stack
             continue
+        group, pending = (pending, []) if job.kind is Kind.EVALUATE else ([job], pending[:-1])
         left = [j for j in group if study.result(j) is None]
         tokens = sum(tokens_of(study, j, rates) for j in group)
         minutes = sum(seconds[j] for j in left) / 60
@@ -150,7 +151,6 @@ def plan_table(study: Study, jobs: Sequence[Job], rates: Rates) -> str:
             f"{'-'.join(job.words[job.kind is Kind.EVALUATE :]):<44}{len(group):>6}"
             f"{len(group) - len(left):>6}{tokens / 1e6:>10.2f}{minutes:>9.1f}{spent:>8.1f}"
         )
-        group = []
     return "\n".join([*lines, "", *_sizes(study, jobs, rates)])
 
 

@@ -51,7 +51,9 @@ def with_max_active(sae: Autoencoder, max_active: int) -> Autoencoder:
     """A threshold autoencoder with codes of `max_active` slots; another kind as it is."""
     if not isinstance(sae, ThresholdSAE):
         return sae
-    return ThresholdSAE.from_record(sae.record(), max_active=max_active)
+    twin = ThresholdSAE.from_record(sae.record(), max_active=max_active)
+    twin.on_overflow = sae.on_overflow
+    return twin
 
 
 def sae_from_record(record: SAERecord, *, max_active: int | None = None) -> Autoencoder:

@@ -9,11 +9,12 @@ when it is used, and θ = 0 is ReLU. The number of active latents differs from t
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from resae.choices import Overflow
 from resae.sae.base import Autoencoder, SAEConfig, describe_sizes, require_prediction
 from resae.sae.files import load_config, load_state, sae_config
 from resae.sae.losses import Reduce, no_reduce
@@ -58,7 +59,7 @@ class ThresholdSAE(Autoencoder):
         self._screened: ScreenedEncoder | None = None
         self.mean_active = record.k
         self.apply_b_dec_to_input = record.apply_b_dec_to_input
-        self.on_overflow: Literal["raise", "count"] = "raise"
+        self.on_overflow = "raise"
         for name in ("overflowed_tokens", "dropped_latents"):
             zero = torch.zeros((), dtype=torch.int64, device=record.weight.device)
             self.register_buffer(name, zero, persistent=False)
@@ -75,6 +76,16 @@ class ThresholdSAE(Autoencoder):
     """int64 scalar: tokens with more than `max_active` active latents so far."""
     dropped_latents: Tensor
     """int64 scalar: active latents that found no slot so far."""
+
+    @property
+    def on_overflow(self) -> str:
+        """`raise` or `count`; may be set, and is saved."""
+        return self._on_overflow
+
+    @on_overflow.setter
+    def on_overflow(self, on_overflow: Overflow | str) -> None:
+        Overflow.check(on_overflow, "threshold autoencoder: on_overflow")
+        self._on_overflow = str(on_overflow)
 
     @property
     def max_active(self) -> int:
@@ -213,6 +224,7 @@ class ThresholdSAE(Autoencoder):
                     **metadata,
                     "mean_active": self.mean_active,
                     "apply_b_dec_to_input": self.apply_b_dec_to_input,
+                    "on_overflow": self.on_overflow,
                     "input_kind": self.config.input_kind,
                     "screening": self.config.screening,
                 },
@@ -238,6 +250,8 @@ class ThresholdSAE(Autoencoder):
                 f"SAE {folder}: apply_b_dec_to_input = {applied!r}, mean_active = {mean_active!r} "
                 f"in the metadata; expected true or false, and a whole number or null"
             )
+        on_overflow = metadata.get("on_overflow", "raise")  # earlier versions did not save it
+        Overflow.check(on_overflow, f"SAE {folder}: on_overflow in the metadata")
         tensors = load_state(folder, shapes)
         record = SAERecord(
             *(tensors[name] for name in ("weight", "bias", "W_dec", "b_dec")),
@@ -248,4 +262,5 @@ class ThresholdSAE(Autoencoder):
         ).check(folder)
         sae = cls.from_record(record, max_active=config.k)
         sae.config = config
+        sae.on_overflow = on_overflow
         return sae

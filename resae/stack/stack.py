@@ -135,7 +135,8 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
 
         They are replaced together, but nothing is predicted: later autoencoders encode whole
         activations, since that is what they were trained on. Affine maps need autoencoders that
-        were trained on residuals (`resae train`).
+        were trained on residuals: `resae fit --on-reconstructions` and `resae train --first-sae`
+        train such ones after the first of these.
 
         Args:
             saes: hook point → a path or repository that `import_sae` reads, an autoencoder of

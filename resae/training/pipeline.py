@@ -152,6 +152,8 @@ def fit_maps(
         text = _text_of((("--on-reconstructions", config.on_reconstructions),), console)
         noted = rows if text is None else rows.noted(text.add)
         reconstruct = None if stack is None else _reconstruct_by(stack.to(device))
+        if stack is not None:
+            console.log(f"affine maps: from the reconstructions by {config.on_reconstructions}")
         sinks = None if stack is None else stack.sinks
         if stack is None and fit.sink_factor:
             sinks = measure_sinks(ModelActivations(lm, rows, points), fit.sink_factor)

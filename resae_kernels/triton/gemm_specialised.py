@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resae_kernels.triton import runtime
 from resae_kernels.triton.keys import KEYS
-from resae_kernels.triton.runtime import async_load, gl, gluon, hopper
+from resae_kernels.triton.runtime import async_load, gl, gluon, hopper, tl
 from resae_kernels.triton.tiles import SpecialisedGemmTile, device_class, sizes
 
 
@@ -104,10 +104,10 @@ def _load_blocks(
     n,
     D,
     M,
-    BN: gl.constexpr,
-    BL: gl.constexpr,
-    BK: gl.constexpr,
-    BUFFERS: gl.constexpr,
+    BN: tl.constexpr,
+    BL: tl.constexpr,
+    BK: tl.constexpr,
+    BUFFERS: tl.constexpr,
 ):
     """The warp that loads: blocks of all tiles of the program, in the order of `_multiply`."""
     blocks = gl.cdiv(n, BN)
@@ -115,7 +115,7 @@ def _load_blocks(
     for i_tile in range(gl.program_id(0), blocks * gl.cdiv(M, BL), gl.num_programs(0)):
         i_n, i_l = (i_tile % blocks) * BN, (i_tile // blocks) * BL
         for i_d in range(0, D, BK):
-            i_buffer, turn = step % BUFFERS, step // BUFFERS
+            i_buffer, turn = step % BUFFERS, step // BUFFERS  # type: ignore[operator]
             # In its first turn a buffer is free: the phase before the first counts as complete.
             hopper.mbarrier.wait(free.index(i_buffer), (turn & 1) ^ 1)
             arrived = ready.index(i_buffer)
@@ -139,20 +139,20 @@ def _multiply(
     M,
     groups,
     s_scores,
-    GROUP: gl.constexpr,
-    BN: gl.constexpr,
-    BL: gl.constexpr,
-    BK: gl.constexpr,
-    BUFFERS: gl.constexpr,
-    WARPS: gl.constexpr,
-    WHOLE_GROUPS: gl.constexpr,
-    INF: gl.constexpr,
-    TOP: gl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BL: tl.constexpr,
+    BK: tl.constexpr,
+    BUFFERS: tl.constexpr,
+    WARPS: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
+    INF: tl.constexpr,
+    TOP: tl.constexpr,
 ):
     """The warps that multiply, and write the scores and group maxima of their tiles."""
-    TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BL, 16])
+    TILE: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BL, 16])
     # A thread stores the maxima of one token.
-    ROWS: gl.constexpr = gl.BlockedLayout([1, BL // GROUP], [32, 1], [WARPS, 1], [1, 0])
+    ROWS: tl.constexpr = gl.BlockedLayout([1, BL // GROUP], [32, 1], [WARPS, 1], [1, 0])
     blocks = gl.cdiv(n, BN)
     step = 0
     for i_tile in range(gl.program_id(0), blocks * gl.cdiv(M, BL), gl.num_programs(0)):
@@ -160,7 +160,7 @@ def _multiply(
         # [BN, BL]
         b_score = gl.zeros([BN, BL], gl.float32, TILE)
         for i_d in range(0, D, BK):
-            i_buffer, turn = step % BUFFERS, step // BUFFERS
+            i_buffer, turn = step % BUFFERS, step // BUFFERS  # type: ignore[operator]
             hopper.mbarrier.wait(ready.index(i_buffer), turn & 1)
             b_w = weight_blocks.index(i_buffer).permute((1, 0))
             b_score = hopper.warpgroup_mma(x_blocks.index(i_buffer), b_w, b_score, is_async=True)
@@ -209,15 +209,15 @@ def specialised_gemm_kernel(
     M,
     groups,
     s_scores,
-    GROUP: gl.constexpr,
-    BN: gl.constexpr,
-    BL: gl.constexpr,
-    BK: gl.constexpr,
-    BUFFERS: gl.constexpr,
-    WARPS: gl.constexpr,
-    WHOLE_GROUPS: gl.constexpr,
-    INF: gl.constexpr,
-    TOP: gl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BL: tl.constexpr,
+    BK: tl.constexpr,
+    BUFFERS: tl.constexpr,
+    WARPS: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
+    INF: tl.constexpr,
+    TOP: tl.constexpr,
 ):
     x_blocks = gl.allocate_shared_memory(x.dtype, [BUFFERS, BN, BK], x.layout)
     weight_blocks = gl.allocate_shared_memory(weight.dtype, [BUFFERS, BL, BK], weight.layout)

@@ -59,6 +59,7 @@ class GluonKernel(Kernel):
         return {
             "gluon": import_module(gluon),
             "gl": import_module(f"{gluon}.language"),
+            "tl": import_module("triton.language"),
             "hopper": hopper,
             "async_load": getattr(hopper.tma, name),
         }
@@ -78,7 +79,7 @@ class _Lazy:
 
 triton: Any = _Lazy("triton", jit=Kernel)
 gluon: Any = _Lazy("triton.experimental.gluon", jit=GluonKernel)
-gl: Any = _Lazy("triton.experimental.gluon.language", constexpr="constexpr")
+gl: Any = _Lazy("triton.experimental.gluon.language")
 hopper: Any = _Lazy("triton.experimental.gluon.language.nvidia.hopper")
 async_load: Any = None
 """A load by the tensor memory accelerator, put into the modules of Gluon kernels."""

@@ -170,6 +170,13 @@ GOOD = '{"text": "a"}\n'
         ("a.jsonl", GOOD + '{"txt": "b"}\n', "null|None"),
         ("a.jsonl", '{"text": 1}\n', "holds int64, expected strings"),
         ("a.jsonl", GOOD + '{"text": 1}\n', "holds values of several types|1, expected"),
+        ("a.jsonl", '{"text": [1.5]}\n', r"holds (lists of double|\[1.5\]), expected"),
+        (
+            "a.jsonl",
+            '{"text": [["a"]]}\n',
+            r"holds (lists of lists of string|\[\['a'\]\]), expected",
+        ),
+        ("a.jsonl", '{"text": {"a": 1}}\n', r"holds (objects with a|\{'a': 1\}), expected"),
         ("a.csv", "text,n\n,1\nb,2\n", "null|None"),
         ("a.csv", "text,n\n3,1\n4,2\n", "int64|holds [34], expected a string"),
         ("a.parquet", "junk", "cannot be read: Parquet"),

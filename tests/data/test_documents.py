@@ -5,9 +5,11 @@ import json
 import struct
 
 import datasets
+import pyarrow
 import pytest
 import tiny
 import torch
+from pyarrow import parquet
 
 from resae.cli import main
 from resae.data.rows import TokenRows, has_heads, special_tokens, train_and_held_out
@@ -89,6 +91,18 @@ def test_other_columns_of_a_saved_folder_are_not_read(tmp_path):
     assert sorted(load_texts(data)) == texts
     with pytest.raises(ValueError, match="cannot be read"):
         load_texts(data, text_column="other")
+
+
+@pytest.mark.parametrize("features", [{"text": "x"}, [], "x", {"text": {"_type": "x"}}])
+def test_a_parquet_with_a_wrong_description_is_refused(tmp_path, features):
+    """datasets reads one from its metadata, and fails in many ways."""
+    description = json.dumps({"info": {"features": features}})
+    table = pyarrow.table({"text": ["a", "b"]})
+    table = table.replace_schema_metadata({"huggingface": description})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises((ValueError, FileNotFoundError), match="cannot") as raised:
+        list(load_texts(str(tmp_path / "a.parquet")))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "a/b.arrow", "..", 1, None])

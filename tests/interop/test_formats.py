@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -284,6 +285,63 @@ def test_a_folder_of_hook_points_and_seeds(tmp_path):
     written = convert(tmp_path, tmp_path / "new", "saelens")
     assert len(written) == 3
     assert import_sae(tmp_path / "new", hook_point="layers.6/seed0").config.k == K
+
+
+def test_of_several_those_that_cannot_be_converted_are_named(tmp_path, capsys):
+    for name in ("a", "b", "d"):
+        files.sparsify(tmp_path / "in" / name, plain(seed=1))
+    cfg = tmp_path / "in" / "b" / "cfg.json"
+    cfg.write_text(json.dumps(json.loads(cfg.read_text()) | {"transcode": True}))
+    files.sparsify(tmp_path / "in" / "c", plain(seed=2, threshold=None))
+    (tmp_path / "in" / "d" / "sae.safetensors").write_bytes(b"damaged")
+    command = ["convert", str(tmp_path / "in"), str(tmp_path / "x" / "out"), "--to", "saelens"]
+    assert main(command) == 2
+    assert "one of 4 autoencoders; nothing is written, unless --skip-" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    assert main([*command, "--skip-unsupported"]) == 0
+    said = capsys.readouterr()
+    assert sorted(p.name for p in (tmp_path / "x" / "out").iterdir()) == ["a", "c"]
+    lines = said.err.splitlines()
+    assert len(lines) == 2
+    assert all(f"left out: {tmp_path / 'in' / n}: " in line
+               for n, line in zip("bd", lines, strict=True))  # fmt: skip
+    for name in ("a", "c"):
+        (tmp_path / "in" / name / "sae.safetensors").write_bytes(b"damaged")
+    command[2] = str(tmp_path / "none")
+    assert main([*command, "--skip-unsupported"]) == 2
+    assert "none of its 4 autoencoders can be converted" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("destination", "message"),
+    [
+        ("file", "cannot write the folder .*file .Not a directory.; choose another"),
+        ("file/below", "file is a file, expected a folder"),
+        ("link", "cannot write the folder .*link .Not a directory.; choose another"),
+        ("/proc/x/y", "cannot write into /proc"),
+        ("n" * 300, "cannot write the folder .*File name too long"),
+        ("in", "not empty"),
+        ("in/a/new", "lies within .*in/a; choose"),
+        ("full", "not empty"),
+    ],
+)
+@pytest.mark.parametrize("source", ["in", "in/a"])
+def test_a_folder_that_cannot_be_written_is_said_in_words(
+    source, destination, message, tmp_path, capsys
+):
+    files.sparsify(tmp_path / "in" / "a", plain(seed=1))
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    paths = [str(tmp_path / source), str(tmp_path / destination)]
+    assert main(["convert", *paths, "--to", "saelens"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert "Errno" not in said
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def residual_sae():

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import resae.reproduce.study as study_module
 from resae import HookedLM
 from resae.cli import main
+from resae.data import cache
 from resae.data.rows import TokenRows
 from resae.data.texts import load_texts
 from resae.reproduce.jobs import Job, Kind, jobs_of, selected, sweeps_of
@@ -36,6 +38,13 @@ JOBS += selected(ALL, ("affine_only", "far"), SMALL)[-1:]
 @pytest.fixture(scope="module")
 def lm():
     return HookedLM.from_pretrained("embedded")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SHARD_TOKENS", 256)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +92,24 @@ def test_a_study_that_is_killed_over_and_over_ends_as_one_that_is_not(
     assert ours == theirs
 
 
-def test_a_study_stops_within_a_training_and_says_so(lm, tmp_path):
-    calls = []
-    stopped = Study(tmp_path, SMALL, lm)
-    assert not stopped.run(
-        JOBS, dict.fromkeys(JOBS, 1.0), stop=lambda: len(calls.append(0) or calls) > 12
-    )
-    done = [job for job in JOBS if stopped.result(job) is not None]
-    assert done == JOBS[: len(done)]
-    assert JOBS[len(done)].kind is Kind.SWEEP
-    assert (tmp_path / "stacks" / JOBS[len(done)].name / "checkpoints").exists()
+def test_a_study_stops_within_a_training_and_goes_on(study, lm, tmp_path):
+    train = Job(Kind.TRAIN, "far", 4, "raw")
+    shutil.copytree(study.out, tmp_path / "out")
+    (tmp_path / "out" / "jobs" / f"{train.name}.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "stacks" / train.name)
+    again, asked = Study(tmp_path / "out", SMALL, lm), []
+
+    def stop():
+        asked.append(None)
+        return len(asked) > 3
+
+    assert not again.run(JOBS, dict.fromkeys(JOBS, 1.0), stop=stop)
+    assert again.result(train) is None
+    checkpoints = tmp_path / "out" / "stacks" / train.name / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000003.safetensors"]
+    assert again.run(JOBS, dict.fromkeys(JOBS, 1.0))
+    assert not checkpoints.exists()
+    assert again.result(train)["settings"] == study.result(train)["settings"]
 
 
 def test_jobs_that_are_done_are_not_done_again(study, monkeypatch):
@@ -138,7 +155,7 @@ def test_a_learning_rate_that_diverges_is_not_taken(lm, study, tmp_path, monkeyp
 
 def test_a_row_is_the_beginning_of_one_held_out_document(study, lm):
     rows = study.document_rows
-    texts = [t for t in load_texts("embedded", split="validation")]
+    texts = list(load_texts("embedded", split="validation"))
     ids = lm.tokenizer(texts, add_special_tokens=False)["input_ids"]
     begun = [document[:31] for document in ids]
     places = [begun.index(row[1:].tolist()) for row in rows]
@@ -214,7 +231,7 @@ def test_the_plan_has_stacks_time_disk_and_memory_and_leaves_nothing(tmp_path, c
     out = tmp_path / "out"
     assert main([*COMMAND, "--out", str(out), "--only", "near,raw", "--plan"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^near-raw-k4-seed0 +7 +0 +0\.0\d +\d+\.\d +\d+\.\d$", said, re.M), said
+    assert re.search(r"^near-raw-k4-seed0 +6 +0 +0\.0\d +\d+\.\d +\d+\.\d$", said, re.M), said
     assert "near-resae" not in said
     assert re.search(r"^disk: \d+\.\d\d GB \(activations 0.01, 1 stacks", said, re.M)
     assert "memory: about 0.1 GB" in said

@@ -7,7 +7,7 @@ from resae import ReSAE, ThresholdSAE, TopKSAE
 from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
 from resae.sae.record import SAERecord
-from resae.sae.registry import load_sae
+from resae.sae.registry import load_sae, with_max_active
 from resae.sae.threshold import DEFAULT_MAX_ACTIVE
 from resae.stack.affine import AffinePredictor
 
@@ -81,6 +81,22 @@ def test_an_overflow_is_an_error_or_counted_and_never_silent():
     assert lower.weight is sae.weight
     assert torch.equal(lower.encode(x).acts, expected.topk(2).values)
     assert sae.max_active == active.max()
+
+
+def test_the_response_to_an_overflow_is_saved(tmp_path):
+    sae = ThresholdSAE(record(), max_active=4)
+    sae.on_overflow = "count"
+    sae.save(tmp_path / "sae")
+    x = torch.randn(30, D)
+    loaded = load_sae(tmp_path / "sae")
+    assert torch.equal(loaded.encode(x).acts, sae.encode(x).acts)  # and no error
+    assert with_max_active(loaded, 3).on_overflow == "count"
+    with pytest.raises(ValueError, match="on_overflow='cont', expected 'raise' or 'count'"):
+        sae.on_overflow = "cont"
+    cfg = tmp_path / "sae" / "cfg.json"
+    cfg.write_text(cfg.read_text().replace('"count"', '["count"]'))
+    with pytest.raises(ValueError, match="on_overflow in the metadata=.*expected 'raise' or"):
+        load_sae(tmp_path / "sae")
 
 
 def test_compiled_code_counts_an_overflow():
