@@ -183,12 +183,14 @@ def main() -> int:
     batches = list(held_out.batches(MODEL_ROWS))
     lines = [
         f"# Sink tokens: {options.name}, blocks {options.layers}\n",
-        f"Embedded corpus, {here}. Rows of {batches[0].shape[1]} tokens with BOS; k = "
-        f"{options.k}, M = 8 D, {options.tokens:,} training tokens, one seed. Layers in their "
-        f"order; ReSAE in closed loop.\n",
+        f"Embedded corpus, {here}. Rows of {batches[0].shape[1]} tokens with BOS.\n",
         *norms(lm, points, batches),
     ]
     if folders:
+        lines.append(
+            f"\nk = {options.k}, M = 8 D, {options.tokens:,} training tokens, one seed. Layers in "
+            f"their order; ReSAE in closed loop."
+        )
         lines += comparison(lm, points, folders, batches)
     text = "\n".join(lines) + "\n"
     options.out.mkdir(parents=True, exist_ok=True)
