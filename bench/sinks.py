@@ -169,6 +169,8 @@ def main() -> int:
     options = parser.parse_args()
     options.layers = options.layers or ",".join(LAYERS[options.name])
     path = find(options.name, options.models)
+    versions = ", ".join(f"{name} {value}" for name, value in environment().items())
+    here = f"commit {commit()} ({versions})"
     folders = {
         (name, state): trained(path, predictor, factor, options)
         for name, predictor in METHODS.items()
@@ -181,9 +183,9 @@ def main() -> int:
     batches = list(held_out.batches(MODEL_ROWS))
     lines = [
         f"# Sink tokens: {options.name}, blocks {options.layers}\n",
-        f"Commit {commit()}; {environment()}. Embedded corpus, rows of {batches[0].shape[1]} "
-        f"tokens with BOS; k = {options.k}, M = 8 D, {options.tokens:,} training tokens, one seed. "
-        f"Layers in their order; ReSAE in closed loop.\n",
+        f"Embedded corpus, {here}. Rows of {batches[0].shape[1]} tokens with BOS; k = "
+        f"{options.k}, M = 8 D, {options.tokens:,} training tokens, one seed. Layers in their "
+        f"order; ReSAE in closed loop.\n",
         *norms(lm, points, batches),
     ]
     if folders:
