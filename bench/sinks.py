@@ -169,7 +169,9 @@ def main() -> int:
     options = parser.parse_args()
     options.layers = options.layers or ",".join(LAYERS[options.name])
     path = find(options.name, options.models)
-    versions = ", ".join(f"{name} {value}" for name, value in environment().items())
+    of_package = ("resae", "commit")  # of the installed one, which may be another
+    found = {name: value for name, value in environment().items() if name not in of_package}
+    versions = ", ".join(f"{name} {value}" for name, value in found.items())
     here = f"commit {commit()} ({versions})"
     folders = {
         (name, state): trained(path, predictor, factor, options)
