@@ -118,7 +118,16 @@ def test_a_rank_that_dies_or_fails_ends_the_others_with_one_line(
 
 
 def is_progress(line):
-    return line.startswith(("device", "affine maps", "R²", "3 autoencoders", "step ", "written to"))
+    of_progress = (
+        "device",
+        "affine maps",
+        "R²",
+        "sink tokens",
+        "3 autoencoders",
+        "step ",
+        "written to",
+    )
+    return line.startswith(of_progress)
 
 
 def test_of_three_ranks_the_dead_one_is_named_and_not_who_waited_for_it(whole, processes, tmp_path):
