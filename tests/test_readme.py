@@ -305,14 +305,48 @@ def lost(report, method: str, loop: str | None, mode: str, k: int | None) -> str
     return f"{row['delta_ce']:.2f}"
 
 
-def test_losses_on_the_front_page_are_those_of_the_report(report):
-    *methods, (name, *maps_alone) = table_under("README.md", "| | k = 4 |")
-    for row, *cells in methods:
-        for k, cell in zip((4, 8, 32), cells, strict=True):
-            modes = (lost(report, *METHODS[row], mode, k) for mode in ("online", "teacher_forced"))
-            assert cell == " / ".join(modes), f"{row}, k = {k}"
-    modes = [lost(report, "affine_only", None, m, None) for m in ("online", "teacher_forced")]
-    assert maps_alone == [" / ".join(modes)] * 3, name
+FRONT_PAGE = {
+    "raw SAEs": ("raw", "raw", None),
+    "raw SAEs, equal total k": ("raw_equal_total", "raw_equal_total", None),
+    "identity residual": ("identity_closed", "identity", "closed"),
+    "ReSAE": ("resae_closed", "resae", "closed"),
+    "ReSAE, tuned online": (None, "resae_online", "closed"),
+    "affine maps alone": ("affine_only", "affine_only", None),
+}
+"""Row of the table → method of the study, method and loop of the demo."""
+
+
+def test_losses_on_the_front_page_are_those_measured(report):
+    study = json.loads((ROOT / "bench/results/real/smollm2-135m/results.json").read_text())
+    losses = {
+        (row["method"], row["mode"]): row["delta_ce"]
+        for row in study["methods"]
+        if (row["spacing"], row["k"], row["loop"]) == ("far", 32, "closed")
+    }
+    modes = ("online", "teacher_forced")
+    for name, *cells in table_under("README.md", "| | SmolLM2, online |"):
+        studied, method, loop = FRONT_PAGE[name]
+        of_study = []
+        for mode in modes:
+            loss = losses.get((studied, mode))
+            interval = "" if loss is None else f" [{loss['low']:.2f}, {loss['high']:.2f}]"
+            of_study.append("–" if loss is None else f"{loss['value']:.2f}{interval}")
+        k = None if method == "affine_only" else 8
+        assert cells == [*of_study, *(lost(report, method, loop, mode, k) for mode in modes)], name
+
+
+def test_shares_of_accelerated_forwards_are_those_measured():
+    measured = {}
+    for line in (ROOT / "bench/results/cpu/xeon/dropin.md").read_text().splitlines():
+        if line.startswith("| ") and " forward " in line:
+            library, D, M, _, tokens, *_, share = (
+                cell.strip() for cell in line.strip("|").split("|")
+            )
+            measured[library, f"{int(D):,}, {M}", tokens] = share
+    libraries = ("sae_lens", "sparsify", "dictionary_learning")
+    for sizes, *cells in table_under("README.md", "| D, M | SAELens 6.54, 1 token |"):
+        expected = [measured[library, sizes, n] for library in libraries for n in ("1", "256")]
+        assert cells == expected, sizes
 
 
 def test_losses_and_cosines_of_the_method_are_those_of_the_report(report):
@@ -345,7 +379,6 @@ def test_fair_rows_are_those_measured():
 @pytest.mark.parametrize(
     ("path", "providers"),
     [
-        ("README.md", "resae, encoder GEMM, oneDNN, sparsify, SAELens sparse"),
         (
             "bench/README.md",
             "resae, encoder GEMM, oneDNN, sparsify, SAELens, SAELens sparse, dictionary_learning",
