@@ -27,7 +27,7 @@ def _online(table: Table) -> Any:
     for axis, spacing in zip(axes, spacings, strict=True):
         for place, method in enumerate(methods):
             points = [
-                (setting.k * (1 + SPREAD * (place - len(methods) / 2)), interval(loss))
+                (setting.k * (1 + SPREAD * (place - (len(methods) - 1) / 2)), interval(loss))
                 for setting, row in table.items()
                 if setting.spacing == spacing and method in row
                 if (loss := row[method].loss(Mode.ONLINE)) is not None
@@ -47,6 +47,7 @@ def _online(table: Table) -> Any:
         axis.set_title(f"layers {spacing} apart" if spacing == "far" else "layers near each other")
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, [str(k) for k in ks])
+        axis.set_xlim(ks[0] / 1.25, ks[-1] * 1.25)  # also around a single k
         axis.minorticks_off()
         axis.set_xlabel("k, active latents per layer")
         axis.set_ylim(bottom=0)
