@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 
 _logger = logging.getLogger("resae")
 
@@ -45,3 +46,37 @@ class SilentConsole(Console):
 
     def progress(self, line: str) -> None:
         pass
+
+
+class ProgressEstimate:
+    """Stages done and stages to come, with the remaining time corrected by the speed so far.
+
+    Stages are given with the seconds they took where they were measured; `at(fraction)` reports how
+    far the current one is.
+    """
+
+    def __init__(self, stages: dict[str, float], progress: Callable[[str], None]):
+        self._stages = stages
+        self._progress = progress
+        self._began = time.perf_counter()
+        self._done = 0.0
+        self._current = ""
+
+    def stage(self, name: str) -> None:
+        if self._current:
+            self._done += self._stages[self._current]
+        self._current = name
+        self.at(0.0)
+
+    def at(self, fraction: float, detail: str = "") -> None:
+        expected = self._done + fraction * self._stages[self._current]
+        total = sum(self._stages.values())
+        spent = time.perf_counter() - self._began
+        # Until something is measured the reference speed has to do; then it fades out.
+        pace = (spent + 5.0) / (expected + 5.0)
+        left = (total - expected) * pace
+        number = list(self._stages).index(self._current) + 1
+        self._progress(
+            f"[{number}/{len(self._stages)}] {self._current:<42} {fraction:4.0%}  "
+            f"{spent:4.0f} s, about {left:.0f} s left  {detail}"
+        )

@@ -54,6 +54,13 @@ class SinkRule:
         """`[...]` bool: the tokens that are sinks at one layer, by its `stream [..., D]`."""
         return _norms(stream) > self.factor * self.median_norms[layer]
 
+    def has_none(self, layer: int, stream: Tensor) -> bool:
+        """True if for certain no token of `stream [..., D]` is a sink at this layer: if all tokens
+        together are no longer than one may be, which up to some dozens are. Waits for the
+        device."""
+        whole = torch.linalg.vector_norm(stream.detach(), dtype=torch.float32)
+        return float(whole) <= self.factor * self.median_norms[layer]
+
     def anywhere(self, streams: Sequence[Tensor]) -> Tensor:
         """`[...]` bool: the tokens that are sinks at any layer, by L streams `[..., D]`; on the
         device of the first."""

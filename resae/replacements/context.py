@@ -233,7 +233,7 @@ class Replacement:
 
     @property
     def counts(self) -> list[LayerCounts]:
-        """Per layer that is replaced: calls, tokens replaced, tokens skipped."""
+        """Per layer that is replaced: calls, tokens replaced, tokens skipped, sinks."""
         counts = []
         for layer, point in enumerate(self._points):
             if self._writes[layer]:
@@ -369,12 +369,18 @@ class Replacement:
             if input_ids.shape[1] == 1 and isinstance(past, int) and past > 0:
                 return None  # a decode step
             positions = PassTokens.of_pass(input_ids, kwargs).positions
+        elif (
+            input_ids.shape[1] == 1
+            and _on_host(positions)
+            and 0 not in positions.flatten().tolist()
+        ):
+            return None  # looked at as numbers, as in `_replaces_all`
         first = (positions == 0).expand(input_ids.shape)
         return _unless_none(first.unsqueeze(-1), skip)
 
     def _find_sinks(self, layer: int, stream: Tensor, state: _Pass) -> None:
         """Add to the sinks of a pass those of selected layer `layer`."""
-        if self._sinks is None:
+        if self._sinks is None or (_on_host(stream) and self._sinks.has_none(layer, stream)):
             return
         found = _unless_none(self._sinks.at(layer, stream).unsqueeze(-1), state.skip)
         if found is not None:

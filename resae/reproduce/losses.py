@@ -34,8 +34,8 @@ class Measured:
     fvu: list[list[float]] = field(default_factory=list)
     """Per seed and layer, of the stream, in closed loop."""
     dead: list[list[float]] = field(default_factory=list)
-    """Per seed and layer: share of latents that did not fire for an eighth of the training, at its
-    end."""
+    """Per seed and layer: share of latents that are idle for `dead_after_tokens` at the end of the
+    training."""
     largest_cosine: list[float] = field(default_factory=list)
     """Per seed: mean over latents of the largest cosine with another layer's latent."""
     active_total: int = 0

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resae.console import Console
+from resae.console import Console, ProgressEstimate
 from resae.data.activations import (
     MODEL_ROWS,
     ModelActivations,
@@ -36,7 +36,6 @@ from resae.data.batches import ActivationBatches, sequential
 from resae.data.cache import ActivationCache
 from resae.data.rows import TokenRows, train_and_held_out
 from resae.data.texts import load_texts
-from resae.demo.comparison import ProgressEstimate
 from resae.environment import environment
 from resae.evaluation.comparison import delta_ce, evaluate
 from resae.evaluation.methods import Method

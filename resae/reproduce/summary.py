@@ -1,12 +1,11 @@
 """Results of a study from the jobs that are done: results.json, results.md and a figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from resae.choices import Mode
-from resae.environment import environment
 from resae.evaluation.labels import LABELS
 from resae.reproduce.claims import Finding, findings_of, summary_of
 from resae.reproduce.figure import draw
@@ -30,14 +29,15 @@ def write_results(out: Path, config: StudyConfig, result: ReadResult) -> Path:
     table = read_losses(jobs, result, config)
     maps = {s: r for s in Spacing if (r := result(Job(Kind.MAPS, s))) is not None}
     findings = findings_of(table, {s: r["r2"]["previous"] for s, r in maps.items()})
-    done = [job for job in jobs if result(job) is not None]
+    done = [found for job in jobs if (found := result(job)) is not None]
+    environments = _environments(done)
     rates = _learning_rates(config, result)
     save_json(
         out / "results.json",
         {
             "schema_version": SCHEMA_VERSION,
             "config": config.to_json(),
-            "environment": environment(),
+            "environments": environments,
             "jobs": {"done": len(done), "all": len(jobs)},
             "claims": [_plain(finding._asdict()) for finding in findings],
             "methods": _method_rows(table),
@@ -49,9 +49,32 @@ def write_results(out: Path, config: StudyConfig, result: ReadResult) -> Path:
     if figure is not None:
         write_atomically(out / "delta_ce.svg", lambda temporary: temporary.write_text(figure))
     page = out / "results.md"
-    text = _page(config, table, maps, findings, rates, f"{len(done)} of {len(jobs)}")
+    measured = f"{len(done)} of {len(jobs)} jobs done{_measured_in(environments)}"
+    text = _page(config, table, maps, findings, rates, measured)
     write_atomically(page, lambda temporary: temporary.write_text(text))
     return page
+
+
+def _environments(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The environments that jobs ran in, each with the number of its jobs."""
+    found: list[dict[str, Any]] = []
+    for job in done:
+        same = next((e for e in found if e | {"jobs": 0} == job["environment"] | {"jobs": 0}), None)
+        if same is None:
+            found.append({**job["environment"], "jobs": 1})
+        else:
+            same["jobs"] += 1
+    return found
+
+
+def _measured_in(environments: Sequence[Mapping[str, Any]]) -> str:
+    """Commits, versions and machines of the jobs, as the end of a sentence."""
+    parts = [
+        f"{e['jobs']} at commit {str(e['commit'])[:7]} (torch {e['torch']}, transformers "
+        f"{e['transformers']}, {e['gpu'] or e['processor']}, threads: {e['threads']})"
+        for e in environments
+    ]
+    return f": {'; '.join(parts)}" if parts else ""
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +139,7 @@ def _page(
     maps: dict[Spacing, dict[str, Any]],
     findings: Sequence[Finding],
     rates: Sequence[dict[str, Any]],
-    done: str,
+    measured: str,
 ) -> str:
     lines = [
         f"# {config.name}",
@@ -124,11 +147,13 @@ def _page(
         f"{config.train_tokens:,} training tokens, {config.expansion} × width latents per layer, "
         f"{config.documents} held-out documents of {config.context_tokens} tokens; blocks "
         + " and ".join(f"{', '.join(map(str, config.blocks(s)))} ({s})" for s in Spacing)
-        + f"; {done} jobs done.",
+        + f". {measured}.",
         "",
         "Brackets: 95 % intervals by the bootstrap over documents, of differences and ratios "
         "paired between methods; they do not include the spread between seeds. Δ CE in nats per "
-        "token, residual methods in closed loop.",
+        "token, residual methods in closed loop. Dead: share of latents idle, at the end of the "
+        "training, for so long that they are revived (`dead_after_tokens`): rare ones are among "
+        "them.",
         "",
         "## Claims",
         "",

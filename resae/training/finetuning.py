@@ -29,8 +29,7 @@ from resae.storage import locked, save_json
 from resae.training.calibration import Calibration
 from resae.training.checkpoints import resumed_config
 from resae.training.config import FinetuneConfig, OnlineConfig
-from resae.training.loggers import metric_loggers, require_loggers
-from resae.training.loop import Progress
+from resae.training.loggers import loop_options, metric_loggers, require_loggers
 from resae.training.online import layer_scales, require_topk, train_online
 from resae.training.pipeline import Run, Stopping, load_model, never
 from resae.training.runs import (
@@ -240,11 +239,6 @@ class _Finetuning:
         )
         unseen = list(held_out.batches(MODEL_ROWS)) if asked.eval_steps else []
 
-        def progress(p: Progress) -> None:
-            self.console.log(p.line())
-            for logger in loggers:
-                logger(p)
-
         with stopping as should_stop, ExitStack() as until_done:
             loggers = metric_loggers(asked, config, until_done)
             return train_online(
@@ -254,13 +248,12 @@ class _Finetuning:
                 stack,
                 calibration.scale,
                 self.out,
-                resume=asked.resume,
-                checkpoint_steps=asked.checkpoint_steps,
-                keep_checkpoints=asked.keep_checkpoints,
-                log_steps=asked.log_steps,
-                eval_steps=asked.eval_steps,
-                delta_ce=lambda whole: delta_ce(lm, whole, unseen),
-                on_progress=progress,
-                on_checkpoint=lambda: text and text.save(self.out),
-                should_stop=should_stop,
+                **loop_options(
+                    asked,
+                    loggers,
+                    self.console,
+                    delta_ce=lambda whole: delta_ce(lm, whole, unseen),
+                    on_checkpoint=lambda: text and text.save(self.out),
+                    should_stop=should_stop,
+                ),
             )

@@ -1,16 +1,18 @@
 """Metric loggers in addition to the run's own log: TensorBoard, Weights & Biases."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from resae.console import Console
+from resae.stack.stack import ReSAE
 from resae.storage import load_json, save_json
 from resae.training.config import Files, TrainConfig
-from resae.training.loop import Progress
+from resae.training.loop import LoopOptions, Progress
 
 
 def require_loggers(config: Files) -> None:
@@ -54,6 +56,35 @@ def metric_loggers(
         save_json(known, {"id": run.id})
         loggers.append(lambda p: run.log(_scalars(p, train), step=p.step))
     return loggers
+
+
+def loop_options(
+    config: Files,
+    loggers: Sequence[Callable[[Progress], None]],
+    console: Console,
+    *,
+    delta_ce: Callable[[ReSAE], Mapping[str, float]],
+    on_checkpoint: Callable[[], None],
+    should_stop: Callable[[], bool],
+) -> LoopOptions:
+    """Options of a training loop: intervals as of `config`, progress to console and loggers."""
+
+    def report(p: Progress) -> None:
+        console.log(p.line())
+        for logger in loggers:
+            logger(p)
+
+    return LoopOptions(
+        resume=config.resume,
+        checkpoint_steps=config.checkpoint_steps,
+        keep_checkpoints=config.keep_checkpoints,
+        log_steps=config.log_steps,
+        eval_steps=config.eval_steps,
+        delta_ce=delta_ce,
+        on_progress=report,
+        on_checkpoint=on_checkpoint,
+        should_stop=should_stop,
+    )
 
 
 def _scalars(p: Progress, config: TrainConfig) -> dict[str, float]:

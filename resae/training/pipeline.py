@@ -40,8 +40,8 @@ from resae.training.calibration import Calibration, Reconstruct, boost_calibrati
 from resae.training.checkpoints import resumed_config
 from resae.training.config import FITTED, FitConfig, RunConfig, TrainConfig
 from resae.training.distributed import SINGLE_PROCESS, Ranks
-from resae.training.loggers import metric_loggers, require_loggers
-from resae.training.loop import Progress, train
+from resae.training.loggers import loop_options, metric_loggers, require_loggers
+from resae.training.loop import train
 from resae.training.maps import FittedMaps, fit_calibration, measure_moments, require_rank
 from resae.training.runs import (
     load_record,
@@ -543,11 +543,6 @@ class _Pipeline:
         )
         unseen = list(held_out.batches(MODEL_ROWS)) if asked.eval_steps else []
 
-        def progress(p: Progress) -> None:
-            self.console.log(p.line())
-            for logger in loggers:
-                logger(p)
-
         with stopping as should_stop, ExitStack() as until_done:
             loggers = metric_loggers(asked, config, until_done) if ranks.rank == 0 else []
             return train(
@@ -557,14 +552,13 @@ class _Pipeline:
                 self.out,
                 identity=ModelIdentity.of(lm),
                 device=self.device,
-                resume=asked.resume,
-                checkpoint_steps=asked.checkpoint_steps,
-                keep_checkpoints=asked.keep_checkpoints,
-                log_steps=asked.log_steps,
-                eval_steps=asked.eval_steps,
-                delta_ce=lambda stack: delta_ce(lm, stack.to(lm.device), unseen),
-                on_progress=progress,
-                on_checkpoint=lambda: text and text.save(self.out, ranks.rank, ranks.size),
-                should_stop=should_stop,
                 ranks=ranks,
+                **loop_options(
+                    asked,
+                    loggers,
+                    self.console,
+                    delta_ce=lambda stack: delta_ce(lm, stack.to(lm.device), unseen),
+                    on_checkpoint=lambda: text and text.save(self.out, ranks.rank, ranks.size),
+                    should_stop=should_stop,
+                ),
             )

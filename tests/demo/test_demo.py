@@ -7,7 +7,8 @@ import torch
 
 from resae import ReSAE
 from resae.cli import main
-from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, ProgressEstimate, run_demo
+from resae.console import ProgressEstimate
+from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, run_demo
 from resae.demo.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
 from resae.report.page import write_report
 

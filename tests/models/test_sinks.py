@@ -85,6 +85,19 @@ def test_a_sink_is_longer_than_the_factor_times_the_median():
         SinkRule.measured([x[:0]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("longest", [1.0, 9.99, 10.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [1, 16, 400])
+def test_a_stream_said_to_have_no_sink_has_none(tokens, longest, dtype):
+    """And a single token of ordinary length, as generation has them, is said to be none."""
+    x = nn.functional.normalize(torch.randn(tokens, 1, 8), dim=-1)
+    x[tokens // 2] *= longest
+    stream, rule = x.to(dtype), SinkRule((1.0,), 10.0)
+    found = rule.at(0, stream) | stream.isnan().any(-1)
+    assert not (rule.has_none(0, stream) and bool(found.any()))
+    assert rule.has_none(0, stream) == (tokens <= 16 and longest == 1.0 or tokens * longest < 10)
+
+
 def test_norms_of_half_precision_do_not_overflow():
     x = torch.full((3, 400), 60.0, dtype=torch.float16)
     x[0] = 60_000.0  # its squares, and its norm, are beyond float16

@@ -194,6 +194,26 @@ def test_too_few_documents_are_an_error(lm, tmp_path):
         _ = Study(tmp_path, replace(SMALL, documents=100_000), lm).document_rows
 
 
+def test_results_name_the_commits_that_jobs_ran_at(study, tmp_path):
+    """Of a study that went on with other code, all of them."""
+
+    def result(job):
+        found = study.result(job)
+        if found is not None and job.kind is Kind.CAPTURE:
+            found["environment"]["commit"] = "0123456789abcdef"
+        return found
+
+    page = write_results(tmp_path, SMALL, result).read_text()
+    assert f"{len(JOBS)} of {len(ALL)} jobs done: 1 at commit 0123456 (torch" in page
+    first, second = json.loads((tmp_path / "results.json").read_text())["environments"]
+    assert (first["commit"], first["jobs"], second["jobs"]) == (
+        "0123456789abcdef",
+        1,
+        len(JOBS) - 1,
+    )
+    assert first | second == second
+
+
 def test_results_are_written_from_what_is_there(study):
     page = write_results(study.out, SMALL, study.result).read_text()
     assert f"{len(JOBS)} of {len(ALL)} jobs done" in page
