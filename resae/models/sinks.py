@@ -58,8 +58,7 @@ class SinkRule:
         """True if for certain no token of `stream [..., D]` is a sink at this layer: if all tokens
         together are no longer than one may be, which up to some dozens are. Waits for the
         device."""
-        whole = torch.linalg.vector_norm(stream.detach(), dtype=torch.float32)
-        return float(whole) <= self.factor * self.median_norms[layer]
+        return float(_norms(stream.detach().flatten())) <= self.factor * self.median_norms[layer]
 
     def anywhere(self, streams: Sequence[Tensor]) -> Tensor:
         """`[...]` bool: the tokens that are sinks at any layer, by L streams `[..., D]`; on the
@@ -76,6 +75,7 @@ class SinkRule:
 
 
 def _norms(x: Tensor) -> Tensor:
+    """Norms along the last dimension."""
     # Half precision would overflow at 65,504: squares of massive activations are above it.
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)

@@ -74,13 +74,18 @@ class Watch:
             server, address = _listen()
             door = [address, secrets.token_hex(16)]
         dist.broadcast_object_list(door, 0, device=torch.device("cpu"))
+        connection = _connect(door[0], door[1], self.rank) if server is None else None
+        reached = [False] * self.size
+        dist.all_gather_object(reached, connection is not None)
         if server is not None:
-            hearing = threading.Thread(target=self._hear_all, args=(server, door[1]), daemon=True)
+            # All of them before any work: whom the end of this rank could not be told, by a line,
+            # would take it for a death.
+            self._peers = _admit_all(server, door[1], sum(reached))
+            hear = self._hear_all
         else:
-            connection = _connect(door[0], door[1], self.rank)
             self._peers = {} if connection is None else {0: connection}
-            hearing = threading.Thread(target=self._hear_first, daemon=True)
-        hearing.start()
+            hear = self._hear_first
+        threading.Thread(target=hear, daemon=True).start()
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
@@ -109,22 +114,15 @@ class Watch:
 
     # -- in a thread of its own --------------------------------------------------------------------
 
-    def _hear_all(self, server: socket.socket, secret: str) -> None:
+    def _hear_all(self) -> None:
         """Rank 0: until all others have ended in order, or one has not."""
         selector = DefaultSelector()
-        selector.register(server, EVENT_READ)
-        ended = 0
-        while ended < self.size - 1:
+        for rank, connection in self._peers.items():
+            selector.register(connection, EVENT_READ, rank)
+        while selector.get_map():
             for key, _ in selector.select():
-                if key.fileobj is server:
-                    rank, connection = _admit(server, secret)
-                    if connection is not None:
-                        self._peers[rank] = connection
-                        selector.register(connection, EVENT_READ, rank)
-                elif not self._hear(key.data):
+                if not self._hear(key.data):
                     selector.unregister(key.fileobj)
-                    ended += 1
-        server.close()
 
     def _hear_first(self) -> None:
         """Another rank: until rank 0 ends in order or not, or reports that a rank has not."""
@@ -199,6 +197,17 @@ def _connect(address: tuple[str, int], secret: str, rank: int) -> socket.socket 
     connection.settimeout(None)
     _send(connection, f"{secret} {rank}")
     return connection
+
+
+def _admit_all(server: socket.socket, secret: str, count: int) -> dict[int, socket.socket]:
+    """`count` connections by their ranks, which have all been made; no others are heard later."""
+    admitted: dict[int, socket.socket] = {}
+    with server:
+        while len(admitted) < count:
+            rank, connection = _admit(server, secret)
+            if connection is not None:
+                admitted[rank] = connection
+    return admitted
 
 
 def _admit(server: socket.socket, secret: str) -> tuple[int, socket.socket | None]:

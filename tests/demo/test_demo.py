@@ -235,7 +235,7 @@ def test_unknown_methods_are_refused_before_any_work(capsys):
 
 def test_plan_corrects_its_estimate_by_the_speed_it_meets(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("resae.demo.comparison.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("resae.console.time.perf_counter", lambda: clock[0])
     lines = []
     plan = ProgressEstimate({"first": 10.0, "second": 90.0}, lines.append)
     plan.stage("first")
