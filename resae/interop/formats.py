@@ -20,7 +20,7 @@ from resae.interop import (
 from resae.interop.hub import locate
 from resae.sae.base import Autoencoder
 from resae.sae.record import SAERecord
-from resae.sae.registry import load_sae, sae_from_record
+from resae.sae.registry import sae_from_record
 from resae.storage import is_unused, require_writable
 
 DEEPEST = 4
@@ -66,6 +66,23 @@ class Found(NamedTuple):
     format: str
     path: Path
 
+    def autoencoder(self) -> Autoencoder:
+        """As one of ours; a folder of ours with all its settings."""
+        return own.load(self.path) if self.format == "resae" else sae_from_record(self.record)
+
+
+class Converted(NamedTuple):
+    """An autoencoder that was written in another format."""
+
+    source: Path
+    format: str
+    """Of the source."""
+    folder: Path
+    """Destination."""
+    input_kind: str
+    folded: tuple[str, ...] = ()
+    """As `SAERecord.folded`."""
+
 
 def import_sae(
     source: str | Path,
@@ -102,17 +119,10 @@ def import_placed(
 ) -> tuple[Autoencoder, str | None]:
     """As `import_sae`, and the hook point that the file names."""
     name, path = find_format(source, format, hook_point, revision)
-    if name == "resae" and max_active is None:
-        place = own.hook_point_in(path)
-        sae = load_sae(path)  # kinds of ours that no record holds, too
-        bad = [key for key, t in sae.state_dict().items() if not bool(t.isfinite().all())]
-    else:
-        record = FORMATS[name].read(path)
-        place, bad = record.hook_point, record.non_finite()
-        sae = sae_from_record(record, max_active=max_active) if not bad else None
-    if bad or sae is None:
-        raise ValueError(f"SAE {path}: NaN or infinite entries in {', '.join(bad)}")
-    return sae, place
+    if name == "resae":  # kinds that no record holds, too
+        return own.load(path, max_active=max_active), own.hook_point_in(path)
+    record = _finite(Found(FORMATS[name].read(path), name, path)).record
+    return sae_from_record(record, max_active=max_active), record.hook_point
 
 
 def export_sae(
@@ -222,7 +232,7 @@ def convert(
     revision: str | None = None,
     max_active: int | None = None,
     on_skip: Callable[[Path, Exception], None] | None = None,
-) -> list[tuple[Found, Path]]:
+) -> list[Converted]:
     """Read an autoencoder, or all below a local folder, and write each in format `to`.
 
     Args:
@@ -230,7 +240,7 @@ def convert(
             left out. None: the first of these is an error.
 
     Returns:
-        What was read and where it was written: `destination`, or a folder in it for each.
+        An entry for each that was written: into `destination`, or into a folder in it.
 
     Raises:
         as of `import_sae` and `export_sae`, or if none can be converted; then nothing is written.
@@ -240,23 +250,25 @@ def convert(
     alone = hook_point or any(known.detect(Path(source)) for known in FORMATS.values())
     inside = [] if alone else folders_in(Path(source), format)
     _require_outside(destination, inside or [Path(source)])
-    written = []
+    written: list[Converted] = []
 
-    def write_one(folder: str | Path, new: Path) -> Found:
-        found = read_sae(folder, format, None if inside else hook_point, revision)
-        if bad := found.record.non_finite():
-            raise ValueError(f"SAE {found.path}: NaN or infinite entries in {', '.join(bad)}")
+    def write_one(folder: str | Path, new: Path, final: Path) -> Converted:
+        name, path = find_format(folder, format, None if inside else hook_point, revision)
+        if name == to == "resae":
+            sae = own.rewrite(path, new, max_active=max_active)
+            return Converted(path, name, final, str(sae.config.input_kind))
+        record = _finite(Found(FORMATS[name].read(path), name, path)).record
         if to == "resae":
-            own.write(found.record, new, max_active=max_active)
+            own.write(record, new, max_active=max_active)
         else:
-            write(found.record, new)
-        return found
+            write(record, new)
+        return Converted(path, name, final, str(record.input_kind), record.folded)
 
     def write_all(new: Path) -> None:
         for folder in inside:
             name = folder.relative_to(source)
             try:
-                written.append((write_one(folder, new / name), destination / name))
+                written.append(write_one(folder, new / name, destination / name))
             except (ValueError, FileNotFoundError) as error:
                 if on_skip is None:
                     kind = FileNotFoundError if isinstance(error, OSError) else ValueError
@@ -269,10 +281,17 @@ def convert(
         if inside and not written:
             raise ValueError(f"{source}: none of its {len(inside)} autoencoders can be converted")
         if not inside:
-            written.append((write_one(source, new), destination))
+            written.append(write_one(source, new, destination))
 
     write_folder(destination, write_all)
     return written
+
+
+def _finite(found: Found) -> Found:
+    """What was found; ValueError for weights that are NaN or infinite."""
+    if bad := found.record.non_finite():
+        raise ValueError(f"SAE {found.path}: NaN or infinite entries in {', '.join(bad)}")
+    return found
 
 
 def _require_outside(destination: Path, sources: Sequence[Path]) -> None:

@@ -16,7 +16,9 @@ from resae.interop import hub
 from resae.interop.formats import FORMATS, convert, read_sae
 from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
+from resae.sae.prefix import PrefixSAE
 from resae.sae.registry import load_sae
+from resae.sae.threshold import ThresholdSAE
 from resae.stack.affine import AffinePredictor
 
 
@@ -384,6 +386,47 @@ def test_kinds_without_a_form_elsewhere_say_so(tmp_path):
     sae.save(tmp_path / "b")
     assert import_sae(tmp_path / "b").kind == "boosted"
     assert not (tmp_path / "a").exists()
+
+
+def threshold_sae():
+    record = replace(TopKSAE(SAEConfig(D, M, K)).record(), threshold=torch.full((M,), 0.4))
+    sae = ThresholdSAE.from_record(record, max_active=48)
+    sae.config = replace(sae.config, screening=None, input_kind="affine_residual")
+    sae.on_overflow = "count"
+    return sae
+
+
+def prefix_sae():
+    return PrefixSAE(SAEConfig(D, M, K, prefix_gain=0.25, screening="certain"), prefixes=(2, K))
+
+
+def boosted_sae():
+    config = SAEConfig(D, M, K, screening=None)
+    return BoostedSAE(TopKSAE(config), TopKSAE(config), threshold=0.5, keep=0.5)
+
+
+@pytest.mark.parametrize("made", [threshold_sae, prefix_sae, boosted_sae])
+def test_a_folder_of_ours_is_rewritten_with_every_setting(made, tmp_path, capsys):
+    export_sae(made(), tmp_path / "a", "resae", hook_point="blocks.1.hook_resid_post", model="m")
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "resae"]) == 0
+    assert ("affine residual" in capsys.readouterr().out) == (made is threshold_sae)
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert len(files) == (4 if made is boosted_sae else 2)
+    for path in files:
+        again = tmp_path / "b" / path.relative_to(tmp_path / "a")
+        assert again.read_bytes() == path.read_bytes()
+
+
+def test_other_slots_change_nothing_else(tmp_path, capsys):
+    export_sae(threshold_sae(), tmp_path / "a", "resae")
+    command = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "resae"]
+    assert main([*command, "--max-active", "9"]) == 0
+    first = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    assert json.loads((tmp_path / "b" / "cfg.json").read_text()) == first | {"k": 9}
+    assert import_sae(tmp_path / "a", max_active=9).config == load_sae(tmp_path / "b").config
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["encode_here"]["path"] == "exact"
 
 
 def test_nothing_is_written_over_and_nothing_is_left_half_written(tmp_path, monkeypatch):
