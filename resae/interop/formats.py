@@ -23,8 +23,8 @@ from resae.sae.record import SAERecord
 from resae.sae.registry import sae_from_record
 from resae.storage import is_unused, require_writable
 
-DEEPEST = 4
-"""Folders below a path in which autoencoders are looked for."""
+MOST_FOLDERS = 100_000
+"""Folders below a path that are looked into for autoencoders."""
 
 
 class Format(NamedTuple):
@@ -206,20 +206,51 @@ def _refusal(path: Path) -> Exception:
     )
 
 
-def folders_in(path: Path, format: str | None = None, deepest: int = DEEPEST) -> list[Path]:
-    """Folders below a folder that hold an autoencoder, by name, links to folders not followed; of
-    a run of resae, those of its stack and not of its checkpoints."""
-    if not path.is_dir() or deepest == 0:
-        return []
-    if (path / "resae.json").is_file():
-        deepest = 1
-    found = []
-    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink()):
-        if any(f.detect(folder) for n, f in FORMATS.items() if format in (None, n)):
-            found.append(folder)
-        else:
-            found += folders_in(folder, format, deepest - 1)
-    return found
+def folders_in(path: Path, format: str | None = None) -> list[Path]:
+    """Folders below a folder that hold an autoencoder, damaged ones included, by name; links to
+    folders are not followed; of a run of resae, those of its stack and not of its checkpoints.
+
+    Raises:
+        OSError: a folder cannot be read.
+        ValueError: there are more than `MOST_FOLDERS` folders.
+    """
+    found: list[Path] = []
+    waiting = [path] if path.is_dir() else []
+    visited = 0
+    while waiting:
+        folder = waiting.pop()
+        is_stack = (folder / "resae.json").is_file()
+        for inner in _folders_of(folder):
+            visited += 1
+            if _holds_one(inner, format):
+                found.append(inner)
+            elif not is_stack:
+                waiting.append(inner)
+        if visited > MOST_FOLDERS:
+            raise ValueError(
+                f"{path} has more than {MOST_FOLDERS:,} folders; name one that holds autoencoders"
+            )
+    return sorted(found)
+
+
+def _folders_of(folder: Path) -> list[Path]:
+    try:
+        return [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]
+    except OSError as error:
+        raise OSError(
+            f"cannot read the folder {folder} ({error.strerror}), in which autoencoders are looked "
+            f"for"
+        ) from None
+
+
+def _holds_one(folder: Path, format: str | None) -> bool:
+    """True for a folder of this or any format, and for one whose settings are damaged."""
+    try:
+        return any(f.detect(folder) for n, f in FORMATS.items() if format in (None, n))
+    except ValueError:
+        return True
+    except OSError:  # it may not be entered, which the search in it will tell
+        return False
 
 
 def convert(
@@ -249,7 +280,7 @@ def convert(
     _require_known(format)
     alone = hook_point or any(known.detect(Path(source)) for known in FORMATS.values())
     inside = [] if alone else folders_in(Path(source), format)
-    _require_outside(destination, inside or [Path(source)])
+    _require_outside(destination, inside or [Path(source) / (hook_point or "")])
     written: list[Converted] = []
 
     def write_one(folder: str | Path, new: Path, final: Path) -> Converted:
@@ -296,8 +327,10 @@ def _finite(found: Found) -> Found:
 
 def _require_outside(destination: Path, sources: Sequence[Path]) -> None:
     """Raise ValueError for a destination within the folder of an autoencoder to be converted."""
+    with _named_destination(destination):
+        above = destination.resolve().parents
     for source in sources:
-        if source.is_dir() and source.resolve() in destination.resolve().parents:
+        if source.is_dir() and source.resolve() in above:
             raise ValueError(f"{destination} lies within {source}; choose a folder outside")
 
 
@@ -333,11 +366,12 @@ def _named_destination(folder: Path) -> Generator[None]:
     """Errors of the operating system in words that name the folder."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:  # in words already
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # in words already
             raise
+        reason = getattr(error, "strerror", error)  # ValueError: a NUL in the name
         raise OSError(
-            f"cannot write the folder {folder} ({error.strerror}); choose another destination"
+            f"cannot write the folder {folder} ({reason}); choose another destination"
         ) from None
 
 

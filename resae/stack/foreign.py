@@ -10,6 +10,7 @@ from resae.interop.objects import import_placed_object
 from resae.models.hooked import HookedLM
 from resae.sae.base import Autoencoder
 from resae.sae.registry import with_max_active
+from resae.strict_json import brief
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def autoencoders_of(
         if max_active is not None:
             sae = with_max_active(sae, max_active)
         if place not in (None, point.name):
-            log.warning("the autoencoder for %s was trained at %s", point.name, place)
+            log.warning("the autoencoder for %s was trained at %s", point.name, brief(place))
         config = sae.config
         if config.input_kind != "activation":
             raise ValueError(

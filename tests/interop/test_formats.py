@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import foreign_files as files
@@ -315,6 +316,47 @@ def test_of_several_those_that_cannot_be_converted_are_named(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_autoencoders_are_found_however_deep_and_damaged_ones_can_be_left_out(tmp_path, capsys):
+    deep = tmp_path / "in" / "a" / "b" / "c" / "d" / "e" / "layers.1"
+    files.sparsify(deep, plain())
+    files.sparsify(tmp_path / "in" / "broken", plain())
+    (tmp_path / "in" / "broken" / "cfg.json").write_text("{")
+    command = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "resae"]
+    assert main(command) == 2
+    assert "broken/cfg.json is not valid JSON" in capsys.readouterr().err
+    assert main([*command, "--skip-unsupported"]) == 0
+    assert "broken/cfg.json is not valid JSON" in capsys.readouterr().err
+    (folder,) = tmp_path.glob("out/**/layers.1")
+    assert folder.relative_to(tmp_path / "out") == deep.relative_to(tmp_path / "in")
+    inner = [str(tmp_path / "in"), str(tmp_path / "in" / "new"), "--to", "saelens"]
+    assert main(["convert", *inner, "--hook-point", str(deep.relative_to(tmp_path / "in"))]) == 0
+    assert import_sae(tmp_path / "in" / "new").config.k == K
+
+
+def test_a_tree_without_end_is_not_searched_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("resae.interop.formats.MOST_FOLDERS", 20)
+    for number in range(30):
+        (tmp_path / f"{number}" / "x").mkdir(parents=True)
+    with pytest.raises(ValueError, match="more than 20 folders; name one"):
+        import_sae(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Not left out of a conversion without a word."""
+    files.sparsify(tmp_path / "in" / "a", plain())
+    (tmp_path / "in" / "locked").mkdir()
+    iterdir = Path.iterdir
+
+    def refuse(path):
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(OSError, match="cannot read the folder .*locked .Permission denied"):
+        convert(tmp_path / "in", tmp_path / "out", "resae")
+
+
 @pytest.mark.parametrize(
     ("destination", "message"),
     [
@@ -323,6 +365,7 @@ def test_of_several_those_that_cannot_be_converted_are_named(tmp_path, capsys):
         ("link", "cannot write the folder .*link .Not a directory.; choose another"),
         ("/proc/x/y", "cannot write into /proc"),
         ("n" * 300, "cannot write the folder .*File name too long"),
+        ("a\0b", "cannot write the folder .*null byte"),
         ("in", "not empty"),
         ("in/a/new", "lies within .*in/a; choose"),
         ("full", "not empty"),

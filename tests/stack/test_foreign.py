@@ -96,7 +96,7 @@ def test_another_place_in_the_file_is_warned_of(lm, tmp_path, caplog):
     ReSAE.from_saes({1: tmp_path / "a"}, lm)
     assert not caplog.records
     ReSAE.from_saes({0: tmp_path / "a"}, lm)
-    assert "for blocks.0.hook_resid_post was trained at blocks.1.hook_resid_post" in caplog.text
+    assert "for blocks.0.hook_resid_post was trained at 'blocks.1.hook_resid_post'" in caplog.text
 
 
 def test_room_is_given_to_thresholds_alone_and_the_callers_object_stays(lm):
