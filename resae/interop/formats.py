@@ -103,6 +103,7 @@ def import_sae(
         max_active: slots of a code, for kinds with a threshold (`ThresholdSAE`).
 
     Raises:
+        TypeError: `source` is neither a path nor a name.
         FileNotFoundError: there is nothing of that name.
         ValueError: a file is damaged or holds NaN or infinite weights, a setting has no form here
             (the message names it), or the format is unknown.
@@ -142,11 +143,21 @@ def export_sae(
         model: name of the language model.
 
     Raises:
-        ValueError: the format cannot hold this autoencoder.
+        TypeError: no autoencoder of ours, or names that are no text.
+        ValueError: the format cannot hold this autoencoder, or its weights are not finite.
         FileExistsError: the folder has content.
         OSError: it cannot be written.
     """
+    if not isinstance(sae, Autoencoder):
+        raise TypeError(
+            f"export_sae: got {type(sae).__module__}.{type(sae).__qualname__}, expected an "
+            f"autoencoder of resae; import_sae reads those of other libraries from their files"
+        )
+    for name, text in (("hook_point", hook_point), ("model", model)):
+        if not isinstance(text, str | None):
+            raise TypeError(f"export_sae: {name} is {type(text).__name__}, expected its name")
     write = _writer(format)
+    sae.require_finite(f"export_sae to {folder}")
     if format == "resae":  # every kind, with all its settings
         write_folder(Path(folder), lambda new: sae.save(new, hook_point=hook_point, model=model))
         return
@@ -174,6 +185,12 @@ def find_format(
 ) -> tuple[str, Path]:
     """Format and local path of an autoencoder; of a repository its files are downloaded."""
     _require_known(format)
+    for name, given in (("source", source), ("hook_point", hook_point or "")):
+        if not isinstance(given, str | Path):
+            raise TypeError(
+                f"import_sae: {name} is {type(given).__module__}.{type(given).__qualname__}, "
+                f"expected a path or a repository owner/name"
+            )
     tried = [format] if format else [n for n, known in FORMATS.items() if not known.pickled]
     files = tuple(dict.fromkeys(file for name in tried for file in FORMATS[name].files))
     path = locate(source, hook_point, revision, files)

@@ -55,10 +55,10 @@ class ThresholdSAE(Autoencoder):
         if max_active is None:
             slots = max(64, SLOTS_PER_ACTIVE * record.k) if record.k else DEFAULT_MAX_ACTIVE
             max_active = min(M, slots)
-        if not 1 <= max_active <= M:
+        if type(max_active) is not int or not 1 <= max_active <= M:
             raise ValueError(
-                f"threshold autoencoder: max_active={max_active}, expected 1 to {M}, the number of "
-                f"latents"
+                f"threshold autoencoder: max_active={max_active!r}, expected a whole number from 1 "
+                f"to {M}, the number of latents"
             )
         self.config = SAEConfig(D, M, max_active, input_kind=record.input_kind)
         for name, tensor in record.tensors().items():

@@ -40,6 +40,7 @@ def autoencoders_of(
                 f"ReSAE.from_saes: the autoencoder of {point.name} encodes residuals of a "
                 f"prediction; load the stack that it belongs to (ReSAE.load)"
             )
+        sae.require_finite(f"ReSAE.from_saes: the autoencoder of {point.name}")
         if config.d_in != lm.d_model:
             raise ValueError(
                 f"ReSAE.from_saes: the autoencoder of {point.name} has width {config.d_in}, the "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from foreign_files import D, K, M, activations, plain
 from safetensors.torch import load_file
+from torch import nn
 
 from resae import ReSAE, TopKSAE, export_sae, import_sae
 from resae.choices import EXPORTS, IMPORTS
@@ -484,6 +485,31 @@ def test_nothing_is_written_over_and_nothing_is_left_half_written(tmp_path, monk
     with pytest.raises(OSError, match="disk full"):
         export_sae(TopKSAE(SAEConfig(D, M, K)), tmp_path / "b", "saelens")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda p: export_sae(nn.Linear(2, 2), p, "saelens"), TypeError, "got torch.*Linear"),
+        (lambda p: export_sae(boosted_sae(), p, "resae", hook_point=5), TypeError, "hook_point is"),
+        (lambda p: export_sae(boosted_sae(), p, "resae", model=nn), TypeError, "model is module"),
+        (lambda _: import_sae(boosted_sae()), TypeError, "source is .*BoostedSAE, expected a path"),
+        (lambda p: import_sae(p, hook_point=6), TypeError, "hook_point is builtins.int"),
+    ],
+)
+def test_arguments_of_other_types_are_named(call, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        call(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("to", EXPORTS)
+def test_weights_that_are_not_finite_are_not_exported(to, tmp_path):
+    sae = TopKSAE(SAEConfig(D, M, K))
+    sae.encoder.bias.data[3] = torch.inf
+    with pytest.raises(ValueError, match=r"NaN or infinite entries in encoder\.bias"):
+        export_sae(sae, tmp_path / "new", to)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture
