@@ -8,6 +8,7 @@ runs, so that `--help` and a mistyped option answer at once.
 
 import argparse
 import gc
+import io
 import logging
 import shlex
 import sys
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet=parsed.quiet,
         traceback=parsed.traceback,
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII shows \u2013 for a dash
+            stream.reconfigure(errors="backslashreplace")
     level = logging.INFO if parsed.verbose else logging.WARNING
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter())

@@ -22,6 +22,7 @@ from resae.sae.base import Autoencoder
 from resae.sae.record import SAERecord
 from resae.sae.registry import sae_from_record
 from resae.storage import is_unused, require_writable
+from resae_kernels.files import PARTIAL
 
 MOST_FOLDERS = 100_000
 """Folders below a path that are looked into for autoencoders."""
@@ -225,7 +226,8 @@ def _refusal(path: Path) -> Exception:
 
 def folders_in(path: Path, format: str | None = None) -> list[Path]:
     """Folders below a folder that hold an autoencoder, damaged ones included, by name; links to
-    folders are not followed; of a run of resae, those of its stack and not of its checkpoints.
+    folders are not followed, nor is what a conversion that was killed left behind; of a run of
+    resae, those of its stack and not of its checkpoints.
 
     Raises:
         OSError: a folder cannot be read.
@@ -252,7 +254,8 @@ def folders_in(path: Path, format: str | None = None) -> list[Path]:
 
 def _folders_of(folder: Path) -> list[Path]:
     try:
-        return [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]
+        inner = [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]
+        return [p for p in inner if not p.name.endswith(PARTIAL)]
     except OSError as error:
         raise OSError(
             f"cannot read the folder {folder} ({error.strerror}), in which autoencoders are looked "
@@ -365,7 +368,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         made = [parent for parent in folder.absolute().parents if not parent.exists()]
         require_writable(folder.parent)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        prefix = f".{folder.name}."
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix, suffix=PARTIAL))
     try:
         write(temporary)
         with _named_destination(folder):

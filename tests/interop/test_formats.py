@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -485,6 +486,20 @@ def test_nothing_is_written_over_and_nothing_is_left_half_written(tmp_path, monk
     with pytest.raises(OSError, match="disk full"):
         export_sae(TopKSAE(SAEConfig(D, M, K)), tmp_path / "b", "saelens")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_conversion_left_is_not_taken_for_autoencoders(tmp_path, monkeypatch):
+    for name in "ab":
+        files.sparsify(tmp_path / "saes" / name, plain())
+    rename = Path.replace
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if killed before the end
+    monkeypatch.setattr(Path, "replace", lambda p, to: sys.exit() if p.is_dir() else rename(p, to))
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "saes", tmp_path / "saes" / "new", "resae")
+    monkeypatch.undo()
+    assert list((tmp_path / "saes").rglob("*.partial/*/cfg.json"))
+    written = convert(tmp_path / "saes", tmp_path / "saes" / "new", "resae")
+    assert [sae.folder.name for sae in written] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,10 @@ def test_names_in_a_file_cannot_steer_a_terminal(tmp_path, capsys, monkeypatch):
     said = stream.buffer.getvalue().decode()
     assert "hook_point           \\x1b[2J\\nfolded none\\u202e\\ud800\n" in said
     assert len(said) < 2_000
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    assert b"\\u2013" in stream.buffer.getvalue()
     files.sparsify(tmp_path / "b", plain(), extra={"\x1b[31m": torch.zeros(2)})
     assert main(["inspect", str(tmp_path / "b")]) == 2
     assert "has '\\x1b[31m', which no kind" in capsys.readouterr().err
