@@ -160,7 +160,7 @@ def test_only_the_registry_asks_which_kind_an_autoencoder_is():
 
 
 KERNEL_FLOORS = [
-    {"step", "dropin"},
+    {"step", "dropin", "autoencode"},
     {"accelerated"},
     {"screened", "chain"},
     {"threshold"},
