@@ -104,14 +104,14 @@ def run(options: Options, console: TerminalConsole) -> int:
         console.report_to_stderr()
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
-    runs = _open_runs([Path(folder) for folder in options.run_directories], device)
+    runs = open_runs([Path(folder) for folder in options.run_directories], device)
     out = Path(options.out or runs[0].folder)
     require_writable(out)
     quiet_libraries()
     first = runs[0]
     name, revision = model_of(first.record, first.stack, options.model, options.revision)
     shapes = HookedLM.described(name, tokenizer=None, revision=revision)
-    _require_comparable(runs, shapes)
+    require_comparable(runs, shapes)
     if options.baselines:
         baselines = _baselines(runs, device, console)
         if baselines is None:
@@ -120,7 +120,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     ids, data, overlaps = _unseen(
         options, [(run.folder, run.record) for run in runs], shapes, console
     )
-    methods = _methods(runs, options.k)
+    methods = methods_of(runs, options.k)
     lm = load_model(name, options.dtype, device, revision)
     evaluation = _evaluated(lm, methods, ids, data, console)
     config = {
@@ -141,7 +141,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     return 0
 
 
-def _open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
+def open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
     from resae.training.runs import open_run
 
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -149,7 +149,7 @@ def _open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
     return [OpenRun(folder, *open_run(folder, device)) for folder in folders]
 
 
-def _require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
+def require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
     """Raise ValueError for runs of another model, or of different layers."""
     layers = runs[0].stack.hook_points
     for run in runs:
@@ -187,7 +187,7 @@ def _baselines(
     if not whole:
         console.log("stopped; the same command goes on from the newest checkpoint")
         return None
-    return _open_runs([baseline.folder for baseline in baselines], device)
+    return open_runs([baseline.folder for baseline in baselines], device)
 
 
 def _evaluated(
@@ -362,7 +362,7 @@ def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _methods(runs: Sequence[OpenRun], ks: Sequence[int] | None) -> list[Method]:
+def methods_of(runs: Sequence[OpenRun], ks: Sequence[int] | None) -> list[Method]:
     """Every run, at every k asked for; and the maps alone."""
     from resae.evaluation.methods import Method, method_name
     from resae.stack.stack import AffineOnly

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resae.reproduce.intervals import Bootstrap, Quantity
+from resae.evaluation.intervals import Bootstrap, Quantity
 from resae.reproduce.jobs import MAPS_ALONE, METHODS, Job, Kind
 from resae.reproduce.settings import Spacing, StudyConfig
 
