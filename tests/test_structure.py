@@ -78,7 +78,8 @@ TESTED_BY = {
     "replacements/test_context.py": "replacements.counts replacements.generation",
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_graph_page.py": "cli.graph report.graph_record",
-    "report/test_page.py": "evaluation.labels report.content report.figures report.rows",
+    "report/test_page.py": "evaluation.labels report.content report.figures report.headline "
+    "report.rows report.sections report.styles report.tables",
     "reproduce/test_claims.py": "reproduce.losses",
     "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
     "reproduce.settings reproduce.summary",
