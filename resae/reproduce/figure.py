@@ -4,9 +4,9 @@ from functools import partial
 from typing import Any
 
 from resae.choices import Mode
+from resae.evaluation.intervals import interval
 from resae.evaluation.labels import LABELS
 from resae.report.figures import COLORS, new_figure, svg_of
-from resae.reproduce.intervals import interval
 from resae.reproduce.losses import Table
 
 SPREAD = 0.02
