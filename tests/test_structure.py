@@ -68,7 +68,7 @@ TESTED_BY = {
     "cli/test_terminal.py": "console",
     "latents/test_cards.py": "latents.ablation latents.directions latents.prompt models.final_norm",
     "latents/test_collect.py": "latents.firings latents.index latents.passages",
-    "latents/test_latents_page.py": "latents.page",
+    "latents/test_latents_page.py": "latents.neuronpedia latents.page",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
     "demo/test_demo.py": "demo.comparison",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.passes evaluation.rows",

@@ -121,6 +121,8 @@ class LatentReport:
     """Latents of each that never fired."""
     tokens: int
     """Tokens of text that were encoded."""
+    rows: int
+    """Rows of text that were read."""
     row_tokens: int
     """Tokens of a row of text."""
     logits_through: str
@@ -207,6 +209,7 @@ def describe_latents(
         d_sae=[len(layer.sums) for layer in index.layers],
         never_fired=[int((layer.firings == 0).sum()) for layer in index.layers],
         tokens=index.tokens,
+        rows=index.rows_done,
         row_tokens=index.row_tokens,
         logits_through=_way(stack, readout),
         settings=index.settings,
