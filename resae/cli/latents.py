@@ -18,9 +18,9 @@ from resae.settings import Shown
 if TYPE_CHECKING:
     import torch
 
-    from resae.latents.cards import LatentReport
     from resae.latents.index import LatentIndex
     from resae.latents.prompt import PromptLatents
+    from resae.latents.records import LatentCard, LatentReport
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
@@ -328,7 +328,7 @@ def _write(
     console.log(f"written to {out / f'{name}.html'} and {name}.json")
 
 
-def _text(card: Any) -> str:
+def _text(card: LatentCard) -> str:
     """A card in lines."""
     lines = [f"{card.name}: fires at {card.firings:,} tokens, density {card.density:.3%}"]
     for passage in card.passages[:5]:

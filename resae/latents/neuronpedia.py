@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resae.latents.cards import LatentCard, LatentReport, Passage
+from resae.latents.records import LatentCard, LatentReport, Passage
 from resae.storage import save_json
 
 EMPTY = (

@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from resae.latents.cards import LatentCard, LatentReport, Passage, TokenEffect, TokenTexts
+from resae.latents.cards import TokenTexts
 from resae.latents.prompt import PromptLatents
+from resae.latents.records import LatentCard, LatentReport, Passage, TokenEffect
 from resae.report.page import page_style
 from resae.storage import write_atomically
 
