@@ -29,7 +29,8 @@ COMMANDS = {
     "train": "fit the affine maps and train one autoencoder per layer",
     "finetune": "train a finished run further, with all its layers replaced in the running model",
     "eval": "replace layers on held-out text and measure the cost",
-    "probe": "measure what single latents tell about labelled texts: sparse probing",
+    "probe": "measure what single latents tell about labelled texts: sparse probing, targeted "
+    "perturbation, spurious correlations",
     "generate": "continue a prompt with and without the layers replaced",
     "convert": "rewrite an autoencoder in the format of another library",
     "inspect": "describe an autoencoder in a file of any format",
