@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": "replace layers on held-out text and measure the cost",
     "probe": "measure what single latents tell about labelled texts: sparse probing, targeted "
     "perturbation, spurious correlations",
+    "latents": "show each latent: the text it fires on, its effects, its nearest relatives",
     "generate": "continue a prompt with and without the layers replaced",
     "graph": "draw the direct effects between latents that lead to the next token of a prompt",
     "convert": "rewrite an autoencoder in the format of another library",
