@@ -85,7 +85,8 @@ def table_of(
         titled: row → its label, in place of method and loop.
     """
     titled = titled or (lambda row: label(row.method, getattr(row, "loop", None)))
-    headings = headings | _further(rows, headings, left_out)
+    known = {key: text for key, text in headings.items() if key == "name" or _has(rows, key)}
+    headings = known | _further(rows, headings, left_out)
     meanings = field_docstrings(type(rows[0])) if rows else {}
     columns = [
         Column(heading, meanings.get(key, ""), numeric=_is_numeric(rows, key))
@@ -158,3 +159,8 @@ def _further(
         if not key.endswith(ENDS)
         and any(isinstance(getattr(row, key), int | float) for row in rows)
     }
+
+
+def _has(rows: Sequence[Any], key: str) -> bool:
+    """True where any row has a value in this column."""
+    return any(getattr(row, key) is not None for row in rows)

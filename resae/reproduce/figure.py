@@ -1,11 +1,11 @@
 """Figure of a study: cross-entropy lost online against k, one panel per spacing."""
 
 from resae.choices import Mode
+from resae.evaluation.intervals import interval
 from resae.evaluation.labels import LABELS
 from resae.report.charts import Curves, Point, Series, linear_axis, standalone, steps_axis
 from resae.report.figures import K_LABEL, legend_of
 from resae.report.styles import styles_of
-from resae.reproduce.intervals import interval
 from resae.reproduce.losses import Table
 
 

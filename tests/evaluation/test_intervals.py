@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from resae.reproduce.intervals import Bootstrap, interval
+from resae.evaluation.intervals import Bootstrap, interval
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
