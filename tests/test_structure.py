@@ -82,7 +82,7 @@ TESTED_BY = {
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_graph_page.py": "cli.graph report.graph_record",
     "report/test_page.py": "evaluation.labels report.content report.figures report.headline "
-    "report.rows report.sections report.styles report.tables",
+    "report.rows report.sections report.styles report.tables report.words",
     "reproduce/test_claims.py": "reproduce.losses",
     "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
     "reproduce.settings reproduce.summary",
