@@ -24,10 +24,10 @@ from torch import Tensor
 from resae.choices import Loop, Mode
 from resae.evaluation.intervals import Bootstrap, Quantity, divided
 from resae.evaluation.methods import Method, known_reference
-from resae.evaluation.metrics import HISTOGRAM_EDGES, cosine_histogram, redundancy
 from resae.evaluation.next_token import largest_difference
 from resae.evaluation.passes import Ablated, Passes, Replaced, alike, sinks_of
 from resae.evaluation.reconstruction import Reconstruction, StreamMeans
+from resae.evaluation.redundancy import HISTOGRAM_EDGES, LargestCosines, redundancy
 from resae.evaluation.rows import (
     AblationRow,
     Evaluation,
@@ -190,7 +190,7 @@ class _Comparison:
         """The rows of all sums, with intervals."""
         bootstrap = Bootstrap(self._clean.documents)
         costs = _Costs(bootstrap, self._clean, self._ablated, self._variants, reference)
-        compared = [(m, W_dec) for m in self._methods if len(W_dec := _dictionaries(m)) > 1]
+        redundancy_rows, histograms = _redundancy_tables(self._methods)
         layers = range(len(self._shared.points))
         return Evaluation(
             replacement=[costs.replacement_row(v) for v in self._variants],
@@ -199,10 +199,8 @@ class _Comparison:
                 for r in self._reconstructions
                 for layer in layers
             ],
-            redundancy=[RedundancyRow(m.name, m.k, **asdict(redundancy(W))) for m, W in compared],
-            redundancy_histogram=[
-                HistogramRow(m.name, m.k, HISTOGRAM_EDGES, cosine_histogram(W)) for m, W in compared
-            ],
+            redundancy=redundancy_rows,
+            redundancy_histogram=histograms,
             row_sums=[
                 RowSums(None, None, None, [], *_per_document(self._clean)),
                 *(_row_sums(v) for v in self._variants),
@@ -213,6 +211,11 @@ class _Comparison:
                 for r in self._reconstructions
                 if isinstance(r.method.stack, ReSAE)
                 for layer in layers
+            ],
+            shared_latents=[
+                r.shared_latents_row()
+                for r in self._reconstructions
+                if isinstance(r.method.stack, ReSAE) and r.method.stack.shared
             ],
             resampled=resampled,
         )
@@ -457,6 +460,34 @@ def _variants(
                 run = Replaced(method.stack, mode, loop, layers, Sums(documents))
                 variants.append(_Variant(method, run))
     return variants
+
+
+def _redundancy_tables(
+    methods: Sequence[Method],
+) -> tuple[list[RedundancyRow], list[HistogramRow]]:
+    """Rows of every method with several dictionaries. Latents of a method without maps of its own
+    are transported through those of the first method that learned some."""
+    learned = [m for m in methods if _maps_of(m) is not None]
+    rows, histograms = [], []
+    for m in methods:
+        W_dec = _dictionaries(m)
+        if len(W_dec) < 2:
+            continue
+        source = m if m in learned else next(iter(learned), None)
+        largest, transported = LargestCosines(W_dec, within=True), None
+        if source is not None:
+            transported = LargestCosines(W_dec, _maps_of(source))
+        found = asdict(redundancy(largest, transported))
+        maps_of = None if source is None else source.name
+        rows.append(RedundancyRow(m.name, m.k, **found, maps_of=maps_of))
+        histograms.append(HistogramRow(m.name, m.k, HISTOGRAM_EDGES, largest.histogram()))
+    return rows, histograms
+
+
+def _maps_of(method: Method) -> list[Tensor] | None:
+    """The maps that a method learned; None for none, or the identity."""
+    predictor = method.stack.predictor
+    return None if predictor.kind in ("none", "identity") else predictor.A
 
 
 def _dictionaries(method: Method) -> list[Tensor]:

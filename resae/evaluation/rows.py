@@ -9,7 +9,7 @@ None where there is no interval: a single document, or a report of an earlier ve
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from resae.evaluation.metrics import Redundancy
+from resae.evaluation.redundancy import Redundancy
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,10 @@ class DictionaryRow:
 class RedundancyRow(Redundancy, DictionaryRow):
     """Redundancy between the dictionaries of different layers of one method."""
 
+    maps_of: str | None = None
+    """Method whose maps latents are transported through: its own, where it learned some; None
+    where no method did."""
+
 
 @dataclass(frozen=True)
 class HistogramRow(DictionaryRow):
@@ -261,6 +265,30 @@ class HistogramRow(DictionaryRow):
     """Bin edges, one more than counts."""
     counts: list[int]
     """Latents per bin."""
+
+
+@dataclass(frozen=True)
+class SharedLatentsRow:
+    """Spread over layers of the latents of one dictionary that all layers share (MLSAE, arXiv
+    2409.04185).
+
+    Variances are of the position ℓ = 0 … L−1 of the layer at which a latent is active; each
+    activation counts by its act. Each of the three is at most the one before it."""
+
+    method: str
+    """Name of the method."""
+    k: int | None
+    """Nominal active latents."""
+    layers_per_latent: float
+    """Number of layers at which a latent fires at all, mean over latents that do."""
+    effective_layers: float
+    """Exponential of the entropy of a latent's acts over layers, mean over latents that fire."""
+    variance: float
+    """Variance of ℓ over all activations."""
+    variance_of_latent: float
+    """Variance of ℓ over the activations of one latent, mean over activations."""
+    variance_of_token: float
+    """Variance of ℓ over the activations of one latent at one token, mean over activations."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +328,8 @@ class Evaluation:
     """Zero and mean ablation of every set of layers that is replaced."""
     density: list[DensityRow] = field(default_factory=list[DensityRow])
     """Per method with autoencoders, loop and layer."""
+    shared_latents: list[SharedLatentsRow] = field(default_factory=list[SharedLatentsRow])
+    """Per method with one dictionary at all layers."""
     resampled: str = "rows"
     """`documents` of the text, or `rows`: what the intervals draw again."""
 

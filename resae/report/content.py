@@ -18,6 +18,7 @@ from resae.evaluation.rows import (
     ReconstructionRow,
     RedundancyRow,
     ReplacementRow,
+    SharedLatentsRow,
 )
 from resae.report.rows import (
     BoostRow,
@@ -85,13 +86,15 @@ class Report:
     """Per kind of ablation and set of layers."""
     density: list[DensityRow] = field(default_factory=list[DensityRow])
     """Per method with autoencoders, loop and layer."""
+    shared_latents: list[SharedLatentsRow] = field(default_factory=list[SharedLatentsRow])
+    """Per method with one dictionary at all layers."""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json; tables of further methods only where they have rows."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         content["affine"] = [row.to_dict() for row in self.affine]
         further = ("routing", "boost", "fair", "elsewhere", "mlsae", "hierarchical")
-        further += ("ablation", "density")
+        further += ("ablation", "density", "shared_latents")
         return {name: value for name, value in content.items() if value or name not in further}
 
 
