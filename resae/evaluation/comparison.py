@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from resae.choices import Loop, Mode
 from resae.evaluation.intervals import Bootstrap, Quantity, divided
-from resae.evaluation.methods import Method, known_reference
+from resae.evaluation.methods import Method, counterpart, known_reference
 from resae.evaluation.next_token import largest_difference
 from resae.evaluation.passes import Ablated, Passes, Replaced, alike, sinks_of
 from resae.evaluation.reconstruction import Reconstruction, StreamMeans
@@ -195,7 +195,7 @@ class _Comparison:
         return Evaluation(
             replacement=[costs.replacement_row(v) for v in self._variants],
             reconstruction=[
-                r.row(layer, bootstrap, counterpart(r, self._reconstructions, reference))
+                r.row(layer, bootstrap, self._counterpart(r, reference))
                 for r in self._reconstructions
                 for layer in layers
             ],
@@ -219,6 +219,12 @@ class _Comparison:
             ],
             resampled=resampled,
         )
+
+    def _counterpart(self, of: Reconstruction, reference: str) -> Reconstruction | None:
+        if of.method.name == reference:
+            return None
+        named = [r for r in self._reconstructions if r.method.name == reference]
+        return counterpart(of.method.k, of.loop, {(r.method.k, r.loop): r for r in named})
 
 
 class _Costs:
@@ -263,7 +269,7 @@ class _Costs:
                 f"evaluate: cross-entropy of {v.method.name} ({run.mode}) is NaN; the stack or the "
                 f"model's activations hold NaN"
             )
-        against = counterpart(v, self._variants, self._reference)
+        against = self._counterpart(v)
         quantities = {
             "ce_clean": self._clean,
             "ce": ce,
@@ -286,6 +292,19 @@ class _Costs:
             reference=None if against is None else against.method.name,
             **self._columns(quantities),
         )
+
+    def _counterpart(self, v: _Variant) -> _Variant | None:
+        """The reference in the same mode and with the same layers replaced."""
+        run = v.run
+        if v.method.name == self._reference:
+            return None
+        among = {
+            (other.method.k, other.run.loop): other
+            for other in self._variants
+            if other.method.name == self._reference
+            and (other.run.mode, other.run.layers) == (run.mode, run.layers)
+        }
+        return counterpart(v.method.k, run.loop, among)
 
     def _recovered(self, kind: str, layers: tuple[str, ...], ce: Quantity) -> Quantity:
         """Share of the cross-entropy that an ablation loses and the replacement keeps."""
@@ -310,35 +329,6 @@ class _Costs:
         }
         tokens = round(sums.total("tokens"))
         return AblationRow(kind, list(layers), tokens=tokens, **self._columns(quantities))
-
-
-Compared = TypeVar("Compared", _Variant, Reconstruction)
-
-
-def counterpart(of: Compared, among: Sequence[Compared], reference: str) -> Compared | None:
-    """The measurement of the method `reference` that another is compared with: of the same mode,
-    layers and k, and of the same loop where it has one, otherwise closed. None for the method
-    itself, and where there is none or not one alone."""
-    if of.method.name == reference:
-        return None
-
-    def fits(other: Compared) -> bool:
-        ks = {of.method.k, other.method.k} - {None}
-        return other.method.name == reference and len(ks) < 2 and _case(other) == _case(of)
-
-    found = {_loop(other): other for other in among if fits(other)}
-    if len({other.method.k for other in found.values()}) != 1:
-        return None
-    loops = (_loop(of), None, Loop.CLOSED)
-    return next((found[loop] for loop in loops if loop in found), None)
-
-
-def _case(of: _Variant | Reconstruction) -> tuple[Any, ...]:
-    return (of.run.mode, of.run.layers) if isinstance(of, _Variant) else ()
-
-
-def _loop(of: _Variant | Reconstruction) -> Loop | None:
-    return of.run.loop if isinstance(of, _Variant) else of.loop
 
 
 def _ablation(

@@ -291,6 +291,77 @@ class SharedLatentsRow:
     """Variance of ℓ over the activations of one latent at one token, mean over activations."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationRow:
+    """Text that the model continues prompts with, all layers replaced online, against its own."""
+
+    method: str
+    """Name of the method."""
+    loop: str | None
+    """`open` or `closed`; None where both agree."""
+    k: int | None
+    """Nominal active latents per layer; None without autoencoders."""
+    prompts: int
+    """Prompts that were continued."""
+    prompt_tokens: int
+    """Tokens of each prompt."""
+    new_tokens: int
+    """Tokens that were written greedily after each."""
+    perplexity: float
+    """Perplexity of the text under the unchanged model: exp of the mean cross-entropy per token."""
+    perplexity_plain: float
+    """The same of the unchanged model's own greedy text."""
+    agreement_tokens: float
+    """Tokens before the first that differs from the unchanged model's text, mean over prompts; at
+    most `new_tokens`."""
+    kl: float
+    """KL divergence from the unchanged to the replaced model over the unchanged model's text, nats
+    per token."""
+    repetition: float
+    """Share of the 4-grams of a text that occurred in it before."""
+    repetition_plain: float
+    """The same of the unchanged model's text."""
+    kl_by_position: list[float]
+    """`kl` at the first, second, … token after the prompt."""
+    reference: str | None = None
+    """Method that `difference` is taken from; None for that method itself."""
+    difference: float | None = None
+    """`kl` less that of the reference, of the same k, and of the same loop where it has one,
+    otherwise closed."""
+    perplexity_low: float | None = None
+    """Lower end of the interval of `perplexity`."""
+    perplexity_high: float | None = None
+    """Upper end of it."""
+    perplexity_plain_low: float | None = None
+    """Lower end of the interval of `perplexity_plain`."""
+    perplexity_plain_high: float | None = None
+    """Upper end of it."""
+    agreement_tokens_low: float | None = None
+    """Lower end of the interval of `agreement_tokens`."""
+    agreement_tokens_high: float | None = None
+    """Upper end of it."""
+    kl_low: float | None = None
+    """Lower end of the interval of `kl`."""
+    kl_high: float | None = None
+    """Upper end of it."""
+    repetition_low: float | None = None
+    """Lower end of the interval of `repetition`."""
+    repetition_high: float | None = None
+    """Upper end of it."""
+    repetition_plain_low: float | None = None
+    """Lower end of the interval of `repetition_plain`."""
+    repetition_plain_high: float | None = None
+    """Upper end of it."""
+    difference_low: float | None = None
+    """Lower end of the paired interval of `difference`."""
+    difference_high: float | None = None
+    """Upper end of it."""
+    kl_by_position_low: list[float] | None = None
+    """Lower ends of the intervals of `kl_by_position`."""
+    kl_by_position_high: list[float] | None = None
+    """Upper ends of them."""
+
+
 @dataclass(frozen=True)
 class RowSums:
     """Cross-entropy of every document in one way of running the model: what intervals are computed
