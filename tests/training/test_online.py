@@ -314,6 +314,12 @@ def test_the_command_trains_what_python_does_and_eval_reads_it(run, material, ca
     record = load_json(out / "run.json", "run")
     assert record["finetuned"] == str(run)
     assert record["train"]["mse_weight"] == config.mse_weight
+    latents = record["latents"]
+    assert (
+        f"silent on {latents['tokens']:,} held-out tokens: {latents['silent'][0][0]:.1%} → "
+        in printed
+    )
+    assert "redundancy (mean largest cosine with a latent of another layer): " in printed
     assert main(["eval", str(run), str(out), "--out", str(material / "both")]) == 0
     online = {
         row["method"]: row["delta_ce"]
