@@ -114,14 +114,14 @@ def run(options: Options, console: TerminalConsole) -> int:
         console.report_to_stderr()
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
-    runs = _open_runs([Path(folder) for folder in options.run_directories], device)
+    runs = open_runs([Path(folder) for folder in options.run_directories], device)
     out = Path(options.out or runs[0].folder)
     require_writable(out)
     quiet_libraries()
     first = runs[0]
     name, revision = model_of(first.record, first.stack, options.model, options.revision)
     shapes = HookedLM.described(name, tokenizer=None, revision=revision)
-    _require_comparable(runs, shapes)
+    require_comparable(runs, shapes)
     if options.baselines:
         baselines = _baselines(runs, device, console)
         if baselines is None:
@@ -130,7 +130,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     ids, data, overlaps = _unseen(
         options, [(run.folder, run.record) for run in runs], shapes, console
     )
-    methods = _methods(runs, options.k, _subsets(options.subsets, shapes, first.stack))
+    methods = methods_of(runs, options.k, _subsets(options.subsets, shapes, first.stack))
     reference = known_reference(methods, options.reference)
     lm = load_model(name, options.dtype, device, revision)
     evaluation = _evaluated(lm, methods, ids, data, reference, out / PARTIAL_SUMS, console)
@@ -153,7 +153,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     return 0
 
 
-def _open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
+def open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
     from resae.training.runs import open_run
 
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -161,7 +161,7 @@ def _open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
     return [OpenRun(folder, *open_run(folder, device)) for folder in folders]
 
 
-def _require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
+def require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
     """Raise ValueError for runs of another model, or of different layers."""
     layers = runs[0].stack.hook_points
     for run in runs:
@@ -199,7 +199,7 @@ def _baselines(
     if not whole:
         console.log("stopped; the same command goes on from the newest checkpoint")
         return None
-    return _open_runs([baseline.folder for baseline in baselines], device)
+    return open_runs([baseline.folder for baseline in baselines], device)
 
 
 def _subsets(
@@ -412,8 +412,8 @@ def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _methods(
-    runs: Sequence[OpenRun], ks: Sequence[int] | None, subsets: tuple[tuple[str, ...], ...]
+def methods_of(
+    runs: Sequence[OpenRun], ks: Sequence[int] | None, subsets: tuple[tuple[str, ...], ...] = ()
 ) -> list[Method]:
     """Every run, at every k asked for; and the maps alone."""
     from resae.evaluation.methods import Method, method_name
