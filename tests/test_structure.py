@@ -96,7 +96,7 @@ TESTED_BY = {
     "test_structure.py": "lazy",
     "training/test_loop.py": "training.calibration training.checkpoints training.loss "
     "training.start training.step",
-    "training/test_online.py": "cli.finetune training.finetuning",
+    "training/test_online.py": "cli.finetune training.finetuning training.low_rank",
     "training/test_pipeline.py": "training.maps",
     "test_settings.py": "training.config",
 }
