@@ -66,6 +66,19 @@ def compared(text: str) -> tuple[int, ...]:
     return parts
 
 
+def layer_sets(text: str) -> tuple[tuple[str, ...], ...] | str:
+    """Sets of layers: `5,15;15,25`; or a word for some: `none`, `each`, `prefixes`, `all`."""
+    if text in ("none", "each", "prefixes", "all"):
+        return text
+    try:
+        return tuple(names(part) for part in text.split(";"))
+    except ArgumentTypeError:
+        raise ArgumentTypeError(
+            f"{text!r}: expected none, each, prefixes, all, or sets of layers, for example "
+            f"'5,15;15,25'"
+        ) from None
+
+
 def one_k(text: str) -> int:
     """The k of every layer: several are refused, since elsewhere they would be compared."""
     if "," in text:

@@ -67,7 +67,9 @@ TESTED_BY = {
     "cli/test_terminal.py": "console",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
     "demo/test_demo.py": "demo.comparison",
-    "evaluation/test_comparison.py": "evaluation.methods evaluation.rows",
+    "evaluation/test_comparison.py": "evaluation.methods evaluation.passes evaluation.rows",
+    "evaluation/test_probing.py": "cli.probe data.labelled evaluation.linear_probes "
+    "evaluation.pooling evaluation.scores",
     "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
     "interop.saelens interop.sparsify",
@@ -75,7 +77,9 @@ TESTED_BY = {
     "models/test_hooked.py": "models.points models.splice",
     "replacements/test_context.py": "replacements.counts replacements.generation",
     "replacements/test_edits.py": "evaluation.effects",
-    "report/test_page.py": "evaluation.labels report.content report.figures report.rows",
+    "report/test_graph_page.py": "cli.graph report.graph_record",
+    "report/test_page.py": "evaluation.labels report.content report.figures report.headline "
+    "report.rows report.sections report.styles report.tables",
     "reproduce/test_claims.py": "reproduce.losses",
     "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
     "reproduce.settings reproduce.summary",

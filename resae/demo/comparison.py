@@ -282,6 +282,8 @@ def _report(
         reconstruction=evaluation.reconstruction,
         redundancy=evaluation.redundancy,
         redundancy_histogram=evaluation.redundancy_histogram,
+        ablation=evaluation.ablation,
+        density=evaluation.density,
         teacher_forced_collapse=collapse,
         fair=_fair_table(evaluation.replacement, main.runs),
         mlsae=_fvu_table(evaluation.reconstruction, "mlsae"),

@@ -1,9 +1,12 @@
 """Result rows: one dataclass per table of a report, whose fields are the columns.
 
-`dataclasses.asdict` gives the rows of report.json, in the order of the fields.
+`dataclasses.asdict` gives the rows of report.json, in the order of the fields. A number `x` that is
+measured on text has its 95 % interval in `x_low` and `x_high`: by the bootstrap over documents
+(`resae.evaluation.intervals`), the same resamples for all, so that differences are paired. Both are
+None where there is no interval: a single document, or a report of an earlier version.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from resae.evaluation.metrics import Redundancy
@@ -42,6 +45,76 @@ class ReplacementRow:
     """Evaluated positions."""
     sinks: int = 0
     """Tokens that were left alone as sinks, at the layer where they were most."""
+    ce_clean_low: float | None = None
+    """Lower end of the interval of `ce_clean`."""
+    ce_clean_high: float | None = None
+    """Upper end of it."""
+    ce_low: float | None = None
+    """Lower end of the interval of `ce`."""
+    ce_high: float | None = None
+    """Upper end of it."""
+    delta_ce_low: float | None = None
+    """Lower end of the interval of `delta_ce`."""
+    delta_ce_high: float | None = None
+    """Upper end of it."""
+    ce_recovered_zero_low: float | None = None
+    """Lower end of the interval of `ce_recovered_zero`."""
+    ce_recovered_zero_high: float | None = None
+    """Upper end of it."""
+    ce_recovered_mean_low: float | None = None
+    """Lower end of the interval of `ce_recovered_mean`."""
+    ce_recovered_mean_high: float | None = None
+    """Upper end of it."""
+    kl_low: float | None = None
+    """Lower end of the interval of `kl`."""
+    kl_high: float | None = None
+    """Upper end of it."""
+    reference: str | None = None
+    """Method that `difference` is taken from; None for that method itself."""
+    difference: float | None = None
+    """`delta_ce` less that of the reference: of the same mode, layers and k, and of the same loop
+    where it has one, otherwise closed."""
+    difference_low: float | None = None
+    """Lower end of the paired interval of `difference`."""
+    difference_high: float | None = None
+    """Upper end of it."""
+    sum_of_single: float | None = None
+    """Sum of `delta_ce` of replacing each of these layers alone (where online and teacher-forced
+    are the same); None where that was not measured."""
+    sum_of_single_low: float | None = None
+    """Lower end of the interval of `sum_of_single`."""
+    sum_of_single_high: float | None = None
+    """Upper end of it."""
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """Cost of putting a constant in the place of layers: what a replacement is compared with."""
+
+    ablation: str
+    """`zero`, or `mean`: the mean activation of the evaluated tokens."""
+    layers: list[str]
+    """Hook points that were ablated at once."""
+    ce: float
+    """Cross-entropy of the ablated model, nats per token."""
+    delta_ce: float
+    """`ce` less that of the unchanged model, nats per token."""
+    kl: float
+    """KL divergence from the unchanged to the ablated model, nats per token."""
+    tokens: int
+    """Evaluated positions."""
+    ce_low: float | None = None
+    """Lower end of the interval of `ce`."""
+    ce_high: float | None = None
+    """Upper end of it."""
+    delta_ce_low: float | None = None
+    """Lower end of the interval of `delta_ce`."""
+    delta_ce_high: float | None = None
+    """Upper end of it."""
+    kl_low: float | None = None
+    """Lower end of the interval of `kl`."""
+    kl_high: float | None = None
+    """Upper end of it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +142,100 @@ class ReconstructionRow:
     sinks: int = 0
     """Sink tokens, by the rule of any of the methods compared, of which the other entries know
     nothing."""
+    explained_variance: float | None = None
+    """`1 − fvu_stream`: 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the mean of all evaluated tokens."""
+    explained_variance_legacy: float | None = None
+    """Mean over tokens of 1 − ‖x − x̂‖² / ‖x − x̄‖²: what SAEBench's paper calls explained variance.
+    Tokens near the mean weigh more in it; x̄ is the mean of all tokens, there of a batch."""
+    cosine: float | None = None
+    """Cosine of x and x̂, mean over tokens."""
+    norm_ratio: float | None = None
+    """‖x̂‖ / ‖x‖, mean over tokens."""
+    reconstruction_bias: float | None = None
+    """Σ‖x̂‖² / Σ⟨x, x̂⟩: 1 where no scaling of x̂ would fit better, below 1 where it is too
+    short."""
+    reference: str | None = None
+    """Method that `difference` is taken from; None for that method itself."""
+    difference: float | None = None
+    """`explained_variance` less that of the reference, of the same layer, k and loop as in
+    `ReplacementRow`."""
+    fvu_stream_low: float | None = None
+    """Lower end of the interval of `fvu_stream`."""
+    fvu_stream_high: float | None = None
+    """Upper end of it."""
+    fvu_target_low: float | None = None
+    """Lower end of the interval of `fvu_target`."""
+    fvu_target_high: float | None = None
+    """Upper end of it."""
+    l0_low: float | None = None
+    """Lower end of the interval of `l0`."""
+    l0_high: float | None = None
+    """Upper end of it."""
+    fvu_with_sinks_low: float | None = None
+    """Lower end of the interval of `fvu_with_sinks`."""
+    fvu_with_sinks_high: float | None = None
+    """Upper end of it."""
+    explained_variance_low: float | None = None
+    """Lower end of the interval of `explained_variance`."""
+    explained_variance_high: float | None = None
+    """Upper end of it."""
+    explained_variance_legacy_low: float | None = None
+    """Lower end of the interval of `explained_variance_legacy`."""
+    explained_variance_legacy_high: float | None = None
+    """Upper end of it."""
+    cosine_low: float | None = None
+    """Lower end of the interval of `cosine`."""
+    cosine_high: float | None = None
+    """Upper end of it."""
+    norm_ratio_low: float | None = None
+    """Lower end of the interval of `norm_ratio`."""
+    norm_ratio_high: float | None = None
+    """Upper end of it."""
+    reconstruction_bias_low: float | None = None
+    """Lower end of the interval of `reconstruction_bias`."""
+    reconstruction_bias_high: float | None = None
+    """Upper end of it."""
+    difference_low: float | None = None
+    """Lower end of the paired interval of `difference`."""
+    difference_high: float | None = None
+    """Upper end of it."""
+
+
+DENSITY_EDGES = [round(-6 + 0.25 * i, 2) for i in range(25)]
+"""Bin edges for log10 of densities: −6 to 0 in steps of a quarter."""
+
+
+@dataclass(frozen=True)
+class DensityRow:
+    """Firing rates of the latents of one layer, on tokens that are no sinks.
+
+    The numbers are over latents and have no intervals: a resample of the text never holds a latent
+    that the text does not."""
+
+    method: str
+    """Name of the method."""
+    loop: str | None
+    """`open` or `closed`; None where both agree."""
+    k: int | None
+    """Nominal active latents."""
+    layer: str
+    """Hook point."""
+    tokens: int
+    """Tokens that were looked at."""
+    alive_fraction: float
+    """Share of latents that fired at all: `1 − dead_fraction`."""
+    over_1_percent: float
+    """Share of latents that fire on more than 1 % of the tokens."""
+    over_10_percent: float
+    """Share of latents that fire on more than 10 % of the tokens."""
+    activity_over_1_percent: float
+    """Share of all firings that are of latents of `over_1_percent`."""
+    activity_over_10_percent: float
+    """Share of all firings that are of latents of `over_10_percent`."""
+    edges: list[float]
+    """Bin edges of log10 of the share of tokens on which a latent fires."""
+    counts: list[int]
+    """Latents per bin, of those that fired; rarer ones are in the first bin."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +265,8 @@ class HistogramRow(DictionaryRow):
 
 @dataclass(frozen=True)
 class RowSums:
-    """Cross-entropy of every evaluated row `[T]` in one way of running the model: what intervals
-    are computed from."""
+    """Cross-entropy of every document in one way of running the model: what intervals are computed
+    from. A document is an evaluated row `[T]`, or neighbouring rows (`evaluate`)."""
 
     method: str | None
     """Name of the method; None: the unchanged model."""
@@ -110,9 +277,9 @@ class RowSums:
     layers: list[str]
     """Hook points that were replaced."""
     ce: list[float]
-    """Nats per row, summed over its evaluated positions."""
+    """Nats per document, summed over its evaluated positions."""
     tokens: list[int]
-    """Evaluated positions of each row."""
+    """Evaluated positions of each document."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +296,17 @@ class Evaluation:
     """Per method with several dictionaries."""
     row_sums: list[RowSums]
     """Sums of the unchanged model, then per row of `replacement`; not in report.json."""
+    ablation: list[AblationRow] = field(default_factory=list[AblationRow])
+    """Zero and mean ablation of every set of layers that is replaced."""
+    density: list[DensityRow] = field(default_factory=list[DensityRow])
+    """Per method with autoencoders, loop and layer."""
+    resampled: str = "rows"
+    """`documents` of the text, or `rows`: what the intervals draw again."""
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """The tables as lists of dictionaries, as in report.json."""
         tables = asdict(self)
-        del tables["row_sums"]
+        del tables["row_sums"], tables["resampled"]
         return tables
 
 

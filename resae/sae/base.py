@@ -151,6 +151,11 @@ class Autoencoder(nn.Module, ABC):
             return held
         return ScreenedEncoder(weight, bias, margin=cast("Margin", margin), implementation=asked)
 
+    def require_finite(self, where: object) -> None:
+        """Raise ValueError for weights that are NaN or infinite; `where` begins the message."""
+        if bad := [name for name, t in self.state_dict().items() if not bool(t.isfinite().all())]:
+            raise ValueError(f"{where}: NaN or infinite entries in {', '.join(bad)}")
+
     def set_input_kind(self, kind: InputKind | str) -> None:
         """Set what it encodes: `ReSAE` does, for layers that are predicted."""
         self.config = replace(self.config, input_kind=kind)
