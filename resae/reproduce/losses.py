@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resae.reproduce.intervals import Bootstrap, Quantity
+from resae.evaluation.intervals import Bootstrap, Quantity
 from resae.reproduce.jobs import MAPS_ALONE, METHODS, Job, Kind
 from resae.reproduce.settings import Spacing, StudyConfig
 
@@ -55,11 +55,12 @@ Table = dict[Setting, dict[str, Measured]]
 def read_losses(jobs: Sequence[Job], result: ReadResult, config: StudyConfig) -> Table:
     """Everything that the evaluations measured so far."""
     table: Table = {}
-    bootstrap = Bootstrap(config.documents)
+    bootstrap: Bootstrap | None = None
     for job in jobs:
         found = result(job) if job.kind is Kind.EVALUATE else None
         if found is None:
             continue
+        bootstrap = bootstrap or Bootstrap(len(found["row_sums"][0]["tokens"]))
         alone = job.method == MAPS_ALONE
         training = {} if alone else result(job.training) or {}
         for k in config.k if alone else (job.k,):

@@ -364,10 +364,14 @@ class Study:
             stack = ReSAE.load(self._stack_folder(job.training))
             method = Method(job.method, stack.to(self.lm.device), job.k)
         evaluation = evaluate(
-            self.lm, [method], batches, on_batch=lambda done: plan.at(done / len(batches))
+            self.lm,
+            [method],
+            batches,
+            documents=range(sum(map(len, batches))),
+            on_batch=lambda done: plan.at(done / len(batches)),
         )
         tables = evaluation.to_dict()
-        del tables["redundancy_histogram"]
+        del tables["redundancy_histogram"], tables["density"]
         tokens = sum(evaluation.row_sums[0].tokens)
         return {"tokens": tokens, **tables, "row_sums": [asdict(s) for s in evaluation.row_sums]}
 

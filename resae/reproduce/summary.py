@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from resae.choices import Mode
+from resae.evaluation.intervals import Interval, interval
 from resae.evaluation.labels import LABELS
 from resae.reproduce.claims import Finding, findings_of, summary_of
 from resae.reproduce.figure import draw
-from resae.reproduce.intervals import Interval, interval
 from resae.reproduce.jobs import METHODS, Job, Kind, jobs_of, sweeps_of
 from resae.reproduce.losses import Measured, ReadResult, Table, paired, read_losses
 from resae.reproduce.settings import Spacing, StudyConfig
