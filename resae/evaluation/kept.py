@@ -16,7 +16,7 @@ from resae.stack.stack import ReSAE
 
 @dataclass(frozen=True)
 class KeptLatents:
-    """How far latents stayed what they were; lists have one entry per layer, pairs are before and
+    """Change of latents by further training; lists have one entry per layer, pairs are before and
     after."""
 
     kept_directions: list[float]
