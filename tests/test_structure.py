@@ -84,10 +84,10 @@ TESTED_BY = {
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_graph_page.py": "cli.graph report.graph_record",
     "report/test_page.py": "evaluation.labels report.content report.figures report.headline "
-    "report.rows report.sections report.styles report.tables",
+    "report.rows report.sections report.styles report.tables report.words",
     "reproduce/test_claims.py": "reproduce.losses",
     "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
-    "reproduce.settings reproduce.summary",
+    "reproduce.results reproduce.settings reproduce.summary",
     "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.record sae.registry",
     "stack/test_affine.py": "evaluation.predictors stack.fit",
     "stack/test_foreign.py": "interop.objects",
@@ -98,7 +98,7 @@ TESTED_BY = {
     "test_structure.py": "lazy",
     "training/test_loop.py": "training.calibration training.checkpoints training.loss "
     "training.start training.step",
-    "training/test_online.py": "cli.finetune training.finetuning",
+    "training/test_online.py": "cli.finetune training.finetuning training.low_rank",
     "training/test_pipeline.py": "training.maps",
     "test_notebook.py": "stack.notebook",
     "test_settings.py": "training.config",
