@@ -68,7 +68,8 @@ TESTED_BY = {
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
     "demo/test_demo.py": "demo.comparison",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.rows",
-    "evaluation/test_probing.py": "cli.probe data.labelled evaluation.linear_probes "
+    "data/test_labelled.py": "data.public_labelled",
+    "evaluation/test_probing.py": "cli.probe evaluation.linear_probes "
     "evaluation.pooling evaluation.scores",
     "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
