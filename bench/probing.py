@@ -182,6 +182,12 @@ def _in_place(material: Material) -> Iterator[None]:
     try:
         with (
             mock.patch.object(probe_training, "prepare_probe_data", prepare),
+            # Without its type check, which holds the sizes of one function against another's.
+            mock.patch.object(
+                probe_training,
+                "train_sklearn_probe",
+                probe_training.train_sklearn_probe.__wrapped__,
+            ),
             mock.patch.object(dataset_utils, "get_multi_label_train_test_data", return_value=data),
             mock.patch.dict(dataset_info.chosen_classes_per_dataset, {DATA: classes}),
         ):
@@ -198,7 +204,9 @@ def _model(material: Material) -> Any:
     """The language model, as far as SAEBench calls it."""
     from transformer_lens import HookedTransformer
 
-    class Model(HookedTransformer):  # its functions check the type
+    base: Any = HookedTransformer
+
+    class Model(base):  # its functions check the type
         def __init__(self) -> None:
             torch.nn.Module.__init__(self)
             self.tokenizer = material.lm.tokenizer

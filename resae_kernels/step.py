@@ -20,7 +20,7 @@ from resae_kernels import checks, memory
 from resae_kernels.cpu.private_torch import is_eager, refuse_forward_mode
 from resae_kernels.decode import sparse_decode
 from resae_kernels.dispatch import check_once, implementation_for, register, triton_signature
-from resae_kernels.screened import ScreenedEncoder, layout_of
+from resae_kernels.screened import ScreenedEncoder, layout_of, require_own
 from resae_kernels.triton import step as triton_step
 from resae_kernels.triton.encode_few import FEW_TOKENS
 from resae_kernels.triton.step import StepWorkspace, workspace_layout
@@ -89,7 +89,7 @@ def online_step(
     if not torch.compiler.is_compiling():
         given = x, weight, bias, k, W_dec, b_dec, prediction, codes, transported
         if encoder is not None and encoder.implementation == "triton":
-            _require_own(encoder, weight, bias)
+            require_own("online_step", encoder, weight, bias)
             if is_eager():
                 return _step_by_encoder(*given, encoder, out, implementation)
         elif x.is_cpu and implementation != "triton":
@@ -248,7 +248,7 @@ def _step_on_cpu(
             return None
         encoder = _encoder_of(weight, bias)
     else:
-        _require_own(encoder, weight, bias)
+        require_own("online_step", encoder, weight, bias)
     plain = not codes and transported is None and out is None
     if plain and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_TOKENS:
         step = encoder.online_step(x, k, b_dec, prediction, W_dec)
@@ -258,13 +258,6 @@ def _step_on_cpu(
         return None
     given = x, weight, bias, k, W_dec, b_dec, prediction, codes, transported
     return _step_by_encoder(*given, encoder, out, None)
-
-
-def _require_own(encoder: ScreenedEncoder, weight: Tensor, bias: Tensor | None) -> None:
-    if encoder.weight is not weight or encoder.bias is not bias:
-        raise ValueError(
-            "online_step: encoder was made of another weight or bias; pass the ones it was made of"
-        )
 
 
 def _step_by_encoder(

@@ -60,6 +60,15 @@ class OnlineStep(NamedTuple):
     """`[..., k]`, in order of index."""
 
 
+class Autoencoding(NamedTuple):
+    """Reconstruction and code of an autoencoder."""
+
+    x_hat: Tensor
+    """`[..., D]`, prediction included."""
+    code: SparseCode
+    """`[..., k]`."""
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of an op's sums: float32 for the 16-bit types, otherwise the dtype itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

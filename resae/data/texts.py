@@ -20,7 +20,7 @@ import torch
 from resae.assets import CORPUS
 from resae.models.hooked import EMBEDDED
 from resae.storage import load_json, require_inside, safe_file_name
-from resae.strict_json import brief, require_fields
+from resae.strict_json import brief, first_line, require_fields
 
 Document = str | list[int] | list[dict[str, Any]]
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -283,12 +283,12 @@ def _pieces(path: Path) -> Iterator[bytes]:
                 piece = file.read(1 << 24)
             except (gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
                 raise ValueError(
-                    f"{path} is damaged ({_first_line(error)}); copy or download it again"
+                    f"{path} is damaged ({first_line(error)}); copy or download it again"
                 ) from None
             except Exception as error:  # zstandard's own
                 if path.suffix != ".zst":
                     raise
-                raise ValueError(f"{path} is damaged ({_first_line(error)})") from None
+                raise ValueError(f"{path} is damaged ({first_line(error)})") from None
             read += len(piece)
             if path.suffix in COMPRESSED and read > most:
                 raise ValueError(
@@ -367,7 +367,7 @@ def _load_saved(data: str, path: Path, split: str, column: str) -> Any:
         loaded.data.column(column).validate(full=True)
         return loaded
     except FileNotFoundError as error:
-        raise FileNotFoundError(_not_found(data, _first_line(error))) from None
+        raise FileNotFoundError(_not_found(data, first_line(error))) from None
     except Exception as error:  # datasets raises whatever a wrong description runs into
         if str(error).startswith("dataset "):
             raise
@@ -393,13 +393,13 @@ def _load_dataset(
         source |= {"split": split, "streaming": streaming, **options}
         return datasets.load_dataset(**source)
     except OSError as error:  # not there, or the hub cannot be reached
-        raise FileNotFoundError(_not_found(data, _first_line(error))) from None
+        raise FileNotFoundError(_not_found(data, first_line(error))) from None
     except ImportError:
         raise
     except Exception as error:  # datasets raises whatever a wrong description runs into
         if type(error) is ValueError:
             raise FileNotFoundError(
-                f"dataset {data!r}: cannot read split {split!r} ({_first_line(error)})"
+                f"dataset {data!r}: cannot read split {split!r} ({first_line(error)})"
             ) from None
         raise ValueError(_damaged(data, error.__cause__ or error, files)) from None
 
@@ -407,7 +407,7 @@ def _load_dataset(
 def _damaged(data: str, error: BaseException, files: Sequence[Path] = ()) -> str:
     place = next((f" ({line})" for file in files if (line := _damaged_line(file))), "")
     return (
-        f"dataset {data!r} cannot be read: {_first_line(error)}{place}; mend or remove what is "
+        f"dataset {data!r} cannot be read: {first_line(error)}{place}; mend or remove what is "
         f"damaged"
     )
 
@@ -423,11 +423,6 @@ def _damaged_line(path: Path) -> str | None:
             except ValueError:
                 return f"{path.name}, line {number}"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
-    return line.encode(errors="backslashreplace").decode()
 
 
 Check = Callable[[Any], bool]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -43,6 +43,7 @@ class Bootstrap:
         seed: int = 0,
         strata: Sequence[str] | None = None,
     ):
+        self.documents = documents
         generator = np.random.default_rng(seed)
         self._times = np.ones((1 + resamples, documents))
         held = np.asarray([""] * documents if strata is None else strata)
@@ -51,10 +52,30 @@ class Bootstrap:
             even = [1 / len(members)] * len(members)
             self._times[1:, members] = generator.multinomial(len(members), even, size=resamples)
 
-    def per_token(self, sums: Sequence[float], tokens: Sequence[int]) -> Quantity:
+    def total(self, sums: ArrayLike) -> Quantity:
+        """Sum over documents of `sums [documents]`."""
+        return self._times @ np.asarray(sums, np.float64)
+
+    def per_token(self, sums: ArrayLike, tokens: Sequence[int] | ArrayLike) -> Quantity:
         """Mean per token of what was summed over the tokens of each document."""
-        total, count = (self._times @ np.asarray(column, np.float64) for column in (sums, tokens))
-        return total / count
+        return divided(self.total(sums), self.total(tokens))
+
+    def columns(self, name: str, quantity: Quantity | None) -> dict[str, float | None]:
+        """Columns `name`, `name_low` and `name_high` of a result row. The bounds are None where
+        there is no interval: of a single document, or of a ratio that some resample does not
+        define."""
+        if quantity is None:
+            return {name: None, f"{name}_low": None, f"{name}_high": None}
+        low = high = None
+        if self.documents > 1 and np.isfinite(quantity).all():
+            _, low, high = interval(quantity)
+        return {name: float(quantity[0]), f"{name}_low": low, f"{name}_high": high}
+
+
+def divided(numerator: Quantity, denominator: Quantity) -> Quantity:
+    """The ratio of two quantities; resamples in which the denominator is 0 are infinite or NaN."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return numerator / denominator
 
 
 def interval(quantity: Quantity) -> Interval:

@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from resae.strict_json import first_line
+
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -57,10 +59,9 @@ def _named_errors(name: str) -> Generator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(
             f"SAE {name!r}: there is no such path, and no such repository could be read from the "
-            f"hub ({lines[0]})"
+            f"hub ({first_line(error)})"
         ) from None
 
 
