@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ops import commit
-from resae.reproduce.intervals import Bootstrap, Quantity, interval
+from resae.evaluation.intervals import Bootstrap, Quantity, interval
 from torch import Tensor
 
 from resae import HookedLM, ReSAE, feature_graph, latent_gradients

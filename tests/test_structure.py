@@ -70,8 +70,9 @@ TESTED_BY = {
     "latents/test_latents_page.py": "latents.page",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
     "demo/test_demo.py": "demo.comparison",
+    "data/test_labelled.py": "data.public_labelled",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.passes evaluation.rows",
-    "evaluation/test_probing.py": "cli.probe data.labelled evaluation.linear_probes "
+    "evaluation/test_probing.py": "cli.probe evaluation.linear_probes "
     "evaluation.pooling evaluation.scores",
     "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
