@@ -26,6 +26,7 @@ from resae.report.rows import (
     FvuRow,
     NestedFvuRow,
     RoutingRow,
+    RunRow,
     Sample,
     TrainingRow,
 )
@@ -85,13 +86,16 @@ class Report:
     """Per kind of ablation and set of layers."""
     density: list[DensityRow] = field(default_factory=list[DensityRow])
     """Per method with autoencoders, loop and layer."""
+    runs: list[RunRow] = field(default_factory=list[RunRow])
+    """The runs that are compared; empty in the report of one. `config` and `environment` are those
+    of the first."""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json; tables of further methods only where they have rows."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         content["affine"] = [row.to_dict() for row in self.affine]
         further = ("routing", "boost", "fair", "elsewhere", "mlsae", "hierarchical")
-        further += ("ablation", "density")
+        further += ("ablation", "density", "runs")
         return {name: value for name, value in content.items() if value or name not in further}
 
 

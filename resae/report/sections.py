@@ -2,7 +2,7 @@
 are left out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from resae.evaluation.labels import MODES, label, whole_selection
@@ -10,7 +10,7 @@ from resae.evaluation.rows import DensityRow, ReconstructionRow, RedundancyRow, 
 from resae.report.content import Report
 from resae.report.figures import Figure
 from resae.report.rows import Sample
-from resae.report.tables import Table, table_of
+from resae.report.tables import Cell, Column, Row, Table, table_of
 
 RowOfK = TypeVar("RowOfK", ReplacementRow, ReconstructionRow, RedundancyRow, DensityRow)
 
@@ -30,8 +30,6 @@ class Section:
     tables: Sequence[Table] = ()
     samples: dict[str, list[Sample]] = field(default_factory=dict[str, list[Sample]])
     """Prompt → its continuations."""
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Names and values."""
     opened: bool = False
     """Shown without being asked for."""
 
@@ -50,7 +48,7 @@ def sections(report: Report, figures: dict[str, Figure]) -> list[Section]:
         *_further(report),
         *_training(figures),
         *_samples(report),
-        Section(name="configuration", title="Configuration", facts=_facts(report)),
+        *_configuration(report),
     ]
 
 
@@ -283,11 +281,38 @@ def _samples(report: Report) -> Iterator[Section]:
         )
 
 
-def _facts(report: Report) -> dict[str, Any]:
+def _configuration(report: Report) -> Iterator[Section]:
     facts = {**report.config, **report.environment}
     if report.teacher_forced_collapse is not None:
         facts["teacher_forced_collapse"] = report.teacher_forced_collapse
-    return facts
+    runs = [(run.name, {**run.config, **run.environment}) for run in report.runs]
+    if not runs:
+        runs = [("value", facts)]
+    names = dict.fromkeys(name for _, values in runs for name in values)
+    rows = [
+        Row([Cell(name, name), *(_setting(values.get(name)) for _, values in runs)])
+        for name in names
+    ]
+    columns = [Column("setting", numeric=False), *(Column(name, numeric=False) for name, _ in runs)]
+    caption = "Settings, versions and machine"
+    yield Section(
+        name="configuration",
+        title="Configuration",
+        tables=[Table("settings", caption, columns, _differing(rows) if report.runs else rows)],
+    )
+
+
+def _differing(rows: Sequence[Row]) -> list[Row]:
+    """Settings in which runs differ first, and marked."""
+    marked = [replace(row, marked=len({cell.text for cell in row.cells[1:]}) > 1) for row in rows]
+    return sorted(marked, key=lambda row: not row.marked)
+
+
+def _setting(value: Any) -> Cell:
+    if value is None:
+        return Cell("–")
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return Cell(text, text)
 
 
 def _of(figures: dict[str, Figure], *names: str) -> list[Figure]:

@@ -808,7 +808,7 @@ def bad(material, tmp_path):
             "1 of 2 entries of column 'text' are null",
         ),
         "unknown-option": ([*train, "--layer-count", "3", *out], "^resae train: .*--layer-count 3"),
-        "unknown-argument": (["report", str(material), "more", "x"], "^resae report: .*: more x"),
+        "unknown-argument": (["push", "a", "b/c", "more", "x"], "^resae push: .*: more x"),
         "no-data": (["train", model, "", *TRAIN, *out], "argument DATA: is empty"),
         "no-model": (["train", "", text, *TRAIN, *out], "argument MODEL: is empty"),
         "no-out": ([*train, "--out", ""], "argument --out: is empty"),
