@@ -24,7 +24,7 @@ from resae.report.charts import (
 from resae.report.content import Report
 from resae.report.rows import TrainingRow
 from resae.report.styles import styles_of
-from resae.report.tables import interval_of
+from resae.report.tables import interval_of, short_name
 
 AnyRow = TypeVar("AnyRow", ReplacementRow, HistogramRow, TrainingRow)
 
@@ -77,12 +77,6 @@ def drawn(rows: Sequence[AnyRow]) -> list[AnyRow]:
         if base_name(row.method) not in TABLES_ONLY
         and not FAIR_TABLE_ONLY.search(base_name(row.method))
     ]
-
-
-def short_name(hook_point: str) -> str:
-    """Short form of a hook point name, or of a pair of them."""
-    short = hook_point.replace("blocks.", "block ").replace(".hook_resid_post", "")
-    return short.replace(".hook_", " ")
 
 
 def _style(styles: dict[str, Style], method: str, loop: str | None) -> Style:

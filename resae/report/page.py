@@ -18,9 +18,10 @@ from markupsafe import Markup, escape
 from resae.evaluation.labels import MODES, base_name, label
 from resae.report.charts import CHART_STYLE, Panel, Style, inline, palette_style, sample
 from resae.report.content import Report, load_report
-from resae.report.figures import Figure, draw, short_name
+from resae.report.figures import Figure, draw
 from resae.report.headline import headline
 from resae.report.sections import sections
+from resae.report.tables import short_name
 from resae.report.words import METHODS, MODES_IN_WORDS
 from resae.storage import require_writable, write_atomically
 
