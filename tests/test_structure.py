@@ -20,7 +20,7 @@ FLOORS = [
     {"cli"},
     {"reproduce"},
     {"demo"},
-    {"report"},
+    {"report", "latents"},
     {"training"},
     {"evaluation"},
     {"replacements"},
@@ -65,9 +65,14 @@ TESTED_BY = {
     "cli/test_cli.py": "__main__ cli.demo cli.eval cli.fit cli.generate cli.libraries cli.profile "
     "cli.report cli.train cli.tune training.baselines training.loggers training.runs",
     "cli/test_terminal.py": "console",
+    "latents/test_cards.py": "latents.ablation latents.directions latents.prompt models.final_norm",
+    "latents/test_collect.py": "latents.firings latents.index latents.passages",
+    "latents/test_latents_page.py": "latents.page",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
     "demo/test_demo.py": "demo.comparison",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.passes evaluation.rows",
+    "evaluation/test_probing.py": "cli.probe data.labelled evaluation.linear_probes "
+    "evaluation.pooling evaluation.scores",
     "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
     "interop.saelens interop.sparsify",
@@ -91,7 +96,7 @@ TESTED_BY = {
     "test_structure.py": "lazy",
     "training/test_loop.py": "training.calibration training.checkpoints training.loss "
     "training.start training.step",
-    "training/test_online.py": "cli.finetune training.finetuning",
+    "training/test_online.py": "cli.finetune training.finetuning training.low_rank",
     "training/test_pipeline.py": "training.maps",
     "test_settings.py": "training.config",
 }

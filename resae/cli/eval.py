@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from resae.data.text_record import Overlap, RunText
     from resae.evaluation.methods import Method
-    from resae.evaluation.rows import AblationRow, Evaluation
+    from resae.evaluation.rows import AblationRow, Evaluation, GenerationRow
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
@@ -57,6 +57,10 @@ class Options(Machine):
     all subsets, none, or sets such as '5,15;15,25'."""
     reference: Annotated[str | None, filled, Shown("METHOD")] = None
     """Method of the table that the others are compared with; None: the first."""
+    generation: Annotated[int | None, whole(1), Shown("N")] = None
+    """Continue N of the rows from their middle, greedily, and measure the text."""
+    generation_tokens: Annotated[int, whole(1)] = 64
+    """Most tokens to write for each, at most half a row."""
     out: Annotated[str | None, writable] = None
     """Folder that report.json goes into; None: the first run."""
     model: Annotated[str | None, filled] = None
@@ -114,14 +118,14 @@ def run(options: Options, console: TerminalConsole) -> int:
         console.report_to_stderr()
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
-    runs = _open_runs([Path(folder) for folder in options.run_directories], device)
+    runs = open_runs([Path(folder) for folder in options.run_directories], device)
     out = Path(options.out or runs[0].folder)
     require_writable(out)
     quiet_libraries()
     first = runs[0]
     name, revision = model_of(first.record, first.stack, options.model, options.revision)
     shapes = HookedLM.described(name, tokenizer=None, revision=revision)
-    _require_comparable(runs, shapes)
+    require_comparable(runs, shapes)
     if options.baselines:
         baselines = _baselines(runs, device, console)
         if baselines is None:
@@ -130,7 +134,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     ids, data, overlaps = _unseen(
         options, [(run.folder, run.record) for run in runs], shapes, console
     )
-    methods = _methods(runs, options.k, _subsets(options.subsets, shapes, first.stack))
+    methods = methods_of(runs, options.k, _subsets(options.subsets, shapes, first.stack))
     reference = known_reference(methods, options.reference)
     lm = load_model(name, options.dtype, device, revision)
     evaluation = _evaluated(lm, methods, ids, data, reference, out / PARTIAL_SUMS, console)
@@ -143,17 +147,23 @@ def run(options: Options, console: TerminalConsole) -> int:
         "resampled": evaluation.resampled,
     }
     report = _report(runs, evaluation, config, _training(runs, methods, options.k))
+    texts = _continued(lm, methods, ids, reference, options, console)
+    if texts:
+        report["generation"] = [asdict(row) for row in texts]
+        report["samples"] = _samples(lm, methods, ids[: options.generation], options)
     save_json(out / "report.json", report)
     rows = [asdict(row) for row in whole_selection(evaluation.replacement)]
     if options.json:
         console.json(rows)
     else:
         console.result(_table(rows, evaluation.ablation))
+        if texts:
+            console.result(_table_of_texts(texts))
     console.log(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
 
 
-def _open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
+def open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
     from resae.training.runs import open_run
 
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -161,7 +171,7 @@ def _open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
     return [OpenRun(folder, *open_run(folder, device)) for folder in folders]
 
 
-def _require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
+def require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
     """Raise ValueError for runs of another model, or of different layers."""
     layers = runs[0].stack.hook_points
     for run in runs:
@@ -199,7 +209,7 @@ def _baselines(
     if not whole:
         console.log("stopped; the same command goes on from the newest checkpoint")
         return None
-    return _open_runs([baseline.folder for baseline in baselines], device)
+    return open_runs([baseline.folder for baseline in baselines], device)
 
 
 def _subsets(
@@ -258,6 +268,65 @@ def _evaluated(
     return evaluate(
         lm, methods, batches, reference=reference, on_batch=progress, checkpoint=checkpoint
     )
+
+
+def _continued(
+    lm: HookedLM,
+    methods: Sequence[Method],
+    ids: torch.Tensor,
+    reference: str,
+    options: Options,
+    console: TerminalConsole,
+) -> list[GenerationRow]:
+    """Rows of the text that prompts are continued with, where that is asked for."""
+    from resae.evaluation.continuations import continuation_rows
+
+    if options.generation is None:
+        return []
+    prompts = ids[: options.generation, : ids.shape[1] // 2]
+    new_tokens = min(options.generation_tokens, ids.shape[1] - prompts.shape[1])
+    console.log(
+        f"{len(prompts)} prompts of {prompts.shape[1]} tokens, each continued by {new_tokens}"
+    )
+    return continuation_rows(
+        lm,
+        methods,
+        prompts,
+        new_tokens=new_tokens,
+        reference=reference,
+        on_batch=lambda done: console.progress(f"{done}/{len(prompts)} prompts"),
+    )
+
+
+SHOWN_TEXTS = 3
+"""Prompts whose continuations are in the report as text."""
+
+
+def _samples(
+    lm: HookedLM, methods: Sequence[Method], prompts: torch.Tensor, options: Options
+) -> list[dict[str, Any]]:
+    """The first of the prompts `[R, T]`, cut at their middle, continued as text: by the unchanged
+    model, and with the layers replaced by each stack."""
+    from resae.evaluation.labels import label
+    from resae.replacements.generation import generate
+    from resae.report.rows import Sample
+    from resae.stack.stack import ReSAE
+
+    assert lm.tokenizer is not None
+    writers: list[tuple[str, ReSAE | None]] = [("nothing replaced", None)]
+    for method in methods:
+        if isinstance(method.stack, ReSAE):
+            how = f"{label(method.name)}, k = {method.k}, all layers replaced online"
+            writers.append((how, method.stack))
+    new_tokens = min(options.generation_tokens, prompts.shape[1] - prompts.shape[1] // 2)
+    samples: list[dict[str, Any]] = []
+    for row in prompts[:SHOWN_TEXTS, : prompts.shape[1] // 2]:
+        prompt = lm.tokenizer.decode(row, skip_special_tokens=True)
+        for how, stack in writers:
+            written = generate(lm, prompt, stack, max_new_tokens=new_tokens, temperature=0)
+            replaced = sum(count.replaced for count in written.counts)
+            samples.append(asdict(Sample(how, prompt, written.text, replaced)))
+    return samples
 
 
 def _report(
@@ -412,8 +481,8 @@ def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _methods(
-    runs: Sequence[OpenRun], ks: Sequence[int] | None, subsets: tuple[tuple[str, ...], ...]
+def methods_of(
+    runs: Sequence[OpenRun], ks: Sequence[int] | None, subsets: tuple[tuple[str, ...], ...] = ()
 ) -> list[Method]:
     """Every run, at every k asked for; and the maps alone."""
     from resae.evaluation.methods import Method, method_name
@@ -456,8 +525,9 @@ def _table(rows: Sequence[dict[str, Any]], ablations: Sequence[AblationRow]) -> 
     for row in rows:
         if row["sum_of_single"] is not None and row["mode"] == "online":
             of = f"{row['method']}, {row['loop']} loop" if row["loop"] else row["method"]
+            of += f", k = {row['k']}" if row["k"] else ""
             lines.append(
-                f"{of}, k = {row['k'] or '–'}: the layers one by one lose "
+                f"{of}: the layers one by one lose "
                 f"{_with_interval(row, 'sum_of_single')} in sum, all at once online "
                 f"{_with_interval(row, 'delta_ce')}"
             )
@@ -473,3 +543,25 @@ def _with_interval(row: dict[str, Any], name: str, sign: str = "") -> str:
         return "–"
     bounds = "" if low is None else f" [{low:{sign}.4f}, {high:{sign}.4f}]"
     return f"{value:{sign}.4f}{bounds}"
+
+
+def _table_of_texts(rows: Sequence[GenerationRow]) -> str:
+    """Quality of continuations, for a terminal."""
+    width = max(16, *(len(row.method) + 2 for row in rows))
+    first = rows[0]
+    head = f"{'continuations':<{width}}{'loop':<8}{'k':>5}  {'agreement (tokens)':<28}"
+    lines = [f"{head}{'perplexity':<30}{'KL':<26}{'repeated':>8}"]
+    for row in rows:
+        cells = asdict(row)
+        lines.append(
+            f"{row.method:<{width}}{row.loop or '–':<8}{row.k or '–':>5}  "
+            f"{_with_interval(cells, 'agreement_tokens'):<28}"
+            f"{_with_interval(cells, 'perplexity'):<30}{_with_interval(cells, 'kl'):<26}"
+            f"{row.repetition:>8.1%}"
+        )
+    plain = f"perplexity {_with_interval(asdict(first), 'perplexity_plain')}"
+    lines.append(
+        f"the unchanged model's own text: {plain}, repeated {first.repetition_plain:.1%}; "
+        f"{first.prompts} prompts of {first.prompt_tokens} tokens, {first.new_tokens} written"
+    )
+    return "\n".join(lines)

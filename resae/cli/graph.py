@@ -31,6 +31,8 @@ class Options(Machine):
     """Number of latents, those with the strongest effect on the metric."""
     max_edges: Annotated[int, whole(1)] = 100
     """Number of edges, those along which most effect passes."""
+    true_gradients: bool = False
+    """Take gradients through the denominators of norms too, which by default are constants."""
     out: Annotated[str | None, filled] = None
     """Folder for graph.json and graph.html; None: RUN/graph."""
     model: Annotated[str | None, filled] = None
@@ -73,7 +75,12 @@ def run(options: Options, console: TerminalConsole) -> int:
     other = "the mean logit" if against is None else f"that of {lm.tokenizer.decode([against])!r}"
     label = f"logit of {lm.tokenizer.decode([target])!r} − {other}"
     graph = feature_graph(
-        lm, stack, ids, logit_metric(target, against), max_nodes=options.max_nodes
+        lm,
+        stack,
+        ids,
+        logit_metric(target, against),
+        max_nodes=options.max_nodes,
+        freeze_norms=not options.true_gradients,
     )
     errors = sum(abs(node.effect) for node in graph.nodes if node.kind == "error")
     latents = sum(abs(node.effect) for node in graph.nodes if node.kind == "latent")

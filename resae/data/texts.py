@@ -105,6 +105,49 @@ def load_texts(
     return _shuffled(data, loaded, text_column, seed)
 
 
+def load_columns(
+    data: str, columns: Sequence[str], *, split: str = "train", revision: str | None = None
+) -> list[list[Any]]:
+    """Whole columns of a dataset with named columns, in the order of the dataset: of labelled text
+    the texts and their labels.
+
+    Args:
+        data, split, revision: as of `load_texts`; local files are UTF-8.
+
+    Raises:
+        FileNotFoundError: no such dataset or split.
+        ValueError: no such column, text without columns, damaged data, a revision of what has none.
+    """
+    path = Path(CORPUS if data == EMBEDDED else data).expanduser()
+    _require_options(data, data == EMBEDDED or path.exists(), False, revision, "utf-8")
+    if data == EMBEDDED:
+        file = path / f"{split}.parquet"
+        if not file.exists():
+            raise FileNotFoundError(f"dataset {EMBEDDED!r}: cannot read split {split!r}")
+        return [_read_column(file, column) for column in columns]
+    local = data.startswith((".", "/", "~")) or _kind(path) in (".txt", *READERS)
+    if not data or (local and not path.exists()):
+        raise FileNotFoundError(_not_found(data, "no such file or folder"))
+    if _is_saved(path):
+        loaded = _load_saved(data, path, split, columns[0])
+    else:
+        files = _files(data, path) if path.exists() else []
+        if any(_kind(file) == ".txt" for file in files):
+            raise ValueError(
+                f"dataset {data!r} holds plain text without columns; expected .jsonl, .csv or "
+                f".parquet with {', '.join(columns)}"
+            )
+        options = {"revision": revision} if revision else {}
+        loaded = _load_dataset(data, path, split, False, files, options)
+    for column in columns:
+        if column not in loaded.column_names:
+            raise ValueError(
+                f"dataset {data!r} has no column {column!r} but {', '.join(loaded.column_names)}; "
+                f"name the one that is meant"
+            )
+    return [list(loaded[column]) for column in columns]
+
+
 def _require_options(
     data: str, local: bool, text: bool, revision: str | None, encoding: str
 ) -> None:

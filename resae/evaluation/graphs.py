@@ -7,15 +7,15 @@ passing another latent:
     act_j = ⟨E_j, F(x̂_{m-1} + e_{m-1}) − pred_m(x̂_{<m})⟩ + b    F: the blocks between the layers
     effect i → j = act_i · (⟨E_j, J_F d_i⟩ − W_dec_i A_{l+1} … A_m · E_j)    E_j: encoder row
 
-J_F is the Jacobian of the blocks at the activations as they are (nothing in them is frozen), d_i
-the direction W_dec_i A_{l+1} … A_{m-1} of latent i in x̂_{m-1}. The second term is the part through
-the affine chain. Effects add up: act_j is the sum of all that arrive plus an intercept, which holds
-biases and what the linearisation leaves out. Products of gradients along all paths give
-`latent_gradients`. (After attribution graphs, Ameisen et al. 2025, which freeze attention and
-norms.)
+J_F is the Jacobian of the blocks at the activations as they are; only the denominators of norms are
+constants in it, on request not even these. d_i is the direction W_dec_i A_{l+1} … A_{m-1} of latent
+i in x̂_{m-1}. The second term is the part through the affine chain. Effects add up: act_j is the
+sum of all that arrive plus an intercept, which holds biases and what the linearisation leaves out.
+(After attribution graphs, Ameisen et al. 2025, which freeze attention patterns too.)
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from resae.evaluation.attribution import left_alone, scalar_metric
 from resae.models.hooked import HookedLM
+from resae.models.norms import frozen_norms
 from resae.stack.stack import ReSAE
 from resae_kernels import SparseCode
 
@@ -164,6 +165,7 @@ def feature_graph(
     metric: Callable[[Tensor], Tensor],
     *,
     max_nodes: int | None = 64,
+    freeze_norms: bool = True,
     batch: int = 16,
 ) -> FeatureGraph:
     """Direct effects between the latents with the strongest effect on `metric(logits)`, and of all
@@ -176,6 +178,9 @@ def feature_graph(
         input_ids: `[1, T]`, one prompt.
         metric: logits `[1, T, V]` → scalar, for example a difference of two logits.
         max_nodes: number of latents; None: all that are active.
+        freeze_norms: whether gradients take the denominators of norms for constants
+            (`resae.models.norms`). False: true gradients, products of which along all paths are
+            those of `latent_gradients`.
         batch: number of targets per backward pass.
 
     Raises:
@@ -192,7 +197,8 @@ def feature_graph(
     stack.require_model(lm)
     input_ids = input_ids.to(lm.device)
     lm.require_context(input_ids.shape[1])
-    with torch.enable_grad():
+    norms = frozen_norms(lm.model) if freeze_norms else nullcontext()
+    with torch.enable_grad(), norms:
         value, streams, gradient = _metric_gradient(lm, stack, input_ids, metric)
         left = left_alone(lm, stack, input_ids, streams)
         batch = batch if max_nodes is None else min(batch, max_nodes)

@@ -28,13 +28,29 @@ class Interval(NamedTuple):
 
 
 class Bootstrap:
-    """Resamples of `documents` documents."""
+    """Resamples of `documents` documents.
 
-    def __init__(self, documents: int, *, resamples: int = RESAMPLES, seed: int = 0):
+    Args:
+        strata: stratum of each document; of every stratum as many are drawn as there are. None: all
+            documents are one.
+    """
+
+    def __init__(
+        self,
+        documents: int,
+        *,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+        strata: Sequence[str] | None = None,
+    ):
         self.documents = documents
-        even = [1 / documents] * documents
-        drawn = np.random.default_rng(seed).multinomial(documents, even, size=resamples)
-        self._times = np.concatenate([np.ones((1, documents)), drawn])
+        generator = np.random.default_rng(seed)
+        self._times = np.ones((1 + resamples, documents))
+        held = np.asarray([""] * documents if strata is None else strata)
+        for stratum in np.unique(held):
+            members = np.flatnonzero(held == stratum)
+            even = [1 / len(members)] * len(members)
+            self._times[1:, members] = generator.multinomial(len(members), even, size=resamples)
 
     def total(self, sums: ArrayLike) -> Quantity:
         """Sum over documents of `sums [documents]`."""

@@ -13,11 +13,13 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from resae.evaluation.rows import (
     AblationRow,
     DensityRow,
+    GenerationRow,
     HistogramRow,
     LayerPairRow,
     ReconstructionRow,
     RedundancyRow,
     ReplacementRow,
+    SharedLatentsRow,
 )
 from resae.report.rows import (
     BoostRow,
@@ -86,6 +88,10 @@ class Report:
     """Per kind of ablation and set of layers."""
     density: list[DensityRow] = field(default_factory=list[DensityRow])
     """Per method with autoencoders, loop and layer."""
+    shared_latents: list[SharedLatentsRow] = field(default_factory=list[SharedLatentsRow])
+    """Per method with one dictionary at all layers."""
+    generation: list[GenerationRow] = field(default_factory=list[GenerationRow])
+    """Per method and loop: text that the model continues prompts with."""
     runs: list[RunRow] = field(default_factory=list[RunRow])
     """The runs that are compared; empty in the report of one. `config` and `environment` are those
     of the first."""
@@ -95,7 +101,7 @@ class Report:
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         content["affine"] = [row.to_dict() for row in self.affine]
         further = ("routing", "boost", "fair", "elsewhere", "mlsae", "hierarchical")
-        further += ("ablation", "density", "runs")
+        further += ("ablation", "density", "shared_latents", "generation", "runs")
         return {name: value for name, value in content.items() if value or name not in further}
 
 

@@ -6,23 +6,9 @@ from pathlib import Path
 
 from resae.evaluation.graphs import FeatureGraph, GraphEdge, GraphNode
 from resae.report.graph_record import describe_node, graph_record, shown_nodes
+from resae.report.page import page_style
 from resae.storage import require_writable, save_json, write_atomically
 
-STYLE = """
-:root { color-scheme: light }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; max-width: 68rem;
-       color: #1b1b1b; background: #fff }
-h1 { line-height: 1.2 } h2 { margin-top: 2.4rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap
-} th:first-child, td:first-child { text-align: left }
-th { border-bottom: 2px solid #999 } tr.first td { border-top: 2px solid #999 }
-tr.resae td { background: #eef5fb }
-.wide { overflow-x: auto } figure { margin: 1.5rem 0 } figure svg { max-width: 100%; height: auto }
-figcaption, .note { color: #555; font-size: .9rem }
-pre { background: #f6f6f6; padding: .8rem; white-space: pre-wrap; font-size: .86rem }
-li { margin: .35rem 0 }
-"""
 NODE, ROW, TOP, MARGIN = 50, 190, 30, 100
 STACKED = 4
 """Width of a node with its number, height of a layer, height of the middle of the first row, and
@@ -62,9 +48,10 @@ def graph_page(graph: FeatureGraph, *, label: str = "metric", max_edges: int = 1
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}
+<title>{html.escape(title)}</title><style>{page_style()}
 figure svg {{ max-width: none }}
-svg text {{ font-size: 11px; fill: #1b1b1b; paint-order: stroke; stroke: #fff; stroke-width: 3px }}
+svg text {{ font-size: 11px; fill: var(--ink); paint-order: stroke; stroke: var(--ground);
+  stroke-width: 3px }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>Prompt: <q>{html.escape("".join(graph.token_texts))}</q></p>

@@ -6,13 +6,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from resae.evaluation.labels import MODES, label, whole_selection
-from resae.evaluation.rows import DensityRow, ReconstructionRow, RedundancyRow, ReplacementRow
+from resae.evaluation.rows import (
+    DensityRow,
+    GenerationRow,
+    ReconstructionRow,
+    RedundancyRow,
+    ReplacementRow,
+)
 from resae.report.content import Report
 from resae.report.figures import Figure
 from resae.report.rows import Sample
 from resae.report.tables import Cell, Column, Row, Table, table_of
 
-RowOfK = TypeVar("RowOfK", ReplacementRow, ReconstructionRow, RedundancyRow, DensityRow)
+RowOfK = TypeVar(
+    "RowOfK", ReplacementRow, ReconstructionRow, RedundancyRow, DensityRow, GenerationRow
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,7 @@ def sections(report: Report, figures: dict[str, Figure]) -> list[Section]:
         *_maps(report, figures),
         *_reconstruction(report),
         *_density(report),
+        *_generation(report, figures),
         *_further(report),
         *_training(figures),
         *_samples(report),
@@ -156,6 +165,13 @@ def _redundancy(report: Report, figures: dict[str, Figure]) -> Iterator[Section]
         "share_over_0_5": "> 0.5",
         "share_over_0_7": "> 0.7",
         "share_over_0_9": "> 0.9",
+        "layers_per_latent": "layers per latent",
+        "mean_max_cos_within": "mean within the layer",
+        "mean_max_cos_transported": "transported: mean",
+        "share_over_0_5_transported": "transported > 0.5",
+        "share_over_0_7_transported": "transported > 0.7",
+        "share_over_0_9_transported": "transported > 0.9",
+        "layers_per_latent_transported": "transported: layers per latent",
     }
     if report.redundancy or "redundancy" in figures:
         caption = "Largest cosine of a latent with one of another layer"
@@ -248,6 +264,38 @@ def _density(report: Report) -> Iterator[Section]:
             name="density",
             title="How often latents fire",
             tables=[table_of("density-table", caption, rows, columns, left_out=("tokens",))],
+        )
+
+
+def _generation(report: Report, figures: dict[str, Figure]) -> Iterator[Section]:
+    rows = _by_k(report.generation)
+    if rows:
+        columns = {
+            "name": "method",
+            "k": "k",
+            "agreement_tokens": "agreement, tokens",
+            "perplexity": "perplexity",
+            "kl": "KL",
+            "difference": "KL less reference",
+            "repetition": "repeated",
+        }
+        first = rows[0]
+        shape = ("prompts", "prompt_tokens", "new_tokens")
+        left_out = (*shape, "perplexity_plain", "repetition_plain")
+        caption = f"{first.prompts} prompts of {first.prompt_tokens} tokens, each continued by "
+        caption += f"{first.new_tokens}"
+        yield Section(
+            name="generation",
+            title="Text written with the layers replaced: measures",
+            figures=_of(figures, "generation"),
+            tables=[table_of("generation-table", caption, rows, columns, left_out=left_out)],
+            notes=[
+                f"The model continues prompts greedily, all selected layers replaced online. "
+                f"Agreement: tokens before the first that the unchanged model does not write. "
+                f"Perplexity: of the text under the unchanged model; its own text has "
+                f"{first.perplexity_plain:.4g}. Repeated: share of 4-grams that occurred before, "
+                f"{first.repetition_plain:.4f} in its own text."
+            ],
         )
 
 
@@ -390,6 +438,20 @@ FURTHER: dict[str, tuple[str, str, dict[str, str]]] = {
             "k": "k",
             "delta_ce": "Δ CE",
             "of_raw": "raw SAEs = 1",
+        },
+    ),
+    "shared_latents": (
+        "One dictionary for all layers: at which layers a latent fires",
+        "Variances are of the position of the layer, 0, 1, …, at which a latent is active; each "
+        "activation counts by its act.",
+        {
+            "name": "method",
+            "k": "k",
+            "layers_per_latent": "layers per latent",
+            "effective_layers": "effective layers",
+            "variance": "variance, all",
+            "variance_of_latent": "of one latent",
+            "variance_of_token": "of one latent at one token",
         },
     ),
     "routing": (

@@ -25,7 +25,7 @@ class Cell:
     text: str
     """The value as it is shown."""
     value: float | str | None = None
-    """What the column is sorted by; None: no value."""
+    """Key that the column is sorted by; None: no value."""
     interval: str = ""
     """The interval of the value, where it has one."""
     best: bool = False

@@ -213,10 +213,12 @@ class Autoencoder(nn.Module, ABC):
         return code
 
     def reconstructions(
-        self, code: SparseCode, *, prediction: Tensor | None = None
-    ) -> list[Tensor]:
-        """Reconstructions `[..., D]` whose mean error is the loss; the last one is x̂."""
-        return [self.decode(*code, prediction=prediction)]
+        self, x: Tensor, *, prediction: Tensor | None = None
+    ) -> tuple[list[Tensor], SparseCode]:
+        """Reconstructions `[..., D]` whose mean error is the loss, of which the last one is x̂; and
+        the code."""
+        x_hat, code = self(x, prediction=prediction)
+        return [x_hat], code
 
     @abstractmethod
     def dead_latent_loss(

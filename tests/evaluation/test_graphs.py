@@ -85,7 +85,12 @@ def whole():
     ids = tiny.ids(1, 5)
     ids[0, 0] = lm.special_ids[0]
     stack = tiny.stack(lm).double()
-    return lm, stack, ids, feature_graph(lm, stack, ids, metric, max_nodes=None, batch=8)
+    return (
+        lm,
+        stack,
+        ids,
+        feature_graph(lm, stack, ids, metric, max_nodes=None, freeze_norms=False, batch=8),
+    )
 
 
 def test_effects_over_all_paths_are_the_gradients_of_the_replaced_model(whole):
@@ -217,7 +222,7 @@ def test_the_predicted_change_is_that_of_latents_held_fixed(whole):
 
 def test_fewer_nodes_leave_the_sums_as_they_are(whole):
     lm, stack, ids, graph = whole
-    pruned = feature_graph(lm, stack, ids, metric, max_nodes=10, batch=3)
+    pruned = feature_graph(lm, stack, ids, metric, max_nodes=10, freeze_norms=False, batch=3)
     for j, node in enumerate(pruned.nodes[:10]):
         i = [other[:4] for other in graph.nodes].index(node[:4])
         assert float(pruned.incoming[j]) == pytest.approx(float(graph.incoming[i]), rel=1e-9)
@@ -240,3 +245,13 @@ def test_bad_input_is_refused(whole):
         feature_graph(lm, stack, ids, lambda logits: logits)
     with pytest.raises(ValueError, match="feature_graph: the metric's value has no gradient"):
         feature_graph(lm, stack, ids, lambda logits: logits.detach().sum())
+
+
+def test_with_norms_frozen_the_parts_of_the_last_stream_sum_to_the_logits():
+    lm = HookedLM(tiny.pythia().model.double())
+    stack, ids = tiny.stack(lm, "none").double(), tiny.ids(1, 4)  # no biases; the last block too
+    graph = feature_graph(lm, stack, ids, metric)
+    value = graph.nodes[graph.n_targets - 1].value
+    assert float(graph.incoming[-1]) == pytest.approx(value, rel=1e-9)
+    true = feature_graph(lm, stack, ids, metric, freeze_norms=False)
+    assert float(true.incoming[-1]) == pytest.approx(0, abs=1e-3 * abs(value))
