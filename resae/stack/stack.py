@@ -334,10 +334,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                     x, *weights, b_dec=sae.b_dec, prediction=prediction, encoder=encoder
                 )
         prediction = self.predictor(layer, predictor_inputs)
-        if predictor_inputs is reconstructions:
-            return sae(x, prediction=prediction)
         code = sae.encode(x, prediction=prediction)
-        prediction = self.predictor(layer, reconstructions)
+        if predictor_inputs is not reconstructions:
+            prediction = self.predictor(layer, reconstructions)
         return sae.decode(*code, prediction=prediction), code
 
     def _step_at_once(
