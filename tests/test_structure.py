@@ -85,7 +85,7 @@ TESTED_BY = {
     "report.rows report.sections report.styles report.tables report.words",
     "reproduce/test_claims.py": "reproduce.losses",
     "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
-    "reproduce.settings reproduce.summary",
+    "reproduce.results reproduce.settings reproduce.summary",
     "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.record sae.registry",
     "stack/test_affine.py": "evaluation.predictors stack.fit",
     "stack/test_foreign.py": "interop.objects",
