@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ops import commit
+from resae.reproduce.intervals import Bootstrap, Quantity, interval
 from torch import Tensor
 
 from resae import HookedLM, ReSAE, feature_graph, latent_gradients
@@ -34,7 +35,6 @@ from resae.evaluation.attribution import left_alone
 from resae.evaluation.graphs import FeatureGraph, logit_metric
 from resae.models.hooked import EMBEDDED
 from resae.models.norms import frozen_norms
-from resae.reproduce.intervals import Bootstrap, Quantity, interval
 from resae.storage import write_atomically
 from resae.training.runs import model_of, open_run
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"cli"},
     {"reproduce"},
     {"demo"},
-    {"report"},
+    {"report", "latents"},
     {"training"},
     {"evaluation"},
     {"replacements"},
@@ -65,6 +65,9 @@ TESTED_BY = {
     "cli/test_cli.py": "__main__ cli.demo cli.eval cli.fit cli.generate cli.libraries cli.profile "
     "cli.report cli.train cli.tune training.baselines training.loggers training.runs",
     "cli/test_terminal.py": "console",
+    "latents/test_cards.py": "latents.ablation latents.directions latents.prompt models.final_norm",
+    "latents/test_collect.py": "latents.firings latents.index latents.passages",
+    "latents/test_latents_page.py": "latents.page",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
     "demo/test_demo.py": "demo.comparison",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.passes evaluation.rows",
@@ -79,7 +82,7 @@ TESTED_BY = {
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_graph_page.py": "cli.graph report.graph_record",
     "report/test_page.py": "evaluation.labels report.content report.figures report.headline "
-    "report.rows report.sections report.styles report.tables",
+    "report.rows report.sections report.styles report.tables report.words",
     "reproduce/test_claims.py": "reproduce.losses",
     "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
     "reproduce.settings reproduce.summary",
@@ -93,7 +96,7 @@ TESTED_BY = {
     "test_structure.py": "lazy",
     "training/test_loop.py": "training.calibration training.checkpoints training.loss "
     "training.start training.step",
-    "training/test_online.py": "cli.finetune training.finetuning",
+    "training/test_online.py": "cli.finetune training.finetuning training.low_rank",
     "training/test_pipeline.py": "training.maps",
     "test_settings.py": "training.config",
 }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from resae.data.text_record import Overlap, RunText
     from resae.evaluation.methods import Method
-    from resae.evaluation.rows import AblationRow, Evaluation
+    from resae.evaluation.rows import AblationRow, Evaluation, GenerationRow
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
@@ -57,6 +57,10 @@ class Options(Machine):
     all subsets, none, or sets such as '5,15;15,25'."""
     reference: Annotated[str | None, filled, Shown("METHOD")] = None
     """Method of the table that the others are compared with; None: the first."""
+    generation: Annotated[int | None, whole(1), Shown("N")] = None
+    """Continue N of the rows from their middle, greedily, and measure the text."""
+    generation_tokens: Annotated[int, whole(1)] = 64
+    """Most tokens to write for each, at most half a row."""
     out: Annotated[str | None, writable] = None
     """Folder that report.json goes into; None: the first run."""
     model: Annotated[str | None, filled] = None
@@ -143,12 +147,17 @@ def run(options: Options, console: TerminalConsole) -> int:
         "resampled": evaluation.resampled,
     }
     report = _report(runs, evaluation, config, _training(runs, methods, options.k))
+    texts = _continued(lm, methods, ids, reference, options, console)
+    if texts:
+        report["generation"] = [asdict(row) for row in texts]
     save_json(out / "report.json", report)
     rows = [asdict(row) for row in whole_selection(evaluation.replacement)]
     if options.json:
         console.json(rows)
     else:
         console.result(_table(rows, evaluation.ablation))
+        if texts:
+            console.result(_table_of_texts(texts))
     console.log(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
 
@@ -257,6 +266,34 @@ def _evaluated(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     return evaluate(
         lm, methods, batches, reference=reference, on_batch=progress, checkpoint=checkpoint
+    )
+
+
+def _continued(
+    lm: HookedLM,
+    methods: Sequence[Method],
+    ids: torch.Tensor,
+    reference: str,
+    options: Options,
+    console: TerminalConsole,
+) -> list[GenerationRow]:
+    """Rows of the text that prompts are continued with, where that is asked for."""
+    from resae.evaluation.continuations import continuation_rows
+
+    if options.generation is None:
+        return []
+    prompts = ids[: options.generation, : ids.shape[1] // 2]
+    new_tokens = min(options.generation_tokens, ids.shape[1] - prompts.shape[1])
+    console.log(
+        f"{len(prompts)} prompts of {prompts.shape[1]} tokens, each continued by {new_tokens}"
+    )
+    return continuation_rows(
+        lm,
+        methods,
+        prompts,
+        new_tokens=new_tokens,
+        reference=reference,
+        on_batch=lambda done: console.progress(f"{done}/{len(prompts)} prompts"),
     )
 
 
@@ -456,8 +493,9 @@ def _table(rows: Sequence[dict[str, Any]], ablations: Sequence[AblationRow]) -> 
     for row in rows:
         if row["sum_of_single"] is not None and row["mode"] == "online":
             of = f"{row['method']}, {row['loop']} loop" if row["loop"] else row["method"]
+            of += f", k = {row['k']}" if row["k"] else ""
             lines.append(
-                f"{of}, k = {row['k'] or '–'}: the layers one by one lose "
+                f"{of}: the layers one by one lose "
                 f"{_with_interval(row, 'sum_of_single')} in sum, all at once online "
                 f"{_with_interval(row, 'delta_ce')}"
             )
@@ -473,3 +511,25 @@ def _with_interval(row: dict[str, Any], name: str, sign: str = "") -> str:
         return "–"
     bounds = "" if low is None else f" [{low:{sign}.4f}, {high:{sign}.4f}]"
     return f"{value:{sign}.4f}{bounds}"
+
+
+def _table_of_texts(rows: Sequence[GenerationRow]) -> str:
+    """Quality of continuations, for a terminal."""
+    width = max(16, *(len(row.method) + 2 for row in rows))
+    first = rows[0]
+    head = f"{'continuations':<{width}}{'loop':<8}{'k':>5}  {'agreement (tokens)':<28}"
+    lines = [f"{head}{'perplexity':<30}{'KL':<26}{'repeated':>8}"]
+    for row in rows:
+        cells = asdict(row)
+        lines.append(
+            f"{row.method:<{width}}{row.loop or '–':<8}{row.k or '–':>5}  "
+            f"{_with_interval(cells, 'agreement_tokens'):<28}"
+            f"{_with_interval(cells, 'perplexity'):<30}{_with_interval(cells, 'kl'):<26}"
+            f"{row.repetition:>8.1%}"
+        )
+    plain = f"perplexity {_with_interval(asdict(first), 'perplexity_plain')}"
+    lines.append(
+        f"the unchanged model's own text: {plain}, repeated {first.repetition_plain:.1%}; "
+        f"{first.prompts} prompts of {first.prompt_tokens} tokens, {first.new_tokens} written"
+    )
+    return "\n".join(lines)

@@ -34,6 +34,17 @@ class Documents(NamedTuple):
     attributes: list[str] | None = None
     """A second label of each text, which classes are balanced over; None: there is none."""
 
+    @property
+    def pairs(self) -> list[tuple[str, str] | None] | None:
+        """Label and attribute of each text, by which spurious correlations are made; None: there
+        are no attributes. Of the embedded corpus they are kind of text and project, and None of
+        domains that have none."""
+        if self.attributes is not None:
+            return list(zip(self.labels, self.attributes, strict=True))
+        if set(EMBEDDED_ATTRIBUTES) <= set(self.labels):
+            return [EMBEDDED_ATTRIBUTES.get(label) for label in self.labels]
+        return None
+
     def take(self, chosen: Sequence[int]) -> "Documents":
         """The documents of these numbers."""
         attributes = self.attributes
@@ -95,18 +106,6 @@ def load_labelled(
     return LabelledTexts(data, train, test)
 
 
-def embedded_pairs(train_documents: int = 1000, test_documents: int = 250) -> LabelledTexts:
-    """Code and prose of two projects, from the embedded corpus: the label is the kind of text, the
-    attribute the project.
-
-    Args:
-        train_documents, test_documents: documents of each kind and project; fewer where there are
-            fewer.
-    """
-    whole = load_labelled(train_documents=train_documents, test_documents=test_documents)
-    return LabelledTexts(whole.name, _with_attributes(whole.train), _with_attributes(whole.test))
-
-
 def document_ids(lm: HookedLM, texts: Sequence[str], context_tokens: int) -> list[list[int]]:
     """Token ids of each text, at most `context_tokens`: BOS (or EOS, where there is no BOS) as at
     the start of training rows, then the beginning of the text.
@@ -123,12 +122,6 @@ def document_ids(lm: HookedLM, texts: Sequence[str], context_tokens: int) -> lis
     heads = [] if head is None else [head]
     found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return [(heads + ids)[:context_tokens] for ids in found]
-
-
-def _with_attributes(documents: Documents) -> Documents:
-    chosen = [i for i, label in enumerate(documents.labels) if label in EMBEDDED_ATTRIBUTES]
-    kinds, projects = zip(*(EMBEDDED_ATTRIBUTES[documents.labels[i]] for i in chosen), strict=True)
-    return Documents([documents.texts[i] for i in chosen], list(kinds), list(projects))
 
 
 def _splits(

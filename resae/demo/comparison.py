@@ -284,6 +284,7 @@ def _report(
         redundancy_histogram=evaluation.redundancy_histogram,
         ablation=evaluation.ablation,
         density=evaluation.density,
+        shared_latents=evaluation.shared_latents,
         teacher_forced_collapse=collapse,
         fair=_fair_table(evaluation.replacement, main.runs),
         mlsae=_fvu_table(evaluation.reconstruction, "mlsae"),

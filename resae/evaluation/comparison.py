@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from resae.choices import Loop, Mode
 from resae.evaluation.intervals import Bootstrap, Quantity, divided
-from resae.evaluation.methods import Method, known_reference
-from resae.evaluation.metrics import HISTOGRAM_EDGES, cosine_histogram, redundancy
+from resae.evaluation.methods import Method, counterpart, known_reference
 from resae.evaluation.next_token import largest_difference
 from resae.evaluation.passes import Ablated, Passes, Replaced, alike, sinks_of
 from resae.evaluation.reconstruction import Reconstruction, StreamMeans
+from resae.evaluation.redundancy import HISTOGRAM_EDGES, LargestCosines, redundancy
 from resae.evaluation.rows import (
     AblationRow,
     Evaluation,
@@ -190,19 +190,17 @@ class _Comparison:
         """The rows of all sums, with intervals."""
         bootstrap = Bootstrap(self._clean.documents)
         costs = _Costs(bootstrap, self._clean, self._ablated, self._variants, reference)
-        compared = [(m, W_dec) for m in self._methods if len(W_dec := _dictionaries(m)) > 1]
+        redundancy_rows, histograms = _redundancy_tables(self._methods)
         layers = range(len(self._shared.points))
         return Evaluation(
             replacement=[costs.replacement_row(v) for v in self._variants],
             reconstruction=[
-                r.row(layer, bootstrap, counterpart(r, self._reconstructions, reference))
+                r.row(layer, bootstrap, self._counterpart(r, reference))
                 for r in self._reconstructions
                 for layer in layers
             ],
-            redundancy=[RedundancyRow(m.name, m.k, **asdict(redundancy(W))) for m, W in compared],
-            redundancy_histogram=[
-                HistogramRow(m.name, m.k, HISTOGRAM_EDGES, cosine_histogram(W)) for m, W in compared
-            ],
+            redundancy=redundancy_rows,
+            redundancy_histogram=histograms,
             row_sums=[
                 RowSums(None, None, None, [], *_per_document(self._clean)),
                 *(_row_sums(v) for v in self._variants),
@@ -214,8 +212,19 @@ class _Comparison:
                 if isinstance(r.method.stack, ReSAE)
                 for layer in layers
             ],
+            shared_latents=[
+                r.shared_latents_row()
+                for r in self._reconstructions
+                if isinstance(r.method.stack, ReSAE) and r.method.stack.shared
+            ],
             resampled=resampled,
         )
+
+    def _counterpart(self, of: Reconstruction, reference: str) -> Reconstruction | None:
+        if of.method.name == reference:
+            return None
+        named = [r for r in self._reconstructions if r.method.name == reference]
+        return counterpart(of.method.k, of.loop, {(r.method.k, r.loop): r for r in named})
 
 
 class _Costs:
@@ -260,7 +269,7 @@ class _Costs:
                 f"evaluate: cross-entropy of {v.method.name} ({run.mode}) is NaN; the stack or the "
                 f"model's activations hold NaN"
             )
-        against = counterpart(v, self._variants, self._reference)
+        against = self._counterpart(v)
         quantities = {
             "ce_clean": self._clean,
             "ce": ce,
@@ -283,6 +292,19 @@ class _Costs:
             reference=None if against is None else against.method.name,
             **self._columns(quantities),
         )
+
+    def _counterpart(self, v: _Variant) -> _Variant | None:
+        """The reference in the same mode and with the same layers replaced."""
+        run = v.run
+        if v.method.name == self._reference:
+            return None
+        among = {
+            (other.method.k, other.run.loop): other
+            for other in self._variants
+            if other.method.name == self._reference
+            and (other.run.mode, other.run.layers) == (run.mode, run.layers)
+        }
+        return counterpart(v.method.k, run.loop, among)
 
     def _recovered(self, kind: str, layers: tuple[str, ...], ce: Quantity) -> Quantity:
         """Share of the cross-entropy that an ablation loses and the replacement keeps."""
@@ -307,35 +329,6 @@ class _Costs:
         }
         tokens = round(sums.total("tokens"))
         return AblationRow(kind, list(layers), tokens=tokens, **self._columns(quantities))
-
-
-Compared = TypeVar("Compared", _Variant, Reconstruction)
-
-
-def counterpart(of: Compared, among: Sequence[Compared], reference: str) -> Compared | None:
-    """The measurement of the method `reference` that another is compared with: of the same mode,
-    layers and k, and of the same loop where it has one, otherwise closed. None for the method
-    itself, and where there is none or not one alone."""
-    if of.method.name == reference:
-        return None
-
-    def fits(other: Compared) -> bool:
-        ks = {of.method.k, other.method.k} - {None}
-        return other.method.name == reference and len(ks) < 2 and _case(other) == _case(of)
-
-    found = {_loop(other): other for other in among if fits(other)}
-    if len({other.method.k for other in found.values()}) != 1:
-        return None
-    loops = (_loop(of), None, Loop.CLOSED)
-    return next((found[loop] for loop in loops if loop in found), None)
-
-
-def _case(of: _Variant | Reconstruction) -> tuple[Any, ...]:
-    return (of.run.mode, of.run.layers) if isinstance(of, _Variant) else ()
-
-
-def _loop(of: _Variant | Reconstruction) -> Loop | None:
-    return of.run.loop if isinstance(of, _Variant) else of.loop
 
 
 def _ablation(
@@ -457,6 +450,34 @@ def _variants(
                 run = Replaced(method.stack, mode, loop, layers, Sums(documents))
                 variants.append(_Variant(method, run))
     return variants
+
+
+def _redundancy_tables(
+    methods: Sequence[Method],
+) -> tuple[list[RedundancyRow], list[HistogramRow]]:
+    """Rows of every method with several dictionaries. Latents of a method without maps of its own
+    are transported through those of the first method that learned some."""
+    learned = [m for m in methods if _maps_of(m) is not None]
+    rows, histograms = [], []
+    for m in methods:
+        W_dec = _dictionaries(m)
+        if len(W_dec) < 2:
+            continue
+        source = m if m in learned else next(iter(learned), None)
+        largest, transported = LargestCosines(W_dec, within=True), None
+        if source is not None:
+            transported = LargestCosines(W_dec, _maps_of(source))
+        found = asdict(redundancy(largest, transported))
+        maps_of = None if source is None else source.name
+        rows.append(RedundancyRow(m.name, m.k, **found, maps_of=maps_of))
+        histograms.append(HistogramRow(m.name, m.k, HISTOGRAM_EDGES, largest.histogram()))
+    return rows, histograms
+
+
+def _maps_of(method: Method) -> list[Tensor] | None:
+    """The maps that a method learned; None for none, or the identity."""
+    predictor = method.stack.predictor
+    return None if predictor.kind in ("none", "identity") else predictor.A
 
 
 def _dictionaries(method: Method) -> list[Tensor]:

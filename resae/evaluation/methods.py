@@ -1,11 +1,14 @@
 """Stacks to compare, and the names that result rows call them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
 from resae.choices import Loop, PredictorKind
 from resae.stack.stack import AffineOnly, ReSAE
+
+T = TypeVar("T")
 
 METHOD_OF_PREDICTOR: dict[str, str] = {
     PredictorKind.NONE: "raw",
@@ -70,3 +73,21 @@ def known_reference(methods: Sequence[Method], reference: str | None) -> str:
             f"reference {reference!r} is no method here; expected one of {', '.join(names)}"
         )
     return names[0] if reference is None else reference
+
+
+def counterpart(
+    k: int | None, loop: Loop | None, among: Mapping[tuple[int | None, Loop | None], T]
+) -> T | None:
+    """The measurement of a reference method that another is compared with: of the same k, and in
+    the same loop where it has one, otherwise closed; None for none, or not one k alone.
+
+    Args:
+        k, loop: of the other method; of a method without autoencoders k is None.
+        among: measurements of the reference by k and loop.
+    """
+    ks = {of_k for of_k, _ in among}
+    if k not in ks:
+        if len(ks) != 1 or None not in (k, *ks):
+            return None
+        (k,) = ks
+    return next((among[k, of] for of in (loop, None, Loop.CLOSED) if (k, of) in among), None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from resae.choices import Loop
 from resae.evaluation.intervals import Bootstrap, Quantity, divided
 from resae.evaluation.methods import Method
-from resae.evaluation.rows import DENSITY_EDGES, DensityRow, ReconstructionRow
+from resae.evaluation.rows import DENSITY_EDGES, DensityRow, ReconstructionRow, SharedLatentsRow
 from resae.evaluation.sums import Sums, per_row
 from resae.stack.stack import ReSAE
 from resae_kernels import SparseCode
@@ -86,6 +86,9 @@ class Reconstruction:
                     self._add_target(layer, target, kept, documents, tokens)
                 _add_latents(self.latents[layer], code, kept, sae.config.d_sae)
             sums.add_rows(documents, **{name: per_row(v, tokens) for name, v in of_tokens.items()})
+        if isinstance(stack, ReSAE) and stack.shared:
+            within = variance_within(codes, kept, stack.sae(0).config.d_sae)
+            self.latents[0].add("variance_of_token", within)
 
     def _of_stream(self, layer: int, x: Tensor, x_hat: Tensor, kept: Tensor) -> dict[str, Tensor]:
         """Terms of the sums over tokens, `[N]` each; only those `with_sinks` count sinks."""
@@ -203,6 +206,50 @@ class Reconstruction:
             edges=DENSITY_EDGES,
             counts=counts.long().tolist(),
         )
+
+    def shared_latents_row(self) -> SharedLatentsRow:
+        """The row of a dictionary that all layers share: which layers its latents are active at."""
+        fired = torch.stack([latents["fired"] for latents in self.latents])
+        acts = torch.stack([latents["strength"] for latents in self.latents])
+        alive = acts.sum(0) > 0
+        fired, acts = fired[:, alive], acts[:, alive]
+        shares = acts / acts.sum(0)
+        entropy = -torch.special.xlogy(shares, shares).sum(0)
+        total = float(acts.sum())
+        return SharedLatentsRow(
+            method=self.method.name,
+            k=self.method.k,
+            layers_per_latent=float((fired > 0).sum(0).double().mean()),
+            effective_layers=float(entropy.exp().mean()),
+            variance=float(_spread_over_layers(acts.sum(1, keepdim=True))) / total,
+            variance_of_latent=float(_spread_over_layers(acts)) / total,
+            variance_of_token=float(self.latents[0]["variance_of_token"]) / total,
+        )
+
+
+def variance_within(codes: Sequence[SparseCode], kept: Tensor, M: int) -> Tensor:
+    """Σ over tokens and latents of Σ_ℓ act (ℓ − ℓ̄)², ℓ̄ the mean layer of a latent at a token, of
+    codes `[N, k]` of one dictionary at L layers; tokens that are not `kept [N]` left out."""
+    N = len(kept)
+    token = torch.arange(N).unsqueeze(1)
+    keys, acts, layers = [], [], []
+    for layer, code in enumerate(codes):
+        here = code.acts.detach().cpu().double() * kept.cpu().unsqueeze(1)
+        active = here > 0
+        keys.append((token * M + code.indices.cpu())[active])
+        acts.append(here[active])
+        layers.append(torch.full((int(active.sum()),), layer))
+    groups, of_group = torch.unique(torch.cat(keys), return_inverse=True)
+    table = torch.zeros(len(codes), len(groups), dtype=torch.float64)
+    table.index_put_((torch.cat(layers), of_group), torch.cat(acts), accumulate=True)
+    return _spread_over_layers(table)
+
+
+def _spread_over_layers(acts: Tensor) -> Tensor:
+    """Σ_j Σ_ℓ act_ℓj (ℓ − ℓ̄_j)² of acts `[L, n]`, ℓ̄_j the mean layer of column j."""
+    layers = torch.arange(len(acts), dtype=torch.float64).unsqueeze(1)
+    mean = (acts * layers).sum(0) / acts.sum(0)
+    return (acts * (layers - mean).square()).sum()
 
 
 def _add_latents(latents: Sums, code: SparseCode, kept: Tensor, M: int) -> None:

@@ -9,7 +9,7 @@ None where there is no interval: a single document, or a report of an earlier ve
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from resae.evaluation.metrics import Redundancy
+from resae.evaluation.redundancy import Redundancy
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,10 @@ class DictionaryRow:
 class RedundancyRow(Redundancy, DictionaryRow):
     """Redundancy between the dictionaries of different layers of one method."""
 
+    maps_of: str | None = None
+    """Method whose maps latents are transported through: its own, where it learned some; None
+    where no method did."""
+
 
 @dataclass(frozen=True)
 class HistogramRow(DictionaryRow):
@@ -261,6 +265,101 @@ class HistogramRow(DictionaryRow):
     """Bin edges, one more than counts."""
     counts: list[int]
     """Latents per bin."""
+
+
+@dataclass(frozen=True)
+class SharedLatentsRow:
+    """Spread over layers of the latents of one dictionary that all layers share (MLSAE, arXiv
+    2409.04185).
+
+    Variances are of the position ℓ = 0 … L−1 of the layer at which a latent is active; each
+    activation counts by its act. Each of the three is at most the one before it."""
+
+    method: str
+    """Name of the method."""
+    k: int | None
+    """Nominal active latents."""
+    layers_per_latent: float
+    """Number of layers at which a latent fires at all, mean over latents that do."""
+    effective_layers: float
+    """Exponential of the entropy of a latent's acts over layers, mean over latents that fire."""
+    variance: float
+    """Variance of ℓ over all activations."""
+    variance_of_latent: float
+    """Variance of ℓ over the activations of one latent, mean over activations."""
+    variance_of_token: float
+    """Variance of ℓ over the activations of one latent at one token, mean over activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRow:
+    """Text that the model continues prompts with, all layers replaced online, against its own."""
+
+    method: str
+    """Name of the method."""
+    loop: str | None
+    """`open` or `closed`; None where both agree."""
+    k: int | None
+    """Nominal active latents per layer; None without autoencoders."""
+    prompts: int
+    """Prompts that were continued."""
+    prompt_tokens: int
+    """Tokens of each prompt."""
+    new_tokens: int
+    """Tokens that were written greedily after each."""
+    perplexity: float
+    """Perplexity of the text under the unchanged model: exp of the mean cross-entropy per token."""
+    perplexity_plain: float
+    """The same of the unchanged model's own greedy text."""
+    agreement_tokens: float
+    """Tokens before the first that differs from the unchanged model's text, mean over prompts; at
+    most `new_tokens`."""
+    kl: float
+    """KL divergence from the unchanged to the replaced model over the unchanged model's text, nats
+    per token."""
+    repetition: float
+    """Share of the 4-grams of a text that occurred in it before."""
+    repetition_plain: float
+    """The same of the unchanged model's text."""
+    kl_by_position: list[float]
+    """`kl` at the first, second, … token after the prompt."""
+    reference: str | None = None
+    """Method that `difference` is taken from; None for that method itself."""
+    difference: float | None = None
+    """`kl` less that of the reference, of the same k, and of the same loop where it has one,
+    otherwise closed."""
+    perplexity_low: float | None = None
+    """Lower end of the interval of `perplexity`."""
+    perplexity_high: float | None = None
+    """Upper end of it."""
+    perplexity_plain_low: float | None = None
+    """Lower end of the interval of `perplexity_plain`."""
+    perplexity_plain_high: float | None = None
+    """Upper end of it."""
+    agreement_tokens_low: float | None = None
+    """Lower end of the interval of `agreement_tokens`."""
+    agreement_tokens_high: float | None = None
+    """Upper end of it."""
+    kl_low: float | None = None
+    """Lower end of the interval of `kl`."""
+    kl_high: float | None = None
+    """Upper end of it."""
+    repetition_low: float | None = None
+    """Lower end of the interval of `repetition`."""
+    repetition_high: float | None = None
+    """Upper end of it."""
+    repetition_plain_low: float | None = None
+    """Lower end of the interval of `repetition_plain`."""
+    repetition_plain_high: float | None = None
+    """Upper end of it."""
+    difference_low: float | None = None
+    """Lower end of the paired interval of `difference`."""
+    difference_high: float | None = None
+    """Upper end of it."""
+    kl_by_position_low: list[float] | None = None
+    """Lower ends of the intervals of `kl_by_position`."""
+    kl_by_position_high: list[float] | None = None
+    """Upper ends of them."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +399,8 @@ class Evaluation:
     """Zero and mean ablation of every set of layers that is replaced."""
     density: list[DensityRow] = field(default_factory=list[DensityRow])
     """Per method with autoencoders, loop and layer."""
+    shared_latents: list[SharedLatentsRow] = field(default_factory=list[SharedLatentsRow])
+    """Per method with one dictionary at all layers."""
     resampled: str = "rows"
     """`documents` of the text, or `rows`: what the intervals draw again."""
 

@@ -13,11 +13,13 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from resae.evaluation.rows import (
     AblationRow,
     DensityRow,
+    GenerationRow,
     HistogramRow,
     LayerPairRow,
     ReconstructionRow,
     RedundancyRow,
     ReplacementRow,
+    SharedLatentsRow,
 )
 from resae.report.rows import (
     BoostRow,
@@ -85,13 +87,17 @@ class Report:
     """Per kind of ablation and set of layers."""
     density: list[DensityRow] = field(default_factory=list[DensityRow])
     """Per method with autoencoders, loop and layer."""
+    shared_latents: list[SharedLatentsRow] = field(default_factory=list[SharedLatentsRow])
+    """Per method with one dictionary at all layers."""
+    generation: list[GenerationRow] = field(default_factory=list[GenerationRow])
+    """Per method and loop: text that the model continues prompts with."""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json; tables of further methods only where they have rows."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         content["affine"] = [row.to_dict() for row in self.affine]
         further = ("routing", "boost", "fair", "elsewhere", "mlsae", "hierarchical")
-        further += ("ablation", "density")
+        further += ("ablation", "density", "shared_latents", "generation")
         return {name: value for name, value in content.items() if value or name not in further}
 
 

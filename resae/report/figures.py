@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from resae.evaluation.labels import MODES, label, whole_selection
+from resae.evaluation.labels import MODES, base_name, label, whole_selection
 from resae.evaluation.rows import HistogramRow, ReplacementRow
 from resae.report.charts import (
     Axis,
@@ -74,7 +74,8 @@ def drawn(rows: Sequence[AnyRow]) -> list[AnyRow]:
     return [
         row
         for row in rows
-        if row.method not in TABLES_ONLY and not FAIR_TABLE_ONLY.search(row.method)
+        if base_name(row.method) not in TABLES_ONLY
+        and not FAIR_TABLE_ONLY.search(base_name(row.method))
     ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from resae.evaluation.graphs import FeatureGraph, GraphEdge, GraphNode
 from resae.report.graph_record import describe_node, graph_record, shown_nodes
-from resae.report.page import STYLE
+from resae.report.page import page_style
 from resae.storage import require_writable, save_json, write_atomically
 
 NODE, ROW, TOP, MARGIN = 50, 190, 30, 100
@@ -48,9 +48,10 @@ def graph_page(graph: FeatureGraph, *, label: str = "metric", max_edges: int = 1
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}
+<title>{html.escape(title)}</title><style>{page_style()}
 figure svg {{ max-width: none }}
-svg text {{ font-size: 11px; fill: #1b1b1b; paint-order: stroke; stroke: #fff; stroke-width: 3px }}
+svg text {{ font-size: 11px; fill: var(--ink); paint-order: stroke; stroke: var(--ground);
+  stroke-width: 3px }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>Prompt: <q>{html.escape("".join(graph.token_texts))}</q></p>

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from resae.evaluation.labels import MODES, label, whole_selection
-from resae.evaluation.rows import ReconstructionRow, RedundancyRow, ReplacementRow
+from resae.evaluation.rows import DensityRow, ReconstructionRow, RedundancyRow, ReplacementRow
 from resae.report.content import Report
 from resae.report.figures import Figure
 from resae.report.rows import Sample
 from resae.report.tables import Table, table_of
 
-RowOfK = TypeVar("RowOfK", ReplacementRow, ReconstructionRow, RedundancyRow)
+RowOfK = TypeVar("RowOfK", ReplacementRow, ReconstructionRow, RedundancyRow, DensityRow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,11 @@ def sections(report: Report, figures: dict[str, Figure]) -> list[Section]:
         *_findings(report),
         *_replacement(report, figures),
         *_subsets(report),
+        *_ablation(report),
         *_redundancy(report, figures),
         *_maps(report, figures),
         *_reconstruction(report),
+        *_density(report),
         *_further(report),
         *_training(figures),
         *_samples(report),
@@ -65,6 +67,8 @@ REPLACEMENT = {
     "ce_recovered_mean": "recovered (mean)",
     "ce_recovered_zero": "recovered (zero)",
     "kl": "KL",
+    "difference": "Δ CE less reference",
+    "sum_of_single": "Δ CE one by one",
 }
 ALIKE = ("ce_clean", "ce", "tokens", "sinks")
 """Columns of replacement rows that follow from others, or are the same in all rows."""
@@ -86,9 +90,27 @@ def _replacement(report: Report, figures: dict[str, Figure]) -> Iterator[Section
         notes=[
             "Special tokens are neither replaced nor counted. Teacher-forced, replacing all layers "
             "is the same as replacing the last one: the stream put in last overwrites what came "
-            "before. Online and error-added see every layer."
+            "before. Online and error-added see every layer.",
+            *_on_intervals(report),
         ],
     )
+
+
+def _on_intervals(report: Report) -> Iterator[str]:
+    """What brackets and differences mean, where there are any."""
+    if any(row.delta_ce_low is not None for row in report.replacement):
+        drawn = report.config.get("resampled", "rows")
+        yield (
+            f"Brackets are 95 % intervals of the bootstrap over {drawn} of the text. They hold for "
+            f"this one training of each method."
+        )
+    references = dict.fromkeys(row.reference for row in report.replacement if row.reference)
+    if references:
+        names = ", ".join(label(name) for name in references)
+        yield (
+            f"The reference of differences is {names}. Their intervals are paired: where one does "
+            f"not hold 0, the difference is not chance of the text."
+        )
 
 
 def _subsets(report: Report) -> Iterator[Section]:
@@ -101,6 +123,29 @@ def _subsets(report: Report) -> Iterator[Section]:
             name="subsets",
             title="Some of the layers replaced",
             tables=[table_of("replaced-subsets", "nats per token", rows, columns, left_out=ALIKE)],
+        )
+
+
+def _ablation(report: Report) -> Iterator[Section]:
+    if report.ablation:
+        columns = {"ablation": "in place of the layers", "layers": "layers", "delta_ce": "Δ CE"}
+        caption = "Layers ablated, nats per token"
+        yield Section(
+            name="ablation",
+            title="Zero and mean ablation",
+            tables=[
+                table_of(
+                    "ablation-table",
+                    caption,
+                    report.ablation,
+                    columns | {"kl": "KL"},
+                    left_out=("ce", "tokens"),
+                )
+            ],
+            notes=[
+                "Cost of putting zero, or the mean activation, in the place of the same layers: "
+                "what the shares recovered are measured by."
+            ],
         )
 
 
@@ -159,6 +204,12 @@ def _reconstruction(report: Report) -> Iterator[Section]:
         "fvu_target": "FVU, target",
         "l0": "L0",
         "dead_fraction": "never fired",
+        "explained_variance": "explained variance",
+        "explained_variance_legacy": "the same, mean over tokens",
+        "cosine": "cosine",
+        "norm_ratio": "‖x̂‖ / ‖x‖",
+        "reconstruction_bias": "bias",
+        "difference": "explained variance less reference",
     }
     notes = [
         "FVU is the fraction of variance unexplained, 0 at a perfect reconstruction. Stream: the "
@@ -178,6 +229,27 @@ def _reconstruction(report: Report) -> Iterator[Section]:
             title="Reconstruction from clean activations",
             tables=[table_of("reconstruction-table", caption, rows, columns, left_out=left_out)],
             notes=notes,
+        )
+
+
+def _density(report: Report) -> Iterator[Section]:
+    if report.density:
+        columns = {
+            "name": "method",
+            "k": "k",
+            "layer": "layer",
+            "alive_fraction": "alive",
+            "over_1_percent": "fire on > 1 %",
+            "over_10_percent": "fire on > 10 %",
+            "activity_over_1_percent": "firings of those > 1 %",
+            "activity_over_10_percent": "firings of those > 10 %",
+        }
+        caption = "Share of latents, and of all firings"
+        rows = _by_k(report.density)
+        yield Section(
+            name="density",
+            title="How often latents fire",
+            tables=[table_of("density-table", caption, rows, columns, left_out=("tokens",))],
         )
 
 

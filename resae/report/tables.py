@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from resae.evaluation.labels import label
+from resae.evaluation.labels import base_name, label
+from resae.report.charts import decimals
 from resae.settings import field_docstrings
 
 SHORT_TABLE = 8
@@ -24,7 +25,7 @@ class Cell:
     text: str
     """The value as it is shown."""
     value: float | str | None = None
-    """What the column is sorted by; None: no value."""
+    """Key that the column is sorted by; None: no value."""
     interval: str = ""
     """The interval of the value, where it has one."""
     best: bool = False
@@ -85,7 +86,8 @@ def table_of(
         titled: row → its label, in place of method and loop.
     """
     titled = titled or (lambda row: label(row.method, getattr(row, "loop", None)))
-    headings = headings | _further(rows, headings, left_out)
+    known = {key: text for key, text in headings.items() if key == "name" or _has(rows, key)}
+    headings = known | _further(rows, headings, left_out)
     meanings = field_docstrings(type(rows[0])) if rows else {}
     columns = [
         Column(heading, meanings.get(key, ""), numeric=_is_numeric(rows, key))
@@ -99,7 +101,7 @@ def table_of(
             for key, heading in headings.items()
         ]
         k = getattr(row, "k", None)
-        marked = getattr(row, "method", "") == "resae"
+        marked = base_name(getattr(row, "method", "")) == "resae"
         made.append(Row(cells, begins=bool(made) and k != previous, marked=marked))
         previous = k
     return Table(name, caption, columns, made)
@@ -131,8 +133,9 @@ def _cell(row: Any, key: str, heading: str) -> Cell:
     interval = interval_of(row, key)
     if interval is None:
         return Cell(shown_number(value), value)
-    low, high = (shown_number(end, 3) for end in interval)
-    return Cell(shown_number(value, 3), value, f"[{low}, {high}]")
+    digits = decimals(*interval)
+    low, high = (shown_number(end, digits) for end in interval)
+    return Cell(shown_number(value, digits), value, f"[{low}, {high}]")
 
 
 def _plain(value: Any) -> str:
@@ -158,3 +161,8 @@ def _further(
         if not key.endswith(ENDS)
         and any(isinstance(getattr(row, key), int | float) for row in rows)
     }
+
+
+def _has(rows: Sequence[Any], key: str) -> bool:
+    """True where any row has a value in this column."""
+    return any(getattr(row, key) is not None for row in rows)

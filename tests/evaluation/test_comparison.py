@@ -8,12 +8,13 @@ import pytest
 import tiny
 import torch
 
-from resae import AffineOnly, Method, evaluate, replacement
+from resae import AffineOnly, AffinePredictor, Method, evaluate, replacement
 from resae.evaluation import rows as evaluation_rows
 from resae.evaluation.comparison import collapse_difference, forward_passes
 from resae.evaluation.intervals import Bootstrap, interval
 from resae.evaluation.methods import subsets_of
 from resae.report import rows as report_rows
+from resae.stack.stack import new_stack
 
 COLUMNS = {
     "replacement": "method loop mode layers k active_total ce_clean ce delta_ce ce_recovered_zero "
@@ -24,7 +25,9 @@ COLUMNS = {
     "reference difference",
     "density": "method loop k layer tokens alive_fraction over_1_percent over_10_percent "
     "activity_over_1_percent activity_over_10_percent edges counts",
-    "redundancy": "method k mean_max_cos share_over_0_5 share_over_0_7 share_over_0_9 random_floor",
+    "redundancy": "method k mean_max_cos share_over_0_5 share_over_0_7 share_over_0_9 random_floor "
+    "layers_per_latent mean_max_cos_within mean_max_cos_transported share_over_0_5_transported "
+    "share_over_0_7_transported share_over_0_9_transported layers_per_latent_transported maps_of",
 }
 
 
@@ -196,6 +199,32 @@ def test_any_set_of_layers_is_replaced_and_single_ones_are_summed(lm, batches):
     recovered = (zero.ce - row.ce) / (zero.ce - row.ce_clean)
     assert row.ce_recovered_zero == pytest.approx(recovered)
     assert zero.delta_ce == pytest.approx(zero.ce - row.ce_clean)
+
+
+def test_latents_of_a_shared_dictionary_are_spread_over_layers(lm, batches):
+    """With one autoencoder at every layer its latents fire at some, or all, of them."""
+    layers = lm.hook_points(tiny.LAYERS)
+    shared = new_stack(
+        [p.name for p in layers],
+        AffinePredictor("none"),
+        d_in=lm.d_model,
+        d_sae=32,
+        k=(8,) * 3,
+        shared=True,
+    )
+    raw = tiny.stack(lm, "none")
+    methods = [
+        Method("mlsae", shared.eval(), 8),
+        Method("raw", raw, 4),
+        Method("resae", tiny.stack(lm), 4),
+    ]
+    evaluation = evaluate(lm, methods, batches)
+    (row,) = evaluation.shared_latents
+    assert row.method == "mlsae"
+    assert 1 < row.effective_layers <= row.layers_per_latent <= 3
+    assert 2 / 3 + 0.3 > row.variance >= row.variance_of_latent >= row.variance_of_token > 0
+    maps = {row.method: row.maps_of for row in evaluation.redundancy}
+    assert maps == {"raw": "resae", "resae": "resae"}  # of one dictionary there is no redundancy
 
 
 def ce_of(logits, batches):

@@ -241,6 +241,7 @@ def probe(folder, *arguments):
 def test_the_command_prints_a_table_and_writes_it(folder, tmp_path, capsys):
     data = str(folder / "texts.jsonl")
     given = ["--data", f"{data},embedded", "--k", "1,2", "--out", str(tmp_path)]
+    given += ["--ablated", "3"]
     # Column label of the file, domain of the embedded corpus.
     assert probe(folder, *given, "--train-documents", "6", "--test-documents", "3") == 0
     out = capsys.readouterr().out
@@ -250,19 +251,25 @@ def test_the_command_prints_a_table_and_writes_it(folder, tmp_path, capsys):
     report = json.loads((tmp_path / "probe.json").read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["probe.json"]
     rows = report["scores"]
-    # raw, ReSAE open and closed: 2 sizes; channels: all of them too; 4 sets of layers each.
-    assert len(rows) == 3 * (3 * 4 * 2 + 4 * 3)
-    assert {row["data"] for row in rows} == {data, "embedded", "mean"}
+    # raw, ReSAE open and closed: 2 sizes; channels: all of them too; 4 sets of layers each. Only
+    # the embedded corpus has a second attribute.
+    probed = [row for row in rows if row["measure"] == "probing"]
+    assert len(probed) == 3 * (3 * 4 * 2 + 4 * 3)
+    assert [sum(row["measure"] == m for row in rows) for m in ("tpp", "scr")] == [3 * 12, 12]
+    assert {row["data"] for row in probed} == {data, "embedded", "mean"}
     assert {row["layer"] for row in rows} == {*tiny.NAMES, ALL_LAYERS}
     assert {(row["method"], row["loop"]) for row in rows} == {
         ("raw", None), ("resae", "open"), ("resae", "closed"), ("channels", None)
     }  # fmt: skip
     for row in rows:
+        assert row["low"] <= row["value"] <= row["high"]
+    for row in probed:
         assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
         assert (row["difference"] is None) == (
             row["method"] == "raw" or (row["method"] == "channels" and row["size"] is None)
         )
     shown = rows[0]
+    assert "spurious correlation removal, embedded, 95 % intervals; columns: latents ablated" in out
     assert f"{shown['value']:.3f} [{shown['low']:.3f}, {shown['high']:.3f}]" in out
 
 
@@ -274,6 +281,8 @@ def test_the_command_prints_a_table_and_writes_it(folder, tmp_path, capsys):
         ("gap.jsonl", [], "column 'label' holds NoneType in row 1 (from 0), expected texts or"),
         ("plain.txt", [], "holds plain text without columns; expected .jsonl"),
         ("absent.jsonl", [], "no such file"),
+        ("texts.jsonl", ["--measures", "scr"], "scr needs a second label; name its column with"),
+        ("texts.jsonl", ["--measures", "tcav"], "--measures='tcav', expected 'probing', 'tpp' or"),
     ],
 )
 def test_bad_texts_are_refused_in_one_line_before_the_model_runs(
