@@ -126,7 +126,7 @@ def online_step(
         implementation=implementation or "",
     )
     code_shape = (*x.shape[:-1], k)
-    code = SparseCode(out.acts.view(code_shape), out.indices.view(code_shape))
+    code = SparseCode(*(t.view(code_shape) for t in out.code))
     return OnlineStep(out.x_hat.view(x.shape), code)
 
 
@@ -185,8 +185,8 @@ def _step_past_dispatcher(
         rows, weight, bias, W_dec, b_dec, prediction, acts, indices, dictionaries, constant, out
     )
     if flat:
-        return OnlineStep(out.x_hat, SparseCode(out.acts, out.indices))
-    code = SparseCode(*(t.view(*shape[:-1], k) for t in (out.acts, out.indices)))
+        return OnlineStep(out.x_hat, SparseCode(*out.code))
+    code = SparseCode(*(t.view(*shape[:-1], k) for t in out.code))
     return OnlineStep(out.x_hat.view(shape), code)
 
 
@@ -295,7 +295,7 @@ def _step_by_encoder(
         step = x_hat, *code
     if out is not None:
         _check_workspace(out, x.shape[:-1].numel(), weight.shape[0], k, weight.shape[1], x)
-        written = (out.x_hat, out.acts, out.indices)
+        written = (out.x_hat, *out.code)
         step = tuple(to.view(t.shape).copy_(t) for to, t in zip(written, step, strict=True))
     return OnlineStep(step[0], SparseCode(*step[1:]))
 
@@ -433,10 +433,10 @@ def _step(
         prediction = to.prediction.copy_(
             decode(acts, indices, dictionaries, constant, None, implementation="torch")
         )
-    k = to.acts.shape[1]
+    k = to.acts.shape[-1]
     code = encode(x, weight, bias, k, b_dec, prediction, False, memory.workspace_bytes(x), "torch")
     x_hat = decode([code[0]], [code[1]], [W_dec], b_dec, prediction, implementation="torch")
-    for result, value in zip((to.acts, to.indices, to.x_hat), (*code, x_hat), strict=True):
+    for result, value in zip((*to.code, to.x_hat), (*code, x_hat), strict=True):
         result.copy_(value)
 
 
