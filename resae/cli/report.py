@@ -27,8 +27,10 @@ def run(options: Options, console: TerminalConsole) -> int:
         raise ValueError(f"{len(folders)} runs to compare; name a folder for the page with --out")
     if len(folders) == 1 and options.out is not None:
         raise ValueError("--out is for the comparison of several runs; one is drawn where it is")
-    page = (
-        write_report(folders[0]) if options.out is None else write_comparison(folders, options.out)
-    )
+    if options.out is None:
+        (folder,) = folders
+        page = write_report(folder)
+    else:
+        page = write_comparison(folders, options.out)
     console.result(str(page))
     return 0
