@@ -22,7 +22,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.report.page import write_report
     from resae.report.runs import write_comparison
 
-    folders = options.run_directories
+    folders = list(options.run_directories)
     if len(folders) > 1 and options.out is None:
         raise ValueError(f"{len(folders)} runs to compare; name a folder for the page with --out")
     if len(folders) == 1 and options.out is not None:
