@@ -25,7 +25,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ops import commit
-from resae.evaluation.intervals import Bootstrap, Quantity, interval
 from torch import Tensor
 
 from resae import HookedLM, ReSAE, feature_graph, latent_gradients
@@ -33,6 +32,7 @@ from resae.data.rows import train_and_held_out
 from resae.environment import environment
 from resae.evaluation.attribution import left_alone
 from resae.evaluation.graphs import FeatureGraph, logit_metric
+from resae.evaluation.intervals import Bootstrap, Quantity, interval
 from resae.models.hooked import EMBEDDED
 from resae.models.norms import frozen_norms
 from resae.storage import write_atomically
