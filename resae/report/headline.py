@@ -66,8 +66,8 @@ def _sentence(ours: ReplacementRow, other: ReplacementRow) -> str:
     by = f"codes of {ours.k} active latents per layer" if ours.k else "predictions"
     against = "" if ours is other else f", and by {_nats(other)} with {label(other.method)}"
     return (
-        f"With {where} replaced at once by {by}, the model's next-token loss rises by "
-        f"{_nats(ours)} nats per token with {label(ours.method)}{against} ({MODES[ours.mode]})."
+        f"With {where} replaced at once ({MODES[ours.mode]}) by {by}, the model's next-token loss "
+        f"rises by {_nats(ours)} nats per token with {label(ours.method)}{against}."
     )
 
 

@@ -6,7 +6,7 @@ from resae.reproduce.jobs import Kind
 from resae.strict_json import require_fields
 
 Result = dict[str, Any]
-"""What a job found, as JSON."""
+"""Findings of a job, as JSON."""
 
 PREDICTORS = ("none", "identity", "previous", "all_previous")
 """Predictors for which a job of `Kind.MAPS` fits maps; all but the first have an R²."""
@@ -47,6 +47,8 @@ def require_result(found: Any, kind: Kind, documents: int, where: str) -> Result
             _require_training(found, where)
         case Kind.EVALUATE:
             _require_evaluation(found, documents, where)
+        case Kind.CAPTURE | Kind.SWEEP:
+            pass
     return found
 
 

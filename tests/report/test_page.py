@@ -139,7 +139,7 @@ def test_rows_of_some_layers_are_in_a_table_of_their_own(page):
 
 
 def test_the_top_has_the_losses_at_each_k_and_marks_the_best_autoencoder(page):
-    assert "all 2 selected layers replaced at once by codes of 8 active latents" in page
+    assert "all 2 selected layers replaced at once (online) by codes of 8 active latents" in page
     head, raw, ours, maps = table(page, "headline")
     assert head == ["method", "k = 4", "k = 8"]
     assert raw == ["raw SAEs", "0.25 best", "0.12 best"]  # as good as each other
@@ -214,7 +214,7 @@ def test_a_single_run_has_one_row_per_way_of_replacing(tmp_path):
     ))  # fmt: skip
     save_json(tmp_path / "report.json", report)
     page = write_report(tmp_path).read_text()
-    assert "rises by 0.75 nats per token with ReSAE (online)" in page
+    assert "rises by 0.75 nats per token with ReSAE." in page
     assert table(page, "headline") == [["method", "online"], ["ReSAE", "0.75"]]
     assert page.count('class="chart"') == 3  # headline, its section: losses and share recovered
     assert "teacher-forced: nats" not in page
