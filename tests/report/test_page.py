@@ -253,6 +253,8 @@ def test_labels_and_selection(tmp_path):
     assert label("resae", "closed") == "ReSAE, closed loop"
     assert label("raw", None) == "raw SAEs"
     assert label("a new one") == "a new one"
+    assert label("resae (first)", "closed") == "ReSAE (first), closed loop"
+    assert label("a new one (first)") == "a new one (first)"
     save_json(tmp_path / "report.json", report_of())
     rows = load_report(tmp_path / "report.json").replacement
     assert len(whole_selection(rows)) == len(rows) - 1
