@@ -18,9 +18,9 @@ from resae.settings import Shown
 if TYPE_CHECKING:
     import torch
 
-    from resae.latents.cards import LatentReport
     from resae.latents.index import LatentIndex
     from resae.latents.prompt import PromptLatents
+    from resae.latents.records import LatentCard, LatentReport
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
@@ -60,7 +60,7 @@ class Options(Machine):
     """Measure what ablating each latent on the page costs; always done for those that --latent
     names."""
     neuronpedia: bool = False
-    """Write the cards in Neuronpedia's format, as SAEDashboard does, too."""
+    """Also write the cards as SAEDashboard writes them for Neuronpedia."""
     json: bool = False
     """Print the cards as JSON; progress goes to standard error."""
     out: Annotated[str | None, writable] = None
@@ -311,12 +311,16 @@ def _write(
     console: TerminalConsole,
 ) -> None:
     from resae.latents.cards import TokenTexts
+    from resae.latents.neuronpedia import write_neuronpedia
     from resae.latents.page import write_json, write_page
 
     name = "latents" if options.latent is None and prompt is None else "chosen"
     name = name if prompt is None else "prompt"
     write_json(out / f"{name}.json", report, prompt)
     write_page(out / f"{name}.html", report, prompt, TokenTexts(lm.tokenizer))
+    if options.neuronpedia:
+        for path in write_neuronpedia(out / "neuronpedia", report):
+            console.log(f"written to {path}")
     if options.json:
         console.json(report.to_dict())
     elif options.latent is not None:
@@ -324,7 +328,7 @@ def _write(
     console.log(f"written to {out / f'{name}.html'} and {name}.json")
 
 
-def _text(card: Any) -> str:
+def _text(card: LatentCard) -> str:
     """A card in lines."""
     lines = [f"{card.name}: fires at {card.firings:,} tokens, density {card.density:.3%}"]
     for passage in card.passages[:5]:

@@ -32,7 +32,7 @@ class Options(Machine):
     """Run directories of the same layers; differences are from the first."""
     data: Annotated[tuple[str, ...], names] = ("embedded",)
     """Labelled texts, separated by commas: embedded (its seven domains), local files or folders,
-    hub datasets; scores are averaged over them."""
+    hub datasets, saebench (its eight datasets); scores are averaged over them."""
     text_column: Annotated[str, filled] = "text"
     """Column that holds the texts."""
     label_column: Annotated[str | None, filled] = None
@@ -70,6 +70,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli.eval import open_runs, require_comparable
     from resae.cli.libraries import quiet_libraries
     from resae.data.labelled import load_labelled
+    from resae.data.public_labelled import PUBLIC
     from resae.evaluation.scores import Measure, mean_scores, score_rows
     from resae.models.hooked import EMBEDDED, HookedLM
     from resae.storage import require_writable, save_json
@@ -99,7 +100,8 @@ def run(options: Options, console: TerminalConsole) -> int:
             test_documents=options.test_documents,
             seed=options.seed,
         )
-        for data in options.data
+        for given in options.data
+        for data in (PUBLIC if given == "saebench" else [given])
     ]
     lm = load_model(name, options.dtype, device, revision)
     sources = _sources(runs)

@@ -109,7 +109,7 @@ def _replacement(report: Report, figures: dict[str, Figure]) -> Iterator[Section
 
 
 def _on_intervals(report: Report) -> Iterator[str]:
-    """What brackets and differences mean, where there are any."""
+    """Sentences on brackets and differences, where there are any."""
     if any(row.delta_ce_low is not None for row in report.replacement):
         drawn = report.config.get("resampled", "rows")
         yield (
