@@ -84,7 +84,8 @@ def test_tasks_are_scored_with_the_layers_replaced(lm, tmp_path, monkeypatch):
 
 
 def test_without_the_harness_the_error_says_what_to_install(lm, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for module in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
         ModuleNotFoundError, match=r"lm_eval is not installed; pip install 'lm-eval"
     ):
