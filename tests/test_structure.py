@@ -66,14 +66,15 @@ TESTED_BY = {
     "cli.report cli.train cli.tune training.baselines training.loggers training.runs",
     "cli/test_terminal.py": "console",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
-    "demo/test_demo.py": "demo.comparison",
+    "demo/test_demo.py": "demo.comparison demo.stages",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.rows",
     "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
     "interop.saelens interop.sparsify",
     "interop/test_hostile_formats.py": "interop.files sae.files",
     "models/test_hooked.py": "models.points models.splice",
-    "replacements/test_context.py": "replacements.counts replacements.generation",
+    "replacements/test_context.py": "replacements.active replacements.counts "
+    "replacements.generation replacements.settings",
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_page.py": "evaluation.labels report.content report.figures report.rows",
     "reproduce/test_claims.py": "reproduce.losses",
