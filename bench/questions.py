@@ -143,9 +143,9 @@ def dense_latent(clock: Clock, shrink: int) -> Iterator[Answer]:
     """A training step where half of all tokens activate latent 0, against an ordinary one."""
     case = Case("train", 8192 // shrink, 2048 // shrink, 16384 // shrink, 32 // shrink, "bfloat16")
     inputs = make_inputs(case, clock.device)
-    ordinary = median(clock, lambda: train_step(inputs, case, topk_encode), 5)
+    ordinary = median(clock, lambda: train_step(inputs, case), 5)
     inputs["x"][::2] += 50.0 * inputs["weight"][0]
-    dense = median(clock, lambda: train_step(inputs, case, topk_encode), 5)
+    dense = median(clock, lambda: train_step(inputs, case), 5)
     yield "training step with a latent active on half of all tokens", f"{dense / ordinary:.2f} ×"
 
 

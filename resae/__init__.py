@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from resae.data.texts import load_texts
     from resae.evaluation.attribution import LatentGradients, latent_gradients
     from resae.evaluation.comparison import evaluate
+    from resae.evaluation.graphs import FeatureGraph, feature_graph
     from resae.evaluation.methods import Method
     from resae.interop.formats import export_sae, import_sae
     from resae.models.families import FAMILIES, Family
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         predicted_effects,
     )
     from resae.replacements.generation import generate
+    from resae.report.graph_page import write_graph
     from resae.sae.base import SAEConfig
     from resae.sae.boosted import BoostedSAE
     from resae.sae.threshold import ThresholdSAE
@@ -60,6 +62,7 @@ __all__ = [
     "DecodeLoop",
     "Edit",
     "Family",
+    "FeatureGraph",
     "HookPoint",
     "HookedLM",
     "Interventions",
@@ -77,6 +80,7 @@ __all__ = [
     "TrainConfig",
     "evaluate",
     "export_sae",
+    "feature_graph",
     "fit_predictor",
     "generate",
     "import_sae",
@@ -86,6 +90,7 @@ __all__ = [
     "replacement",
     "train",
     "train_step",
+    "write_graph",
 ]
 
 # Each name is imported when it is first used (PEP 562): most of them need torch, and `resae --help`
@@ -104,6 +109,10 @@ _MODULES = {
         "latent_gradients",
     ),
     "evaluation.comparison": ("evaluate",),
+    "evaluation.graphs": (
+        "FeatureGraph",
+        "feature_graph",
+    ),
     "evaluation.methods": ("Method",),
     "interop.formats": (
         "export_sae",
@@ -125,6 +134,7 @@ _MODULES = {
         "predicted_effects",
     ),
     "replacements.generation": ("generate",),
+    "report.graph_page": ("write_graph",),
     "sae.base": ("SAEConfig",),
     "sae.boosted": ("BoostedSAE",),
     "sae.threshold": ("ThresholdSAE",),

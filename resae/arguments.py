@@ -58,12 +58,32 @@ def numbers(text: str) -> tuple[int, ...]:
     return parts
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers from 0 on, separated by commas, each once."""
+    if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", text):
+        raise ArgumentTypeError(f"{text[:80]!r}: expected whole numbers, for example 17,40")
+    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+
+
 def compared(text: str) -> tuple[int, ...]:
     """Numbers to compare: rising, each once."""
     parts = numbers(text)
     if list(parts) != sorted(set(parts)):
         raise ArgumentTypeError(f"{text!r}: expected rising numbers, for example 4,8,32")
     return parts
+
+
+def layer_sets(text: str) -> tuple[tuple[str, ...], ...] | str:
+    """Sets of layers: `5,15;15,25`; or a word for some: `none`, `each`, `prefixes`, `all`."""
+    if text in ("none", "each", "prefixes", "all"):
+        return text
+    try:
+        return tuple(names(part) for part in text.split(";"))
+    except ArgumentTypeError:
+        raise ArgumentTypeError(
+            f"{text!r}: expected none, each, prefixes, all, or sets of layers, for example "
+            f"'5,15;15,25'"
+        ) from None
 
 
 def one_k(text: str) -> int:

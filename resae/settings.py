@@ -83,7 +83,7 @@ def _setting(field: Any, owner: type, cls: type) -> Setting:
     title = (inspect.getdoc(owner) or owner.__name__).splitlines()[0].rstrip(".")
     return Setting(
         field.name,
-        _docstrings(owner).get(field.name, ""),
+        field_docstrings(owner).get(field.name, ""),
         title,
         field.default,
         None if annotation in (bool, bool | None) else parse,
@@ -95,8 +95,13 @@ def _setting(field: Any, owner: type, cls: type) -> Setting:
 _READ: dict[type, dict[str, str]] = {}
 
 
-def _docstrings(cls: type) -> dict[str, str]:
-    """The string under each field of a class, on one line."""
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The string under each field of a class and of its bases, on one line."""
+    of_bases = [_own_docstrings(part) for part in reversed(cls.__mro__) if is_dataclass(part)]
+    return {name: text for found in of_bases for name, text in found.items()}
+
+
+def _own_docstrings(cls: type) -> dict[str, str]:
     if cls not in _READ:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         assert isinstance(tree, ast.ClassDef)

@@ -30,6 +30,13 @@ def brief(value: object) -> str:
     return _repr.repr(value).encode("ascii", "backslashreplace").decode()
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut to 500 characters and fit for any encoding; its
+    type if it has none."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+    return line.encode(errors="backslashreplace").decode()
+
+
 def parse(text: str, what: str) -> Any:
     """The content of JSON text; `what` begins the error.
 

@@ -433,13 +433,9 @@ def _error_backward(
     *codes, error = ctx.saved_tensors
     n = len(codes) // 3
     acts, indices, W_dec = (codes[i * n : (i + 1) * n] for i in range(3))
-    grad = grad_error
-    if grad_squared is not None:
-        grad = (2 * grad_squared).unsqueeze(1) * error
-        grad = (grad if grad_error is None else grad + grad_error).to(error.dtype)
+    grad = error_gradient(error, grad_error, grad_squared)
     if grad is None:
         return [None] * n, [None] * n, [None] * n, None, None, None
-    grad = grad.contiguous()
     grad_acts, grad_W = code_gradients(
         acts, indices, W_dec, [grad] * n, _needed(ctx, n), **ctx.options
     )
@@ -452,6 +448,17 @@ def _error_backward(
         grad.sum(0) if need_bias else None,
         grad if need_prediction else None,
     )
+
+
+def error_gradient(
+    error: Tensor | None, grad_out: Tensor | None, grad_squared: Tensor | None
+) -> Tensor | None:
+    """Gradient of a decode, contiguous, from those of it and of the squares of its error."""
+    grad = grad_out
+    if error is not None and grad_squared is not None:
+        grad = (2 * grad_squared).unsqueeze(1) * error
+        grad = (grad if grad_out is None else grad + grad_out).to(error.dtype)
+    return None if grad is None else grad.contiguous()
 
 
 def _needed(ctx: Any, n: int) -> list[tuple[bool, bool]]:

@@ -9,7 +9,7 @@ of g through `weight`, and dweight sums g · residual per latent (`scatter_outer
 by latent: deterministic, no `[N, M]`). Gao et al. 2024 (arXiv 2406.04093), section 2.2.
 """
 
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from resae_kernels.gradients import encoder_gradients, scatter_outer, scatter_su
 from resae_kernels.precision import residual
 from resae_kernels.triton import encode as triton_encode
 from resae_kernels.types import Implementation, SparseCode, accumulation_dtype
+
+T = TypeVar("T")
 
 
 def topk_encode(
@@ -302,46 +304,74 @@ def backward(ctx: Any, grad_acts: Tensor | None, grad_indices: object) -> tuple[
     if grad_acts is None:
         return (None,) * 9
     x, weight, pre_bias, prediction, acts, indices = ctx.saved_tensors
-    need_x, need_weight, need_bias, _, need_pre_bias, need_prediction, _, _, _ = (
-        ctx.needs_input_grad
-    )
-    grad = torch.where(acts > 0, grad_acts, 0.0)
-    grad_x = grad_weight = grad_bias = grad_pre_bias = grad_prediction = None
-    if need_x or need_prediction:
+    of_x, of_weight, of_bias, _, of_pre_bias, of_prediction, *_ = ctx.needs_input_grad
+    needed = EncodeInputs(of_x, of_weight, of_bias and ctx.has_bias, of_pre_bias, of_prediction)
+    gate, M = torch.where(acts > 0, grad_acts, 0.0), weight.shape[0]
+    grad_weight = total = None
+    if needed.weight:
+        rest = residual_of(x, pre_bias, prediction, ctx.implementation)
+        if needed.bias or needed.pre_bias:
+            grad_weight, total = encoder_gradients(gate, indices, rest, M, ctx.implementation)
+        else:
+            grad_weight = scatter_outer(gate, indices, rest, M, ctx.implementation)
+    grads = input_gradients(gate, indices, weight, grad_weight, total, needed, ctx.implementation)
+    return *grads[:3], None, *grads[3:], None, None, None
+
+
+class EncodeInputs(NamedTuple, Generic[T]):
+    """A value for each input of an encode that may have a gradient."""
+
+    x: T
+    weight: T
+    bias: T
+    pre_bias: T
+    prediction: T
+
+
+def input_gradients(
+    gate: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    grad_weight: Tensor | None,
+    total: Tensor | None,
+    needed: EncodeInputs[bool],
+    implementation: str,
+) -> EncodeInputs[Tensor | None]:
+    """Gradients of the inputs of an encode.
+
+    Args:
+        gate: `[N, k]`, gradient of the acts, 0 where they are not positive.
+        grad_weight, total: `encoder_gradients` of the gate; None: not needed, or (total) to be
+            summed here.
+    """
+    grad_x = grad_bias = grad_pre_bias = None
+    if needed.x or needed.prediction:
         grad_x = torch.ops.resae.sparse_decode(
-            [grad], [indices], [weight], None, None, implementation=ctx.implementation
+            [gate], [indices], [weight], None, None, implementation=implementation
         )
-        grad_prediction = -grad_x if need_prediction else None
-    M = weight.shape[0]
-    need_bias = need_bias and ctx.has_bias
-    total = None
-    if need_weight:
-        if ctx.implementation == "triton":
-            rest = torch.ops.resae.residual(x, pre_bias, prediction)
-        else:
-            rest = residual(x, pre_bias, prediction)
-        if need_bias or need_pre_bias:
-            grad_weight, total = encoder_gradients(grad, indices, rest, M, ctx.implementation)
-        else:
-            grad_weight = scatter_outer(grad, indices, rest, M, ctx.implementation)
-    elif need_bias or need_pre_bias:
-        acc_dtype = accumulation_dtype(weight.dtype)
-        total = scatter_sum(grad.to(acc_dtype), indices, M, ctx.implementation)
-    if total is not None:
-        grad_bias = total.to(weight.dtype) if need_bias else None
+    if needed.bias or needed.pre_bias:
+        if total is None:
+            acc_dtype = accumulation_dtype(weight.dtype)
+            total = scatter_sum(gate.to(acc_dtype), indices, weight.shape[0], implementation)
+        grad_bias = total.to(weight.dtype) if needed.bias else None
         # One GEMV with the sum over all tokens, where a decode would gather rows for each.
-        grad_pre_bias = -_combined(total, weight) if need_pre_bias else None
-    return (
-        grad_x if need_x else None,
+        grad_pre_bias = -_combined(total, weight) if needed.pre_bias else None
+    return EncodeInputs(
+        grad_x if needed.x else None,
         grad_weight,
         grad_bias,
-        None,
         grad_pre_bias,
-        grad_prediction,
-        None,
-        None,
-        None,
+        -grad_x if needed.prediction and grad_x is not None else None,
     )
+
+
+def residual_of(
+    x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None, implementation: str
+) -> Tensor:
+    """`x − prediction − pre_bias`, rounded once, for a backward."""
+    if implementation == "triton":
+        return torch.ops.resae.residual(x, pre_bias, prediction)
+    return residual(x, pre_bias, prediction)
 
 
 def _residual_rows(x: Tensor, pre_bias: Tensor | None, prediction: Tensor | None) -> Tensor:

@@ -5,19 +5,14 @@ codes sorted by latent, so that each row is one ordered sum: deterministic, no a
 `sddmm`, a sampled dense-dense matrix multiplication, is the gradient of the acts:
 ⟨grad[n], W[indices[n,j]]⟩.
 
-An autoencoder's backward sorts its code twice: for the encoder's gradients, and for the decoder's.
-One sort would need an op of encode and decode together. It is not there because it would save
-little: by the cost model 1.4 % of a training step at D = 2048, M = 65,536, k = 64 and 3.5 % at
-D = 768, M = 24,576, k = 32 (70 µs for 524,288 entries; not measured on a GPU); on one core
-of a CPU a sort takes 9 % of the time of one of the two sums at N = 2048, D = 512, M = 8192, k = 32,
-and 5 % at N = 4096, D = 768, M = 24,576. Nor is the order kept from one to the other: the
-two see different tensors over the same memory, which may be that of another code by then.
+`autoencoder_gradients` gives all that an autoencoder sums by latent (gradients of its dictionary,
+of its encoder and of the encoder's bias) from one sort of the code, in Triton by one launch.
 
 Gao et al. 2024 (arXiv 2406.04093), appendix on sparse kernels.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,14 +73,43 @@ def _scatter_outer(
     if dense.is_dense(algorithm, indices, M, rows.dtype):
         return dense.dense_outer(acts, indices, rows, M, chosen)
     if chosen == "torch" and native.takes(acts, rows):
-        return native.scatter_outer(acts, indices, rows, M)
-    summed = triton_decode.launch_scatter_outer if chosen == "triton" else sums.scatter_outer
-    return summed(*_sorted_by_latent(acts, indices, M), rows)
+        return native.scatter_outer([acts], indices, [rows], M)[0]
+    order = _order_by_latent(acts, indices, M)
+    if chosen == "triton":
+        return order.launch([acts], [rows])[0]
+    return sums.scatter_outer(order.sorted(acts), order.tokens, order.bounds, rows)
 
 
-def _sorted_by_latent(acts: Tensor, indices: Tensor, M: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries of a code in the order of latent, then token: acts, tokens, and the bounds of
-    each latent's entries, `[M + 1]`."""
+class _LatentOrder(NamedTuple):
+    """The entries of a code in the order of latent, then token; padding last."""
+
+    entries: Tensor
+    """`[N·k]`, places in the flattened code."""
+    tokens: Tensor
+    """`[N·k]`, the token of each."""
+    bounds: Tensor
+    """`[M + 1]`, of each latent's entries."""
+
+    def sorted(self, weights: Tensor) -> Tensor:
+        """`weights [N, k]` of the code's entries in this order, `[N·k]`."""
+        return weights.reshape(-1)[self.entries]
+
+    def launch(
+        self, weights: Sequence[Tensor], rows: Sequence[Tensor], total: Tensor | None = None
+    ) -> list[Tensor]:
+        """`Σ weights[s] · rows[s]` per latent, `[M, D]` each, by Triton; `Σ weights[0]` into total.
+        One launch for all rows of one dtype."""
+        chosen = [self.sorted(w) for w in weights]
+        if len({r.dtype for r in rows}) == 1:
+            return triton_decode.launch_scatter_outer(chosen, self.tokens, self.bounds, rows, total)
+        out: list[Tensor] = []
+        for w, r in zip(chosen, rows, strict=True):
+            out += triton_decode.launch_scatter_outer([w], self.tokens, self.bounds, [r], total)
+            total = None
+        return out
+
+
+def _order_by_latent(acts: Tensor, indices: Tensor, M: int) -> _LatentOrder:
     k = acts.shape[1]
     acts, latents = acts.reshape(-1), indices.reshape(-1)
     # Padding slots would pile up on latent 0: they sort behind the last latent and are cut off.
@@ -93,7 +117,7 @@ def _sorted_by_latent(acts: Tensor, indices: Tensor, M: int) -> tuple[Tensor, Te
     bounds = torch.searchsorted(
         latents, torch.arange(M + 1, dtype=torch.int32, device=latents.device)
     )
-    return acts[order], order.div(max(k, 1), rounding_mode="floor"), bounds
+    return _LatentOrder(order, order.div(max(k, 1), rounding_mode="floor"), bounds)
 
 
 def _scatter_outer_fake(
@@ -112,18 +136,29 @@ def _scatter_outer_setup(
 
 
 def _scatter_outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """For gradients of gradients. The transposed dense code times rows is linear in both."""
-    acts, indices, rows = ctx.saved_tensors
     need_acts, _, need_rows, _ = ctx.needs_input_grad
+    needed = need_acts, need_rows
+    grad_acts, grad_rows = _outer_backward(*ctx.saved_tensors, grad, needed, ctx.options)
+    return grad_acts, None, grad_rows, None
+
+
+def _outer_backward(
+    acts: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    grad: Tensor,
+    needed: tuple[bool, bool],
+    options: dict[str, Any],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the acts and rows of `scatter_outer`, for gradients of gradients. The transposed
+    dense code times rows is linear in both."""
     grad = grad.contiguous()
     grad_acts = grad_rows = None
-    if need_acts:
-        grad_acts = torch.ops.resae.sddmm(rows, indices, grad, **ctx.options)
-    if need_rows:
-        grad_rows = torch.ops.resae.sparse_decode(
-            [acts], [indices], [grad], None, None, **ctx.options
-        )
-    return grad_acts, None, grad_rows, None
+    if needed[0]:
+        grad_acts = torch.ops.resae.sddmm(rows, indices, grad, **options)
+    if needed[1]:
+        grad_rows = torch.ops.resae.sparse_decode([acts], [indices], [grad], None, None, **options)
+    return grad_acts, grad_rows
 
 
 def scatter_sum(acts: Tensor, indices: Tensor, M: int, implementation: str = "") -> Tensor:
@@ -153,8 +188,7 @@ def _encoder_gradients(
         outer = _scatter_outer(acts, indices, rows, M, implementation=chosen)
         return outer, scatter_sum(acts.to(acc_dtype), indices, M, chosen)
     total = acts.new_empty(M, dtype=acc_dtype)
-    entries = _sorted_by_latent(acts, indices, M)
-    return triton_decode.launch_scatter_outer(*entries, rows, total), total
+    return _order_by_latent(acts, indices, M).launch([acts], [rows], total)[0], total
 
 
 def _encoder_gradients_fake(
@@ -182,6 +216,100 @@ def _encoder_gradients_backward(
         named = grad_total[indices].to(acts.dtype)
         grad_acts = named if grad_acts is None else grad_acts + named
     return grad_acts, None, grad_rows, None
+
+
+def autoencoder_gradients(
+    acts: Tensor,
+    indices: Tensor,
+    grad: Tensor,
+    gate: Tensor,
+    rows: Tensor,
+    M: int,
+    implementation: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`scatter_outer(acts, indices, grad, M)`, and `encoder_gradients(gate, indices, rows, M)` for
+    gates that are 0 where the acts are: the gradients of a dictionary, of an encoder and of its
+    bias, from one sort of the code. Bit for bit the same, but where a gate of 0 moves a border
+    between two PIECEs of a latent's sum, or meets a row that is not finite."""
+    return torch.ops.resae.autoencoder_gradients(
+        acts, indices, grad, gate, rows, M, implementation=implementation
+    )
+
+
+def _autoencoder_gradients(
+    acts: Tensor,
+    indices: Tensor,
+    grad: Tensor,
+    gate: Tensor,
+    rows: Tensor,
+    M: int,
+    *,
+    implementation: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = implementation_for("autoencoder_gradients", rows, implementation or None)
+    acc_dtype = accumulation_dtype(gate.dtype)
+    if rows.shape[1] == 0 or any(dense.is_dense("", indices, M, r.dtype) for r in (grad, rows)):
+        outer = _scatter_outer(acts, indices, grad, M, implementation=chosen)
+        return outer, *_encoder_gradients(gate, indices, rows, M, implementation=chosen)
+    if chosen == "triton":
+        total = gate.new_empty(M, dtype=acc_dtype)
+        order = _order_by_latent(acts, indices, M)
+        encoder, dictionary = order.launch([gate, acts], [rows, grad], total)
+        return dictionary, encoder, total
+    total = scatter_sum(gate.to(acc_dtype), indices, M, chosen)
+    if native.takes(acts, grad, gate, rows):
+        return *native.scatter_outer([acts, gate], indices, [grad, rows], M), total
+    order = _order_by_latent(acts, indices, M)
+    of_sum = order.tokens, order.bounds
+    dictionary, encoder = (
+        sums.scatter_outer(order.sorted(w), *of_sum, r) for w, r in ((acts, grad), (gate, rows))
+    )
+    return dictionary, encoder, total
+
+
+def _autoencoder_gradients_fake(
+    acts: Tensor,  # noqa: ARG001
+    indices: Tensor,
+    grad: Tensor,
+    gate: Tensor,
+    rows: Tensor,
+    M: int,
+    **_options: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return grad.new_empty(M, grad.shape[1]), *_encoder_gradients_fake(gate, indices, rows, M)
+
+
+def _autoencoder_gradients_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: object
+) -> None:
+    del output
+    ctx.options = dict(keyword_only_inputs)
+    ctx.save_for_backward(*inputs[:5])
+    ctx.set_materialize_grads(False)
+
+
+def _autoencoder_gradients_backward(
+    ctx: Any,
+    grad_dictionary: Tensor | None,
+    grad_encoder: Tensor | None,
+    grad_total: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """For gradients of gradients: those of the two sums, one after the other."""
+    acts, indices, grad, gate, rows = ctx.saved_tensors
+    need_acts, _, need_grad, need_gate, need_rows, _ = ctx.needs_input_grad
+    of_acts = of_grad = of_gate = of_rows = None
+    if grad_dictionary is not None:
+        needed = need_acts, need_grad
+        of_acts, of_grad = _outer_backward(
+            acts, indices, grad, grad_dictionary, needed, ctx.options
+        )
+    if grad_encoder is not None:
+        needed = need_gate, need_rows
+        of_gate, of_rows = _outer_backward(gate, indices, rows, grad_encoder, needed, ctx.options)
+    if grad_total is not None and need_gate:
+        named = grad_total[indices].to(gate.dtype)
+        of_gate = named if of_gate is None else of_gate + named
+    return of_acts, None, of_grad, of_gate, of_rows, None
 
 
 def _sddmm(
@@ -232,6 +360,12 @@ register(
     _encoder_gradients_fake,
 )
 register(
+    "autoencoder_gradients(Tensor acts, Tensor indices, Tensor grad, Tensor gate, Tensor rows, "
+    "SymInt M, *, str implementation='') -> (Tensor dictionary, Tensor encoder, Tensor total)",
+    _autoencoder_gradients,
+    _autoencoder_gradients_fake,
+)
+register(
     "sddmm(Tensor grad, Tensor indices, Tensor W, *, str implementation='', "
     "str algorithm='') -> Tensor",
     _sddmm,
@@ -240,6 +374,7 @@ register(
 for _op, _its_backward, _its_setup in (
     ("scatter_outer", _scatter_outer_backward, _scatter_outer_setup),
     ("encoder_gradients", _encoder_gradients_backward, _encoder_gradients_setup),
+    ("autoencoder_gradients", _autoencoder_gradients_backward, _autoencoder_gradients_setup),
     ("sddmm", _sddmm_backward, _sddmm_setup),
 ):
     torch.library.register_autograd(

@@ -706,6 +706,14 @@ class PreparedStep:
         )
 
 
+def require_own(op: str, encoder: ScreenedEncoder, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless the encoder is the one of this weight and bias."""
+    if encoder.weight is not weight or encoder.bias is not bias:
+        raise ValueError(
+            f"{op}: encoder was made of another weight or bias; pass the ones it was made of"
+        )
+
+
 def layout_of(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     """Address, shape and strides: assigning `.data` changes nothing else that torch reports."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()

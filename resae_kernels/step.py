@@ -20,7 +20,7 @@ from resae_kernels import checks, memory
 from resae_kernels.cpu.private_torch import is_eager, refuse_forward_mode
 from resae_kernels.decode import sparse_decode
 from resae_kernels.dispatch import check_once, implementation_for, register, triton_signature
-from resae_kernels.screened import ScreenedEncoder, layout_of
+from resae_kernels.screened import ScreenedEncoder, layout_of, require_own
 from resae_kernels.triton import step as triton_step
 from resae_kernels.triton.encode_few import FEW_TOKENS
 from resae_kernels.triton.step import StepWorkspace, workspace_layout
@@ -89,7 +89,7 @@ def online_step(
     if not torch.compiler.is_compiling():
         given = x, weight, bias, k, W_dec, b_dec, prediction, codes, transported
         if encoder is not None and encoder.implementation == "triton":
-            _require_own(encoder, weight, bias)
+            require_own("online_step", encoder, weight, bias)
             if is_eager():
                 return _step_by_encoder(*given, encoder, out, implementation)
         elif x.is_cpu and implementation != "triton":
@@ -126,7 +126,7 @@ def online_step(
         implementation=implementation or "",
     )
     code_shape = (*x.shape[:-1], k)
-    code = SparseCode(out.acts.view(code_shape), out.indices.view(code_shape))
+    code = SparseCode(*(t.view(code_shape) for t in out.code))
     return OnlineStep(out.x_hat.view(x.shape), code)
 
 
@@ -185,8 +185,8 @@ def _step_past_dispatcher(
         rows, weight, bias, W_dec, b_dec, prediction, acts, indices, dictionaries, constant, out
     )
     if flat:
-        return OnlineStep(out.x_hat, SparseCode(out.acts, out.indices))
-    code = SparseCode(*(t.view(*shape[:-1], k) for t in (out.acts, out.indices)))
+        return OnlineStep(out.x_hat, SparseCode(*out.code))
+    code = SparseCode(*(t.view(*shape[:-1], k) for t in out.code))
     return OnlineStep(out.x_hat.view(shape), code)
 
 
@@ -248,7 +248,7 @@ def _step_on_cpu(
             return None
         encoder = _encoder_of(weight, bias)
     else:
-        _require_own(encoder, weight, bias)
+        require_own("online_step", encoder, weight, bias)
     plain = not codes and transported is None and out is None
     if plain and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_TOKENS:
         step = encoder.online_step(x, k, b_dec, prediction, W_dec)
@@ -258,13 +258,6 @@ def _step_on_cpu(
         return None
     given = x, weight, bias, k, W_dec, b_dec, prediction, codes, transported
     return _step_by_encoder(*given, encoder, out, None)
-
-
-def _require_own(encoder: ScreenedEncoder, weight: Tensor, bias: Tensor | None) -> None:
-    if encoder.weight is not weight or encoder.bias is not bias:
-        raise ValueError(
-            "online_step: encoder was made of another weight or bias; pass the ones it was made of"
-        )
 
 
 def _step_by_encoder(
@@ -302,7 +295,7 @@ def _step_by_encoder(
         step = x_hat, *code
     if out is not None:
         _check_workspace(out, x.shape[:-1].numel(), weight.shape[0], k, weight.shape[1], x)
-        written = (out.x_hat, out.acts, out.indices)
+        written = (out.x_hat, *out.code)
         step = tuple(to.view(t.shape).copy_(t) for to, t in zip(written, step, strict=True))
     return OnlineStep(step[0], SparseCode(*step[1:]))
 
@@ -440,10 +433,10 @@ def _step(
         prediction = to.prediction.copy_(
             decode(acts, indices, dictionaries, constant, None, implementation="torch")
         )
-    k = to.acts.shape[1]
+    k = to.acts.shape[-1]
     code = encode(x, weight, bias, k, b_dec, prediction, False, memory.workspace_bytes(x), "torch")
     x_hat = decode([code[0]], [code[1]], [W_dec], b_dec, prediction, implementation="torch")
-    for result, value in zip((to.acts, to.indices, to.x_hat), (*code, x_hat), strict=True):
+    for result, value in zip((*to.code, to.x_hat), (*code, x_hat), strict=True):
         result.copy_(value)
 
 

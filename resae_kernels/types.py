@@ -20,6 +20,11 @@ class SparseCode(NamedTuple):
     indices: Tensor
     """`[..., k]` int64, the latent of each act. Padding slots hold act 0 and index 0."""
 
+    def _repr_html_(self) -> str:
+        from resae_kernels.notebook import code_html
+
+        return code_html(self.acts, self.indices)
+
 
 class ThresholdCode(NamedTuple):
     """The code of each token: its largest pre-activations above their latents' thresholds."""
@@ -31,6 +36,11 @@ class ThresholdCode(NamedTuple):
     n_active: Tensor
     """`[...]` int32: latents above their thresholds. More than max_active: the smallest are not in
     the code."""
+
+    def _repr_html_(self) -> str:
+        from resae_kernels.notebook import code_html
+
+        return code_html(self.acts, self.indices)
 
 
 class ReconstructionError(NamedTuple):
@@ -58,6 +68,15 @@ class OnlineStep(NamedTuple):
     """`[..., D]`, the reconstruction that takes the activation's place."""
     code: SparseCode
     """`[..., k]`, in order of index."""
+
+
+class Autoencoding(NamedTuple):
+    """Reconstruction and code of an autoencoder."""
+
+    x_hat: Tensor
+    """`[..., D]`, prediction included."""
+    code: SparseCode
+    """`[..., k]`."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -125,33 +125,34 @@ def decode_cases() -> Iterator[AotCase]:
             architectures,
         )
 
-        entries = dict.fromkeys(("weights", "rows"), floats) | dict.fromkeys(
-            ("tokens", "bounds", "piece_bounds"), i64
-        )
         kernels = (
             # The sum in fp32 changes hands on its way to 16-byte stores.
             (
                 decode.latent_piece_kernel,
-                {"partial": "*fp32:16", "piece_latent": i64, "M": "i32"},
+                {"piece_latent": i64, "M": "i32"},
                 ("piece_total",),
                 2048,
             ),
-            (
-                decode.scatter_outer_kernel,
-                {"partial": "*fp32:16", "out": floats},
-                ("total", "piece_total"),
-                0,
-            ),
+            (decode.scatter_outer_kernel, {"out": floats}, ("total", "piece_total"), 0),
         )
         default, *alternatives = tiles.TILES["scatter_outer"].candidates("other")
-        for (kernel, others, totals, shared), (tile, total) in itertools.product(
-            kernels, ((default, True), (default, False), *((t, True) for t in alternatives))
+        # The sums of an encoder and of a dictionary in one launch; of the former; of the latter.
+        shapes = ((default, True, 2), (default, True, 1), (default, False, 1))
+        shapes += tuple((tile, True, 2) for tile in alternatives)
+        for (kernel, others, totals, shared), (tile, total, sums) in itertools.product(
+            kernels, shapes
         ):
             kernel_name = kernel.__name__.removesuffix("_kernel")
+            each = {"weights": floats, "rows": floats, "partial": "*fp32:16"}
+            each |= {"out": others["out"]} if "out" in others else {}
+            entries = dict.fromkeys(("tokens", "bounds", "piece_bounds"), i64)
             yield AotCase(
-                f"{kernel_name} {name}{' total' * total} {tiles.sizes(tile)}",
+                f"{kernel_name} {name} sums={sums}{' total' * total} {tiles.sizes(tile)}",
                 kernel,
-                entries | others | (dict.fromkeys(totals, "*fp32:16") if total else {}),
+                entries
+                | others
+                | {argument: (kind,) * sums for argument, kind in each.items()}
+                | (dict.fromkeys(totals, "*fp32:16") if total else {}),
                 {"PIECE": decode.PIECE, "BE": tile.rows}
                 | ({} if total else dict.fromkeys(totals))
                 | tile.constants(D, dtype),
@@ -161,7 +162,7 @@ def decode_cases() -> Iterator[AotCase]:
                     "shared": shared,
                     "in_flight": tile.loads,
                     "registers": tiles.GATHER_REGISTERS,
-                    "instructions": 1000,
+                    "instructions": 1000 * sums,
                 },
                 architectures,
                 tiles.GATHER_REGISTERS,
@@ -289,7 +290,9 @@ def gemm_cases() -> Iterator[AotCase]:
 
 
 def specialised_gemm_cases(tile: tiles.SpecialisedGemmTile) -> Iterator[AotCase]:
-    """The warp-specialised GEMM, which exists for one architecture."""
+    """The warp-specialised GEMM, which exists for two architectures. The registers are those that
+    its warps divide among them: 12 warps on sm_90, 8 on sm_100."""
+    registers = {"sm_90": 168, "sm_100": 255}[tile.device_class]
     for bias, M in ((True, 65536), (False, 65520)):  # of which the latter are no whole groups
         constants: dict[str, Any] = gemm_specialised.specialised_constants(
             tile, M, 32, torch.bfloat16
@@ -305,12 +308,12 @@ def specialised_gemm_cases(tile: tiles.SpecialisedGemmTile) -> Iterator[AotCase]
             kinds[name] = f"tensordesc<bf16[{rows}, {tile.dimensions}],{layout}>"
         yield AotCase(
             f"specialised gemm bf16 M={M} {tiles.sizes(tile)}",
-            gemm_specialised.specialised_gemm_kernel,
+            gemm_specialised.specialised_kernel(tile),
             kinds,
             constants,
             *(tile.num_warps, 3),
-            {"matrix": True, "tensor_loads": 2, "registers": 168, "instructions": 3000},
-            ("sm_90",),
+            {"matrix": True, "tensor_loads": 2, "registers": registers, "instructions": 3000},
+            (tile.device_class,),
         )
 
 
@@ -395,9 +398,9 @@ def step_cases() -> Iterator[AotCase]:
         yield AotCase(
             f"select_decode {name}, M={M} k={k} D={D}",
             step.select_decode_kernel,
-            each(floats, "x_hat acts program_acts W_dec b_dec prediction")
-            | each(integers, "program_keys scores best")
-            | each("*i64:16", "indices program_indices")
+            each(floats, "x_hat acts W_dec b_dec prediction")
+            | each(integers, "keys scores best")
+            | each("*i64:16", "indices")
             | each("i32:16", "M groups s_scores k"),
             step.select_decode_constants(layout, D, dtype),
             *(warps, 1),

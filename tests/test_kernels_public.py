@@ -11,6 +11,7 @@ import resae_kernels
 from resae_kernels import SparseCode, affine_chain, sparse_decode, topk_encode
 
 DOCUMENTED = {
+    "Autoencoding",
     "OnlineStep",
     "ReconstructionError",
     "ScreenedEncoder",
@@ -21,6 +22,8 @@ DOCUMENTED = {
     "Transported",
     "accelerate",
     "affine_chain",
+    "autoencode",
+    "autoencoder_error",
     "online_step",
     "reconstruction_error",
     "reference",
@@ -98,7 +101,7 @@ def test_ops_are_registered_in_the_namespace_resae():
         "online_step",
         "reconstruction_error",
     )
-    for name in (*public, "scatter_outer", "sddmm"):
+    for name in (*public, "autoencoder", "autoencoder_gradients", "scatter_outer", "sddmm"):
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.resae, name).default.tags
 
 

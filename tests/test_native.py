@@ -472,7 +472,7 @@ def test_gradients_by_two_threads_have_the_same_bits(dtype):
 
     def both() -> tuple[Tensor, Tensor]:
         return (
-            native.scatter_outer(acts, indices, x, 900),
+            native.scatter_outer([acts], indices, [x], 900)[0],
             native.sddmm(x, indices, W),
         )
 
@@ -492,7 +492,7 @@ def test_an_index_outside_is_refused_by_the_gradients(op, index):
     acts, indices, x = torch.rand(4, 2), torch.zeros(4, 2, dtype=torch.int64), torch.randn(4, 3)
     indices[3, 1] = index
     arguments = {
-        "scatter_outer": (acts, indices, x, 9),
+        "scatter_outer": ([acts], indices, [x], 9),
         "scatter_sum": (acts, indices, 9),
         "sddmm": (x, indices, torch.randn(9, 3)),
     }
@@ -506,5 +506,5 @@ def test_padding_that_names_a_latent_adds_nothing_to_its_gradient():
     """Holds also where the row of its token is not finite."""
     acts, indices = torch.tensor([[1.0, 0.0], [-0.0, 2.0]]), torch.tensor([[0, 1], [1, 0]])
     x = torch.tensor([[1.0], [math.inf]])
-    found = native.scatter_outer(acts, indices, x, 3)
+    found = native.scatter_outer([acts], indices, [x], 3)[0]
     assert found.tolist() == [[math.inf], [0.0], [0.0]]

@@ -57,6 +57,18 @@ def test_both_distributions_have_the_same_files_of_the_kernels():
     assert {f"resae_kernels/{name}" for name in ("LICENSE", "pyproject.toml")}.isdisjoint(whole)
 
 
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_the_template_of_the_report_is_distributed(kind):
+    builders = pytest.importorskip(f"hatchling.builders.{kind}")
+    builder = {"wheel": "WheelBuilder", "sdist": "SdistBuilder"}[kind]
+    found = {
+        Path(file.relative_path).name
+        for file in getattr(builders, builder)(str(ROOT)).recurse_included_files()
+        if "resae/report/template/" in f"/{file.relative_path}"
+    }
+    assert found == {"page.html", "page.css", "page.js", "chain.svg"}
+
+
 ENCODE = """
 import sys
 sys.modules |= dict.fromkeys(("resae", "transformers", "datasets", "pyarrow", "safetensors"))

@@ -8,6 +8,7 @@ runs, so that `--help` and a mistyped option answer at once.
 
 import argparse
 import gc
+import io
 import logging
 import shlex
 import sys
@@ -17,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 from resae.cli.options import Parser, add_settings, given
-from resae.cli.terminal import TerminalConsole
+from resae.cli.terminal import PrintableFormatter, TerminalConsole
 from resae.environment import commit, installed_version, keep_freed_memory
 from resae.settings import make, read_file
 
@@ -29,7 +30,11 @@ COMMANDS = {
     "train": "fit the affine maps and train one autoencoder per layer",
     "finetune": "train a finished run further, with all its layers replaced in the running model",
     "eval": "replace layers on held-out text and measure the cost",
+    "probe": "measure what single latents tell about labelled texts: sparse probing, targeted "
+    "perturbation, spurious correlations",
+    "latents": "show each latent: the text it fires on, its effects, its nearest relatives",
     "generate": "continue a prompt with and without the layers replaced",
+    "graph": "draw the direct effects between latents that lead to the next token of a prompt",
     "convert": "rewrite an autoencoder in the format of another library",
     "inspect": "describe an autoencoder in a file of any format",
     "report": "draw report.json as a page with figures",
@@ -56,8 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet=parsed.quiet,
         traceback=parsed.traceback,
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII shows \u2013 for a dash
+            stream.reconfigure(errors="backslashreplace")
     level = logging.INFO if parsed.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
     keep_freed_memory()
     gc.set_threshold(GC_THRESHOLD)
     command = import_module(f"resae.cli.{parsed.command}")

@@ -58,10 +58,10 @@ def run(options: Options, console: TerminalConsole) -> int:
         max_active=options.max_active,
         on_skip=skipped if options.skip_unsupported else None,
     )
-    for found, folder in written:
-        console.log(f"{found.path} ({found.format}) written to {folder} ({options.to})")
-        for what in found.record.folded:
+    for sae in written:
+        console.log(f"{sae.source} ({sae.format}) written to {sae.folder} ({options.to})")
+        for what in sae.folded:
             console.log(f"  folded: {what}")
-        if found.record.input_kind != "activation":
+        if sae.input_kind != "activation":
             console.log("  encodes an affine residual: its encode needs a prediction")
     return 0

@@ -41,10 +41,8 @@ class Options:
 
 
 def run(options: Options, console: TerminalConsole) -> int:
-    from resae.report.figures import require_matplotlib
     from resae.storage import is_unused, locked
 
-    require_matplotlib()
     out = Path(options.out)
     with locked(out):
         if not is_unused(out) and not (out / "report.json").exists():

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from resae.arguments import compared, filled, whole, writable
+from resae.arguments import compared, filled, layer_sets, whole, writable
 from resae.cli.terminal import TerminalConsole
 from resae.data.config import Machine, Source
 from resae.environment import describe_device, environment, find_device
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from resae.data.text_record import Overlap, RunText
     from resae.evaluation.methods import Method
-    from resae.evaluation.rows import Evaluation
+    from resae.evaluation.rows import AblationRow, Evaluation, GenerationRow
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
@@ -36,6 +36,8 @@ HELD_OUT_DEFAULTS: dict[str, Any] = {
     "held_out_rows": 64,
 }
 """Defaults for settings that neither the command nor the run gives."""
+PARTIAL_SUMS = "evaluation.partial.safetensors"
+"""Sums of an evaluation that has not ended, in the folder of its report."""
 ROW_SHAPE = ("context_tokens", "held_out_rows")
 
 
@@ -48,6 +50,17 @@ class Options(Machine):
     k: Annotated[tuple[int, ...] | None, compared] = None
     """Compare the runs with these numbers of active latents; None: all that they were trained
     with."""
+    subsets: Annotated[
+        tuple[tuple[str, ...], ...] | str, layer_sets, Shown("each|prefixes|all|none|LAYERS;…")
+    ] = "each"
+    """Further sets of layers to replace, in addition to all of them: each alone, the first ones,
+    all subsets, none, or sets such as '5,15;15,25'."""
+    reference: Annotated[str | None, filled, Shown("METHOD")] = None
+    """Method of the table that the others are compared with; None: the first."""
+    generation: Annotated[int | None, whole(1), Shown("N")] = None
+    """Continue N of the rows from their middle, greedily, and measure the text."""
+    generation_tokens: Annotated[int, whole(1)] = 64
+    """Most tokens to write for each, at most half a row."""
     out: Annotated[str | None, writable] = None
     """Folder that report.json goes into; None: the first run."""
     model: Annotated[str | None, filled] = None
@@ -95,6 +108,7 @@ class OpenRun:
 def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli.libraries import quiet_libraries
     from resae.evaluation.labels import whole_selection
+    from resae.evaluation.methods import known_reference
     from resae.models.hooked import HookedLM
     from resae.storage import require_writable, save_json
     from resae.training.pipeline import load_model
@@ -104,14 +118,14 @@ def run(options: Options, console: TerminalConsole) -> int:
         console.report_to_stderr()
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
-    runs = _open_runs([Path(folder) for folder in options.run_directories], device)
+    runs = open_runs([Path(folder) for folder in options.run_directories], device)
     out = Path(options.out or runs[0].folder)
     require_writable(out)
     quiet_libraries()
     first = runs[0]
     name, revision = model_of(first.record, first.stack, options.model, options.revision)
     shapes = HookedLM.described(name, tokenizer=None, revision=revision)
-    _require_comparable(runs, shapes)
+    require_comparable(runs, shapes)
     if options.baselines:
         baselines = _baselines(runs, device, console)
         if baselines is None:
@@ -120,28 +134,36 @@ def run(options: Options, console: TerminalConsole) -> int:
     ids, data, overlaps = _unseen(
         options, [(run.folder, run.record) for run in runs], shapes, console
     )
-    methods = _methods(runs, options.k)
+    methods = methods_of(runs, options.k, _subsets(options.subsets, shapes, first.stack))
+    reference = known_reference(methods, options.reference)
     lm = load_model(name, options.dtype, device, revision)
-    evaluation = _evaluated(lm, methods, ids, data, console)
+    evaluation = _evaluated(lm, methods, ids, data, reference, out / PARTIAL_SUMS, console)
     config = {
         "model": lm.name,
         "data": data,
         "held_out_rows": len(ids),
         "context_tokens": ids.shape[1],
         "trained_on": overlaps,
+        "resampled": evaluation.resampled,
     }
     report = _report(runs, evaluation, config, _training(runs, methods, options.k))
+    texts = _continued(lm, methods, ids, reference, options, console)
+    if texts:
+        report["generation"] = [asdict(row) for row in texts]
+        report["samples"] = _samples(lm, methods, ids[: options.generation], options)
     save_json(out / "report.json", report)
     rows = [asdict(row) for row in whole_selection(evaluation.replacement)]
     if options.json:
         console.json(rows)
     else:
-        console.result(_table(rows))
+        console.result(_table(rows, evaluation.ablation))
+        if texts:
+            console.result(_table_of_texts(texts))
     console.log(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
 
 
-def _open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
+def open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
     from resae.training.runs import open_run
 
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -149,7 +171,7 @@ def _open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
     return [OpenRun(folder, *open_run(folder, device)) for folder in folders]
 
 
-def _require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
+def require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
     """Raise ValueError for runs of another model, or of different layers."""
     layers = runs[0].stack.hook_points
     for run in runs:
@@ -187,7 +209,32 @@ def _baselines(
     if not whole:
         console.log("stopped; the same command goes on from the newest checkpoint")
         return None
-    return _open_runs([baseline.folder for baseline in baselines], device)
+    return open_runs([baseline.folder for baseline in baselines], device)
+
+
+def _subsets(
+    asked: tuple[tuple[str, ...], ...] | str, lm: HookedLM, stack: ReSAE
+) -> tuple[tuple[str, ...], ...]:
+    """The sets of layers that an option asks for, by names of hook points.
+
+    Raises:
+        ValueError: a layer that the runs do not have.
+    """
+    from resae.evaluation.methods import subsets_of
+
+    if isinstance(asked, str):
+        return subsets_of(stack.hook_points, asked)
+    sets = []
+    for layers in asked:
+        points = lm.hook_points([int(n) if n.isdecimal() else n for n in layers])
+        for point in points:
+            if point.name not in stack.hook_points:
+                raise ValueError(
+                    f"--subsets: {point.name} is no layer of the runs, which have "
+                    f"{', '.join(stack.hook_points)}"
+                )
+        sets.append(tuple(point.name for point in points))
+    return tuple(s for s in sets if len(s) < stack.n_layers)
 
 
 def _evaluated(
@@ -195,6 +242,8 @@ def _evaluated(
     methods: Sequence[Method],
     ids: torch.Tensor,
     data: str,
+    reference: str,
+    checkpoint: Path,
     console: TerminalConsole,
 ) -> Evaluation:
     """The methods on rows `ids [R, T]` of a text of this name."""
@@ -203,13 +252,81 @@ def _evaluated(
 
     batches = list(ids.split(MODEL_ROWS))
     console.log(f"{forward_passes(methods)} passes over {ids.numel():,} held-out tokens of {data}")
-    began = time.perf_counter()
+    began: list[tuple[float, int]] = []
 
     def progress(done: int) -> None:
-        left = (time.perf_counter() - began) * (len(batches) - done) / done
-        console.progress(f"{done}/{len(batches)} batches, about {left:.0f} s left")
+        if not began:
+            began.append((time.perf_counter(), done))
+            if done > 1:
+                console.log(f"{done - 1} of {len(batches)} batches were done already")
+        start, first = began[0]
+        pace = (time.perf_counter() - start) / max(1, done - first)
+        left = f", about {pace * (len(batches) - done):.0f} s left" if done > first else ""
+        console.progress(f"{done}/{len(batches)} batches{left}")
 
-    return evaluate(lm, methods, batches, on_batch=progress)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    return evaluate(
+        lm, methods, batches, reference=reference, on_batch=progress, checkpoint=checkpoint
+    )
+
+
+def _continued(
+    lm: HookedLM,
+    methods: Sequence[Method],
+    ids: torch.Tensor,
+    reference: str,
+    options: Options,
+    console: TerminalConsole,
+) -> list[GenerationRow]:
+    """Rows of the text that prompts are continued with, where that is asked for."""
+    from resae.evaluation.continuations import continuation_rows
+
+    if options.generation is None:
+        return []
+    prompts = ids[: options.generation, : ids.shape[1] // 2]
+    new_tokens = min(options.generation_tokens, ids.shape[1] - prompts.shape[1])
+    console.log(
+        f"{len(prompts)} prompts of {prompts.shape[1]} tokens, each continued by {new_tokens}"
+    )
+    return continuation_rows(
+        lm,
+        methods,
+        prompts,
+        new_tokens=new_tokens,
+        reference=reference,
+        on_batch=lambda done: console.progress(f"{done}/{len(prompts)} prompts"),
+    )
+
+
+SHOWN_TEXTS = 3
+"""Prompts whose continuations are in the report as text."""
+
+
+def _samples(
+    lm: HookedLM, methods: Sequence[Method], prompts: torch.Tensor, options: Options
+) -> list[dict[str, Any]]:
+    """The first of the prompts `[R, T]`, cut at their middle, continued as text: by the unchanged
+    model, and with the layers replaced by each stack."""
+    from resae.evaluation.labels import label
+    from resae.replacements.generation import generate
+    from resae.report.rows import Sample
+    from resae.stack.stack import ReSAE
+
+    assert lm.tokenizer is not None
+    writers: list[tuple[str, ReSAE | None]] = [("nothing replaced", None)]
+    for method in methods:
+        if isinstance(method.stack, ReSAE):
+            how = f"{label(method.name)}, k = {method.k}, all layers replaced online"
+            writers.append((how, method.stack))
+    new_tokens = min(options.generation_tokens, prompts.shape[1] - prompts.shape[1] // 2)
+    samples: list[dict[str, Any]] = []
+    for row in prompts[:SHOWN_TEXTS, : prompts.shape[1] // 2]:
+        prompt = lm.tokenizer.decode(row, skip_special_tokens=True)
+        for how, stack in writers:
+            written = generate(lm, prompt, stack, max_new_tokens=new_tokens, temperature=0)
+            replaced = sum(count.replaced for count in written.counts)
+            samples.append(asdict(Sample(how, prompt, written.text, replaced)))
+    return samples
 
 
 def _report(
@@ -219,6 +336,8 @@ def _report(
     training: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Content of report.json; `config` names what was evaluated on."""
+    from resae.report.content import SCHEMA_VERSION
+
     first = runs[0]
     of_runs = {
         "layers": first.stack.hook_points,
@@ -227,7 +346,7 @@ def _report(
         "runs": [str(run.folder) for run in runs],
     }
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "title": f"Evaluation of {', '.join(run.folder.name for run in runs)}",
         "config": config | of_runs,
         "environment": environment(),
@@ -362,7 +481,9 @@ def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _methods(runs: Sequence[OpenRun], ks: Sequence[int] | None) -> list[Method]:
+def methods_of(
+    runs: Sequence[OpenRun], ks: Sequence[int] | None, subsets: tuple[tuple[str, ...], ...] = ()
+) -> list[Method]:
     """Every run, at every k asked for; and the maps alone."""
     from resae.evaluation.methods import Method, method_name
     from resae.stack.stack import AffineOnly
@@ -374,10 +495,10 @@ def _methods(runs: Sequence[OpenRun], ks: Sequence[int] | None) -> list[Method]:
             name = method_name(stack)
             if any((m.name, m.k) == (name, k) for m in methods):
                 name = f"{name} ({run.folder.name})"
-            methods.append(Method(name, stack.at_k(k) if ks else stack, k))
+            methods.append(Method(name, stack.at_k(k) if ks else stack, k, subsets))
     chained = next((run.stack for run in runs if run.stack.chained), None)
     if chained is not None:
-        methods.append(Method("affine_only", AffineOnly(chained), None))
+        methods.append(Method("affine_only", AffineOnly(chained), None, subsets))
     return methods
 
 
@@ -385,14 +506,62 @@ def _log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        f"{'method':<28}{'loop':<8}{'mode':<16}{'k':>5}{'Δ CE':>10}{'recovered':>11}{'KL':>10}"
-    ]
-    lines += [
-        f"{row['method']:<28}{row['loop'] or '–':<8}{row['mode']:<16}{row['k'] or '–':>5}"
-        f"{row['delta_ce']:>10.4f}{row['ce_recovered_mean']:>11.4f}{row['kl']:>10.4f}"
-        for row in rows
-    ]
-    lines.append(f"CE of the unchanged model: {rows[0]['ce_clean']:.4f} nats per token")
+def _table(rows: Sequence[dict[str, Any]], ablations: Sequence[AblationRow]) -> str:
+    """Cost of replacing all layers, with 95 % intervals, for a terminal."""
+    width = max(16, *(len(row["method"]) + 2 for row in rows))
+    head = f"{'method':<{width}}{'loop':<8}{'mode':<16}{'k':>5}  {'Δ CE':<25}"
+    lines = [f"{head}{'from reference':<27}{'recovered':>9}{'KL':>9}"]
+    for row in rows:
+        loop, k = row["loop"] or "–", row["k"] or "–"
+        lines.append(
+            f"{row['method']:<{width}}{loop:<8}{row['mode']:<16}{k:>5}  "
+            f"{_with_interval(row, 'delta_ce'):<25}{_with_interval(row, 'difference', '+'):<27}"
+            f"{row['ce_recovered_mean']:>9.4f}{row['kl']:>9.4f}"
+        )
+    for row in (r for r in ablations if r.layers == rows[0]["layers"]):
+        name = f"{row.ablation} ablation"
+        cost = _with_interval(asdict(row), "delta_ce")
+        lines.append(f"{name:<{width}}{'–':<8}{'–':<16}{'–':>5}  {cost:<52}{'–':>9}{row.kl:>9.4f}")
+    for row in rows:
+        if row["sum_of_single"] is not None and row["mode"] == "online":
+            of = f"{row['method']}, {row['loop']} loop" if row["loop"] else row["method"]
+            of += f", k = {row['k']}" if row["k"] else ""
+            lines.append(
+                f"{of}: the layers one by one lose "
+                f"{_with_interval(row, 'sum_of_single')} in sum, all at once online "
+                f"{_with_interval(row, 'delta_ce')}"
+            )
+    clean = _with_interval(rows[0], "ce_clean")
+    lines.append(f"CE of the unchanged model: {clean} nats per token; brackets: 95 % intervals")
+    return "\n".join(lines)
+
+
+def _with_interval(row: dict[str, Any], name: str, sign: str = "") -> str:
+    """A number of a row, and its interval where there is one."""
+    value, low, high = (row[column] for column in (name, f"{name}_low", f"{name}_high"))
+    if value is None:
+        return "–"
+    bounds = "" if low is None else f" [{low:{sign}.4f}, {high:{sign}.4f}]"
+    return f"{value:{sign}.4f}{bounds}"
+
+
+def _table_of_texts(rows: Sequence[GenerationRow]) -> str:
+    """Quality of continuations, for a terminal."""
+    width = max(16, *(len(row.method) + 2 for row in rows))
+    first = rows[0]
+    head = f"{'continuations':<{width}}{'loop':<8}{'k':>5}  {'agreement (tokens)':<28}"
+    lines = [f"{head}{'perplexity':<30}{'KL':<26}{'repeated':>8}"]
+    for row in rows:
+        cells = asdict(row)
+        lines.append(
+            f"{row.method:<{width}}{row.loop or '–':<8}{row.k or '–':>5}  "
+            f"{_with_interval(cells, 'agreement_tokens'):<28}"
+            f"{_with_interval(cells, 'perplexity'):<30}{_with_interval(cells, 'kl'):<26}"
+            f"{row.repetition:>8.1%}"
+        )
+    plain = f"perplexity {_with_interval(asdict(first), 'perplexity_plain')}"
+    lines.append(
+        f"the unchanged model's own text: {plain}, repeated {first.repetition_plain:.1%}; "
+        f"{first.prompts} prompts of {first.prompt_tokens} tokens, {first.new_tokens} written"
+    )
     return "\n".join(lines)

@@ -8,6 +8,9 @@ from resae.choices import IMPORTS
 from resae.cli.terminal import TerminalConsole
 from resae.settings import Shown
 
+MOST_SHOWN = 500
+"""Characters of a name that are printed; `--json` has them all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -47,5 +50,11 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(map(_shown, value)) or "none"
+    if isinstance(value, str):  # of a stranger's file: one line of bounded length
+        return _cut(value if value.isprintable() else ascii(value)[1:-1])
     return f"{value:.4g}" if isinstance(value, float) else str("–" if value is None else value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}… ({len(text):,} characters)"

@@ -55,7 +55,6 @@ class Options(Machine):
 
 
 def run(options: Options, console: TerminalConsole) -> int:
-    from resae.report.figures import require_matplotlib
     from resae.storage import locked, remove_partial
 
     config = StudyConfig(
@@ -67,8 +66,6 @@ def run(options: Options, console: TerminalConsole) -> int:
         seeds=options.seeds,
     )
     path = model_path(options.name, options.model)
-    if not options.plan:
-        require_matplotlib()
     out = Path(options.out or f"reproduce-{options.name}")
     with locked(out):
         remove_partial(out)

@@ -20,7 +20,7 @@ import torch
 from resae.assets import CORPUS
 from resae.models.hooked import EMBEDDED
 from resae.storage import load_json, require_inside, safe_file_name
-from resae.strict_json import brief, require_fields
+from resae.strict_json import brief, first_line, require_fields
 
 Document = str | list[int] | list[dict[str, Any]]
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -103,6 +103,49 @@ def load_texts(
         shuffled = loaded.shuffle(seed=seed, buffer_size=10_000)
         return _StreamedColumn(data, shuffled, text_column, check)
     return _shuffled(data, loaded, text_column, seed)
+
+
+def load_columns(
+    data: str, columns: Sequence[str], *, split: str = "train", revision: str | None = None
+) -> list[list[Any]]:
+    """Whole columns of a dataset with named columns, in the order of the dataset: of labelled text
+    the texts and their labels.
+
+    Args:
+        data, split, revision: as of `load_texts`; local files are UTF-8.
+
+    Raises:
+        FileNotFoundError: no such dataset or split.
+        ValueError: no such column, text without columns, damaged data, a revision of what has none.
+    """
+    path = Path(CORPUS if data == EMBEDDED else data).expanduser()
+    _require_options(data, data == EMBEDDED or path.exists(), False, revision, "utf-8")
+    if data == EMBEDDED:
+        file = path / f"{split}.parquet"
+        if not file.exists():
+            raise FileNotFoundError(f"dataset {EMBEDDED!r}: cannot read split {split!r}")
+        return [_read_column(file, column) for column in columns]
+    local = data.startswith((".", "/", "~")) or _kind(path) in (".txt", *READERS)
+    if not data or (local and not path.exists()):
+        raise FileNotFoundError(_not_found(data, "no such file or folder"))
+    if _is_saved(path):
+        loaded = _load_saved(data, path, split, columns[0])
+    else:
+        files = _files(data, path) if path.exists() else []
+        if any(_kind(file) == ".txt" for file in files):
+            raise ValueError(
+                f"dataset {data!r} holds plain text without columns; expected .jsonl, .csv or "
+                f".parquet with {', '.join(columns)}"
+            )
+        options = {"revision": revision} if revision else {}
+        loaded = _load_dataset(data, path, split, False, files, options)
+    for column in columns:
+        if column not in loaded.column_names:
+            raise ValueError(
+                f"dataset {data!r} has no column {column!r} but {', '.join(loaded.column_names)}; "
+                f"name the one that is meant"
+            )
+    return [list(loaded[column]) for column in columns]
 
 
 def _require_options(
@@ -240,12 +283,12 @@ def _pieces(path: Path) -> Iterator[bytes]:
                 piece = file.read(1 << 24)
             except (gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
                 raise ValueError(
-                    f"{path} is damaged ({_first_line(error)}); copy or download it again"
+                    f"{path} is damaged ({first_line(error)}); copy or download it again"
                 ) from None
             except Exception as error:  # zstandard's own
                 if path.suffix != ".zst":
                     raise
-                raise ValueError(f"{path} is damaged ({_first_line(error)})") from None
+                raise ValueError(f"{path} is damaged ({first_line(error)})") from None
             read += len(piece)
             if path.suffix in COMPRESSED and read > most:
                 raise ValueError(
@@ -324,7 +367,7 @@ def _load_saved(data: str, path: Path, split: str, column: str) -> Any:
         loaded.data.column(column).validate(full=True)
         return loaded
     except FileNotFoundError as error:
-        raise FileNotFoundError(_not_found(data, _first_line(error))) from None
+        raise FileNotFoundError(_not_found(data, first_line(error))) from None
     except Exception as error:  # datasets raises whatever a wrong description runs into
         if str(error).startswith("dataset "):
             raise
@@ -350,13 +393,13 @@ def _load_dataset(
         source |= {"split": split, "streaming": streaming, **options}
         return datasets.load_dataset(**source)
     except OSError as error:  # not there, or the hub cannot be reached
-        raise FileNotFoundError(_not_found(data, _first_line(error))) from None
+        raise FileNotFoundError(_not_found(data, first_line(error))) from None
     except ImportError:
         raise
     except Exception as error:  # datasets raises whatever a wrong description runs into
         if type(error) is ValueError:
             raise FileNotFoundError(
-                f"dataset {data!r}: cannot read split {split!r} ({_first_line(error)})"
+                f"dataset {data!r}: cannot read split {split!r} ({first_line(error)})"
             ) from None
         raise ValueError(_damaged(data, error.__cause__ or error, files)) from None
 
@@ -364,7 +407,7 @@ def _load_dataset(
 def _damaged(data: str, error: BaseException, files: Sequence[Path] = ()) -> str:
     place = next((f" ({line})" for file in files if (line := _damaged_line(file))), "")
     return (
-        f"dataset {data!r} cannot be read: {_first_line(error)}{place}; mend or remove what is "
+        f"dataset {data!r} cannot be read: {first_line(error)}{place}; mend or remove what is "
         f"damaged"
     )
 
@@ -380,11 +423,6 @@ def _damaged_line(path: Path) -> str | None:
             except ValueError:
                 return f"{path.name}, line {number}"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
-    return line.encode(errors="backslashreplace").decode()
 
 
 Check = Callable[[Any], bool]

@@ -75,7 +75,7 @@ from resae.training.loop import Progress, train
 from resae.training.online import layer_scales, train_online
 
 HOP_HELD_OUT_ROWS = 64
-PROMPTS = ("And it came to pass", "def __init__(self,")
+PROMPTS = ("And it came to pass", "def __init__(self,", "The function returns")
 
 
 BOOST_DOMAIN = "csrc"
@@ -192,6 +192,9 @@ def _report(
         reconstruction=evaluation.reconstruction,
         redundancy=evaluation.redundancy,
         redundancy_histogram=evaluation.redundancy_histogram,
+        ablation=evaluation.ablation,
+        density=evaluation.density,
+        shared_latents=evaluation.shared_latents,
         teacher_forced_collapse=collapse,
         fair=_fair_table(evaluation.replacement, main.runs),
         mlsae=_fvu_table(evaluation.reconstruction, "mlsae"),

@@ -89,10 +89,8 @@ def latent_gradients(
         replacement(lm, stack, loop=loop, keep_error=keep_error, gradient=True, on_codes=read),
         lm.hooked({p: partial(keep, p.name) for p in points}),
     ):
-        value = metric(lm.model(input_ids=input_ids, use_cache=False).logits)
-    if not isinstance(value, Tensor) or value.ndim:
-        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"latent_gradients: metric returned {shape}, expected a scalar tensor")
+        logits = lm.model(input_ids=input_ids, use_cache=False).logits
+        value = scalar_metric(metric, logits, "latent_gradients")
     names = [point.name for point in points]
     wanted = [codes[name].acts for name in names] + [after[name] for name in names]
     found = torch.autograd.grad(value, wanted)
@@ -100,10 +98,10 @@ def latent_gradients(
     with torch.no_grad():
         detached = [SparseCode(codes[n].acts.detach(), codes[n].indices) for n in names]
         x_hats = stack.decode(detached)
-        left_alone = _left_alone(lm, stack, input_ids, [before[name] for name in names])
+        alone = left_alone(lm, stack, input_ids, [before[name] for name in names])
         gradients = []
         for name, code, gradient, stream, x_hat, left in zip(
-            names, detached, acts, streams, x_hats, left_alone, strict=True
+            names, detached, acts, streams, x_hats, alone, strict=True
         ):
             error = ((before[name].to(x_hat) - x_hat) * stream.to(x_hat)).sum(-1)
             error = error.masked_fill(left.to(error.device), 0)
@@ -111,7 +109,18 @@ def latent_gradients(
     return gradients
 
 
-def _left_alone(
+def scalar_metric(metric: Callable[[Tensor], Tensor], logits: Tensor, what: str) -> Tensor:
+    """`metric(logits)`. Raises TypeError or ValueError unless it is a scalar with a gradient."""
+    value = metric(logits)
+    if not isinstance(value, Tensor) or value.ndim:
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{what}: metric returned {shape}, expected a scalar tensor")
+    if not value.requires_grad:
+        raise ValueError(f"{what}: the metric's value has no gradient; compute it from the logits")
+    return value
+
+
+def left_alone(
     lm: HookedLM, stack: ReSAE, input_ids: Tensor, streams: Sequence[Tensor]
 ) -> list[Tensor]:
     """Per layer `[B, T]` bool: tokens that replacement leaves alone there, as `replacement` says

@@ -6,112 +6,43 @@ whose input token is not special. Sink tokens (`resae.models.sinks`), by the rul
 methods, are left alone by each stack that has a rule, and are in no FVU but `fvu_with_sinks`.
 Ablations put zero, or the mean activation, at the same tokens of
 the same layers as the replacement they are compared with.
+
+Everything is summed per document while the text streams by: what is held does not grow with it, but
+for the token ids. Intervals are made of these sums at the end.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from resae.choices import Loop, Mode
-from resae.evaluation.methods import Method
-from resae.evaluation.metrics import (
-    HISTOGRAM_EDGES,
-    VarianceUnexplained,
-    cosine_histogram,
-    recovered,
-    redundancy,
-)
-from resae.evaluation.next_token import largest_difference, next_token_losses
+from resae.evaluation.intervals import Bootstrap, Quantity, divided
+from resae.evaluation.methods import Method, counterpart, known_reference
+from resae.evaluation.next_token import largest_difference
+from resae.evaluation.passes import Ablated, Passes, Replaced, alike, sinks_of
+from resae.evaluation.reconstruction import Reconstruction, StreamMeans
+from resae.evaluation.redundancy import HISTOGRAM_EDGES, LargestCosines, redundancy
 from resae.evaluation.rows import (
+    AblationRow,
     Evaluation,
     HistogramRow,
-    ReconstructionRow,
     RedundancyRow,
     ReplacementRow,
     RowSums,
 )
+from resae.evaluation.sums import Checkpoint, Sums, digest, number_documents
 from resae.models.hooked import HookedLM
 from resae.models.points import HookPoint
-from resae.models.restart import CleanPass, SharedPasses
-from resae.models.sinks import SinkRule
+from resae.models.restart import SharedPasses
 from resae.models.unembedding import unembedding_of
-from resae.replacements.context import Replacement, replacement
-from resae.stack.stack import AffineOnly, ReSAE
-from resae_kernels import SparseCode
-
-
-@dataclass
-class _Sums:
-    """Nats over the evaluated positions of one way of running the model."""
-
-    ce: float = 0.0
-    kl: float = 0.0
-    tokens: int = 0
-    sinks: int = 0
-    rows: dict[int, tuple[float, int]] = field(default_factory=dict)
-    """Number of a row → cross-entropy and positions."""
-
-    def add(self, rows: Sequence[int], positions: Sequence[int], ce: Tensor, kl: Tensor) -> None:
-        """Add these rows, of which `ce` and `kl` have the evaluated positions one after another."""
-        of_rows = [float(part.sum()) for part in ce.split(list(positions))]
-        self.rows |= dict(zip(rows, zip(of_rows, positions, strict=True), strict=True))
-        self.ce += float(ce.sum())
-        self.kl += float(kl.sum())
-        self.tokens += len(ce)
-
-    @property
-    def per_row(self) -> tuple[list[float], list[int]]:
-        """Cross-entropy and positions of every row, in their order."""
-        in_order = [self.rows[row] for row in sorted(self.rows)]
-        return [ce for ce, _ in in_order], [positions for _, positions in in_order]
-
-
-@dataclass(frozen=True)
-class _Replaced:
-    """A way of running the model: layers replaced by a stack."""
-
-    stack: ReSAE | AffineOnly
-    mode: Mode
-    loop: Loop | None
-    layers: tuple[str, ...]
-    sums: _Sums = field(default_factory=_Sums)
-
-    @property
-    def overwrites(self) -> bool:
-        """Does the replacement of the last layer overwrite all earlier ones?"""
-        return self.mode == Mode.TEACHER_FORCED
-
-    def active(
-        self, lm: HookedLM, clean: CleanPass, left_alone: Tensor
-    ) -> AbstractContextManager[Replacement]:
-        del left_alone  # the stack's own rule
-        options: dict[str, Any] = {"mode": self.mode, "loop": self.loop or "open"}
-        if self.mode != Mode.ONLINE:
-            options["clean"] = clean.streams
-        return replacement(lm, self.stack, layers=self.layers, **options)
-
-
-@dataclass(frozen=True)
-class _Ablated:
-    """A way of running the model: constants at the tokens of layers that are not left alone."""
-
-    constants: Mapping[HookPoint, Tensor]
-    """`[D]` per layer."""
-    layers: tuple[str, ...]
-    sums: _Sums = field(default_factory=_Sums)
-    overwrites: bool = True
-
-    def active(
-        self, lm: HookedLM, clean: CleanPass, left_alone: Tensor
-    ) -> AbstractContextManager[None]:
-        del clean
-        return lm.replacing(
-            {point: _put_constant(value, left_alone) for point, value in self.constants.items()}
-        )
+from resae.replacements.context import replacement
+from resae.stack.stack import ReSAE
 
 
 @dataclass(frozen=True)
@@ -119,7 +50,7 @@ class _Variant:
     """One replaced way of running the model, of a method."""
 
     method: Method
-    run: _Replaced
+    run: Replaced
 
 
 def evaluate(
@@ -127,151 +58,309 @@ def evaluate(
     methods: Sequence[Method],
     batches: Iterable[Tensor],
     *,
+    documents: Sequence[int] | None = None,
+    reference: str | None = None,
     on_batch: Callable[[int], None] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
 ) -> Evaluation:
     """Measure every method on the same token batches `[B, T]`; all stacks at the same hook points.
 
-    Passes start at the first layer that they replace, and at the last one where that overwrites the
-    others (`resae.models.restart`). Logits are made and compared in blocks of the vocabulary
-    (`resae.evaluation.next_token`); what the head reads is kept of every pass over one batch.
-
     Args:
         batches: held-out rows, kept in memory (tokens only).
+        documents: number of the document of every row, the same for neighbouring rows of one
+            document, which intervals draw as one. None: rows that begin in the same document, as
+            the separators tell; every row, where that gives fewer than 16. Of more than 512,
+            neighbouring ones are drawn as one.
+        reference: name of the method that differences are taken from; None: the first.
         on_batch: called with the number of batches done.
+        checkpoint: file that the sums so far are written to, and that an evaluation of the same
+            model, stacks and tokens goes on from, to the same bits; removed at the end. The file of
+            another evaluation is replaced.
+        checkpoint_seconds: time between two writes.
 
     Raises:
-        ValueError: no tokens, stacks of different layers or of another model, NaN in the result.
+        ValueError: no tokens, stacks of different layers or of another model, a reference that is
+            no method, NaN in the result.
     """
     batches = [batch.to(lm.device) for batch in batches]
     if not batches:
         raise ValueError("evaluate: no held-out tokens; the dataset is empty or too short")
     names = _common_layers(lm, methods)
-    points = lm.hook_points(names)
-    variants = _variants(methods, tuple(names))
-    rules = [m.stack.sinks for m in methods if m.stack.sinks is not None]
-    zero, mean = _ablations(
-        points,
-        _mean_activations(lm, points, batches, rules),
-        {v.run.layers for v in variants},
+    reference = known_reference(methods, reference)
+    numbers, told = number_documents(map(lm.is_special, batches), documents)
+    shared = SharedPasses(lm, lm.hook_points(names), batches[0][:1])
+    measured = _Comparison(shared, methods, numbers)
+    saved = Checkpoint(
+        checkpoint,
+        measured.sums,
+        lambda: _identity(shared, methods, numbers, batches),
+        checkpoint_seconds,
     )
-    reconstructions = [_Reconstruction(m, loop) for m in methods for loop in m.loops]
-    passes = _Passes(SharedPasses(lm, points, batches[0][:1]), rules)
-    runs = [*zero.values(), *mean.values(), *(v.run for v in variants)]
-    for done, batch in enumerate(batches, start=1):
-        for part in _alike(lm, batch):
-            ids = batch[part]
-            clean, special = passes.measure(batch, part, runs), lm.is_special(ids)
-            sinks = _sinks(rules, clean.streams, special)
-            with torch.no_grad():
-                for r in reconstructions:
-                    r.add([x[~special].float() for x in clean.streams], sinks[~special])
-        if on_batch is not None:
-            on_batch(done)
-
-    compared = [(m, W_dec) for m in methods if len(W_dec := _dictionaries(m)) > 1]
-    return Evaluation(
-        replacement=[
-            _replacement_row(v, passes.clean, zero[v.run.layers].sums, mean[v.run.layers].sums)
-            for v in variants
-        ],
-        reconstruction=[row for r in reconstructions for row in r.rows()],
-        redundancy=[RedundancyRow(m.name, m.k, **asdict(redundancy(W))) for m, W in compared],
-        redundancy_histogram=[
-            HistogramRow(m.name, m.k, HISTOGRAM_EDGES, cosine_histogram(W)) for m, W in compared
-        ],
-        row_sums=[
-            RowSums(None, None, None, [], *passes.clean.per_row),
-            *(_row_sums(v) for v in variants),
-        ],
-    )
+    measured.run(batches, saved, on_batch)
+    evaluation = measured.evaluation(reference, "documents" if told else "rows")
+    saved.remove()
+    return evaluation
 
 
-class _Passes:
-    """Measures ways of running a model on batches, and the model as it is."""
+class _Comparison:
+    """All sums of an evaluation, by the methods that are compared.
 
-    def __init__(self, shared: SharedPasses, rules: Sequence[SinkRule]):
+    Args:
+        documents: `[R]` number of the document of every row.
+    """
+
+    def __init__(self, shared: SharedPasses, methods: Sequence[Method], documents: Tensor):
         self._shared = shared
-        self._rules = rules
-        self.clean = _Sums()
-        self._rows_before = 0
+        self._methods = methods
+        self._documents = documents
+        self._rules = [m.stack.sinks for m in methods if m.stack.sinks is not None]
+        count = int(documents[-1]) + 1
+        names = tuple(methods[0].stack.hook_points)
+        self._means = StreamMeans()
+        self._clean = Sums(count)
+        self._variants = _variants(methods, names, count)
+        layer_sets = sorted({v.run.layers for v in self._variants})
+        self._ablated = {(kind, s): Sums(count) for kind in ("zero", "mean") for s in layer_sets}
+        self._reconstructions = [
+            Reconstruction(method, loop, self._means, count)
+            for method in methods
+            for loop in method.loops
+        ]
+        self.sums = {"means": self._means.sums, "clean": self._clean}
+        """All of them, by names for the checkpoint."""
+        parts: list[Sums] = [v.run.sums for v in self._variants]
+        parts += [*self._ablated.values()]
+        parts += [s for r in self._reconstructions for s in (*r.sums, *r.latents)]
+        self.sums |= {str(i): part for i, part in enumerate(parts)}
 
-    def measure(
-        self, batch: Tensor, part: Tensor, runs: Sequence[_Replaced | _Ablated]
-    ) -> CleanPass:
-        """Run the rows `part` of a batch `[B, T]` unchanged and in every way, and add the losses to
-        `sums`. The next batch begins when all rows have been run."""
-        ids = batch[part]
-        lm, unembedding = self._shared.lm, self._shared.unembedding
-        special = lm.is_special(ids)
-        counted = ~special[:, :-1]
-        clean = self._shared.clean(ids)
-        sinks = [_sinks([rule], clean.streams, special) for rule in self._rules]
-        masks = [special, *(special | found for found in sinks)]
-        left_alone = torch.stack(masks).any(0)
-        # One that is left alone behind replaced ones keeps what it read of them. A stack leaves
-        # alone by its own rule or, without one, only special tokens.
-        overwritten = not any(_left_alone_inside(mask).any() for mask in (*masks, left_alone))
-        targets = ids[:, 1:][counted]
-        rows = [self._rows_before + row for row in part.tolist()]
-        positions = counted.sum(1).tolist()
+    def run(
+        self,
+        batches: Sequence[Tensor],
+        saved: Checkpoint,
+        on_batch: Callable[[int], None] | None,
+    ) -> None:
+        """Go through the batches twice: for mean activations, and with everything replaced. Those
+        that are in the sums already are left out."""
+        last = len(batches)
+        for done in range(saved.done.get("means", 0) + 1, last + 1):
+            self._add_means(batches[done - 1])
+            saved.after_batch("means", done, last=done == last)
+        passes = Passes(self._shared, self._rules, self._documents, self._clean)
+        ablations = [
+            _ablation(self._shared.points, kind, layers, self._means, sums)
+            for (kind, layers), sums in self._ablated.items()
+        ]
+        runs = [*ablations, *(v.run for v in self._variants)]
+        first_rows = [0, *accumulate(len(batch) for batch in batches)]
+        for done in range(saved.done.get("passes", 0) + 1, last + 1):
+            self._add_batch(batches[done - 1], first_rows[done - 1], passes, runs)
+            saved.after_batch("passes", done, last=False)
+            if on_batch is not None:
+                on_batch(done)
 
-        def final(run: _Replaced | _Ablated) -> Tensor:
-            overwrites = run.overwrites and overwritten
-            start = self._shared.start(lm.hook_points(run.layers), overwrites=overwrites)
-            with run.active(lm, clean, left_alone) as active:
-                ended = _at(counted, self._shared.final(clean, start))
-            if active is not None:
-                run.sums.sinks += max(count.sinks for count in active.counts)
-            return ended
+    def _add_means(self, batch: Tensor) -> None:
+        lm = self._shared.lm
+        captured = lm.capture(batch, self._shared.points)
+        streams = [captured[point] for point in self._shared.points]
+        special = lm.is_special(batch)
+        sinks = sinks_of(self._rules, streams, special)
+        self._means.add([x[~special] for x in streams], ~sinks[~special])
 
-        unchanged = _at(counted, clean.final)
-        targets = targets.to(unchanged.device)
-        at_once = len(runs) if unembedding.path is not None else 1  # whole logits: one pass's
-        for i in range(0, len(runs), at_once):
-            now = runs[i : i + at_once]
-            losses = next_token_losses(unembedding, [unchanged, *map(final, now)], targets)
-            if i == 0:
-                self.clean.add(rows, positions, losses.ce[0], losses.kl[0])
-            for run, ce, kl in zip(now, losses.ce[1:], losses.kl[1:], strict=True):
-                run.sums.add(rows, positions, ce, kl)
-        if len(self.clean.rows) == self._rows_before + len(batch):
-            self._rows_before += len(batch)
-        return clean
+    def _add_batch(
+        self,
+        batch: Tensor,
+        first_row: int,
+        passes: Passes,
+        runs: Sequence[Replaced | Ablated],
+    ) -> None:
+        lm = self._shared.lm
+        for part in alike(lm, batch):
+            ids, rows = batch[part], first_row + part.cpu()
+            clean, special = passes.measure(ids, rows, runs), lm.is_special(ids)
+            kept = ~special
+            sinks = sinks_of(self._rules, clean.streams, special)[kept]
+            with torch.no_grad():
+                xs = [x[kept].float() for x in clean.streams]
+                documents, tokens = self._documents[rows], kept.sum(1).tolist()
+                for reconstruction in self._reconstructions:
+                    reconstruction.add(xs, sinks, documents, tokens)
+
+    def evaluation(self, reference: str, resampled: str) -> Evaluation:
+        """The rows of all sums, with intervals."""
+        bootstrap = Bootstrap(self._clean.documents)
+        costs = _Costs(bootstrap, self._clean, self._ablated, self._variants, reference)
+        redundancy_rows, histograms = _redundancy_tables(self._methods)
+        layers = range(len(self._shared.points))
+        return Evaluation(
+            replacement=[costs.replacement_row(v) for v in self._variants],
+            reconstruction=[
+                r.row(layer, bootstrap, self._counterpart(r, reference))
+                for r in self._reconstructions
+                for layer in layers
+            ],
+            redundancy=redundancy_rows,
+            redundancy_histogram=histograms,
+            row_sums=[
+                RowSums(None, None, None, [], *_per_document(self._clean)),
+                *(_row_sums(v) for v in self._variants),
+            ],
+            ablation=[costs.ablation_row(kind, layers) for kind, layers in self._ablated],
+            density=[
+                r.density_row(layer)
+                for r in self._reconstructions
+                if isinstance(r.method.stack, ReSAE)
+                for layer in layers
+            ],
+            shared_latents=[
+                r.shared_latents_row()
+                for r in self._reconstructions
+                if isinstance(r.method.stack, ReSAE) and r.method.stack.shared
+            ],
+            resampled=resampled,
+        )
+
+    def _counterpart(self, of: Reconstruction, reference: str) -> Reconstruction | None:
+        if of.method.name == reference:
+            return None
+        named = [r for r in self._reconstructions if r.method.name == reference]
+        return counterpart(of.method.k, of.loop, {(r.method.k, r.loop): r for r in named})
 
 
-def _at(counted: Tensor, final: Tensor) -> Tensor:
-    """`[n, D]` of `final [B, T, D]` at the evaluated positions `counted [B, T−1]`."""
-    return final[:, :-1][counted.to(final.device)]
+class _Costs:
+    """Rows of what replaced and ablated layers cost, with intervals."""
 
-
-def _left_alone_inside(left_alone: Tensor) -> Tensor:
-    """`[B]` bool of `left_alone [B, T]`: is there such a token behind one that is replaced?"""
-    return (left_alone[:, 1:] & ~left_alone[:, :-1]).any(1)
-
-
-def _alike(lm: HookedLM, batch: Tensor) -> Generator[Tensor]:
-    """Numbers of the rows of a batch without special tokens behind others, and of those with such;
-    either of them only if there are any."""
-    inside = _left_alone_inside(lm.is_special(batch))
-    for chosen in (~inside, inside):
-        rows = chosen.nonzero().squeeze(1)
-        if len(rows):
-            yield rows
-
-
-def _ablations(
-    points: Sequence[HookPoint], means: Sequence[Tensor], layer_sets: set[tuple[str, ...]]
-) -> tuple[dict[tuple[str, ...], _Ablated], dict[tuple[str, ...], _Ablated]]:
-    """Per set of layers zero and mean ablation of it."""
-
-    def ablations(constants: Sequence[Tensor]) -> dict[tuple[str, ...], _Ablated]:
-        pairs = list(zip(points, constants, strict=True))
-        return {
-            layers: _Ablated({p: value for p, value in pairs if p.name in layers}, layers)
-            for layers in sorted(layer_sets)
+    def __init__(
+        self,
+        bootstrap: Bootstrap,
+        clean: Sums,
+        ablated: Mapping[tuple[str, tuple[str, ...]], Sums],
+        variants: Sequence[_Variant],
+        reference: str,
+    ):
+        self._bootstrap = bootstrap
+        self._ablated = ablated
+        self._variants = variants
+        self._reference = reference
+        self._clean = self._per_token(clean, "ce")
+        self._single = {
+            (v.method, v.run.loop, v.run.layers): self._delta_ce(v.run.sums)
+            for v in variants
+            if len(v.run.layers) == 1 and v.run.mode == Mode.TEACHER_FORCED
         }
 
-    return ablations([torch.zeros_like(m) for m in means]), ablations(means)
+    def _per_token(self, sums: Sums, name: str) -> Quantity:
+        return self._bootstrap.per_token(sums[name], sums["tokens"])
+
+    def _delta_ce(self, sums: Sums) -> Quantity:
+        return self._per_token(sums, "ce") - self._clean
+
+    def _columns(self, quantities: Mapping[str, Quantity | None]) -> dict[str, Any]:
+        columns: dict[str, Any] = {}
+        for name, quantity in quantities.items():
+            columns |= self._bootstrap.columns(name, quantity)
+        return columns
+
+    def replacement_row(self, v: _Variant) -> ReplacementRow:
+        stack, run = v.method.stack, v.run
+        ce, delta = self._per_token(run.sums, "ce"), self._delta_ce(run.sums)
+        if ce[0] != ce[0]:
+            raise ValueError(
+                f"evaluate: cross-entropy of {v.method.name} ({run.mode}) is NaN; the stack or the "
+                f"model's activations hold NaN"
+            )
+        against = self._counterpart(v)
+        quantities = {
+            "ce_clean": self._clean,
+            "ce": ce,
+            "delta_ce": delta,
+            "ce_recovered_zero": self._recovered("zero", run.layers, ce),
+            "ce_recovered_mean": self._recovered("mean", run.layers, ce),
+            "kl": self._per_token(run.sums, "kl"),
+            "difference": None if against is None else delta - self._delta_ce(against.run.sums),
+            "sum_of_single": self._sum_of_single(v),
+        }
+        return ReplacementRow(
+            method=v.method.name,
+            loop=None if run.loop is None else str(run.loop),
+            mode=str(run.mode),
+            layers=list(run.layers),
+            k=v.method.k,
+            active_total=stack.upstream_l0(stack.hook_points.index(run.layers[-1])),
+            tokens=round(run.sums.total("tokens")),
+            sinks=round(run.sums.total("sinks")),
+            reference=None if against is None else against.method.name,
+            **self._columns(quantities),
+        )
+
+    def _counterpart(self, v: _Variant) -> _Variant | None:
+        """The reference in the same mode and with the same layers replaced."""
+        run = v.run
+        if v.method.name == self._reference:
+            return None
+        among = {
+            (other.method.k, other.run.loop): other
+            for other in self._variants
+            if other.method.name == self._reference
+            and (other.run.mode, other.run.layers) == (run.mode, run.layers)
+        }
+        return counterpart(v.method.k, run.loop, among)
+
+    def _recovered(self, kind: str, layers: tuple[str, ...], ce: Quantity) -> Quantity:
+        """Share of the cross-entropy that an ablation loses and the replacement keeps."""
+        ablated = self._per_token(self._ablated[kind, layers], "ce")
+        if ablated[0] == self._clean[0]:
+            raise ValueError("ce_recovered: the ablation does not change the cross-entropy")
+        return divided(ablated - ce, ablated - self._clean)
+
+    def _sum_of_single(self, v: _Variant) -> Quantity | None:
+        """None for one layer, or where some layer was not replaced alone."""
+        keys = [(v.method, v.run.loop, (layer,)) for layer in v.run.layers]
+        if len(keys) == 1 or not all(key in self._single for key in keys):
+            return None
+        return np.sum([self._single[key] for key in keys], axis=0)
+
+    def ablation_row(self, kind: str, layers: tuple[str, ...]) -> AblationRow:
+        sums = self._ablated[kind, layers]
+        quantities = {
+            "ce": self._per_token(sums, "ce"),
+            "delta_ce": self._delta_ce(sums),
+            "kl": self._per_token(sums, "kl"),
+        }
+        tokens = round(sums.total("tokens"))
+        return AblationRow(kind, list(layers), tokens=tokens, **self._columns(quantities))
+
+
+def _ablation(
+    points: Sequence[HookPoint],
+    kind: str,
+    layers: tuple[str, ...],
+    means: StreamMeans,
+    sums: Sums,
+) -> Ablated:
+    """The ablation `zero` or `mean` of these layers."""
+    values = {p: means.without_sinks(i) for i, p in enumerate(points) if p.name in layers}
+    if kind == "zero":
+        values = {point: torch.zeros_like(mean) for point, mean in values.items()}
+    return Ablated(values, layers, sums)
+
+
+def _identity(
+    shared: SharedPasses, methods: Sequence[Method], documents: Tensor, batches: Sequence[Tensor]
+) -> bytes:
+    """Digest of an evaluation: tokens, stacks, and what the model makes of the first row."""
+    named = [f"{m.name} {m.k} {m.subsets} {m.stack.hook_points}" for m in methods]
+    probe = shared.clean(batches[0][:1])
+    stacks = [t for m in methods for t in _tensors_of(m)]
+    return digest(
+        [shared.lm.name, str(shared.lm.device), *named],
+        chain([documents], batches, probe.streams, [probe.final], stacks),
+    )
+
+
+def _tensors_of(method: Method) -> Iterator[Tensor]:
+    stack = method.stack
+    yield from (stack if isinstance(stack, ReSAE) else stack.predictor).state_dict().values()
 
 
 def _common_layers(lm: HookedLM, methods: Sequence[Method]) -> list[str]:
@@ -287,36 +376,14 @@ def _common_layers(lm: HookedLM, methods: Sequence[Method]) -> list[str]:
     return names
 
 
-def _replacement_row(v: _Variant, clean: _Sums, zero: _Sums, mean: _Sums) -> ReplacementRow:
-    stack, run, tokens = v.method.stack, v.run, v.run.sums.tokens
-    ce, ce_clean = run.sums.ce / tokens, clean.ce / clean.tokens
-    if ce != ce:
-        raise ValueError(
-            f"evaluate: cross-entropy of {v.method.name} ({run.mode}) is NaN; the stack or the "
-            f"model's activations hold NaN"
-        )
-    return ReplacementRow(
-        method=v.method.name,
-        loop=None if run.loop is None else str(run.loop),
-        mode=str(run.mode),
-        layers=list(run.layers),
-        k=v.method.k,
-        active_total=stack.upstream_l0(stack.hook_points.index(run.layers[-1])),
-        ce_clean=ce_clean,
-        ce=ce,
-        delta_ce=ce - ce_clean,
-        ce_recovered_zero=recovered(zero.ce / tokens, ce, ce_clean),
-        ce_recovered_mean=recovered(mean.ce / tokens, ce, ce_clean),
-        kl=run.sums.kl / tokens,
-        tokens=tokens,
-        sinks=run.sums.sinks,
-    )
+def _per_document(sums: Sums) -> tuple[list[float], list[int]]:
+    return sums["ce"].tolist(), sums["tokens"].long().tolist()
 
 
 def _row_sums(v: _Variant) -> RowSums:
     run = v.run
     loop = None if run.loop is None else str(run.loop)
-    return RowSums(v.method.name, loop, str(run.mode), list(run.layers), *run.sums.per_row)
+    return RowSums(v.method.name, loop, str(run.mode), list(run.layers), *_per_document(run.sums))
 
 
 def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -324,19 +391,19 @@ def delta_ce(lm: HookedLM, stack: ReSAE, batches: Iterable[Tensor]) -> dict[str,
     `online` and `teacher_forced`, equal to the rows of `evaluate`."""
     layers = tuple(stack.hook_points)
     modes = (Mode.ONLINE, Mode.TEACHER_FORCED)
-    runs = [_Replaced(stack, mode, Loop.CLOSED, layers) for mode in modes]
+    runs = [Replaced(stack, mode, Loop.CLOSED, layers, Sums(1)) for mode in modes]
     batches = [batch.to(lm.device) for batch in batches]
     if not batches:
         return {str(mode): 0.0 for mode in modes}
     rules = [] if stack.sinks is None else [stack.sinks]
-    passes = _Passes(SharedPasses(lm, lm.hook_points(layers), batches[0][:1]), rules)
+    shared, clean = SharedPasses(lm, lm.hook_points(layers), batches[0][:1]), Sums(1)
     for batch in batches:
-        for part in _alike(lm, batch):
-            passes.measure(batch, part, runs)
-    ce = [run.sums.ce - passes.clean.ce for run in runs]
-    return {
-        str(mode): loss / max(1, passes.clean.tokens) for mode, loss in zip(modes, ce, strict=True)
-    }
+        passes = Passes(shared, rules, torch.zeros(len(batch), dtype=torch.int64), clean)
+        for part in alike(lm, batch):
+            passes.measure(batch[part], part, runs)
+    tokens = max(1.0, clean.total("tokens"))
+    ce = clean.total("ce")
+    return {str(run.mode): (run.sums.total("ce") - ce) / tokens for run in runs}
 
 
 def collapse_difference(lm: HookedLM, stack: ReSAE, input_ids: Tensor) -> float:
@@ -361,118 +428,56 @@ def collapse_difference(lm: HookedLM, stack: ReSAE, input_ids: Tensor) -> float:
 def forward_passes(methods: Sequence[Method]) -> int:
     """Number of forward passes that `evaluate` makes over each batch, most of them started at a
     replaced layer."""
-    variants = _variants(methods, tuple(methods[0].stack.hook_points))
+    variants = _variants(methods, tuple(methods[0].stack.hook_points), 1)
     return len(variants) + 2 * len({v.run.layers for v in variants}) + 2
 
 
-def _variants(methods: Sequence[Method], everything: tuple[str, ...]) -> list[_Variant]:
+def _variants(
+    methods: Sequence[Method], everything: tuple[str, ...], documents: int
+) -> list[_Variant]:
+    """All layers in every mode; further sets of layers teacher-forced and, where it differs,
+    online."""
     modes = (Mode.TEACHER_FORCED, Mode.ONLINE, Mode.ERROR_ADDED)
     variants = []
     for method in methods:
         for loop in method.loops:
             cases = [(mode, everything) for mode in modes]
-            cases += [(Mode.TEACHER_FORCED, subset) for subset in method.subsets]
-            variants += [_Variant(method, _Replaced(method.stack, m, loop, s)) for m, s in cases]
+            for subset in method.subsets:
+                cases.append((Mode.TEACHER_FORCED, subset))
+                if len(subset) > 1:
+                    cases.append((Mode.ONLINE, subset))
+            for mode, layers in dict.fromkeys(cases):
+                run = Replaced(method.stack, mode, loop, layers, Sums(documents))
+                variants.append(_Variant(method, run))
     return variants
 
 
-def _put_constant(value: Tensor, special: Tensor) -> Callable[[Tensor], Tensor]:
-    keep = special.unsqueeze(-1)
-    return lambda stream: torch.where(keep, stream, value.to(stream.dtype))
+def _redundancy_tables(
+    methods: Sequence[Method],
+) -> tuple[list[RedundancyRow], list[HistogramRow]]:
+    """Rows of every method with several dictionaries. Latents of a method without maps of its own
+    are transported through those of the first method that learned some."""
+    learned = [m for m in methods if _maps_of(m) is not None]
+    rows, histograms = [], []
+    for m in methods:
+        W_dec = _dictionaries(m)
+        if len(W_dec) < 2:
+            continue
+        source = m if m in learned else next(iter(learned), None)
+        largest, transported = LargestCosines(W_dec, within=True), None
+        if source is not None:
+            transported = LargestCosines(W_dec, _maps_of(source))
+        found = asdict(redundancy(largest, transported))
+        maps_of = None if source is None else source.name
+        rows.append(RedundancyRow(m.name, m.k, **found, maps_of=maps_of))
+        histograms.append(HistogramRow(m.name, m.k, HISTOGRAM_EDGES, largest.histogram()))
+    return rows, histograms
 
 
-def _sinks(rules: Sequence[SinkRule], xs: Sequence[Tensor], special: Tensor) -> Tensor:
-    """`[B, T]` bool: sinks by any of the rules, from streams `[B, T, D]`; special tokens are
-    none."""
-    found = torch.zeros_like(special)
-    for rule in rules:
-        found |= rule.anywhere(xs).to(found.device)
-    return found & ~special
-
-
-def _mean_activations(
-    lm: HookedLM,
-    points: Sequence[HookPoint],
-    batches: Sequence[Tensor],
-    rules: Sequence[SinkRule],
-) -> list[Tensor]:
-    """`[D]` per point: the mean over the evaluated tokens that are no sinks."""
-    sums = [torch.zeros(lm.d_model, dtype=torch.float64, device=lm.device) for _ in points]
-    count = 0
-    for ids in batches:
-        captured = lm.capture(ids, points)
-        special = lm.is_special(ids)
-        keep = ~(special | _sinks(rules, [captured[point] for point in points], special))
-        for total, point in zip(sums, points, strict=True):
-            total += captured[point][keep].double().sum(0)
-        count += int(keep.sum())
-    return [total / max(1, count) for total in sums]
-
-
-class _Reconstruction:
-    """Streaming FVU, L0 and fired latents of one method and loop, per layer."""
-
-    def __init__(self, method: Method, loop: Loop | None):
-        self.method = method
-        self.loop = loop
-        layers = range(method.stack.n_layers)
-        self.stream = [VarianceUnexplained() for _ in layers]
-        self.with_sinks = [VarianceUnexplained() for _ in layers]
-        self.sinks = 0
-        self.target = [VarianceUnexplained() for _ in layers]
-        self.active = [0 for _ in layers]
-        self.fired = [
-            torch.zeros(method.stack.sae(i).config.d_sae, dtype=torch.bool)
-            if isinstance(method.stack, ReSAE)
-            else None
-            for i in layers
-        ]
-
-    def add(self, xs: Sequence[Tensor], sinks: Tensor) -> None:
-        """Add L streams `[N, D]`, of which the tokens `sinks [N]` are sinks."""
-        stack = self.method.stack
-        loop = self.loop or Loop.OPEN
-        x_hats, codes = stack(xs, loop=loop)
-        for x, x_hat, sums in zip(xs, x_hats, self.with_sinks, strict=True):
-            sums.add(x, x_hat)
-        found = int(sinks.sum())
-        if found:
-            self.sinks += found
-            kept = ~sinks
-            xs, x_hats = [x[kept] for x in xs], [x_hat[kept] for x_hat in x_hats]
-            codes = [SparseCode(*(part[kept] for part in code)) for code in codes]
-        for layer, x in enumerate(xs):
-            self.stream[layer].add(x, x_hats[layer])
-            if not isinstance(stack, ReSAE):
-                continue
-            code = codes[layer]
-            prediction = stack.predictor(layer, x_hats if self.loop == "closed" else xs)
-            target = x if prediction is None else x - prediction
-            self.target[layer].add(target, stack.sae(layer).decode(*code))
-            self.active[layer] += int((code.acts > 0).sum())
-            fired = self.fired[layer]
-            assert fired is not None
-            fired[code.indices[code.acts > 0].cpu()] = True
-
-    def rows(self) -> list[ReconstructionRow]:
-        rows: list[ReconstructionRow] = []
-        for layer, name in enumerate(self.method.stack.hook_points):
-            fired = self.fired[layer]
-            rows.append(
-                ReconstructionRow(
-                    method=self.method.name,
-                    loop=None if self.loop is None else str(self.loop),
-                    k=self.method.k,
-                    layer=name,
-                    fvu_stream=self.stream[layer].fvu(),
-                    fvu_target=None if fired is None else self.target[layer].fvu(),
-                    l0=self.active[layer] / self.stream[layer].count,
-                    dead_fraction=None if fired is None else float((~fired).double().mean()),
-                    fvu_with_sinks=self.with_sinks[layer].fvu(),
-                    sinks=self.sinks,
-                )
-            )
-        return rows
+def _maps_of(method: Method) -> list[Tensor] | None:
+    """The maps that a method learned; None for none, or the identity."""
+    predictor = method.stack.predictor
+    return None if predictor.kind in ("none", "identity") else predictor.A
 
 
 def _dictionaries(method: Method) -> list[Tensor]:

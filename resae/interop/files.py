@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resae.storage import load_json, load_tensors, require_file
-from resae.strict_json import require_fields
+from resae.strict_json import brief, require_fields
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,16 @@ def required(cfg: Mapping[str, Any], name: str, types: Any, where: object) -> An
     return value
 
 
+def require_sizes(cfg: Mapping[str, Any], sizes: Mapping[str, int], where: object) -> None:
+    """Raise ValueError for sizes in the settings that are not those of the tensors."""
+    for name, size in sizes.items():
+        if setting(cfg, name, int, where, size) != size:
+            raise ValueError(
+                f"SAE {where}: its settings say {name} = {cfg[name]}, its tensors {size}; restore "
+                f"the files"
+            )
+
+
 def take(tensors: Mapping[str, Tensor], name: str, ndim: int, where: object) -> Tensor:
     """A tensor of a file.
 
@@ -202,8 +212,8 @@ def refuse_others(tensors: Mapping[str, Any], known: set[str], where: object) ->
     """Raise ValueError for tensors that would be left out."""
     if others := sorted(tensors.keys() - known):
         raise ValueError(
-            f"SAE {where}: has {', '.join(others)[:300]}, which no kind of autoencoder here takes "
-            f"into account"
+            f"SAE {where}: has {', '.join(map(brief, others))[:300]}, which no kind of autoencoder "
+            f"here takes into account"
         )
 
 

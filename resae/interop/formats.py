@@ -20,11 +20,12 @@ from resae.interop import (
 from resae.interop.hub import locate
 from resae.sae.base import Autoencoder
 from resae.sae.record import SAERecord
-from resae.sae.registry import load_sae, sae_from_record
+from resae.sae.registry import sae_from_record
 from resae.storage import is_unused, require_writable
+from resae_kernels.files import PARTIAL
 
-DEEPEST = 4
-"""Folders below a path in which autoencoders are looked for."""
+MOST_FOLDERS = 100_000
+"""Folders below a path that are looked into for autoencoders."""
 
 
 class Format(NamedTuple):
@@ -66,6 +67,23 @@ class Found(NamedTuple):
     format: str
     path: Path
 
+    def autoencoder(self) -> Autoencoder:
+        """As one of ours; a folder of ours with all its settings."""
+        return own.load(self.path) if self.format == "resae" else sae_from_record(self.record)
+
+
+class Converted(NamedTuple):
+    """An autoencoder that was written in another format."""
+
+    source: Path
+    format: str
+    """Format of the source."""
+    folder: Path
+    """Destination."""
+    input_kind: str
+    folded: tuple[str, ...] = ()
+    """As `SAERecord.folded`."""
+
 
 def import_sae(
     source: str | Path,
@@ -86,6 +104,7 @@ def import_sae(
         max_active: slots of a code, for kinds with a threshold (`ThresholdSAE`).
 
     Raises:
+        TypeError: `source` is neither a path nor a name.
         FileNotFoundError: there is nothing of that name.
         ValueError: a file is damaged or holds NaN or infinite weights, a setting has no form here
             (the message names it), or the format is unknown.
@@ -102,17 +121,10 @@ def import_placed(
 ) -> tuple[Autoencoder, str | None]:
     """As `import_sae`, and the hook point that the file names."""
     name, path = find_format(source, format, hook_point, revision)
-    if name == "resae" and max_active is None:
-        place = own.hook_point_in(path)
-        sae = load_sae(path)  # kinds of ours that no record holds, too
-        bad = [key for key, t in sae.state_dict().items() if not bool(t.isfinite().all())]
-    else:
-        record = FORMATS[name].read(path)
-        place, bad = record.hook_point, record.non_finite()
-        sae = sae_from_record(record, max_active=max_active) if not bad else None
-    if bad or sae is None:
-        raise ValueError(f"SAE {path}: NaN or infinite entries in {', '.join(bad)}")
-    return sae, place
+    if name == "resae":  # kinds that no record holds, too
+        return own.load(path, max_active=max_active), own.hook_point_in(path)
+    record = _finite(Found(FORMATS[name].read(path), name, path)).record
+    return sae_from_record(record, max_active=max_active), record.hook_point
 
 
 def export_sae(
@@ -132,11 +144,21 @@ def export_sae(
         model: name of the language model.
 
     Raises:
-        ValueError: the format cannot hold this autoencoder.
+        TypeError: no autoencoder of ours, or names that are no text.
+        ValueError: the format cannot hold this autoencoder, or its weights are not finite.
         FileExistsError: the folder has content.
         OSError: it cannot be written.
     """
+    if not isinstance(sae, Autoencoder):
+        raise TypeError(
+            f"export_sae: got {type(sae).__module__}.{type(sae).__qualname__}, expected an "
+            f"autoencoder of resae; import_sae reads those of other libraries from their files"
+        )
+    for name, text in (("hook_point", hook_point), ("model", model)):
+        if not isinstance(text, str | None):
+            raise TypeError(f"export_sae: {name} is {type(text).__name__}, expected its name")
     write = _writer(format)
+    sae.require_finite(f"export_sae to {folder}")
     if format == "resae":  # every kind, with all its settings
         write_folder(Path(folder), lambda new: sae.save(new, hook_point=hook_point, model=model))
         return
@@ -164,6 +186,12 @@ def find_format(
 ) -> tuple[str, Path]:
     """Format and local path of an autoencoder; of a repository its files are downloaded."""
     _require_known(format)
+    for name, given in (("source", source), ("hook_point", hook_point or "")):
+        if not isinstance(given, str | Path):
+            raise TypeError(
+                f"import_sae: {name} is {type(given).__module__}.{type(given).__qualname__}, "
+                f"expected a path or a repository owner/name"
+            )
     tried = [format] if format else [n for n, known in FORMATS.items() if not known.pickled]
     files = tuple(dict.fromkeys(file for name in tried for file in FORMATS[name].files))
     path = locate(source, hook_point, revision, files)
@@ -196,20 +224,53 @@ def _refusal(path: Path) -> Exception:
     )
 
 
-def folders_in(path: Path, format: str | None = None, deepest: int = DEEPEST) -> list[Path]:
-    """Folders below a folder that hold an autoencoder, by name, links to folders not followed; of
-    a run of resae, those of its stack and not of its checkpoints."""
-    if not path.is_dir() or deepest == 0:
-        return []
-    if (path / "resae.json").is_file():
-        deepest = 1
-    found = []
-    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink()):
-        if any(f.detect(folder) for n, f in FORMATS.items() if format in (None, n)):
-            found.append(folder)
-        else:
-            found += folders_in(folder, format, deepest - 1)
-    return found
+def folders_in(path: Path, format: str | None = None) -> list[Path]:
+    """Folders below a folder that hold an autoencoder, damaged ones included, by name; links to
+    folders are not followed, nor is what a conversion that was killed left behind; of a run of
+    resae, those of its stack and not of its checkpoints.
+
+    Raises:
+        OSError: a folder cannot be read.
+        ValueError: there are more than `MOST_FOLDERS` folders.
+    """
+    found: list[Path] = []
+    waiting = [path] if path.is_dir() else []
+    visited = 0
+    while waiting:
+        folder = waiting.pop()
+        is_stack = (folder / "resae.json").is_file()
+        for inner in _folders_of(folder):
+            visited += 1
+            if _holds_one(inner, format):
+                found.append(inner)
+            elif not is_stack:
+                waiting.append(inner)
+        if visited > MOST_FOLDERS:
+            raise ValueError(
+                f"{path} has more than {MOST_FOLDERS:,} folders; name one that holds autoencoders"
+            )
+    return sorted(found)
+
+
+def _folders_of(folder: Path) -> list[Path]:
+    try:
+        inner = [p for p in folder.iterdir() if p.is_dir() and not p.is_symlink()]
+        return [p for p in inner if not p.name.endswith(PARTIAL)]
+    except OSError as error:
+        raise OSError(
+            f"cannot read the folder {folder} ({error.strerror}), in which autoencoders are looked "
+            f"for"
+        ) from None
+
+
+def _holds_one(folder: Path, format: str | None) -> bool:
+    """True for a folder of this or any format, and for one whose settings are damaged."""
+    try:
+        return any(f.detect(folder) for n, f in FORMATS.items() if format in (None, n))
+    except ValueError:
+        return True
+    except OSError:  # it may not be entered, which the search in it will tell
+        return False
 
 
 def convert(
@@ -222,7 +283,7 @@ def convert(
     revision: str | None = None,
     max_active: int | None = None,
     on_skip: Callable[[Path, Exception], None] | None = None,
-) -> list[tuple[Found, Path]]:
+) -> list[Converted]:
     """Read an autoencoder, or all below a local folder, and write each in format `to`.
 
     Args:
@@ -230,7 +291,7 @@ def convert(
             left out. None: the first of these is an error.
 
     Returns:
-        What was read and where it was written: `destination`, or a folder in it for each.
+        An entry for each that was written: into `destination`, or into a folder in it.
 
     Raises:
         as of `import_sae` and `export_sae`, or if none can be converted; then nothing is written.
@@ -239,24 +300,26 @@ def convert(
     _require_known(format)
     alone = hook_point or any(known.detect(Path(source)) for known in FORMATS.values())
     inside = [] if alone else folders_in(Path(source), format)
-    _require_outside(destination, inside or [Path(source)])
-    written = []
+    _require_outside(destination, inside or [Path(source) / (hook_point or "")])
+    written: list[Converted] = []
 
-    def write_one(folder: str | Path, new: Path) -> Found:
-        found = read_sae(folder, format, None if inside else hook_point, revision)
-        if bad := found.record.non_finite():
-            raise ValueError(f"SAE {found.path}: NaN or infinite entries in {', '.join(bad)}")
+    def write_one(folder: str | Path, new: Path, final: Path) -> Converted:
+        name, path = find_format(folder, format, None if inside else hook_point, revision)
+        if name == to == "resae":
+            sae = own.rewrite(path, new, max_active=max_active)
+            return Converted(path, name, final, str(sae.config.input_kind))
+        record = _finite(Found(FORMATS[name].read(path), name, path)).record
         if to == "resae":
-            own.write(found.record, new, max_active=max_active)
+            own.write(record, new, max_active=max_active)
         else:
-            write(found.record, new)
-        return found
+            write(record, new)
+        return Converted(path, name, final, str(record.input_kind), record.folded)
 
     def write_all(new: Path) -> None:
         for folder in inside:
             name = folder.relative_to(source)
             try:
-                written.append((write_one(folder, new / name), destination / name))
+                written.append(write_one(folder, new / name, destination / name))
             except (ValueError, FileNotFoundError) as error:
                 if on_skip is None:
                     kind = FileNotFoundError if isinstance(error, OSError) else ValueError
@@ -269,16 +332,25 @@ def convert(
         if inside and not written:
             raise ValueError(f"{source}: none of its {len(inside)} autoencoders can be converted")
         if not inside:
-            written.append((write_one(source, new), destination))
+            written.append(write_one(source, new, destination))
 
     write_folder(destination, write_all)
     return written
 
 
+def _finite(found: Found) -> Found:
+    """Return what was found; raise ValueError for weights that are NaN or infinite."""
+    if bad := found.record.non_finite():
+        raise ValueError(f"SAE {found.path}: NaN or infinite entries in {', '.join(bad)}")
+    return found
+
+
 def _require_outside(destination: Path, sources: Sequence[Path]) -> None:
     """Raise ValueError for a destination within the folder of an autoencoder to be converted."""
+    with _named_destination(destination):
+        above = destination.resolve().parents
     for source in sources:
-        if source.is_dir() and source.resolve() in destination.resolve().parents:
+        if source.is_dir() and source.resolve() in above:
             raise ValueError(f"{destination} lies within {source}; choose a folder outside")
 
 
@@ -296,7 +368,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         made = [parent for parent in folder.absolute().parents if not parent.exists()]
         require_writable(folder.parent)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        prefix = f".{folder.name}."
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix, suffix=PARTIAL))
     try:
         write(temporary)
         with _named_destination(folder):
@@ -314,11 +387,12 @@ def _named_destination(folder: Path) -> Generator[None]:
     """Errors of the operating system in words that name the folder."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:  # in words already
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # in words already
             raise
+        reason = getattr(error, "strerror", error)  # ValueError: a NUL in the name
         raise OSError(
-            f"cannot write the folder {folder} ({error.strerror}); choose another destination"
+            f"cannot write the folder {folder} ({reason}); choose another destination"
         ) from None
 
 

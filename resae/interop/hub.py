@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from resae.strict_json import first_line
+
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -22,7 +24,8 @@ def locate(
 
     Raises:
         FileNotFoundError: neither such a path nor such a repository, or nothing at that hook point.
-        ValueError: `hook_point` leads out of the folder, or a local path with a revision.
+        ValueError: `hook_point` leads out of the folder or is a pattern, or a local path with a
+            revision.
     """
     if hook_point is not None and (
         ".." in Path(hook_point).parts or Path(hook_point).is_absolute()
@@ -35,6 +38,8 @@ def locate(
             raise ValueError(f"revision={revision!r} for {source}, which is a local path")
         return Path(source) / (hook_point or "")
     name = str(source)
+    if hook_point is not None and set("*?[") & set(hook_point):
+        raise ValueError(f"hook_point={hook_point!r} is a pattern; name one folder of {name}")
     if not REPOSITORY.fullmatch(name):
         raise FileNotFoundError(
             f"SAE {name!r}: there is no such path; give a folder, a file or a repository owner/name"
@@ -57,10 +62,9 @@ def _named_errors(name: str) -> Generator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(
             f"SAE {name!r}: there is no such path, and no such repository could be read from the "
-            f"hub ({lines[0]})"
+            f"hub ({first_line(error)})"
         ) from None
 
 

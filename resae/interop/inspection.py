@@ -5,8 +5,6 @@ from typing import Any
 import torch
 
 from resae.interop.formats import Found
-from resae.sae.record import SAERecord
-from resae.sae.registry import sae_from_record
 
 TOKENS = 64
 """Tokens of the call whose path is reported."""
@@ -41,7 +39,7 @@ def describe_sae(found: Found) -> dict[str, Any]:
             "decoder": int((~record.W_dec.bool().any(dim=1)).sum()),
         },
         "non_finite": finite,
-        "encode_here": None if finite else _path_here(record),
+        "encode_here": None if finite else _path_here(found),
     }
 
 
@@ -53,12 +51,13 @@ def _spread(values: torch.Tensor | None) -> dict[str, float] | None:
     return {"least": float(low), "median": float(values.median()), "most": float(high)}
 
 
-def _path_here(record: SAERecord) -> dict[str, Any]:
+def _path_here(found: Found) -> dict[str, Any]:
     """The path by which codes of `TOKENS` random tokens are computed on this machine, and why."""
-    sae = sae_from_record(record).requires_grad_(False)
+    record, sae = found.record, found.autoencoder().requires_grad_(False)
     if torch.cuda.is_available():
         return {"path": "Triton", "why": "this machine has a GPU"}
-    assert sae.screened is not None  # the default
+    if sae.screened is None:
+        return {"path": "exact", "why": "its settings say no screening"}
     x = torch.randn(TOKENS, record.weight.shape[1], dtype=record.weight.dtype)
     if record.threshold is None:
         info = sae.screened.encode_with_info(x, sae.config.k)

@@ -14,6 +14,7 @@ from resae.interop.files import (
     read_settings,
     read_tensors,
     refuse_others,
+    require_sizes,
     required,
     setting,
     take,
@@ -45,7 +46,7 @@ def read(path: Path) -> SAERecord:
     known = {"encoder.weight", "decoder.weight", "pre_encoder_bias", "last_nonzero"}
     refuse_others(tensors, known, path)
     weight = take(tensors, "encoder.weight", 2, path)
-    return SAERecord(
+    record = SAERecord(
         weight=weight,
         bias=torch.zeros(weight.shape[0], dtype=weight.dtype),
         W_dec=take(tensors, "decoder.weight", 2, path).T,
@@ -54,3 +55,6 @@ def read(path: Path) -> SAERecord:
         model=setting(cfg, "model_name", str, path),
         metadata={"layers": setting(cfg, "layers", list, path)},
     ).check(path)
+    M, D = record.weight.shape
+    require_sizes(cfg, {"n_inputs": D, "n_latents": M}, path)
+    return record

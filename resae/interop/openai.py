@@ -29,6 +29,8 @@ def detect(path: Path) -> bool:  # noqa: ARG001
 
 
 def read(path: Path) -> SAERecord:
+    if path.is_dir():
+        raise ValueError(f"SAE {path}: a folder; name the .pt file of one layer in it")
     state = read_pickled_tensors(path)
     activation = setting(state, "activation", str, path, "ReLU")
     if activation == "TopK":  # its library then applies LayerNorm

@@ -19,6 +19,7 @@ from resae.interop.files import (
     read_settings,
     read_tensors,
     refuse_others,
+    require_sizes,
     required,
     setting,
     take,
@@ -62,7 +63,7 @@ def read(path: Path) -> SAERecord:
     known = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold", "log_threshold", "topk_threshold"}
     refuse_others(tensors, known, path)
     k = required(cfg, "k", int | float, path) if architecture == "topk" else None
-    if isinstance(k, float) and not k.is_integer():
+    if isinstance(k, float) and not (k.is_integer() and abs(k) < 2**31):
         raise ValueError(f"SAE {path}: k = {k}, expected a whole number")
     metadata = setting(cfg, "metadata", dict, path, {})
     residual = metadata.get("residual_hook_point")
@@ -79,6 +80,8 @@ def read(path: Path) -> SAERecord:
         model=setting(metadata, "model_name", str, path),
         metadata=metadata,
     ).check(path)
+    M, D = record.weight.shape
+    require_sizes(cfg, {"d_in": D, "d_sae": M}, path)
     return _scaled(path, cfg, _normalised(path, cfg, record))
 
 
@@ -225,7 +228,7 @@ def _scaled(path: Path, cfg: dict[str, Any], record: SAERecord) -> SAERecord:
             f"SAE {path}: normalize_activations {kind!r} is not folded into the weights and has no "
             f"form here{need}"
         )
-    factor = required(read_settings(path, SCALER), "scaling_factor", float, path)
+    factor = required(read_settings(path, SCALER), "scaling_factor", int | float, path)
     if not 0 < factor < float("inf"):
         raise ValueError(f"SAE {path}: scaling_factor = {factor} in {SCALER}, expected > 0")
     return replace(

@@ -9,6 +9,7 @@ from resae.interop.files import (
     read_settings,
     read_tensors,
     refuse_others,
+    require_sizes,
     required,
     setting,
     take,
@@ -40,7 +41,7 @@ def read(path: Path) -> SAERecord:
     tensors = read_tensors(path, WEIGHTS)
     refuse_others(tensors, {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}, path)
     metadata = setting(cfg, "metadata", dict, path, {})
-    return SAERecord(
+    record = SAERecord(
         weight=take(tensors, "encoder.weight", 2, path),
         bias=take(tensors, "encoder.bias", 1, path),
         W_dec=take(tensors, "W_dec", 2, path),
@@ -51,6 +52,10 @@ def read(path: Path) -> SAERecord:
         model=setting(metadata, "model", str, path),
         metadata=metadata,
     ).check(path)
+    M, D = record.weight.shape
+    latents = {"num_latents": M} if cfg.get("num_latents") else {}  # 0: expansion_factor · d_in
+    require_sizes(cfg, {"d_in": D, **latents}, path)
+    return record
 
 
 def write(record: SAERecord, folder: Path) -> None:

@@ -52,6 +52,18 @@ def prompt_ids(lm: HookedLM, prompt: str, max_new_tokens: int) -> list[int]:
     return ids
 
 
+def token_id(lm: HookedLM, text: str) -> int:
+    """The id of a text that is one token. Raises ValueError if it is not."""
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        parts = [lm.tokenizer.decode([i]) for i in ids]
+        raise ValueError(
+            f"{text!r} is {len(ids)} tokens ({', '.join(map(repr, parts))}), expected one; most "
+            f"words are one with a space before"
+        )
+    return ids[0]
+
+
 def generate(
     lm: HookedLM,
     prompt: str,

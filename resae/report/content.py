@@ -11,11 +11,15 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from resae.evaluation.rows import (
+    AblationRow,
+    DensityRow,
+    GenerationRow,
     HistogramRow,
     LayerPairRow,
     ReconstructionRow,
     RedundancyRow,
     ReplacementRow,
+    SharedLatentsRow,
 )
 from resae.report.rows import (
     BoostRow,
@@ -24,6 +28,7 @@ from resae.report.rows import (
     FvuRow,
     NestedFvuRow,
     RoutingRow,
+    RunRow,
     Sample,
     TrainingRow,
 )
@@ -32,6 +37,8 @@ from resae.strict_json import require_fields
 
 T = TypeVar("T")
 SCHEMA_VERSION = 1
+"""Rises where a column changes its meaning or goes. Columns and tables that come, such as
+intervals, leave it: they are None or empty where a file lacks them."""
 CONFIG = {"model": str, "data": str, "layers": [str], "d_sae": (int, [int]), "train_tokens": int}
 """Settings that the page names; the others are listed as they are."""
 
@@ -77,12 +84,24 @@ class Report:
     """Per k and layer."""
     hierarchical: list[NestedFvuRow] = field(default_factory=list[NestedFvuRow])
     """Per k and layer."""
+    ablation: list[AblationRow] = field(default_factory=list[AblationRow])
+    """Per kind of ablation and set of layers."""
+    density: list[DensityRow] = field(default_factory=list[DensityRow])
+    """Per method with autoencoders, loop and layer."""
+    shared_latents: list[SharedLatentsRow] = field(default_factory=list[SharedLatentsRow])
+    """Per method with one dictionary at all layers."""
+    generation: list[GenerationRow] = field(default_factory=list[GenerationRow])
+    """Per method and loop: text that the model continues prompts with."""
+    runs: list[RunRow] = field(default_factory=list[RunRow])
+    """The runs that are compared; empty in the report of one. `config` and `environment` are those
+    of the first."""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json; tables of further methods only where they have rows."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         content["affine"] = [row.to_dict() for row in self.affine]
         further = ("routing", "boost", "fair", "elsewhere", "mlsae", "hierarchical")
+        further += ("ablation", "density", "shared_latents", "generation", "runs")
         return {name: value for name, value in content.items() if value or name not in further}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from resae.choices import Choice, Mode
-from resae.reproduce.intervals import Interval, interval
+from resae.evaluation.intervals import Interval, interval
 from resae.reproduce.jobs import MAPS_ALONE
 from resae.reproduce.losses import Measured, Setting, Table, paired
 from resae.reproduce.settings import Spacing

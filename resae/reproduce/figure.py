@@ -1,57 +1,51 @@
 """Figure of a study: cross-entropy lost online against k, one panel per spacing."""
 
-from functools import partial
-from typing import Any
-
 from resae.choices import Mode
+from resae.evaluation.intervals import interval
 from resae.evaluation.labels import LABELS
-from resae.report.figures import COLORS, new_figure, svg_of
-from resae.reproduce.intervals import interval
+from resae.report.charts import Curves, Point, Series, linear_axis, standalone, steps_axis
+from resae.report.figures import K_LABEL, legend_of
+from resae.report.styles import styles_of
 from resae.reproduce.losses import Table
-
-SPREAD = 0.02
-"""Distance between methods at one k, in parts of it, so that intervals do not hide each other."""
 
 
 def draw(table: Table) -> str | None:
     """The figure as SVG; None: nothing is measured yet."""
-    return svg_of(partial(_online, table), "reproduce") if table else None
+    panels = _panels(_lines(table))
+    return standalone(panels, legend_of(panels)) if panels else None
 
 
-def _online(table: Table) -> Any:
+Lines = dict[str, dict[str, list[Point]]]
+"""Spacing → method → its points by rising k."""
+
+
+def _panels(lines: Lines) -> list[Curves]:
     """Online Δ CE of every method against k."""
-    spacings = list(dict.fromkeys(setting.spacing for setting in table))
-    ks = sorted({setting.k for setting in table})
-    methods = list(dict.fromkeys(name for row in table.values() for name in row))
-    figure, axes = new_figure(1.5 + 4.2 * len(spacings), 4.4, columns=len(spacings))
-    for axis, spacing in zip(axes, spacings, strict=True):
-        for place, method in enumerate(methods):
-            points = [
-                (setting.k * (1 + SPREAD * (place - (len(methods) - 1) / 2)), interval(loss))
-                for setting, row in table.items()
-                if setting.spacing == spacing and method in row
-                if (loss := row[method].loss(Mode.ONLINE)) is not None
-            ]
-            if points:
-                axis.errorbar(
-                    [k for k, _ in points],
-                    [i.value for _, i in points],
-                    [[i.value - i.low for _, i in points], [i.high - i.value for _, i in points]],
-                    color=COLORS.get(method, "#000000"),
-                    marker="o",
-                    markersize=4,
-                    capsize=2,
-                    linewidth=1.2,
-                    label=LABELS[method],
-                )
-        axis.set_title(f"layers {spacing} apart" if spacing == "far" else "layers near each other")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ks, [str(k) for k in ks])
-        axis.set_xlim(ks[0] / 1.25, ks[-1] * 1.25)  # also around a single k
-        axis.minorticks_off()
-        axis.set_xlabel("k, active latents per layer")
-        axis.set_ylim(bottom=0)
-    axes[0].set_ylabel("online Δ CE, nats per token")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return figure
+    points = [p for methods in lines.values() for line in methods.values() for p in line]
+    if not points:
+        return []
+    ends = [end for p in points for end in (p.low, p.high) if end is not None]
+    x = steps_axis(K_LABEL, [point.x for point in points])
+    y = linear_axis("online Δ CE, nats per token", ends)
+    styles = styles_of(name for methods in lines.values() for name in methods)
+    titles = {"far": "layers far apart"}
+    return [
+        Curves(
+            titles.get(spacing, "layers near each other"),
+            x,
+            y,
+            [Series(LABELS[name], styles[name], line) for name, line in methods.items()],
+        )
+        for spacing, methods in lines.items()
+    ]
+
+
+def _lines(table: Table) -> Lines:
+    lines: Lines = {}
+    for setting, row in sorted(table.items(), key=lambda item: item[0].k):
+        for method, measured in row.items():
+            loss = measured.loss(Mode.ONLINE)
+            if loss is not None:
+                of_method = lines.setdefault(setting.spacing, {}).setdefault(method, [])
+                of_method.append(Point(setting.k, *interval(loss)))
+    return lines

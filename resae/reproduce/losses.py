@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resae.reproduce.intervals import Bootstrap, Quantity
+from resae.evaluation.intervals import Bootstrap, Quantity
 from resae.reproduce.jobs import MAPS_ALONE, METHODS, Job, Kind
 from resae.reproduce.settings import Spacing, StudyConfig
 
@@ -55,11 +55,12 @@ Table = dict[Setting, dict[str, Measured]]
 def read_losses(jobs: Sequence[Job], result: ReadResult, config: StudyConfig) -> Table:
     """Everything that the evaluations measured so far."""
     table: Table = {}
-    bootstrap = Bootstrap(config.documents)
+    bootstrap: Bootstrap | None = None
     for job in jobs:
         found = result(job) if job.kind is Kind.EVALUATE else None
         if found is None:
             continue
+        bootstrap = bootstrap or Bootstrap(len(found["row_sums"][0]["tokens"]))
         alone = job.method == MAPS_ALONE
         training = {} if alone else result(job.training) or {}
         for k in config.k if alone else (job.k,):
@@ -85,10 +86,10 @@ def _add(
         delta = bootstrap.per_token(
             [a - b for a, b in zip(sums["ce"], clean["ce"], strict=True)], sums["tokens"]
         )
-        for loop in ("open", "closed") if sums["loop"] is None else (sums["loop"],):
+        for loop in ("open", "closed") if sums.get("loop") is None else (sums["loop"],):
             measured.delta_ce.setdefault((sums["mode"], loop), {})[seed] = delta
     rows = found["reconstruction"]
-    measured.fvu.append([r["fvu_stream"] for r in rows if r["loop"] != "open"])
+    measured.fvu.append([r["fvu_stream"] for r in rows if r.get("loop") != "open"])
     measured.largest_cosine += [r["mean_max_cos"] for r in found["redundancy"]]
     measured.active_total = max(r["active_total"] for r in found["replacement"])
     if training:

@@ -151,6 +151,11 @@ class Autoencoder(nn.Module, ABC):
             return held
         return ScreenedEncoder(weight, bias, margin=cast("Margin", margin), implementation=asked)
 
+    def require_finite(self, where: object) -> None:
+        """Raise ValueError for weights that are NaN or infinite; `where` begins the message."""
+        if bad := [name for name, t in self.state_dict().items() if not bool(t.isfinite().all())]:
+            raise ValueError(f"{where}: NaN or infinite entries in {', '.join(bad)}")
+
     def set_input_kind(self, kind: InputKind | str) -> None:
         """Set what it encodes: `ReSAE` does, for layers that are predicted."""
         self.config = replace(self.config, input_kind=kind)
@@ -208,10 +213,12 @@ class Autoencoder(nn.Module, ABC):
         return code
 
     def reconstructions(
-        self, code: SparseCode, *, prediction: Tensor | None = None
-    ) -> list[Tensor]:
-        """Reconstructions `[..., D]` whose mean error is the loss; the last one is x̂."""
-        return [self.decode(*code, prediction=prediction)]
+        self, x: Tensor, *, prediction: Tensor | None = None
+    ) -> tuple[list[Tensor], SparseCode]:
+        """Reconstructions `[..., D]` whose mean error is the loss, of which the last one is x̂; and
+        the code."""
+        x_hat, code = self(x, prediction=prediction)
+        return [x_hat], code
 
     @abstractmethod
     def dead_latent_loss(

@@ -34,9 +34,10 @@ class PrefixSAE(TopKSAE):
         self.prefixes = tuple(prefixes or (config.k,))
 
     def reconstructions(
-        self, code: SparseCode, *, prediction: Tensor | None = None
-    ) -> list[Tensor]:
-        return self.decode_prefixes(code, self.prefixes, prediction=prediction)
+        self, x: Tensor, *, prediction: Tensor | None = None
+    ) -> tuple[list[Tensor], SparseCode]:
+        code = self.encode(x, prediction=prediction)
+        return self.decode_prefixes(code, self.prefixes, prediction=prediction), code
 
     def decode_prefixes(
         self, code: SparseCode, prefixes: Sequence[int], *, prediction: Tensor | None = None

@@ -1,6 +1,7 @@
 """The kinds of autoencoders by name: a new kind is one file and one entry here."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from resae.sae.base import Autoencoder, SAEConfig
@@ -47,12 +48,20 @@ def load_sae(folder: str | Path, kind: str | None = None) -> Autoencoder:
     return KINDS[name].load(folder)
 
 
+def has_thresholds(sae: Autoencoder) -> bool:
+    """True for a kind whose latents are active above a threshold, in place of TopK."""
+    return isinstance(sae, ThresholdSAE)
+
+
 def with_max_active(sae: Autoencoder, max_active: int) -> Autoencoder:
-    """A threshold autoencoder with codes of `max_active` slots; another kind as it is."""
+    """A threshold autoencoder with codes of `max_active` slots, all else as it was; another kind
+    as it is."""
     if not isinstance(sae, ThresholdSAE):
         return sae
     twin = ThresholdSAE.from_record(sae.record(), max_active=max_active)
+    twin.config = replace(sae.config, k=max_active)
     twin.on_overflow = sae.on_overflow
+    twin.screening_implementation = sae.screening_implementation
     return twin
 
 
@@ -65,8 +74,13 @@ def sae_from_record(record: SAERecord, *, max_active: int | None = None) -> Auto
     if record.threshold is not None:
         return ThresholdSAE.from_record(record, max_active=max_active)
     if max_active is not None:
-        raise ValueError(
-            f"max_active={max_active} for a TopK autoencoder of k={record.k}; leave it out, or "
-            f"lower k with at_k"
-        )
+        raise no_slots(max_active, record.k)
     return TopKSAE.from_record(record)
+
+
+def no_slots(max_active: int, k: int | None) -> ValueError:
+    """The error of `max_active` for an autoencoder whose codes have k slots by its definition."""
+    return ValueError(
+        f"max_active={max_active} for a TopK autoencoder of k={k}; leave it out, or lower k with "
+        f"at_k"
+    )

@@ -40,7 +40,10 @@ class ThresholdSAE(Autoencoder):
 
     Args:
         record: its tensors and its input; `threshold` is required.
-        max_active: default: 8 times the record's k, at least 64; 512 if k is not known.
+        max_active: 1 to M; default: 8 times the record's k, at least 64; 512 if k is not known.
+
+    Raises:
+        ValueError: `max_active` out of these bounds.
     """
 
     kind = "threshold"
@@ -52,6 +55,11 @@ class ThresholdSAE(Autoencoder):
         if max_active is None:
             slots = max(64, SLOTS_PER_ACTIVE * record.k) if record.k else DEFAULT_MAX_ACTIVE
             max_active = min(M, slots)
+        if type(max_active) is not int or not 1 <= max_active <= M:
+            raise ValueError(
+                f"threshold autoencoder: max_active={max_active!r}, expected a whole number from 1 "
+                f"to {M}, the number of latents"
+            )
         self.config = SAEConfig(D, M, max_active, input_kind=record.input_kind)
         for name, tensor in record.tensors().items():
             frozen = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)

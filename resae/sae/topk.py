@@ -28,7 +28,7 @@ from resae.sae.losses import Reduce, auxk_loss, no_reduce
 from resae.sae.record import SAERecord
 from resae.storage import save_json, save_tensors
 from resae.strict_json import brief
-from resae_kernels import ScreenedEncoder, SparseCode, sparse_decode, topk_encode
+from resae_kernels import ScreenedEncoder, SparseCode, autoencode, sparse_decode, topk_encode
 
 if TYPE_CHECKING:
     pass
@@ -115,6 +115,23 @@ class TopKSAE(Autoencoder):
         """`acts, indices [..., k]` → x̂ `[..., D]`, plus `prediction`
         (`resae_kernels.sparse_decode`)."""
         return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, prediction=prediction)
+
+    def reconstructions(
+        self, x: Tensor, *, prediction: Tensor | None = None
+    ) -> tuple[list[Tensor], SparseCode]:
+        """x̂ and the code, with one backward (`resae_kernels.autoencode`)."""
+        require_prediction(self, prediction)
+        x_hat, code = autoencode(
+            x,
+            self.encoder.weight,
+            self.encoder.bias,
+            self.config.k,
+            self.W_dec,
+            b_dec=self.b_dec,
+            prediction=prediction,
+            encoder=self.screened if self.screens(x) else None,
+        )
+        return [x_hat], code
 
     def extra_repr(self) -> str:
         return f"{describe_sizes(self.config)}, screening={self.screening!r}"

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from resae.models.identity import ModelIdentity
 from resae.models.sinks import SinkRule
 from resae.sae.base import Autoencoder
+from resae.sae.registry import has_thresholds
 from resae.stack.affine import AffinePredictor
 from resae.strict_json import brief, require_fields
 
@@ -63,10 +64,10 @@ def model_card(
     model = "an unnamed model" if identity is None else f"`{identity.name}`"
     parts = [
         f"---\n{header.to_yaml()}\n---",
-        f"# TopK autoencoders of {stack.n_layers} layers of {model}",
+        f"# {_kinds(stack)} of {stack.n_layers} layers of {model}",
         _description(stack, model),
         _layers(stack),
-        _screening(stack.sae(0).config.screening),
+        _screening(stack),
     ]
     if report is not None:
         parts.append(_measured(stack, report))
@@ -108,13 +109,21 @@ def _description(stack: Described, model: str) -> str:
     )
 
 
+def _kinds(stack: Described) -> str:
+    with_thresholds = {has_thresholds(stack.sae(layer)) for layer in range(stack.n_layers)}
+    if with_thresholds == {False}:
+        return "TopK autoencoders"
+    return "Autoencoders with thresholds" + (" and TopK ones" if False in with_thresholds else "")
+
+
 def _layers(stack: Described) -> str:
     rows = ["| hook point | width | latents | k | median norm |", "|---|---|---|---|---|"]
     sinks = stack.sinks
     for layer, name in enumerate(stack.hook_points):
         config = stack.sae(layer).config
         norm = "–" if sinks is None else f"{sinks.median_norms[layer]:.4g}"
-        rows.append(f"| {name} | {config.d_in} | {config.d_sae} | {config.k} | {norm} |")
+        k = f"at most {config.k}" if has_thresholds(stack.sae(layer)) else config.k
+        rows.append(f"| {name} | {config.d_in} | {config.d_sae} | {k} | {norm} |")
     table = "\n".join(rows)
     if sinks is None:
         return table
@@ -124,12 +133,16 @@ def _layers(stack: Described) -> str:
     )
 
 
-def _screening(screening: str | None) -> str:
+def _screening(stack: Described) -> str:
+    settings = {stack.sae(layer).config.screening for layer in range(stack.n_layers)}
+    if len(settings) > 1:
+        return "How latents are scored on a CPU differs by layer (`screening` in cfg.json)."
+    (screening,) = settings
     if screening is None:
         return "On a CPU all latents are scored in float32."
     bound = {
-        "statistical": "a latent of the TopK is missed with probability below 1e-12 per row",
-        "certain": "no latent of the TopK can be missed",
+        "statistical": "an active latent is missed with probability below 1e-12 per row",
+        "certain": "no active latent can be missed",
     }[screening]
     return (
         f"On a CPU an 8-bit product rules out most latents before the rest are scored exactly; "

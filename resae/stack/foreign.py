@@ -10,6 +10,7 @@ from resae.interop.objects import import_placed_object
 from resae.models.hooked import HookedLM
 from resae.sae.base import Autoencoder
 from resae.sae.registry import with_max_active
+from resae.strict_json import brief
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,14 @@ def autoencoders_of(
         if max_active is not None:
             sae = with_max_active(sae, max_active)
         if place not in (None, point.name):
-            log.warning("the autoencoder for %s was trained at %s", point.name, place)
+            log.warning("the autoencoder for %s was trained at %s", point.name, brief(place))
         config = sae.config
         if config.input_kind != "activation":
             raise ValueError(
                 f"ReSAE.from_saes: the autoencoder of {point.name} encodes residuals of a "
                 f"prediction; load the stack that it belongs to (ReSAE.load)"
             )
+        sae.require_finite(f"ReSAE.from_saes: the autoencoder of {point.name}")
         if config.d_in != lm.d_model:
             raise ValueError(
                 f"ReSAE.from_saes: the autoencoder of {point.name} has width {config.d_in}, the "

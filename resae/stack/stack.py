@@ -35,6 +35,7 @@ from resae.stack.card import model_card
 from resae.stack.files import FILES, StackParts, read_stack, write_stack
 from resae.stack.foreign import autoencoders_of
 from resae.stack.prepared import Place, PreparedLayer
+from resae.strict_json import first_line
 from resae_kernels import (
     ScreenedEncoder,
     SparseCode,
@@ -167,6 +168,13 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             f"predictor={self.predictor.kind!r}, map_type={self.predictor.map_type!r}, "
             f"d_in={self.d_in}, k={k}, shared={self.shared}, boosted={self.boosted}"
         )
+
+    def _repr_html_(self) -> str:
+        from resae.stack.notebook import stack_html
+
+        model = "" if self.model_identity is None else f" of {self.model_identity.name}"
+        saes = [self.sae(layer) for layer in range(self.n_layers)]
+        return stack_html(f"ReSAE{model}", self.hook_points, self.predictor, saes)
 
     def _hold(self, saes: Sequence[Autoencoder]) -> None:
         distinct = list(dict.fromkeys(saes))
@@ -478,7 +486,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         except (OSError, HFValidationError) as error:
             raise OSError(
                 f"stack: cannot be uploaded to {repo_id!r} "
-                f"({str(error).strip().splitlines()[0]}); give owner/name of a repository that "
+                f"({first_line(error)}); give owner/name of a repository that "
                 f"you may write, and log in with `hf auth login`"
             ) from None
 
@@ -502,7 +510,7 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
                 f"stack {name!r}: there is no such folder, and no repository of that name could be "
-                f"read from the hub ({str(error).strip().splitlines()[0]}); give a folder written "
+                f"read from the hub ({first_line(error)}); give a folder written "
                 f"by `resae train` or `save_pretrained`, or a repository, owner/name"
             ) from None
         return cls.load(folder)

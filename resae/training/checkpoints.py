@@ -39,7 +39,8 @@ def save_checkpoint(
     metadata = {
         "step": str(state.step),
         "positions": json.dumps(positions),
-        "config": json.dumps(asdict(config)),
+        # In numbers, so that a version with another default goes on as this one would.
+        "config": json.dumps(asdict(config) | {"dead_after_tokens": config.dead_tokens}),
     }
     path = folder / f"step_{state.step:08d}.safetensors"
     try:
@@ -110,12 +111,11 @@ def resumed_config(config: Config, out: Path) -> Config:
     path, begun = found[-1]
     longer = config.train_tokens > begun.train_tokens
     warmup = begun.rising_steps if longer else begun.warmup_steps
-    dead_after = begun.dead_tokens if longer else begun.dead_after_tokens
     if config.warmup_steps is None:
         config = replace(config, warmup_steps=warmup)
     if config.dead_after_tokens is None:
-        config = replace(config, dead_after_tokens=dead_after)
-    of_run = replace(begun, warmup_steps=warmup, dead_after_tokens=dead_after)
+        config = replace(config, dead_after_tokens=begun.dead_tokens)
+    of_run = replace(begun, warmup_steps=warmup, dead_after_tokens=begun.dead_tokens)
     if longer:
         of_run = replace(of_run, train_tokens=config.train_tokens)
     changed = [f.name for f in fields(config) if getattr(of_run, f.name) != getattr(config, f.name)]
@@ -155,6 +155,9 @@ def _read_metadata(checkpoint: Path, cls: type[Config]) -> _Metadata[Config]:
     required = {f.name for f in fields(cls) if f.default is MISSING}
     expected = {n: _json_types(hints[n]) for n in hints if n in saved or n in required}
     require_fields(saved, expected, "config")
+    if saved.get("dead_after_tokens") is None and "sink_factor" not in saved:
+        # Versions before that setting wrote no number, and waited for an eighth of the training.
+        saved["dead_after_tokens"] = max(1, saved["train_tokens"] // 8)
     held = {"step": step, "positions": positions}
     require_fields(held, {"step": int, "positions": [[int]]}, "metadata")
     if not positions or any(len(p) != len(Position._fields) or min(p) < 0 for p in positions):

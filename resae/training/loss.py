@@ -82,8 +82,7 @@ def stack_loss(
         sae = stack.sae(layer)
         prediction = stack.predictor(layer, x_hats if config.loop == "closed" else xs)
         its_dead = dead[stack.sae_index(layer)]
-        code = sae.encode(x, prediction=prediction)
-        *partial, x_hat = sae.reconstructions(code, prediction=prediction)
+        (*partial, x_hat), code = sae.reconstructions(x, prediction=prediction)
         x_hats.append(x_hat.detach())
         target = x if prediction is None else x - prediction
         variance = centred_energy(target, normaliser(f"variance.{layer}")).to(x.dtype)

@@ -1292,11 +1292,21 @@ INLINE uint32_t act_bits(const void *acts, i64 e, int dtype) {
   return bits == (dtype == F32 ? 0x80000000u : 0x8000u) ? 0 : bits;
 }
 
-/* Counting sort of the entries of a code [N, k], without padding, by latent and then by token:
-   acts, tokens, and the end of each latent's entries. */
-INLINE void sort_by_latent(const void *acts, const i64 *indices, i64 N, i64 k, i64 M, int dtype,
-                           void *sorted, i64 *tokens, i64 *ends) {
+/* Σ weights · rows over the entries of a code [N, k] that name the latent: weights [N, k], rows
+   [N, D], `stride` entries apart, to out [M, D]. */
+typedef struct {
+  const void *weights, *rows;
+  i64 stride;
+  void *out;
+} latent_sum;
+
+/* Counting sort of the entries of a code [N, k] whose act is not 0, by latent and then by token:
+   for each sum its weights, [N·k] of them one after another in `sorted`; tokens, and the end of each
+   latent's entries. The acts are the weights of the first sum. */
+INLINE void sort_by_latent(const latent_sum *sums, i64 n_sums, const i64 *indices, i64 N, i64 k,
+                           i64 M, int dtype, void *sorted, i64 *tokens, i64 *ends) {
   memset(ends, 0, M * sizeof *ends);
+  const void *acts = sums->weights;
   for (i64 e = 0; e < N * k; e++) ends[indices[e]] += act_bits(acts, e, dtype) != 0;
   for (i64 m = 0, start = 0; m < M; m++) {
     i64 count = ends[m];
@@ -1305,12 +1315,14 @@ INLINE void sort_by_latent(const void *acts, const i64 *indices, i64 N, i64 k, i
   }
   for (i64 n = 0; n < N; n++)
     for (i64 e = n * k; e < n * k + k; e++) {
-      uint32_t bits = act_bits(acts, e, dtype);
-      if (!bits) continue;
+      if (!act_bits(acts, e, dtype)) continue;
       i64 at = ends[indices[e]]++;
       tokens[at] = n;
-      if (dtype == F32) ((uint32_t *)sorted)[at] = bits;
-      else ((uint16_t *)sorted)[at] = (uint16_t)bits;
+      for (i64 s = 0; s < n_sums; s++) {
+        uint32_t bits = act_bits(sums[s].weights, e, dtype);
+        if (dtype == F32) ((uint32_t *)sorted)[s * N * k + at] = bits;
+        else ((uint16_t *)sorted)[s * N * k + at] = (uint16_t)bits;
+      }
     }
 }
 
@@ -1325,31 +1337,35 @@ static void take_in_large_pages(void *memory, i64 bytes) {
 #endif
 }
 
-/* out [M, D] = Σ acts · rows [N, D] over the entries of a code that name the latent, in order of
-   token: each row is the decode of one long code, whose dictionary is `rows`. Everything
-   has one dtype and is contiguous but for `rows`, whose rows are. */
-int resae_scatter_outer(const void *acts, const i64 *indices, const void *rows, i64 stride,
-                        int dtype, i64 N, i64 k, i64 M, i64 D, int threads, void *out) {
+/* The sums by latent, in order of token: each row of an output is the decode of one long code,
+   whose dictionary is `rows`. Everything has one dtype and is contiguous but for `rows`, whose rows
+   are. */
+int resae_scatter_outer(const latent_sum *sums, i64 n_sums, const i64 *indices, int dtype, i64 N,
+                        i64 k, i64 M, i64 D, int threads) {
   enum { LATENTS = 32 };
-  i64 entries = N * k;
+  i64 entries = N * k, size = size_of(dtype);
   if (!all_within(indices, entries, M)) return BAD_INDEX;
-  i64 *ends = malloc((M + 2 * entries) * sizeof *ends);
+  i64 *ends = malloc((M + entries) * sizeof *ends + n_sums * entries * size);
   if (!ends) return NO_MEMORY;
   i64 *tokens = ends + M;
-  void *weights = tokens + entries;
-  BY_DTYPE(dtype, sort_by_latent(acts, indices, N, k, M, F32, weights, tokens, ends),
-           sort_by_latent(acts, indices, N, k, M, BF16, weights, tokens, ends),
-           sort_by_latent(acts, indices, N, k, M, F16, weights, tokens, ends));
-  take_in_large_pages(out, M * D * size_of(dtype));
-  threads = (int)LARGER(1, SMALLER(threads, (entries + M) * D / (1 << 17)));
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, LATENTS)
-  for (i64 m = 0; m < M; m++) {
-    i64 start = m ? ends[m - 1] : 0;
-    code its = {(char *)weights + start * size_of(dtype), tokens + start, rows,
-                ends[m] - start, N, stride};
-    void *to = (char *)out + m * D * size_of(dtype);
-    BY_DTYPE(dtype, decode_row(&its, 1, 0, 0, 0, to, D, F32),
-             decode_row(&its, 1, 0, 0, 0, to, D, BF16), decode_row(&its, 1, 0, 0, 0, to, D, F16));
+  char *weights = (char *)(tokens + entries);
+  BY_DTYPE(dtype, sort_by_latent(sums, n_sums, indices, N, k, M, F32, weights, tokens, ends),
+           sort_by_latent(sums, n_sums, indices, N, k, M, BF16, weights, tokens, ends),
+           sort_by_latent(sums, n_sums, indices, N, k, M, F16, weights, tokens, ends));
+  for (i64 s = 0; s < n_sums; s++) take_in_large_pages(sums[s].out, M * D * size);
+  threads = (int)LARGER(1, SMALLER(threads, n_sums * (entries + M) * D / (1 << 17)));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  for (i64 s = 0; s < n_sums; s++) {
+#pragma omp for schedule(dynamic, LATENTS) nowait
+    for (i64 m = 0; m < M; m++) {
+      i64 start = m ? ends[m - 1] : 0;
+      code its = {weights + (s * entries + start) * size, tokens + start, sums[s].rows,
+                  ends[m] - start, N, sums[s].stride};
+      void *to = (char *)sums[s].out + m * D * size;
+      BY_DTYPE(dtype, decode_row(&its, 1, 0, 0, 0, to, D, F32),
+               decode_row(&its, 1, 0, 0, 0, to, D, BF16),
+               decode_row(&its, 1, 0, 0, 0, to, D, F16));
+    }
   }
   free(ends);
   return OK;

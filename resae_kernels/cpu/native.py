@@ -75,6 +75,14 @@ class _Code(ctypes.Structure):
     ]
 
 
+class _Sum(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("weights", "rows")),
+        ("stride", c_int64),
+        ("out", c_void_p),
+    ]
+
+
 _SIGNATURES: dict[str, list[Any]] = {
     "resae_select": [
         *(c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int, c_int),
@@ -97,8 +105,7 @@ _SIGNATURES: dict[str, list[Any]] = {
         *(c_int, c_void_p),
     ],
     "resae_scatter_outer": [
-        *(c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_int64, c_int64),
-        *(c_int, c_void_p),
+        *(c_void_p, c_int64, c_void_p, c_int, c_int64, c_int64, c_int64, c_int64, c_int),
     ],
     "resae_scatter_sum": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
     "resae_online_step": [
@@ -318,29 +325,29 @@ def sddmm(x: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return out
 
 
-def scatter_outer(acts: Tensor, indices: Tensor, tokens: Tensor, M: int) -> Tensor:
-    """`out[m] = Σ acts[n,j] · tokens[n]` over the entries with `indices[n,j] = m`: codes `[N, k]`
-    and `tokens [N, D]` to `[M, D]`, summed in float32 in order of n and rounded once; acts of 0 are
-    left out.
+def scatter_outer(
+    weights: Sequence[Tensor], indices: Tensor, tokens: Sequence[Tensor], M: int
+) -> list[Tensor]:
+    """`out[s][m] = Σ weights[s][n,j] · tokens[s][n]` over the entries with `indices[n,j] = m` whose
+    `weights[0]` is not 0: weights `[N, k]` and `tokens [N, D]`, S of each, to S × `[M, D]`, summed
+    in float32 in order of n and rounded once. The code is sorted once for all.
 
     Raises:
         RuntimeError: an index outside 0 to M − 1.
         MemoryError: no memory for the sorted code.
     """
-    acts, indices, tokens = packed(acts), packed(indices), rows(tokens)
-    D = tokens.shape[1]
-    out = tokens.new_empty(M, D)
+    weights, indices = [packed(w) for w in weights], packed(indices)
+    tokens = [rows(t) for t in tokens]
+    D, dtype = tokens[0].shape[1], DTYPES[tokens[0].dtype]
+    out = [t.new_empty(M, D) for t in tokens]
+    summed = (_Sum * len(out))()
+    for one, w, t, o in zip(summed, weights, tokens, out, strict=True):
+        one.weights, one.rows, one.stride, one.out = (
+            *(w.data_ptr(), t.data_ptr()),
+            *(t.stride(0), o.data_ptr()),
+        )
     status = _load()[0].resae_scatter_outer(
-        acts.data_ptr(),
-        indices.data_ptr(),
-        tokens.data_ptr(),
-        tokens.stride(0),
-        DTYPES[tokens.dtype],
-        *indices.shape,
-        M,
-        D,
-        torch.get_num_threads(),
-        out.data_ptr(),
+        summed, len(out), indices.data_ptr(), dtype, *indices.shape, M, D, torch.get_num_threads()
     )
     _require_memory(status)
     if status == _BAD_INDEX:

@@ -48,6 +48,9 @@ SORT_US = 50.0
 """Sort of the codes by act, and gather of the indices, for 8192 tokens of 64 latents."""
 RADIX_US = 70.0
 """Sort of 524,288 entries by latent."""
+ORDER_LAUNCHES = 16
+"""Launches around the sort by latent: keys, order, bounds and pieces of the sums, counted on the
+host."""
 STEP_US = 6.5
 """Selection and decode of an online step in one launch."""
 
@@ -122,7 +125,10 @@ def _train(case: Case, machine: Machine) -> list[Stage]:
     return [
         *_forward(case, machine),
         _gather(case, machine, "gradient of the acts"),
-        Stage("2 sorts by latent", 2 * RADIX_US * case.N * case.k / (8192 * 64)),
+        Stage(
+            "sort by latent",
+            RADIX_US * case.N * case.k / (8192 * 64) + ORDER_LAUNCHES * EDGE_US,
+        ),
         _gather(case, machine, "gradient of W_dec"),
         _gather(case, machine, "gradient of the encoder"),
         write,

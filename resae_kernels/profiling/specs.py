@@ -16,8 +16,8 @@ from resae_kernels import (
     StepWorkspace,
     ThresholdCode,
     affine_chain,
+    autoencoder_error,
     online_step,
-    reconstruction_error,
     reference,
     sparse_decode,
     threshold_encode,
@@ -252,23 +252,32 @@ def _dense_step(
     return OnlineStep(_dense_decode(*code, W_dec, bias=b_dec) + prediction, code)
 
 
-def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., SparseCode]]:
-    """Our ways to encode, first that of `TopKSAE`: screened on a CPU, where that pays."""
-    x, weight, bias = inputs["x"], inputs["weight"].detach(), inputs["bias"].detach()
+def _margins(case: Case, inputs: Inputs) -> dict[str, Margin | None]:
+    """Our ways to encode by name, first that of `TopKSAE`: screened with a margin, on a CPU where
+    that pays, or (None) exact."""
+    weight, bias = inputs["weight"].detach(), inputs["bias"].detach()
     weight = weight.requires_grad_(SPECS[case.op].gradients)
-    found: dict[str, Callable[..., SparseCode]] = {}
+    found: dict[str, Margin | None] = {}
     for name, margin in MARGINS.items():
         held = ScreenedEncoder(weight, bias, margin=margin)
-        if held.encode_with_info(x, case.k).rows_screened:
-            found[name] = partial(_screened, held)
-    return found | {"resae exact" if found else "resae": topk_encode}
+        if held.encode_with_info(inputs["x"], case.k).rows_screened:
+            found[name] = margin
+    return found | {"resae exact" if found else "resae": None}
+
+
+def _encoders(case: Case, inputs: Inputs) -> dict[str, Callable[..., SparseCode]]:
+    weight, bias = inputs["weight"], inputs["bias"]
+    return {
+        name: topk_encode
+        if margin is None
+        else partial(_screened, ScreenedEncoder(weight, bias, margin=margin))
+        for name, margin in _margins(case, inputs).items()
+    }
 
 
 def _screened(
-    held: ScreenedEncoder, x: Tensor, weight: Tensor, bias: Tensor, k: int, *, pre_bias: Tensor
+    held: ScreenedEncoder, x: Tensor, _weight: object, _bias: object, k: int, *, pre_bias: Tensor
 ) -> SparseCode:
-    if weight.requires_grad:  # in training it is another one every time
-        held = ScreenedEncoder(weight, bias, margin=held.margin)
     return held.encode(x, k, pre_bias=pre_bias)
 
 
@@ -495,25 +504,39 @@ def _train_work(case: Case, per_weight: int = 4) -> tuple[float, float]:
     return moved, 2.0 * N * D * M + 8.0 * N * k * D
 
 
-def train_step(
-    inputs: Inputs,
-    case: Case,
-    encode: Callable[..., Any],
-    decode: Callable[..., Any] | None = None,
-) -> Sequence[Tensor]:
-    """Forward and backward of one autoencoder's squared error; the gradients, no optimiser.
+def squared_error(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    *,
+    margin: Margin | None = None,
+) -> Tensor:
+    """Squares of an autoencoder's error; with a margin its encode is screened, by an encoder that
+    serves one call, as in training."""
+    encoder = None if margin is None else ScreenedEncoder(weight, bias, margin=margin)
+    error, _ = autoencoder_error(x, weight, bias, k, W_dec, b_dec=b_dec, encoder=encoder)
+    return error.squared
 
-    Without a decode the error comes from `reconstruction_error`.
-    """
+
+def _dense_squared_error(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, W_dec: Tensor, b_dec: Tensor
+) -> Tensor:
+    """The same in plain PyTorch."""
+    code = _dense_topk(x, weight, bias, k, pre_bias=b_dec)
+    return (_dense_decode(*code, W_dec, bias=b_dec) - x).float().square()
+
+
+def train_step(
+    inputs: Inputs, case: Case, squares: Callable[..., Tensor] = squared_error
+) -> Sequence[Tensor]:
+    """Forward and backward of one autoencoder's squared error; the gradients, no optimiser."""
     x = inputs["x"]
     leaves = [inputs["weight"], inputs["bias"], inputs["W_dec"][0], inputs["b_dec"][0]]
     weight, bias, W_dec, b_dec = (t.detach().requires_grad_() for t in leaves)
-    code = encode(x, weight, bias, case.k, pre_bias=b_dec)
-    if decode is None:
-        squared = reconstruction_error(code[0], code[1], W_dec, x, bias=b_dec).squared
-    else:
-        squared = (decode(code[0], code[1], W_dec, bias=b_dec) - x).float().square()
-    loss = squared.sum() / x.numel()
+    loss = squares(x, weight, bias, case.k, W_dec, b_dec).sum() / x.numel()
     return torch.autograd.grad(loss, (weight, bias, W_dec, b_dec))
 
 
@@ -535,11 +558,12 @@ def _with_adam(gradients: Provider) -> Provider:
 
 
 def _train_providers(case: Case, inputs: Inputs) -> dict[str, Provider]:
-    ours = _encoders(case, inputs).items()
-    return {
-        **{name: partial(train_step, inputs, case, encode) for name, encode in ours},
-        "dense PyTorch": partial(train_step, inputs, case, _dense_topk, _dense_decode),
+    steps: dict[str, Callable[..., Tensor]] = {
+        name: partial(squared_error, margin=margin)
+        for name, margin in _margins(case, inputs).items()
     }
+    steps["dense PyTorch"] = _dense_squared_error
+    return {name: partial(train_step, inputs, case, squares) for name, squares in steps.items()}
 
 
 def _train_inputs(case: Case, inputs: Inputs) -> Inputs:
@@ -565,8 +589,8 @@ def _check_gradients(case: Case, inputs: Inputs, name: str, outputs: Sequence[Te
     same dtype, in the norm; half a unit in the last place is always allowed."""
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     wide |= {key: [t.double() for t in inputs[key]] for key in ("W_dec", "b_dec")}
-    exact = train_step(wide, case, _dense_topk, _dense_decode)
-    plain = train_step(inputs, case, _dense_topk, _dense_decode)
+    exact = train_step(wide, case, _dense_squared_error)
+    plain = train_step(inputs, case, _dense_squared_error)
     rounding = torch.finfo(getattr(torch, case.dtype)).eps / 2
     for got, rival, want in zip(outputs, plain, exact, strict=True):
         allowed = 2 * relative_error(rival, want) + rounding

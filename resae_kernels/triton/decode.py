@@ -6,6 +6,7 @@ the gradient of `W_dec` is summed latent by latent over sorted codes, each row o
 deterministic, no atomics.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -138,40 +139,48 @@ def sddmm_constants(tile: GatherTile, k: int, D: int, dtype: torch.dtype) -> dic
 
 
 def launch_scatter_outer(
-    weights: Tensor, tokens: Tensor, bounds: Tensor, rows: Tensor, total: Tensor | None = None
-) -> Tensor:
-    """`out[m] = Σ weights[e] · rows[tokens[e]]` over the entries `bounds[m] ≤ e < bounds[m + 1]`;
-    into `total`, `[M]` in the accumulation dtype, `Σ weights[e]`.
+    weights: Sequence[Tensor],
+    tokens: Tensor,
+    bounds: Tensor,
+    rows: Sequence[Tensor],
+    total: Tensor | None = None,
+) -> list[Tensor]:
+    """`out[s][m] = Σ weights[s][e] · rows[s][tokens[e]]` over the entries `bounds[m] ≤ e <
+    bounds[m + 1]`, for S weights and rows, all in one launch; into `total`, `[M]` in the
+    accumulation dtype, `Σ weights[0][e]`.
 
     The first PIECE entries of a latent are summed by the program that writes its row; what lies
     beyond, before that, in pieces by programs of their own. How many of these there can be follows
     from the shapes: nothing waits for the device.
     """
-    M, D = bounds.shape[0] - 1, rows.shape[1]
-    out = rows.new_empty(M, D)
-    if out.numel() == 0:
+    M, D, first = bounds.shape[0] - 1, rows[0].shape[1], rows[0]
+    out = [first.new_empty(M, D) for _ in rows]
+    if out[0].numel() == 0:
         return out
-    acc_dtype = accumulation_dtype(rows.dtype)
-    pieces = weights.shape[0] // PIECE
+    acc_dtype = accumulation_dtype(first.dtype)
+    pieces = tokens.shape[0] // PIECE
     # Where PIECE divides the entries of a latent the last of its pieces is empty: zeros.
     beyond = bounds.diff().div(PIECE, rounding_mode="floor")
     piece_bounds = F.pad(beyond.cumsum(0), (1, 0))
     piece_latent = torch.searchsorted(
-        piece_bounds[1:], torch.arange(pieces, device=rows.device), right=True
+        piece_bounds[1:], torch.arange(pieces, device=first.device), right=True
     )
-    partial = rows.new_empty(pieces, D, dtype=acc_dtype)
-    piece_total = None if total is None else rows.new_empty(pieces, dtype=acc_dtype)
-    entries = (weights, tokens, rows.contiguous(), bounds, piece_bounds)
-    tile = tiles.tile("scatter_outer", out.device)
-    constants = {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, rows.dtype)
+    partial = tuple([first.new_empty(pieces, D, dtype=acc_dtype) for _ in rows])
+    piece_total = None if total is None else first.new_empty(pieces, dtype=acc_dtype)
+    contiguous = tuple([r.contiguous() for r in rows])
+    entries = (tuple(weights), tokens, contiguous, bounds, piece_bounds)
+    tile = tiles.tile("scatter_outer", first.device)
+    constants = {"PIECE": PIECE, "BE": tile.rows} | tile.constants(D, first.dtype)
     slices = runtime.cdiv(D, constants["BD"])
     settings = constants | tile.options(tiles.GATHER_REGISTERS)
-    with torch.cuda.device_of(out):
+    with torch.cuda.device_of(first):
         if pieces > 0:
             latent_piece_kernel[(pieces, slices)](
                 partial, piece_total, *entries, piece_latent, M, **settings
             )
-        scatter_outer_kernel[(M, slices)](out, total, *entries, partial, piece_total, **settings)
+        scatter_outer_kernel[(M, slices)](
+            tuple(out), total, *entries, partial, piece_total, **settings
+        )
     return out
 
 
@@ -329,11 +338,11 @@ def sum_weights(weights, i_first, i_last, ACC: tl.constexpr, STEP: tl.constexpr)
 
 @triton.jit
 def latent_piece_kernel(
-    partial,  # [pieces, D]
+    partial,  # S × [pieces, D]
     piece_total,  # [pieces] or None
-    weights,  # [N·k], sorted by latent
+    weights,  # S × [N·k], sorted by latent
     tokens,  # [N·k]
-    rows,  # [N, D]
+    rows,  # S × [N, D]
     bounds,  # [M + 1], of the latents in weights and tokens
     piece_bounds,  # [M + 1], of the latents in partial
     piece_latent,  # [pieces]; M where there is no such piece
@@ -350,23 +359,24 @@ def latent_piece_kernel(
     if i_m < M:
         i_first = tl.load(bounds + i_m) + (i_p - tl.load(piece_bounds + i_m) + 1) * PIECE
         i_last = tl.minimum(i_first + PIECE, tl.load(bounds + i_m + 1))
-        b_sum = sum_entries(weights, tokens, rows, i_first, i_last, o_d, D, ACC, BE, BD)
-        tl.store(partial + i_p * D + o_d, b_sum, mask=o_d < D)
+        for s in tl.static_range(len(rows)):  # type: ignore
+            b_sum = sum_entries(weights[s], tokens, rows[s], i_first, i_last, o_d, D, ACC, BE, BD)
+            tl.store(partial[s] + i_p * D + o_d, b_sum, mask=o_d < D)
         if piece_total is not None:  # noqa: SIM102 - nested: the outer one at compile time
             if tl.program_id(1) == 0:
-                tl.store(piece_total + i_p, sum_weights(weights, i_first, i_last, ACC, 32))
+                tl.store(piece_total + i_p, sum_weights(weights[0], i_first, i_last, ACC, 32))
 
 
 @triton.jit
 def scatter_outer_kernel(
-    out,  # [M, D]
-    total,  # [M] or None: the sum of each latent's weights
-    weights,  # [N·k], sorted by latent
+    out,  # S × [M, D]
+    total,  # [M] or None: the sum of each latent's weights[0]
+    weights,  # S × [N·k], sorted by latent
     tokens,  # [N·k]
-    rows,  # [N, D]
+    rows,  # S × [N, D]
     bounds,  # [M + 1], of the latents in weights and tokens
     piece_bounds,  # [M + 1], of the latents in partial
-    partial,  # [pieces, D]
+    partial,  # S × [pieces, D]
     piece_total,  # [pieces] or None
     D: tl.constexpr,
     ACC: tl.constexpr,
@@ -379,14 +389,15 @@ def scatter_outer_kernel(
     m_d = o_d < D
     i_first = tl.load(bounds + i_m)
     i_last = tl.minimum(i_first + PIECE, tl.load(bounds + i_m + 1))
-    b_sum = sum_entries(weights, tokens, rows, i_first, i_last, o_d, D, ACC, BE, BD)
     i_piece, i_end = tl.load(piece_bounds + i_m), tl.load(piece_bounds + i_m + 1)
-    for i_p in range(i_piece, i_end):
-        b_sum += tl.load(partial + i_p * D + o_d, mask=m_d, other=0.0)
-    tl.store(out + i_m * D + o_d, b_sum.to(out.dtype.element_ty), mask=m_d)
+    for s in tl.static_range(len(rows)):  # type: ignore
+        b_sum = sum_entries(weights[s], tokens, rows[s], i_first, i_last, o_d, D, ACC, BE, BD)
+        for i_p in range(i_piece, i_end):
+            b_sum += tl.load(partial[s] + i_p * D + o_d, mask=m_d, other=0.0)
+        tl.store(out[s] + i_m * D + o_d, b_sum.to(out[s].dtype.element_ty), mask=m_d)
     if total is not None:  # noqa: SIM102 - nested: the outer one at compile time
         if tl.program_id(1) == 0:
-            b_total = sum_weights(weights, i_first, i_last, ACC, 32)
+            b_total = sum_weights(weights[0], i_first, i_last, ACC, 32)
             for i_p in range(i_piece, i_end):
                 b_total += tl.load(piece_total + i_p)
             tl.store(total + i_m, b_total)

@@ -61,12 +61,29 @@ def test_a_run_directory_holds_the_stack_the_log_and_what_was_asked(run, materia
 
 
 def test_eval_then_report(run, capsys):
-    assert main(["eval", str(run)]) == 0
+    assert main(["eval", str(run), "--reference", "affine_only", "--generation", "3"]) == 0
     printed = capsys.readouterr().out
     assert "affine_only" in printed
-    assert "nats per token" in printed
+    assert "nats per token; brackets: 95 % intervals" in printed
+    assert "resae, closed loop, k = 4: the layers one by one lose" in printed
     report = json.loads((run / "report.json").read_text())
     assert {r["method"] for r in report["replacement"]} == {"resae", "affine_only"}
+    for row in report["replacement"]:
+        assert row["delta_ce_low"] <= row["delta_ce"] <= row["delta_ce_high"]
+        cost = f"{row['delta_ce']:.4f} [{row['delta_ce_low']:.4f}, {row['delta_ce_high']:.4f}]"
+        assert cost in printed or len(row["layers"]) == 1
+        assert row["reference"] == (None if row["method"] == "affine_only" else "affine_only")
+    assert {len(row["layers"]) for row in report["replacement"]} == {1, 3}
+    assert {row["ablation"] for row in report["ablation"]} == {"zero", "mean"}
+    assert report["config"]["resampled"] == "rows"
+    for row in report["generation"]:
+        assert (row["prompts"], row["prompt_tokens"], row["new_tokens"]) == (3, 12, 12)
+        assert f"{row['agreement_tokens']:.4f} [" in printed
+    hows = [sample["how"] for sample in report["samples"]]
+    assert hows == ["nothing replaced", "ReSAE, k = 4, all layers replaced online"] * 3
+    assert len({sample["prompt"] for sample in report["samples"]}) == 3
+    assert [sample["replaced"] > 0 for sample in report["samples"]] == [False, True] * 3
+    assert not (run / "evaluation.partial.safetensors").exists()
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").stat().st_size > 10_000
@@ -808,7 +825,7 @@ def bad(material, tmp_path):
             "1 of 2 entries of column 'text' are null",
         ),
         "unknown-option": ([*train, "--layer-count", "3", *out], "^resae train: .*--layer-count 3"),
-        "unknown-argument": (["report", str(material), "more", "x"], "^resae report: .*: more x"),
+        "unknown-argument": (["push", "a", "b/c", "more", "x"], "^resae push: .*: more x"),
         "no-data": (["train", model, "", *TRAIN, *out], "argument DATA: is empty"),
         "no-model": (["train", "", text, *TRAIN, *out], "argument MODEL: is empty"),
         "no-out": ([*train, "--out", ""], "argument --out: is empty"),
@@ -853,6 +870,19 @@ def bad(material, tmp_path):
         ),
         "cache-dtype-alone": ([*train, "--cache-dtype", "bfloat16", *out], "without --cache"),
         "hook-point": ([*train, "--layers", "0,blocks.1.hook_x", *out], "unknown hook point"),
+        "eval-subsets": (["eval", str(material / "run"), "--subsets", "2"], "is no layer of the"),
+        "eval-subsets-order": (
+            ["eval", str(material / "run"), "--subsets", "2,1"],
+            "out of order",
+        ),
+        "eval-subsets-empty": (
+            ["eval", str(material / "run"), "--subsets", "1,,2"],
+            "expected none",
+        ),
+        "eval-reference": (
+            ["eval", str(material / "run"), "--reference", "raw"],
+            "reference 'raw' is no method here; expected one of resae, affine_only",
+        ),
         "eval-twice": (["eval", *[str(material / "run")] * 2], "named twice"),
         "eval-rows": (["eval", str(material / "run"), "--held-out-rows", "0"], "from 1 on"),
         "intervene-file": ([*writing, "--intervene", "no/such.json"], "no file no/such.json"),

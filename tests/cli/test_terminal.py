@@ -26,6 +26,15 @@ def test_results_alone_go_to_standard_output(capsys):
     assert capsys.readouterr() == ("[]\n", "a line\n")
 
 
+def test_control_characters_are_printed_escaped(capsys):
+    console = TerminalConsole("eval")
+    for write in (console.log, console.result, console.error):
+        write("a\tb\x1b[2J\r\x9b\u202e ∆\nc")
+    out, err = capsys.readouterr()
+    assert out == 2 * "a\tb\\x1b[2J\\r\\x9b\\u202e ∆\nc\n"
+    assert err == f"resae eval: {out[: len(out) // 2]}"
+
+
 def test_on_a_terminal_a_progress_line_is_overwritten(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     console = TerminalConsole()

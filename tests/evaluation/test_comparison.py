@@ -3,21 +3,31 @@ import inspect
 import itertools
 from dataclasses import is_dataclass
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
-from resae import AffineOnly, Method, evaluate
+from resae import AffineOnly, AffinePredictor, Method, evaluate, replacement
 from resae.evaluation import rows as evaluation_rows
 from resae.evaluation.comparison import collapse_difference, forward_passes
+from resae.evaluation.intervals import Bootstrap, interval
+from resae.evaluation.methods import subsets_of
 from resae.report import rows as report_rows
+from resae.stack.stack import new_stack
 
 COLUMNS = {
     "replacement": "method loop mode layers k active_total ce_clean ce delta_ce ce_recovered_zero "
-    "ce_recovered_mean kl tokens sinks",
+    "ce_recovered_mean kl tokens sinks reference difference sum_of_single",
+    "ablation": "ablation layers ce delta_ce kl tokens",
     "reconstruction": "method loop k layer fvu_stream fvu_target l0 dead_fraction fvu_with_sinks "
-    "sinks",
-    "redundancy": "method k mean_max_cos share_over_0_5 share_over_0_7 share_over_0_9 random_floor",
+    "sinks explained_variance explained_variance_legacy cosine norm_ratio reconstruction_bias "
+    "reference difference",
+    "density": "method loop k layer tokens alive_fraction over_1_percent over_10_percent "
+    "activity_over_1_percent activity_over_10_percent edges counts",
+    "redundancy": "method k mean_max_cos share_over_0_5 share_over_0_7 share_over_0_9 random_floor "
+    "layers_per_latent mean_max_cos_within mean_max_cos_transported share_over_0_5_transported "
+    "share_over_0_7_transported share_over_0_9_transported layers_per_latent_transported maps_of",
 }
 
 
@@ -59,7 +69,12 @@ def one(rows, **wanted):
 def test_rows_are_flat_and_have_the_agreed_columns(report, table):
     assert report[table]
     for row in report[table]:
-        assert list(row) == COLUMNS[table].split()
+        values = [name for name in row if not name.endswith(("_low", "_high"))]
+        assert values == COLUMNS[table].split()
+        for name in (name.removesuffix("_low") for name in row if name.endswith("_low")):
+            low, high = row[f"{name}_low"], row[f"{name}_high"]
+            assert (low is None) == (high is None) == (row[name] is None), name
+            assert low is None or low <= high
 
 
 def test_every_method_is_measured_in_every_mode_and_loop(report):
@@ -129,6 +144,157 @@ def test_ablations_are_of_the_replaced_layers_at_the_replaced_tokens(lm, batches
     assert row["ce_recovered_zero"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_intervals_and_differences_are_those_of_the_sums_of_rows(evaluation):
+    """Of 6 rows, with the same resamples for every method."""
+    clean, *replaced = evaluation.row_sums
+    bootstrap = Bootstrap(6)
+    deltas = {}
+    for sums, row in zip(replaced, evaluation.replacement, strict=True):
+        delta = bootstrap.per_token(np.subtract(sums.ce, clean.ce), clean.tokens)
+        deltas[row.method, row.loop, row.mode, len(row.layers)] = delta
+        expected = pytest.approx((row.delta_ce, row.delta_ce_low, row.delta_ce_high))
+        assert interval(delta) == expected
+    for row in evaluation.replacement:
+        theirs = deltas.get(("raw", None, row.mode, len(row.layers)))
+        assert (row.reference is None) == (row.method in ("raw", "exact"))  # exact: another k
+        if row.reference is not None:
+            ours = deltas[row.method, row.loop, row.mode, len(row.layers)]
+            found = (row.difference, row.difference_low, row.difference_high)
+            assert interval(ours - theirs) == pytest.approx(found)
+
+
+def test_one_layer_costs_the_same_in_every_mode(lm, batches):
+    """With nothing replaced before it, the running stream is the clean one."""
+    stack = tiny.stack(lm, "none", layers=(1,))
+    rows = evaluate(lm, [Method("one", stack, 4)], batches).replacement
+    assert [row.mode for row in rows] == ["teacher_forced", "online", "error_added"]
+    for row in rows[1:]:
+        assert row.delta_ce == pytest.approx(rows[0].delta_ce, abs=1e-6)
+        assert row.kl == pytest.approx(rows[0].kl, rel=1e-5)
+
+
+def test_any_set_of_layers_is_replaced_and_single_ones_are_summed(lm, batches):
+    stack = tiny.stack(lm)
+    method = Method("resae", stack, 4, subsets=subsets_of(tiny.NAMES, "all"))
+    assert len(method.subsets) == 6
+    evaluation = evaluate(lm, [method], batches)
+    rows = {(row.loop, row.mode, tuple(row.layers)): row for row in evaluation.replacement}
+    for loop in ("open", "closed"):
+        single = [rows[loop, "teacher_forced", (name,)].delta_ce for name in tiny.NAMES]
+        whole = rows[loop, "online", tuple(tiny.NAMES)]
+        assert whole.sum_of_single == pytest.approx(sum(single))
+        assert whole.sum_of_single_low < whole.sum_of_single < whole.sum_of_single_high
+        two = rows[loop, "online", tuple(tiny.NAMES[:2])]
+        assert two.sum_of_single == pytest.approx(sum(single[:2]))
+        assert rows[loop, "teacher_forced", (tiny.NAMES[0],)].sum_of_single is None
+    # Online, layers that are not replaced leave the stream alone, and the chain runs on.
+    pair = (tiny.NAMES[0], tiny.NAMES[2])
+    with replacement(lm, stack, loop="closed", layers=list(pair)):
+        logits = [lm.logits(ids) for ids in batches]
+    assert rows["closed", "online", pair].ce == pytest.approx(ce_of(logits, batches), rel=1e-5)
+    ablated = {(row.ablation, tuple(row.layers)): row for row in evaluation.ablation}
+    assert len(ablated) == 2 * 7
+    row = rows["closed", "online", pair]
+    zero = ablated["zero", pair]
+    recovered = (zero.ce - row.ce) / (zero.ce - row.ce_clean)
+    assert row.ce_recovered_zero == pytest.approx(recovered)
+    assert zero.delta_ce == pytest.approx(zero.ce - row.ce_clean)
+
+
+def test_latents_of_a_shared_dictionary_are_spread_over_layers(lm, batches):
+    """With one autoencoder at every layer its latents fire at some, or all, of them."""
+    layers = lm.hook_points(tiny.LAYERS)
+    shared = new_stack(
+        [p.name for p in layers],
+        AffinePredictor("none"),
+        d_in=lm.d_model,
+        d_sae=32,
+        k=(8,) * 3,
+        shared=True,
+    )
+    raw = tiny.stack(lm, "none")
+    methods = [
+        Method("mlsae", shared.eval(), 8),
+        Method("raw", raw, 4),
+        Method("resae", tiny.stack(lm), 4),
+    ]
+    evaluation = evaluate(lm, methods, batches)
+    (row,) = evaluation.shared_latents
+    assert row.method == "mlsae"
+    assert 1 < row.effective_layers <= row.layers_per_latent <= 3
+    assert 2 / 3 + 0.3 > row.variance >= row.variance_of_latent >= row.variance_of_token > 0
+    maps = {row.method: row.maps_of for row in evaluation.redundancy}
+    assert maps == {"raw": "resae", "resae": "resae"}  # of one dictionary there is no redundancy
+
+
+def ce_of(logits, batches):
+    """Mean cross-entropy over positions whose input is not special (0)."""
+    total = count = 0
+    for scores, ids in zip(logits, batches, strict=True):
+        counted = ids[:, :-1] != 0
+        log_p = scores[:, :-1].log_softmax(-1).gather(2, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        total -= float(log_p[counted].double().sum())
+        count += int(counted.sum())
+    return total / count
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_bits(lm, batches, tmp_path):
+    methods = [Method("resae", tiny.stack(lm), 4, subsets=subsets_of(tiny.NAMES, "each"))]
+    file = tmp_path / "sums.safetensors"
+    seen = []
+
+    def stop_after_two(done):
+        seen.append(done)
+        if done == 2:
+            raise Stopped
+
+    options = {"checkpoint": file, "checkpoint_seconds": 0}
+    whole = evaluate(lm, methods, batches)
+    with pytest.raises(Stopped):
+        evaluate(lm, methods, batches, on_batch=stop_after_two, **options)
+    assert file.exists()
+    kept = file.read_bytes()
+    assert evaluate(lm, methods, batches, on_batch=seen.append, **options) == whole
+    assert seen == [1, 2, 3]
+    assert not file.exists()
+    # Of other weights, or other tokens, it is not continued.
+    file.write_bytes(kept)
+    other = [Method("resae", tiny.stack(lm), 4, subsets=methods[0].subsets)]
+    other[0].stack.sae(2).b_dec.data += 1e-3
+    seen.clear()
+    assert evaluate(lm, other, batches, on_batch=seen.append, **options) != whole
+    assert seen == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sums_do_not_grow_with_the_text(lm, tmp_path):
+    """They are in the file: per document, latent and dimension."""
+    sizes = []
+    for rows in (4, 16):
+        file = tmp_path / f"{rows}"
+        with pytest.raises(Stopped):
+            evaluate(
+                lm,
+                [Method("resae", tiny.stack(lm), 4)],
+                list(tiny.ids(rows, 12).split(2)),
+                documents=[row * 4 // rows for row in range(rows)],
+                on_batch=lambda done: stop_if(done == 2),
+                checkpoint=file,
+                checkpoint_seconds=0,
+            )
+        sizes.append(file.stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+def stop_if(reached):
+    if reached:
+        raise Stopped
+
+
 def test_a_perfect_stack_loses_nothing(report):
     for row in report["replacement"]:
         if row["method"] == "exact":
@@ -187,6 +353,10 @@ def test_bad_input_is_named(lm, batches):
         evaluate(lm, [method], [])
     with pytest.raises(ValueError, match="different models"):
         evaluate(tiny.gemma2(), [method], batches)
+    with pytest.raises(ValueError, match="'reference' is no method here; expected one of resae"):
+        evaluate(lm, [method], batches, reference="reference")
+    with pytest.raises(ValueError, match="2 documents for 6 rows"):
+        evaluate(lm, [method], batches, documents=[1, 2])
     broken = tiny.stack(lm)
     broken.sae(1).b_dec.data[0] = float("nan")
     with pytest.raises(ValueError, match="is NaN"):

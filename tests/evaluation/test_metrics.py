@@ -6,15 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resae.evaluation.metrics import (
-    HISTOGRAM_EDGES,
     VarianceUnexplained,
-    cosine_histogram,
     cross_entropy,
     kept_directions,
     kl_divergence,
-    max_cosines,
-    recovered,
-    redundancy,
 )
 
 
@@ -90,39 +85,3 @@ def test_kl_of_a_worked_example_is_directed():
         0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-5
     )
     assert float(kl_divergence(p, p)) == 0.0
-
-
-def test_recovered_share():
-    assert recovered(ablated=10.0, replaced=4.0, original=2.0) == 0.75
-    with pytest.raises(ValueError, match="does not change"):
-        recovered(2.0, 2.0, 2.0)
-
-
-def test_max_cosine_is_signed_and_only_with_other_layers():
-    first = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # equal within the layer: does not count
-    second = torch.tensor([[-2.0, 0.0], [0.0, 3.0]])
-    assert max_cosines([first, second]).tolist() == [0.0, 0.0, -1.0, 0.0]
-    assert max_cosines([first, first]).tolist() == [1.0] * 4
-
-
-def test_redundancy_of_copies_and_of_random_directions():
-    W = torch.randn(64, 16)
-    copies = redundancy([W, 2 * W, W])
-    assert copies.mean_max_cos == pytest.approx(1.0, abs=1e-5)
-    assert copies.share_over_0_9 == 1.0
-    random = redundancy([torch.randn(256, 32) for _ in range(3)])
-    assert random.mean_max_cos == pytest.approx(random.random_floor, abs=0.02)
-    assert random.share_over_0_9 == 0.0
-    assert random.share_over_0_5 > random.share_over_0_7
-
-
-def test_histogram_counts_every_latent():
-    dictionaries = [torch.randn(40, 8), torch.randn(30, 8)]
-    counts = cosine_histogram(dictionaries)
-    assert len(counts) == len(HISTOGRAM_EDGES) - 1
-    assert sum(counts) == 70
-
-
-def test_redundancy_of_one_layer_is_an_error():
-    with pytest.raises(ValueError, match="at least 2"):
-        max_cosines([torch.randn(3, 2)])

@@ -1,6 +1,8 @@
 import json
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import foreign_files as files
@@ -8,6 +10,7 @@ import pytest
 import torch
 from foreign_files import D, K, M, activations, plain
 from safetensors.torch import load_file
+from torch import nn
 
 from resae import ReSAE, TopKSAE, export_sae, import_sae
 from resae.choices import EXPORTS, IMPORTS
@@ -16,7 +19,9 @@ from resae.interop import hub
 from resae.interop.formats import FORMATS, convert, read_sae
 from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
+from resae.sae.prefix import PrefixSAE
 from resae.sae.registry import load_sae
+from resae.sae.threshold import ThresholdSAE
 from resae.stack.affine import AffinePredictor
 
 
@@ -313,6 +318,47 @@ def test_of_several_those_that_cannot_be_converted_are_named(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_autoencoders_are_found_however_deep_and_damaged_ones_can_be_left_out(tmp_path, capsys):
+    deep = tmp_path / "in" / "a" / "b" / "c" / "d" / "e" / "layers.1"
+    files.sparsify(deep, plain())
+    files.sparsify(tmp_path / "in" / "broken", plain())
+    (tmp_path / "in" / "broken" / "cfg.json").write_text("{")
+    command = ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "resae"]
+    assert main(command) == 2
+    assert "broken/cfg.json is not valid JSON" in capsys.readouterr().err
+    assert main([*command, "--skip-unsupported"]) == 0
+    assert "broken/cfg.json is not valid JSON" in capsys.readouterr().err
+    (folder,) = tmp_path.glob("out/**/layers.1")
+    assert folder.relative_to(tmp_path / "out") == deep.relative_to(tmp_path / "in")
+    inner = [str(tmp_path / "in"), str(tmp_path / "in" / "new"), "--to", "saelens"]
+    assert main(["convert", *inner, "--hook-point", str(deep.relative_to(tmp_path / "in"))]) == 0
+    assert import_sae(tmp_path / "in" / "new").config.k == K
+
+
+def test_a_tree_without_end_is_not_searched_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("resae.interop.formats.MOST_FOLDERS", 20)
+    for number in range(30):
+        (tmp_path / f"{number}" / "x").mkdir(parents=True)
+    with pytest.raises(ValueError, match="more than 20 folders; name one"):
+        import_sae(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Not left out of a conversion without a word."""
+    files.sparsify(tmp_path / "in" / "a", plain())
+    (tmp_path / "in" / "locked").mkdir()
+    iterdir = Path.iterdir
+
+    def refuse(path):
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(OSError, match="cannot read the folder .*locked .Permission denied"):
+        convert(tmp_path / "in", tmp_path / "out", "resae")
+
+
 @pytest.mark.parametrize(
     ("destination", "message"),
     [
@@ -321,6 +367,7 @@ def test_of_several_those_that_cannot_be_converted_are_named(tmp_path, capsys):
         ("link", "cannot write the folder .*link .Not a directory.; choose another"),
         ("/proc/x/y", "cannot write into /proc"),
         ("n" * 300, "cannot write the folder .*File name too long"),
+        ("a\0b", "cannot write the folder .*null byte"),
         ("in", "not empty"),
         ("in/a/new", "lies within .*in/a; choose"),
         ("full", "not empty"),
@@ -386,6 +433,47 @@ def test_kinds_without_a_form_elsewhere_say_so(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def threshold_sae():
+    record = replace(TopKSAE(SAEConfig(D, M, K)).record(), threshold=torch.full((M,), 0.4))
+    sae = ThresholdSAE.from_record(record, max_active=48)
+    sae.config = replace(sae.config, screening=None, input_kind="affine_residual")
+    sae.on_overflow = "count"
+    return sae
+
+
+def prefix_sae():
+    return PrefixSAE(SAEConfig(D, M, K, prefix_gain=0.25, screening="certain"), prefixes=(2, K))
+
+
+def boosted_sae():
+    config = SAEConfig(D, M, K, screening=None)
+    return BoostedSAE(TopKSAE(config), TopKSAE(config), threshold=0.5, keep=0.5)
+
+
+@pytest.mark.parametrize("made", [threshold_sae, prefix_sae, boosted_sae])
+def test_a_folder_of_ours_is_rewritten_with_every_setting(made, tmp_path, capsys):
+    export_sae(made(), tmp_path / "a", "resae", hook_point="blocks.1.hook_resid_post", model="m")
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "resae"]) == 0
+    assert ("affine residual" in capsys.readouterr().out) == (made is threshold_sae)
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert len(files) == (4 if made is boosted_sae else 2)
+    for path in files:
+        again = tmp_path / "b" / path.relative_to(tmp_path / "a")
+        assert again.read_bytes() == path.read_bytes()
+
+
+def test_other_slots_change_nothing_else(tmp_path, capsys):
+    export_sae(threshold_sae(), tmp_path / "a", "resae")
+    command = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "resae"]
+    assert main([*command, "--max-active", "9"]) == 0
+    first = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    assert json.loads((tmp_path / "b" / "cfg.json").read_text()) == first | {"k": 9}
+    assert import_sae(tmp_path / "a", max_active=9).config == load_sae(tmp_path / "b").config
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["encode_here"]["path"] == "exact"
+
+
 def test_nothing_is_written_over_and_nothing_is_left_half_written(tmp_path, monkeypatch):
     export_sae(TopKSAE(SAEConfig(D, M, K)), tmp_path / "a", "saelens")
     with pytest.raises(FileExistsError, match="not empty"):
@@ -398,6 +486,45 @@ def test_nothing_is_written_over_and_nothing_is_left_half_written(tmp_path, monk
     with pytest.raises(OSError, match="disk full"):
         export_sae(TopKSAE(SAEConfig(D, M, K)), tmp_path / "b", "saelens")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_conversion_left_is_not_taken_for_autoencoders(tmp_path, monkeypatch):
+    for name in "ab":
+        files.sparsify(tmp_path / "saes" / name, plain())
+    rename = Path.replace
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if killed before the end
+    monkeypatch.setattr(Path, "replace", lambda p, to: sys.exit() if p.is_dir() else rename(p, to))
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "saes", tmp_path / "saes" / "new", "resae")
+    monkeypatch.undo()
+    assert list((tmp_path / "saes").rglob("*.partial/*/cfg.json"))
+    written = convert(tmp_path / "saes", tmp_path / "saes" / "new", "resae")
+    assert [sae.folder.name for sae in written] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda p: export_sae(nn.Linear(2, 2), p, "saelens"), TypeError, "got torch.*Linear"),
+        (lambda p: export_sae(boosted_sae(), p, "resae", hook_point=5), TypeError, "hook_point is"),
+        (lambda p: export_sae(boosted_sae(), p, "resae", model=nn), TypeError, "model is module"),
+        (lambda _: import_sae(boosted_sae()), TypeError, "source is .*BoostedSAE, expected a path"),
+        (lambda p: import_sae(p, hook_point=6), TypeError, "hook_point is builtins.int"),
+    ],
+)
+def test_arguments_of_other_types_are_named(call, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        call(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("to", EXPORTS)
+def test_weights_that_are_not_finite_are_not_exported(to, tmp_path):
+    sae = TopKSAE(SAEConfig(D, M, K))
+    sae.encoder.bias.data[3] = torch.inf
+    with pytest.raises(ValueError, match=r"NaN or infinite entries in encoder\.bias"):
+        export_sae(sae, tmp_path / "new", to)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture
@@ -439,6 +566,10 @@ def test_a_repository_of_the_hub(hub_folder):
         import_sae("owner/name", format=None)
     with pytest.raises(FileNotFoundError, match="404"):
         import_sae("owner/other")
+    with pytest.raises(ValueError, match=r"hook_point='\*' is a pattern; name one folder"):
+        import_sae("owner/name", hook_point="*")
+    with pytest.raises(FileNotFoundError, match="layers.99: there is no such file or folder"):
+        import_sae("owner/name", hook_point="layers.99")
     with pytest.raises(FileNotFoundError, match="no such path"):
         import_sae("nowhere")
     with pytest.raises(ValueError, match="local path"):

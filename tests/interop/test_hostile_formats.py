@@ -1,5 +1,7 @@
 """Files from strangers are read or refused in one line, within bounded memory."""
 
+import io
+import json
 import random
 import resource
 import zipfile
@@ -11,6 +13,7 @@ import torch
 from foreign_files import D, M, plain
 
 from resae import TopKSAE, import_sae
+from resae.cli import main
 from resae.interop.files import read_npz, read_pickled_tensors
 from resae.sae.base import SAEConfig
 from resae.sae.boosted import BoostedSAE
@@ -189,6 +192,54 @@ def test_weights_of_other_dtypes_are_refused(dtype, tmp_path):
     files.sparsify(tmp_path, sae._replace(W_enc=sae.W_enc.to(dtype)))
     with pytest.raises(ValueError, match="dtype"):
         load_sae(tmp_path)
+
+
+def change(file, **entries):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, **entries}))
+
+
+def test_names_in_a_file_cannot_steer_a_terminal(tmp_path, capsys, monkeypatch):
+    """They are printed escaped, one line each, and cut; a lone surrogate is printed at all."""
+    files.sparsify(tmp_path / "a", plain())
+    hostile = "\x1b[2J\nfolded none\u202e\ud800"
+    change(tmp_path / "a" / "cfg.json", metadata={"hook_point": hostile, "model": "x" * 100_000})
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    said = stream.buffer.getvalue().decode()
+    assert "hook_point           \\x1b[2J\\nfolded none\\u202e\\ud800\n" in said
+    assert len(said) < 2_000
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    assert b"\\u2013" in stream.buffer.getvalue()
+    files.sparsify(tmp_path / "b", plain(), extra={"\x1b[31m": torch.zeros(2)})
+    assert main(["inspect", str(tmp_path / "b")]) == 2
+    assert "has '\\x1b[31m', which no kind" in capsys.readouterr().err
+    (tmp_path / "c" / "\x1b[31m").mkdir(parents=True)
+    files.sparsify(tmp_path / "c" / "\x1b[31m" / "d", plain())
+    assert main(["inspect", str(tmp_path / "c")]) == 2
+    assert "\\x1b[31m/d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("write", "file", "entries", "words"),
+    [
+        (files.saelens, "cfg.json", {"d_in": 99}, "d_in = 99, its tensors 16"),
+        (files.saelens, "cfg.json", {"d_sae": 1}, "d_sae = 1, its tensors 64"),
+        (files.saelens, "cfg.json", {"k": 1e300}, r"k = 1e\+300, expected a whole number"),
+        (files.sparsify, "cfg.json", {"d_in": 10**9}, "d_in = 1000000000, its tensors 16"),
+        (files.sparsify, "cfg.json", {"num_latents": 7}, "num_latents = 7, its tensors 64"),
+        (files.mlsae, "config.json", {"n_latents": 65}, "n_latents = 65, its tensors 64"),
+    ],
+)
+def test_settings_that_contradict_the_tensors_are_refused(write, file, entries, words, tmp_path):
+    write(tmp_path, plain())
+    change(tmp_path / file, **entries)
+    with pytest.raises(ValueError, match=words) as raised:
+        import_sae(tmp_path)
+    assert len(str(raised.value)) < 400
 
 
 if __name__ == "__main__":

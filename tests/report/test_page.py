@@ -1,97 +1,27 @@
+import base64
+import hashlib
+import html
 import json
 import re
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report_material import replacement_row, report_of
 
 from resae.evaluation.labels import label, whole_selection
+from resae.evaluation.rows import ReconstructionRow, ReplacementRow
 from resae.report.content import load_report
-from resae.report.page import write_report
+from resae.report.figures import draw
+from resae.report.page import render, write_report
 from resae.storage import save_json
-
-
-def replacement_row(method, loop, mode, k, delta, layers=("blocks.1.x", "blocks.3.x")):
-    return {
-        "method": method,
-        "loop": loop,
-        "mode": mode,
-        "layers": list(layers),
-        "k": k,
-        "active_total": 8,
-        "ce_clean": 3.0,
-        "ce": 3.0 + delta,
-        "delta_ce": delta,
-        "ce_recovered_zero": 0.9,
-        "ce_recovered_mean": 0.8,
-        "kl": delta,
-        "tokens": 1000,
-    }
-
-
-def report_of(**changes):
-    rows = [
-        replacement_row(method, loop, mode, k, 1.0 / k if k else 0.5)
-        for mode in ("online", "teacher_forced", "error_added")
-        for method, loop, ks in (
-            ("raw", None, (4, 8)),
-            ("resae", "closed", (4, 8)),
-            ("affine_only", None, (None,)),
-        )
-        for k in ks
-    ]
-    rows.append(replacement_row("raw", None, "teacher_forced", 4, 9.99, layers=("blocks.3.x",)))
-    log = [
-        {"step": s, "tokens": 100 * s, "layers": [{"fvu": 1 / s}, {"fvu": 1 / s}]} for s in (1, 2)
-    ]
-    redundancy = {
-        "mean_max_cos": 0.5,
-        "share_over_0_5": 0.4,
-        "share_over_0_7": 0.1,
-        "share_over_0_9": 0.0,
-        "random_floor": 0.3,
-    }
-    return {
-        "schema_version": 1,
-        "title": "A <test> report",
-        "config": {
-            "model": "m",
-            "data": "d",
-            "layers": ["blocks.1.x", "blocks.3.x"],
-            "d_sae": 64,
-            "train_tokens": 1000,
-        },
-        "environment": {"torch": "2"},
-        "replacement": rows,
-        "reconstruction": [
-            {
-                "method": "raw",
-                "loop": None,
-                "k": 4,
-                "layer": "blocks.1.x",
-                "fvu_stream": 0.1234,
-                "fvu_target": None,
-                "l0": 4.0,
-                "dead_fraction": 0.0,
-            }
-        ],
-        "redundancy": [{"method": "raw", "k": 4, **redundancy}],
-        "redundancy_histogram": [
-            {"method": "raw", "k": 4, "edges": [0.0, 0.5, 1.0], "counts": [3, 1]}
-        ],
-        "affine": [{"method": "resae", "hop": "blocks.1.x → blocks.3.x", "r2": 0.87}],
-        "training": [{"method": "raw", "k": 4, "log": log}],
-        "samples": [{"how": "plain", "prompt": "p <b>", "text": "t & u", "replaced": 0}],
-        "findings": ["ReSAE < raw"],
-        **changes,
-    }
 
 
 class _Balance(HTMLParser):
     """Fails on tags that do not match."""
 
     VOID = {"meta", "br", "img"}
-    OPEN_ENDED = {"p", "html", "body"}
 
     def __init__(self):
         super().__init__()
@@ -99,7 +29,7 @@ class _Balance(HTMLParser):
         self.links = []
 
     def handle_starttag(self, tag, attrs):
-        if tag not in self.VOID | self.OPEN_ENDED:
+        if tag not in self.VOID:
             self.open.append(tag)
         self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
 
@@ -108,33 +38,156 @@ class _Balance(HTMLParser):
         self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
 
     def handle_endtag(self, tag):
-        if tag not in self.VOID | self.OPEN_ENDED:
+        if tag not in self.VOID:
             assert self.open.pop() == tag
 
 
-def test_page_is_one_self_contained_document(tmp_path):
-    save_json(tmp_path / "report.json", report_of())
-    page = write_report(tmp_path).read_text()
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Text of the page of the small report."""
+    folder = tmp_path_factory.mktemp("page")
+    save_json(folder / "report.json", report_of())
+    return write_report(folder).read_text()
+
+
+def test_page_is_one_self_contained_document(page):
     checker = _Balance()
     checker.feed(page)
     assert checker.open == []
     assert all(link.startswith("#") for link in checker.links)
-    assert page.count("<svg") == 5
     ids = re.findall(r'\sid="([^"]+)"', page)
-    used = set(re.findall(r'(?:url\(|xlink:href=")#([^")]+)', page))
-    assert used <= set(ids)
-    for name in ("delta_ce", "ce_recovered", "redundancy", "r2", "training"):
-        assert (tmp_path / "figures" / f"{name}.svg").read_text().startswith("<svg")
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:url\(|href=")#([^")]+)', page)
+    used += " ".join(re.findall(r'aria-labelledby="([^"]+)"', page)).split()
+    assert set(used) <= set(ids)
+    assert page.lstrip().startswith("<!doctype html>")
 
 
-def test_text_is_escaped_and_numbers_are_shown(tmp_path):
-    save_json(tmp_path / "report.json", report_of())
+def test_the_policy_allows_the_style_and_script_of_the_page_and_nothing_else(page):
+    policy = html.unescape(re.search(r'Security-Policy" content="([^"]+)"', page)[1])
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    for tag, rule in (("style", "style-src"), ("script", "script-src")):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert rules[rule] == f"'sha256-{digest}'"
+    assert " style=" not in page  # the policy would refuse it
+    assert not re.search(r"\son\w+=", page)
+
+
+HOSTILE = "</style></script><script>alert(1)</script><img src=x onerror=alert(1)> {{ 7 * 7 }} \" '"
+
+
+def test_text_of_models_and_data_is_escaped_wherever_it_is_shown(tmp_path):
+    changes = {
+        "title": HOSTILE,
+        "findings": [HOSTILE],
+        "samples": [{"how": HOSTILE, "prompt": HOSTILE, "text": HOSTILE, "replaced": 0}],
+        "environment": {HOSTILE: HOSTILE},
+        "affine": [{"method": HOSTILE, "hop": HOSTILE, "r2": 0.5}],
+    }
+    report = report_of(**changes)
+    report["config"] |= {"model": HOSTILE, "data": HOSTILE, HOSTILE: [HOSTILE]}
+    for row in report["replacement"]:
+        row["method"] = HOSTILE if row["method"] == "raw" else row["method"]
+    save_json(tmp_path / "report.json", report)
     page = write_report(tmp_path).read_text()
-    assert "A &lt;test&gt; report" in page
-    assert "p &lt;b&gt;" in page
-    assert "ReSAE &lt; raw" in page
-    assert "0.1234" in page
-    assert "9.99" not in page  # the row of fewer layers is not in the table of all
+    checker = _Balance()
+    checker.feed(page)
+    assert checker.open == []
+    assert page.count("<script>") == page.count("</script>") == page.count("</style>") == 1
+    assert "<img" not in page
+    assert page.count("{{ 7 * 7 }}") > 15
+    for figure in (tmp_path / "figures").iterdir():
+        assert "<script>" not in figure.read_text()
+
+
+def test_every_number_of_the_tables_is_in_the_report(page):
+    """As it is shown: the numbers that tables are sorted by are those of the rows."""
+    known = {str(value) for value in numbers(report_of())}
+    cells = re.findall(r'<td data-value="([^"]+)">([^<]+)', page)
+    shown = [(value, text) for value, text in cells if re.fullmatch(r"-?[\d.e-]+", value)]
+    assert len(shown) > 100
+    for value, text in shown:
+        assert value in known
+        assert float(text.replace("−", "-").replace(",", "")) == pytest.approx(
+            float(value), abs=0.0051
+        )
+
+
+def numbers(content):
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        return [number for part in content for number in numbers(part)]
+    return [content] if isinstance(content, int | float) else []
+
+
+def table(page, name):
+    """Rows of cell texts of the table of this name."""
+    (found,) = re.findall(f'<table id="{name}".*?</table>', page, re.S)
+    rows = re.findall(r"<tr.*?</tr>", found, re.S)
+    cells = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.S) for row in rows]
+    return [[html.unescape(re.sub(r"<.*?>", "", text)) for text in row] for row in cells]
+
+
+def test_rows_of_some_layers_are_in_a_table_of_their_own(page):
+    assert "9.9900" in table(page, "replaced-subsets")[1]
+    for mode in ("online", "teacher_forced", "error_added"):
+        assert len(table(page, f"replaced-{mode}")) == 6
+        assert not any("9.9900" in row for row in table(page, f"replaced-{mode}"))
+
+
+def test_the_top_has_the_losses_at_each_k_and_marks_the_best_autoencoder(page):
+    assert "all 2 selected layers replaced at once (online) by codes of 8 active latents" in page
+    head, raw, ours, maps = table(page, "headline")
+    assert head == ["method", "k = 4", "k = 8"]
+    assert raw == ["raw SAEs", "0.25 best", "0.12 best"]  # as good as each other
+    assert ours == ["ReSAE", "0.25 best", "0.12 best"]
+    assert maps == ["affine maps alone", "0.50", "0.50"]
+
+
+@dataclass(frozen=True)
+class WithInterval(ReplacementRow):
+    """A replacement row of an evaluation with intervals."""
+
+    delta_ce_low: float | None = None
+    delta_ce_high: float | None = None
+
+
+@dataclass(frozen=True)
+class WithCosine(ReconstructionRow):
+    """A reconstruction row with a measure that the page does not know."""
+
+    cosine_mean: float = 0.5
+
+
+def interval(value):
+    return {"delta_ce_low": 0.8 * value, "delta_ce_high": 1.2 * value}
+
+
+def test_intervals_stand_beside_their_values(tmp_path):
+    save_json(tmp_path / "report.json", report_of())
+    report = load_report(tmp_path / "report.json")
+    rows = [WithInterval(**(vars(row) | interval(row.delta_ce))) for row in report.replacement]
+    report = replace(report, replacement=rows)
+    figures = draw(report)
+    text = render(report, figures)
+    assert "0.25 [0.20, 0.30] best" in table(text, "headline")[1]
+    assert "0.25 [0.20, 0.30]" in table(text, "replaced-online")[1]
+    assert "delta ce low" not in text
+    assert figures["delta_ce"].to_svg().count("whisker c-") == 3 * 4
+    assert "at 8" in text
+    assert "0.12 [0.10, 0.15] at 8" in text  # in the description of the figure
+
+
+def test_a_measure_that_the_page_does_not_know_has_a_column(tmp_path):
+    save_json(tmp_path / "report.json", report_of())
+    report = load_report(tmp_path / "report.json")
+    rows = [WithCosine(**vars(row)) for row in report.reconstruction]
+    text = render(replace(report, reconstruction=rows), {})
+    head, first = table(text, "reconstruction-table")
+    assert dict(zip(head, first, strict=True))["cosine mean"] == "0.5000"
 
 
 def test_parts_without_data_are_left_out(tmp_path):
@@ -142,8 +195,29 @@ def test_parts_without_data_are_left_out(tmp_path):
     del report["samples"], report["findings"]
     save_json(tmp_path / "report.json", report)
     page = write_report(tmp_path).read_text()
-    assert page.count("<svg") == 2
-    assert "Training" not in page
+    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"delta_ce", "ce_recovered"}
+    titles = re.findall(r"<summary><h2>(.*?)</h2>", page)
+    assert titles == [
+        "All selected layers replaced at once",
+        "Some of the layers replaced",
+        "Reconstruction from clean activations",
+        "Configuration",
+    ]
+    assert re.findall(r'<li><a href="#.*?">(.*?)</a>', page) == titles
+
+
+def test_a_single_run_has_one_row_per_way_of_replacing(tmp_path):
+    """One method at one k in one mode: dots in place of lines, nothing empty."""
+    rows = [replacement_row("resae", "closed", "online", 8, 0.75)]
+    report = report_of(replacement=rows, **dict.fromkeys(
+        ("affine", "training", "redundancy", "redundancy_histogram", "samples", "findings"), []
+    ))  # fmt: skip
+    save_json(tmp_path / "report.json", report)
+    page = write_report(tmp_path).read_text()
+    assert "rises by 0.75 nats per token with ReSAE." in page
+    assert table(page, "headline") == [["method", "online"], ["ReSAE", "0.75"]]
+    assert page.count('class="chart"') == 3  # headline, its section: losses and share recovered
+    assert "teacher-forced: nats" not in page
 
 
 def test_the_folder_may_be_named_by_a_string(tmp_path):
@@ -166,13 +240,6 @@ def test_a_folder_that_takes_no_files_is_found_before_anything_is_drawn(tmp_path
     monkeypatch.setattr("resae.storage.tempfile.TemporaryFile", refuse)
     monkeypatch.setattr("resae.report.page.draw", None)
     with pytest.raises(OSError, match="cannot write into .*Read-only file system"):
-        write_report(tmp_path)
-
-
-def test_without_matplotlib_the_remedy_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
-    save_json(tmp_path / "report.json", report_of())
-    monkeypatch.setattr("resae.report.figures.find_spec", lambda _: None)
-    with pytest.raises(ModuleNotFoundError, match=r"resae\[plots\]"):
         write_report(tmp_path)
 
 

@@ -1,5 +1,6 @@
 import pytest
 
+from resae.evaluation.intervals import Interval
 from resae.reproduce.claims import (
     COSINE_CLAIM,
     FVU_CLAIM,
@@ -11,7 +12,6 @@ from resae.reproduce.claims import (
     findings_of,
     summary_of,
 )
-from resae.reproduce.intervals import Interval
 from resae.reproduce.jobs import MAPS_ALONE, Job, Kind
 from resae.reproduce.losses import Setting, read_losses
 from resae.reproduce.settings import StudyConfig

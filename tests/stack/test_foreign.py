@@ -21,6 +21,11 @@ def topk(seed: int, **config) -> TopKSAE:
     return sae.requires_grad_(False)
 
 
+def not_finite(sae):
+    sae.W_dec.data[3, 4] = torch.nan
+    return sae
+
+
 @pytest.fixture(scope="module")
 def lm():
     return tiny.pythia()
@@ -83,6 +88,7 @@ def test_kinds_with_thresholds_stand_beside_topk_and_the_stack_is_saved(lm, tmp_
             id="residual",
         ),
         pytest.param({0: topk(0), 1: topk(1).double()}, ValueError, "one dtype", id="dtypes"),
+        pytest.param({0: not_finite(topk(0))}, ValueError, "blocks.0.*NaN.*W_dec", id="nan"),
         pytest.param({0: "no/such/folder/at/all"}, FileNotFoundError, "no such", id="path"),
     ],
 )
@@ -96,7 +102,7 @@ def test_another_place_in_the_file_is_warned_of(lm, tmp_path, caplog):
     ReSAE.from_saes({1: tmp_path / "a"}, lm)
     assert not caplog.records
     ReSAE.from_saes({0: tmp_path / "a"}, lm)
-    assert "for blocks.0.hook_resid_post was trained at blocks.1.hook_resid_post" in caplog.text
+    assert "for blocks.0.hook_resid_post was trained at 'blocks.1.hook_resid_post'" in caplog.text
 
 
 def test_room_is_given_to_thresholds_alone_and_the_callers_object_stays(lm):
@@ -107,6 +113,13 @@ def test_room_is_given_to_thresholds_alone_and_the_callers_object_stays(lm):
     assert [stack.sae(i).config.k for i in range(2)] == [2, 4]
     assert threshold.max_active == before != 2
     assert import_object(threshold, max_active=3).config.k == 3
+
+
+@pytest.mark.parametrize("max_active", [0, 65, "9", 9.5, True])
+def test_slots_out_of_bounds_are_named(lm, max_active):
+    record = replace(topk(0).record(), threshold=torch.full((M,), 0.4))
+    with pytest.raises(ValueError, match=r"max_active=.*whole number from 1 to 64"):
+        ReSAE.from_saes({0: ThresholdSAE.from_record(record)}, lm, max_active=max_active)
 
 
 def test_our_own_format_keeps_every_setting(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,10 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoConfig
 
-from resae import HookedLM, ReSAE
+from resae import HookedLM, ReSAE, ThresholdSAE, TopKSAE
 from resae.cli import main
 from resae.models.identity import ModelIdentity
+from resae.sae.base import SAEConfig
 from resae.stack.card import model_card
 from resae.training.runs import model_of
 
@@ -150,6 +152,22 @@ def test_a_card_claims_neither_licence_nor_numbers_nor_a_hub_model_that_were_not
     assert "base_model" not in text
     assert "revision `" not in text
     assert "Δ CE" not in text
+
+
+def test_a_card_calls_autoencoders_with_thresholds_by_their_kind(lm):
+    def sae(screening="statistical"):
+        return TopKSAE(SAEConfig(32, 64, 4, screening=screening))
+
+    record = replace(sae().record(), threshold=torch.ones(64))
+    threshold = ThresholdSAE.from_record(record, max_active=9)
+    text = str(model_card(ReSAE.from_saes({0: threshold}, lm)))
+    assert "# Autoencoders with thresholds of 1 layers" in text
+    assert "TopK" not in text
+    assert "| blocks.0.hook_resid_post | 32 | 64 | at most 9 |" in text
+    text = str(model_card(ReSAE.from_saes({0: threshold, 1: sae(None)}, lm)))
+    assert "# Autoencoders with thresholds and TopK ones of 2 layers" in text
+    assert "differs by layer" in text
+    assert "statistical" not in text
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from resae.data.batches import ActivationBatches, Position
 from resae.data.rows import TokenRows
 from resae.models.identity import ModelIdentity
 from resae.stack.fit import Moments
-from resae.storage import load_tensors
+from resae.storage import load_header, load_tensors
 from resae.training.calibration import Calibration, boost_calibration, calibrate
+from resae.training.checkpoints import resumed_config
 from resae.training.loss import stack_loss
 from resae.training.start import initial_state
 
@@ -350,6 +351,24 @@ def test_the_steps_in_common_are_those_of_the_same_learning_rate(steps):
     # What stops it is the rate, or the last buffer of four batches.
     assert common in (sum(alike), steps // 4 * 4)
     assert common <= min(sum(alike), steps // 4 * 4)
+
+
+def test_a_run_resumed_by_a_version_with_other_defaults_goes_on_as_it_began(
+    xs, tmp_path, monkeypatch
+):
+    """Dead latents: earlier versions waited for an eighth of the training, and wrote no number."""
+    config = config_of(train_tokens=64 * 200)
+    assert config.dead_tokens == 1_024 < config.train_tokens // 8
+    run(xs, tmp_path, config, should_stop=stop_after(3))
+    monkeypatch.setattr("resae.training.config.IDLE_FIRINGS", 7)
+    assert resumed_config(config, tmp_path).dead_after_tokens == 1_024
+    path = tmp_path / "checkpoints" / "step_00000003.safetensors"
+    metadata = load_header(path, "checkpoint").metadata
+    earlier = json.loads(metadata["config"]) | {"dead_after_tokens": None}
+    del earlier["sink_factor"]
+    tensors = load_tensors(path, "checkpoint")
+    save_file(tensors, path, metadata | {"config": json.dumps(earlier)})
+    assert resumed_config(config, tmp_path).dead_after_tokens == config.train_tokens // 8
 
 
 def test_resuming_with_other_settings_is_refused(xs, tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from resae.reproduce.intervals import Bootstrap, interval
+from resae.evaluation.intervals import Bootstrap, interval
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
@@ -40,3 +40,11 @@ def test_a_document_weighs_as_much_as_it_has_tokens():
     assert quantity[0] == pytest.approx(2.5)
     assert {round(x, 6) for x in quantity[1:]} == {1.0, 2.5, 3.0}
     assert str(interval(quantity)) == "2.500 [1.000, 3.000]"
+
+
+def test_of_every_stratum_as_many_are_drawn_as_there_are():
+    strata, ones = ["a"] * 3 + ["b"] * 2, [1] * 5
+    bootstrap = Bootstrap(5, resamples=200, strata=strata)
+    of_a = bootstrap.per_token([1.0, 1.0, 1.0, 0.0, 0.0], ones)
+    assert set(of_a) == {0.6}
+    assert len(set(bootstrap.per_token([1.0, 0.0, 0.0, 1.0, 0.0], ones))) > 4
