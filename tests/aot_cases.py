@@ -398,9 +398,9 @@ def step_cases() -> Iterator[AotCase]:
         yield AotCase(
             f"select_decode {name}, M={M} k={k} D={D}",
             step.select_decode_kernel,
-            each(floats, "x_hat acts program_acts W_dec b_dec prediction")
-            | each(integers, "program_keys scores best")
-            | each("*i64:16", "indices program_indices")
+            each(floats, "x_hat acts W_dec b_dec prediction")
+            | each(integers, "keys scores best")
+            | each("*i64:16", "indices")
             | each("i32:16", "M groups s_scores k"),
             step.select_decode_constants(layout, D, dtype),
             *(warps, 1),
