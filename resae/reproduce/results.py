@@ -47,6 +47,8 @@ def require_result(found: Any, kind: Kind, documents: int, where: str) -> Result
             _require_training(found, where)
         case Kind.EVALUATE:
             _require_evaluation(found, documents, where)
+        case Kind.CAPTURE | Kind.SWEEP:
+            pass
     return found
 
 

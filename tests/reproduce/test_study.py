@@ -128,7 +128,8 @@ def test_the_learning_rate_is_the_best_of_the_sweep(study, lm, tmp_path):
     for losses, best in (((2.0, 1.0), 1.0), ((1.0, 2.0), 0.5), ((1.0, None), 0.5)):
         for job, loss in zip((one, other), losses, strict=True):
             found = None if loss is None else {"online": loss, "teacher_forced": 0.0}
-            save_json(tmp_path / "jobs" / f"{job.name}.json", {"delta_ce": found})
+            result = study.result(job) | {"delta_ce": found}
+            save_json(tmp_path / "jobs" / f"{job.name}.json", result)
         config = copy.train_config(train)
         assert config.lr == pytest.approx(best * replace(config, lr=None).peak_lr)
         assert config.train_tokens == 4 * copy.train_config(one).train_tokens
