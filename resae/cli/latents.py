@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -37,6 +38,8 @@ TEXT: dict[str, Any] = {
 TOKENS = 1_000_000
 SAVE_SECONDS = 60.0
 """Seconds of work that a kill can lose."""
+BATCH_SECONDS = 2.0
+"""Batches grow while they take less: after each progress is reported, and a Ctrl-C heard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +214,6 @@ def _read_text(
     console: TerminalConsole,
 ) -> bool:
     """Read text until the index has as many tokens as are asked for; False: interrupted."""
-    import time
-
     from resae.cli.train import Interruptible
     from resae.latents.collect import collect_latents
     from resae.latents.index import index_bytes
@@ -260,6 +261,7 @@ def _batches(lm: HookedLM, index: LatentIndex, rows: int) -> Iterator[torch.Tens
     import torch
 
     from resae.cli.libraries import quiet_libraries
+    from resae.data.activations import MODEL_ROWS
     from resae.data.rows import read_rows
     from resae.latents.collect import BATCH_ROWS
 
@@ -267,8 +269,12 @@ def _batches(lm: HookedLM, index: LatentIndex, rows: int) -> Iterator[torch.Tens
     names = (*TEXT, "seed", "held_out_rows")
     source = Source(model=lm.name, **{name: index.settings[name] for name in names})
     text = islice(read_rows(source, lm)[0].from_row(index.rows_done), rows - index.rows_done)
-    while batch := list(islice(text, BATCH_ROWS)):
+    size, began = MODEL_ROWS, time.perf_counter()
+    while batch := list(islice(text, size)):
         yield torch.stack(batch)
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+        if seconds < BATCH_SECONDS:
+            size = min(2 * size, BATCH_ROWS)
 
 
 def _described(
