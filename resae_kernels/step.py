@@ -336,37 +336,13 @@ def _check(
         ("b_dec", b_dec, (D,), "one entry per dimension"),
         ("prediction", prediction, tuple(x.shape), "the shape of x"),
     ]
-    if transported is None:
-        if codes:
-            raise ValueError(
-                f"{op}: {len(codes)} codes without transported; build it with transport(), or pass "
-                f"prediction instead of codes"
-            )
-    else:
-        m, L = len(codes), len(transported.dictionaries)
-        if m >= L:
-            raise ValueError(
-                f"{op}: {m} codes, but transported covers {L} layers; give the codes of the layers "
-                f"before this one"
-            )
-        if b_dec is not None or prediction is not None:
-            name = "prediction" if b_dec is None else "b_dec"
-            raise ValueError(
-                f"{op}: {name} together with transported, which holds prediction and b_dec; give "
-                f"one of the two"
-            )
-        inputs.append(("transported.constants", transported.constants[m], (D,), "width of x"))
-        for j, code in enumerate(codes):
-            checks.check_codes(op, code.acts, code.indices, f" of codes[{j}]")
-            inputs += [
-                (f"codes[{j}]", code.acts, (*tokens, code.acts.shape[-1]), "the tokens of x"),
-                (
-                    f"transported.dictionaries[{m}][{j}]",
-                    transported.dictionaries[m][j],
-                    (transported.dictionaries[m][j].shape[0], D),
-                    "width of x",
-                ),
-            ]
+    if transported is not None:
+        inputs += _transported_inputs(x, D, b_dec, prediction, codes, transported)
+    elif codes:
+        raise ValueError(
+            f"{op}: {len(codes)} codes without transported; build it with transport(), or pass "
+            f"prediction instead of codes"
+        )
     for name, tensor, shape, why in inputs:
         if tensor is not None:
             checks.check_shape(op, name, tensor, shape, why)
@@ -378,6 +354,41 @@ def _check(
                     f"{op}: {name} requires its gradient, and this op has none; call it under "
                     f"torch.no_grad(), or use topk_encode and sparse_decode"
                 )
+
+
+def _transported_inputs(
+    x: Tensor,
+    D: int,
+    b_dec: Tensor | None,
+    prediction: Tensor | None,
+    codes: Sequence[SparseCode],
+    transported: Transported,
+) -> list[tuple[str, Tensor, tuple[int, ...], str]]:
+    """Name, tensor, expected shape and its reason of each input from which x is predicted."""
+    op, m, L = "online_step", len(codes), len(transported.dictionaries)
+    if m >= L:
+        raise ValueError(
+            f"{op}: {m} codes, but transported covers {L} layers; give the codes of the layers "
+            f"before this one"
+        )
+    if b_dec is not None or prediction is not None:
+        name = "prediction" if b_dec is None else "b_dec"
+        raise ValueError(
+            f"{op}: {name} together with transported, which holds prediction and b_dec; give "
+            f"one of the two"
+        )
+    inputs: list[tuple[str, Tensor, tuple[int, ...], str]] = [
+        ("transported.constants", transported.constants[m], (D,), "width of x")
+    ]
+    for j, code in enumerate(codes):
+        checks.check_codes(op, code.acts, code.indices, f" of codes[{j}]")
+        shape = (*x.shape[:-1], code.acts.shape[-1])
+        name, dictionary = f"transported.dictionaries[{m}][{j}]", transported.dictionaries[m][j]
+        inputs += [
+            (f"codes[{j}]", code.acts, shape, "the tokens of x"),
+            (name, dictionary, (dictionary.shape[0], D), "width of x"),
+        ]
+    return inputs
 
 
 def _check_workspace(out: StepWorkspace, N: int, M: int, k: int, D: int, x: Tensor) -> None:

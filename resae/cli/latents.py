@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,9 +19,9 @@ from resae.settings import Shown
 if TYPE_CHECKING:
     import torch
 
-    from resae.latents.cards import LatentReport
     from resae.latents.index import LatentIndex
     from resae.latents.prompt import PromptLatents
+    from resae.latents.records import LatentCard, LatentReport
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
@@ -37,6 +38,8 @@ TEXT: dict[str, Any] = {
 TOKENS = 1_000_000
 SAVE_SECONDS = 60.0
 """Seconds of work that a kill can lose."""
+BATCH_SECONDS = 2.0
+"""Batches grow while they take less: after each progress is reported, and a Ctrl-C heard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class Options(Machine):
     """Measure what ablating each latent on the page costs; always done for those that --latent
     names."""
     neuronpedia: bool = False
-    """Write the cards in Neuronpedia's format, as SAEDashboard does, too."""
+    """Also write the cards as SAEDashboard writes them for Neuronpedia."""
     json: bool = False
     """Print the cards as JSON; progress goes to standard error."""
     out: Annotated[str | None, writable] = None
@@ -211,8 +214,6 @@ def _read_text(
     console: TerminalConsole,
 ) -> bool:
     """Read text until the index has as many tokens as are asked for; False: interrupted."""
-    import time
-
     from resae.cli.train import Interruptible
     from resae.latents.collect import collect_latents
     from resae.latents.index import index_bytes
@@ -260,6 +261,7 @@ def _batches(lm: HookedLM, index: LatentIndex, rows: int) -> Iterator[torch.Tens
     import torch
 
     from resae.cli.libraries import quiet_libraries
+    from resae.data.activations import MODEL_ROWS
     from resae.data.rows import read_rows
     from resae.latents.collect import BATCH_ROWS
 
@@ -267,8 +269,12 @@ def _batches(lm: HookedLM, index: LatentIndex, rows: int) -> Iterator[torch.Tens
     names = (*TEXT, "seed", "held_out_rows")
     source = Source(model=lm.name, **{name: index.settings[name] for name in names})
     text = islice(read_rows(source, lm)[0].from_row(index.rows_done), rows - index.rows_done)
-    while batch := list(islice(text, BATCH_ROWS)):
+    size, began = MODEL_ROWS, time.perf_counter()
+    while batch := list(islice(text, size)):
         yield torch.stack(batch)
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+        if seconds < BATCH_SECONDS:
+            size = min(2 * size, BATCH_ROWS)
 
 
 def _described(
@@ -311,12 +317,16 @@ def _write(
     console: TerminalConsole,
 ) -> None:
     from resae.latents.cards import TokenTexts
+    from resae.latents.neuronpedia import write_neuronpedia
     from resae.latents.page import write_json, write_page
 
     name = "latents" if options.latent is None and prompt is None else "chosen"
     name = name if prompt is None else "prompt"
     write_json(out / f"{name}.json", report, prompt)
     write_page(out / f"{name}.html", report, prompt, TokenTexts(lm.tokenizer))
+    if options.neuronpedia:
+        for path in write_neuronpedia(out / "neuronpedia", report):
+            console.log(f"written to {path}")
     if options.json:
         console.json(report.to_dict())
     elif options.latent is not None:
@@ -324,7 +334,7 @@ def _write(
     console.log(f"written to {out / f'{name}.html'} and {name}.json")
 
 
-def _text(card: Any) -> str:
+def _text(card: LatentCard) -> str:
     """A card in lines."""
     lines = [f"{card.name}: fires at {card.firings:,} tokens, density {card.density:.3%}"]
     for passage in card.passages[:5]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from resae.arguments import compared, filled, names, whole, writable
 from resae.arguments import seed as seed_number
+from resae.choices import Loop
 from resae.cli.terminal import TerminalConsole
 from resae.data.config import Machine
 from resae.environment import describe_device, environment, find_device
@@ -32,7 +33,7 @@ class Options(Machine):
     """Run directories of the same layers; differences are from the first."""
     data: Annotated[tuple[str, ...], names] = ("embedded",)
     """Labelled texts, separated by commas: embedded (its seven domains), local files or folders,
-    hub datasets; scores are averaged over them."""
+    hub datasets, saebench (its eight datasets); scores are averaged over them."""
     text_column: Annotated[str, filled] = "text"
     """Column that holds the texts."""
     label_column: Annotated[str | None, filled] = None
@@ -43,6 +44,9 @@ class Options(Machine):
     measures: Annotated[tuple[str, ...] | None, names] = None
     """Scores to compute: probing (accuracy of probes on the k best latents), tpp (targeted probe
     perturbation), scr (spurious correlation removal); None: all that the data allows."""
+    loop: Annotated[str | None, Loop] = None
+    """Predictions of stacks with maps: from activations (open) or reconstructions (closed); None:
+    both."""
     k: Annotated[tuple[int, ...], compared] = (1, 2, 5)
     """Numbers of latents that a probe may use."""
     ablated: Annotated[tuple[int, ...], compared] = (2, 5, 10, 20, 50, 100, 500)
@@ -70,6 +74,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli.eval import open_runs, require_comparable
     from resae.cli.libraries import quiet_libraries
     from resae.data.labelled import load_labelled
+    from resae.data.public_labelled import PUBLIC
     from resae.evaluation.scores import Measure, mean_scores, score_rows
     from resae.models.hooked import EMBEDDED, HookedLM
     from resae.storage import require_writable, save_json
@@ -99,10 +104,11 @@ def run(options: Options, console: TerminalConsole) -> int:
             test_documents=options.test_documents,
             seed=options.seed,
         )
-        for data in options.data
+        for given in options.data
+        for data in (PUBLIC if given == "saebench" else [given])
     ]
     lm = load_model(name, options.dtype, device, revision)
-    sources = _sources(runs)
+    sources = _sources(runs, options.loop)
     scores = [_scores(lm, sources, data, i, options, console) for i, data in enumerate(texts)]
     rows = [
         row
@@ -126,8 +132,8 @@ def run(options: Options, console: TerminalConsole) -> int:
     return 0
 
 
-def _sources(runs: Sequence[OpenRun]) -> list[CodeSource]:
-    """Every run in each of its loops."""
+def _sources(runs: Sequence[OpenRun], wanted: str | None) -> list[CodeSource]:
+    """Every run in each of its loops, or in the wanted one."""
     from resae.cli.eval import methods_of
     from resae.evaluation.pooling import CodeSource
     from resae.stack.stack import ReSAE
@@ -137,6 +143,7 @@ def _sources(runs: Sequence[OpenRun]) -> list[CodeSource]:
         for method in methods_of(runs, None)
         if isinstance(method.stack, ReSAE)
         for loop in method.loops
+        if loop is None or wanted in (None, loop)
     ]
 
 

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from resae.choices import Loop
 from resae.data.activations import capture_tokens
-from resae.evaluation.metrics import kept_directions, redundancy
+from resae.evaluation.metrics import kept_directions
+from resae.evaluation.redundancy import LargestCosines
 from resae.models.hooked import HookedLM
 from resae.stack.stack import ReSAE
 
 
 @dataclass(frozen=True)
 class KeptLatents:
-    """How far latents stayed what they were; lists have one entry per layer, pairs are before and
+    """Change of latents by further training; lists have one entry per layer, pairs are before and
     after."""
 
     kept_directions: list[float]
@@ -28,7 +29,7 @@ class KeptLatents:
     """Mean largest cosine of a latent with one of another layer; None: of one dictionary."""
 
     def lines(self) -> list[str]:
-        """The same as sentences."""
+        """Sentences with these numbers."""
         kept = ", ".join(f"{share:.1%}" for share in self.kept_directions)
         found = [f"latents whose direction has a cosine above 0.9 with before: {kept}"]
         if self.tokens:
@@ -75,7 +76,10 @@ def kept_latents(
     ]
     of_dictionaries = None
     if len(points) > 1 and not before.shared:
-        first, second = (redundancy(of_stack).mean_max_cos for of_stack in dictionaries)
+        first, second = (
+            float(LargestCosines(of_stack).other_layers().double().mean())
+            for of_stack in dictionaries
+        )
         of_dictionaries = (first, second)
     return KeptLatents(
         kept_directions=[kept_directions(*rows) for rows in zip(*dictionaries, strict=True)],

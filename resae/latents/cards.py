@@ -1,138 +1,27 @@
-"""Cards of latents: all that a page, JSON or a notebook shows of each, as dataclasses.
-
-describe_latents   index, model and stack → one `LatentCard` per latent asked for
-LatentReport       cards and what they are of; `to_dict` is the content of latents.json
-"""
+"""From an index of firings to cards: text, effects and relatives of each latent asked for."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resae.latents.ablation import Ablation, ablate
+from resae.latents.ablation import ablate
 from resae.latents.directions import Readout, nearest, transported
 from resae.latents.index import BINS, LatentIndex
 from resae.latents.passages import Passages, window_starts
+from resae.latents.records import LatentCard, LatentReport, Neighbour, Passage, TokenEffect
 from resae.models.hooked import HookedLM
 from resae.stack.stack import ReSAE
 
-SCHEMA_VERSION = 1
 LOGITS = 10
 """Tokens raised most, and lowered most, on a card."""
 NEIGHBOURS = 3
 """Nearest latents per other layer and cosine."""
 DESCRIBED = 512
 """Latents whose directions are worked on at once."""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A window of text in which a latent fires."""
-
-    row: int
-    """Row of the text, from 0."""
-    start: int
-    """Position in its row of the window's first token."""
-    token_ids: list[int]
-    """W tokens."""
-    tokens: list[str]
-    """The tokens as text."""
-    acts: list[float]
-    """Act at each of them; to a 2,000th of the largest."""
-    peak: int
-    """Index among them of the token with the largest act in the row."""
-
-
-@dataclass(frozen=True)
-class TokenEffect:
-    """Change of one token's logit."""
-
-    token_id: int
-    token: str
-    logit: float
-    """Logits per unit of act, less the mean over the vocabulary."""
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A latent of another layer with a similar direction."""
-
-    hook_point: str
-    latent: int
-    cosine: float
-    """Cosine of the directions themselves."""
-    transported_cosine: float | None
-    """Cosine after the direction of the earlier layer is transported through the maps; None: the
-    stack has no maps."""
-
-
-@dataclass(frozen=True)
-class LatentCard:
-    """One latent of one selected layer."""
-
-    layer: int
-    """Position among the selected layers."""
-    hook_point: str
-    latent: int
-    firings: int
-    """Tokens at which it fires."""
-    density: float
-    """Share of all encoded tokens at which it fires."""
-    mean_act: float | None
-    """Mean act where it fires; None: it never does."""
-    largest_act: float | None
-    bin_width: float
-    """Width of a bin of `histogram`."""
-    histogram: list[int]
-    """Firings by act, bins from 0 up; trailing empty ones are left out."""
-    passages: list[Passage]
-    """The strongest, one per row of text at most; repeated text is left out."""
-    samples: list[Passage]
-    """Random ones."""
-    raised: list[TokenEffect]
-    """Tokens whose logits its direction raises most."""
-    lowered: list[TokenEffect]
-    """Tokens whose logits it lowers most."""
-    nearest: list[Neighbour]
-    """In each other layer, by either cosine."""
-    ablation: Ablation | None = None
-    """None: not measured, or it never fires."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.hook_point} #{self.latent}"
-
-
-@dataclass(frozen=True)
-class LatentReport:
-    """Cards of latents, and what they are of."""
-
-    model: str
-    stack: str
-    """Name of the run or stack."""
-    layers: list[str]
-    """Hook points of the selected layers."""
-    d_sae: list[int]
-    """Latents of each."""
-    never_fired: list[int]
-    """Latents of each that never fired."""
-    tokens: int
-    """Tokens of text that were encoded."""
-    row_tokens: int
-    """Tokens of a row of text."""
-    logits_through: str
-    """The way from a latent's direction to the logits."""
-    settings: dict[str, Any]
-    """Text and how it was read."""
-    latents: list[LatentCard] = field(default_factory=list[LatentCard])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of latents.json: `schema_version`, and the fields of this class, of
-        `LatentCard` and of its parts under their names."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 class TokenTexts:
@@ -207,6 +96,7 @@ def describe_latents(
         d_sae=[len(layer.sums) for layer in index.layers],
         never_fired=[int((layer.firings == 0).sum()) for layer in index.layers],
         tokens=index.tokens,
+        rows=index.rows_done,
         row_tokens=index.row_tokens,
         logits_through=_way(stack, readout),
         settings=index.settings,
@@ -372,4 +262,4 @@ def _with_ablation(lm: HookedLM, stack: ReSAE, index: LatentIndex, card: LatentC
     passages = index.layers[card.layer].strongest
     loop = index.settings.get("loop", "open")
     found = ablate(lm, stack, card.layer, card.latent, passages, index.token_ids(), loop=loop)
-    return LatentCard(**{**vars(card), "ablation": found})
+    return replace(card, ablation=found)

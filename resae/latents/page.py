@@ -12,8 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from resae.latents.cards import LatentCard, LatentReport, Passage, TokenEffect, TokenTexts
+from resae.latents.cards import TokenTexts
 from resae.latents.prompt import PromptLatents
+from resae.latents.records import LatentCard, LatentReport, Passage, TokenEffect
+from resae.report.page import page_style
 from resae.storage import write_atomically
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -44,7 +46,8 @@ def latents_page(
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
-    style, script = ((TEMPLATE / name).read_text() for name in ("page.css", "page.js"))
+    style = page_style() + (TEMPLATE / "page.css").read_text()
+    script = (TEMPLATE / "page.js").read_text()
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
         f"base-uri 'none'; form-action 'none'"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from resae.evaluation.labels import MODES, base_name, label, whole_selection
-from resae.evaluation.rows import HistogramRow, ReplacementRow
+from resae.evaluation.labels import base_name, label, mode_label, modes_of, whole_selection
+from resae.evaluation.rows import GenerationRow, HistogramRow, ReplacementRow
 from resae.report.charts import (
     Axis,
     Curves,
@@ -24,9 +24,9 @@ from resae.report.charts import (
 from resae.report.content import Report
 from resae.report.rows import TrainingRow
 from resae.report.styles import styles_of
-from resae.report.tables import interval_of
+from resae.report.tables import interval_of, short_name
 
-AnyRow = TypeVar("AnyRow", ReplacementRow, HistogramRow, TrainingRow)
+AnyRow = TypeVar("AnyRow", ReplacementRow, HistogramRow, TrainingRow, GenerationRow)
 
 TABLES_ONLY = {
     *("raw_truncated", "boost_base", "boost"),
@@ -79,12 +79,6 @@ def drawn(rows: Sequence[AnyRow]) -> list[AnyRow]:
     ]
 
 
-def short_name(hook_point: str) -> str:
-    """Short form of a hook point name, or of a pair of them."""
-    short = hook_point.replace("blocks.", "block ").replace(".hook_resid_post", "")
-    return short.replace(".hook_", " ")
-
-
 def _style(styles: dict[str, Style], method: str, loop: str | None) -> Style:
     return styles[method]._replace(hollow=loop == "open")
 
@@ -109,7 +103,7 @@ def _against_k(rows: Sequence[ReplacementRow], column: str, mode: str) -> list[P
             )
             for row in rows
         ]
-        title = MODES[mode] + (f", k = {ks[0]}" if ks else "")
+        title = mode_label(mode) + (f", k = {ks[0]}" if ks else "")
         return [Dots(title, axis, dots)]
     groups: dict[tuple[str, str | None], list[ReplacementRow]] = {}
     for row in rows:
@@ -126,7 +120,7 @@ def _against_k(rows: Sequence[ReplacementRow], column: str, mode: str) -> list[P
         )
         for (method, loop), points in groups.items()
     ]
-    return [Curves(MODES[mode], steps_axis(K_LABEL, ks), axis, series)]
+    return [Curves(mode_label(mode), steps_axis(K_LABEL, ks), axis, series)]
 
 
 def _interval(row: ReplacementRow, column: str) -> tuple[float, float | None, float | None]:
@@ -146,7 +140,7 @@ def legend_of(panels: Sequence[Panel]) -> list[Series]:
 
 def _per_mode(report: Report, column: str, caption: str, name: str) -> Figure:
     rows = drawn(whole_selection(report.replacement))
-    panels = [panel for mode in MODES for panel in _against_k(rows, column, mode)]
+    panels = [panel for mode in modes_of(rows) for panel in _against_k(rows, column, mode)]
     return Figure(name, caption, panels, legend_of(panels))
 
 
@@ -175,7 +169,7 @@ def _redundancy(report: Report) -> Figure:
     styles = styles_of(row.method for row in rows)
     floor = report.redundancy[0].random_floor if report.redundancy else None
     ks = sorted({row.k for row in rows}, key=lambda k: (k is None, k or 0))
-    share = linear_axis("share of latents", [c / sum(r.counts) for r in rows for c in r.counts])
+    share = linear_axis("share of latents", [p.y for row in rows for p in _bins(row)])
     x = Axis("largest cosine with another layer's latent", 0, 1, [i / 5 for i in range(6)])
     panels: list[Panel] = []
     for k in ks:
@@ -199,7 +193,7 @@ def _redundancy(report: Report) -> Figure:
 
 def _bins(row: HistogramRow) -> list[Point]:
     """Share of latents in the middle of each bin from zero on."""
-    total = sum(row.counts)
+    total = sum(row.counts) or 1
     bins = zip(row.edges, row.edges[1:], row.counts, strict=False)
     return [Point((a + b) / 2, count / total) for a, b, count in bins if a + b >= 0]
 
@@ -228,6 +222,34 @@ def _r2(report: Report) -> Figure:
         "Variance of a layer that the prediction from the layer before explains, before any "
         "autoencoder. Higher is better.",
         panels,
+    )
+
+
+def _generation(report: Report) -> Figure:
+    rows = drawn(report.generation)
+    styles = styles_of(row.method for row in rows)
+    axis = linear_axis("KL, nats per token", [v for row in rows for v in row.kl_by_position])
+    longest = max((len(row.kl_by_position) for row in rows), default=1)
+    position = linear_axis("token after the prompt", [1, longest], tight=True)
+    panels: list[Panel] = []
+    for k in sorted({row.k for row in rows if row.k is not None}):
+        of_k = [row for row in rows if row.k in (k, None)]
+        series = [
+            Series(
+                label(row.method, row.loop),
+                _style(styles, row.method, row.loop),
+                [Point(i, kl) for i, kl in enumerate(row.kl_by_position, start=1)],
+                marked=_spread(len(row.kl_by_position), place / len(of_k)),
+            )
+            for place, row in enumerate(of_k)
+        ]
+        panels.append(Curves(f"k = {k}", position, axis, series))
+    return Figure(
+        "generation",
+        "How far the next-token predictions move from those of the unchanged model, by position in "
+        "its text. Lower is better; a line that rises shows errors that add up.",
+        panels,
+        legend_of(panels),
     )
 
 
@@ -285,5 +307,6 @@ FIGURES: list[tuple[str, Callable[[Report], Figure]]] = [
     ("replacement", _ce_recovered),
     ("redundancy_histogram", _redundancy),
     ("affine", _r2),
+    ("generation", _generation),
     ("training", _training),
 ]

@@ -15,12 +15,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from resae.evaluation.labels import MODES, base_name, label
+from resae.evaluation.labels import base_name, label, mode_label
 from resae.report.charts import CHART_STYLE, Panel, Style, inline, palette_style, sample
 from resae.report.content import Report, load_report
-from resae.report.figures import Figure, draw, short_name
+from resae.report.figures import Figure, draw
 from resae.report.headline import headline
 from resae.report.sections import sections
+from resae.report.tables import short_name
 from resae.report.words import METHODS, MODES_IN_WORDS
 from resae.storage import require_writable, write_atomically
 
@@ -68,12 +69,25 @@ def render(report: Report, figures: dict[str, Figure]) -> str:
         config=report.config,
         first=report.replacement[0],
         headline=headline(report),
+        warning=_warning(report),
         sections=sections(report, figures),
         methods={name: METHODS[name] for name in methods if name in METHODS},
         modes={name: text for name, text in MODES_IN_WORDS.items() if name in modes},
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
+    )
+
+
+def _warning(report: Report) -> str:
+    """A reason why rows of the report do not compare; empty without one."""
+    measured = {(row.tokens, round(row.ce_clean, 4)) for row in report.replacement}
+    if len(measured) < 2:
+        return ""
+    told = ", ".join(f"{ce:.4f} on {tokens:,} positions" for tokens, ce in sorted(measured))
+    return (
+        f"these rows are of different models or text. The unchanged models have a cross-entropy of "
+        f"{told}, so differences between their methods are not those of the methods alone."
     )
 
 
@@ -125,7 +139,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "count": _count,
     "inline": _inline,
     "label": label,
-    "mode": MODES.__getitem__,
+    "mode": mode_label,
     "sample": _sample,
     "short": short_name,
     "upper_first": _upper_first,

@@ -112,10 +112,16 @@ def shown_number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
+def short_name(hook_point: str) -> str:
+    """Short form of the names of hook points in a text."""
+    short = hook_point.replace("blocks.", "block ").replace(".hook_resid_post", "")
+    return short.replace(".hook_", " ")
+
+
 def interval_of(row: Any, key: str) -> tuple[float, float] | None:
-    """The interval of a column, where the row has one."""
+    """The interval of a column, where the row has one that is more than a point."""
     low, high = (getattr(row, key + end, None) for end in ENDS)
-    return None if low is None or high is None else (low, high)
+    return None if low is None or high is None or low == high else (low, high)
 
 
 def _cell(row: Any, key: str, heading: str) -> Cell:
@@ -123,9 +129,9 @@ def _cell(row: Any, key: str, heading: str) -> Cell:
     if value is None:
         return Cell("–")
     if isinstance(value, list):
-        return Cell(", ".join(map(_plain, value)), ", ".join(map(str, value)))
+        return Cell(short_name(", ".join(map(_plain, value))), ", ".join(map(str, value)))
     if isinstance(value, bool | str):
-        return Cell(str(value), str(value))
+        return Cell(short_name(str(value)), str(value))
     if isinstance(value, int):
         return Cell(f"{value:,}".replace("-", "−"), value)
     if heading.endswith("%"):

@@ -169,6 +169,13 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             f"d_in={self.d_in}, k={k}, shared={self.shared}, boosted={self.boosted}"
         )
 
+    def _repr_html_(self) -> str:
+        from resae.stack.notebook import stack_html
+
+        model = "" if self.model_identity is None else f" of {self.model_identity.name}"
+        saes = [self.sae(layer) for layer in range(self.n_layers)]
+        return stack_html(f"ReSAE{model}", self.hook_points, self.predictor, saes)
+
     def _hold(self, saes: Sequence[Autoencoder]) -> None:
         distinct = list(dict.fromkeys(saes))
         self.saes = nn.ModuleList(distinct)

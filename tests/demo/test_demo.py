@@ -8,8 +8,9 @@ import torch
 from resae import ReSAE
 from resae.cli import main
 from resae.console import ProgressEstimate
-from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, run_demo
+from resae.demo.comparison import BOOST_DOMAIN, run_demo
 from resae.demo.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
+from resae.demo.stages import DemoConfig
 from resae.report.page import write_report
 
 
@@ -114,7 +115,7 @@ def test_the_first_layer_of_resae_is_the_raw_one(demo):
 def test_everything_is_written(demo, report):
     assert report["schema_version"] == 1
     assert report["config"]["model"] == "embedded"
-    assert len(report["samples"]) == 6
+    assert len(report["samples"]) == 9
     assert all(s["replaced"] > 0 for s in report["samples"] if "replaced online" in s["how"])
     assert (demo / "report.html").stat().st_size > 50_000
     assert len(list((demo / "figures").iterdir())) == 5

@@ -4,7 +4,7 @@ import torch
 
 from resae.data.activations import capture_tokens
 from resae.evaluation.kept import kept_latents
-from resae.evaluation.metrics import redundancy
+from resae.evaluation.redundancy import LargestCosines, redundancy
 
 
 def test_kept_silent_and_redundant_latents_are_counted():
@@ -27,7 +27,9 @@ def test_kept_silent_and_redundant_latents_are_counted():
     assert found.silent[2][1] >= 0.5
     for value, stack in zip(found.redundancy, (before, after), strict=True):
         dictionaries = [stack.sae(i).W_dec for i in range(3)]
-        assert value == pytest.approx(redundancy(dictionaries).mean_max_cos)
+        assert value == pytest.approx(
+            redundancy(LargestCosines(dictionaries, within=True)).mean_max_cos
+        )
     assert any("100.0%, 75.0%, 100.0%" in line for line in found.lines())
 
 

@@ -13,9 +13,22 @@ import tiny
 from resae.latents.cards import TokenTexts, describe_latents, spread_latents
 from resae.latents.collect import collect_latents
 from resae.latents.index import IndexSizes
+from resae.latents.neuronpedia import write_neuronpedia
 from resae.latents.page import latents_page, write_page
 from resae.latents.prompt import prompt_latents
 
+FEATURE_FIELDS = {
+    *("feature_index", "neuron_alignment_indices", "neuron_alignment_values"),
+    *("neuron_alignment_l1", "correlated_neurons_indices", "correlated_neurons_l1"),
+    *("correlated_neurons_pearson", "correlated_features_indices", "correlated_features_l1"),
+    *("correlated_features_pearson", "neg_str", "neg_values", "pos_str", "pos_values"),
+    *("frac_nonzero", "freq_hist_data_bar_values", "freq_hist_data_bar_heights"),
+    *("logits_hist_data_bar_heights", "logits_hist_data_bar_values", "n_prompts_total"),
+    *("n_tokens_in_prompt", "dataset", "decoder_weights_dist", "activations", "vector"),
+}
+ACTIVATION_FIELDS = {
+    *("bin_min", "bin_max", "bin_contains", "tokens", "values", "qualifying_token_index"),
+}
 HOSTILE = '</script><img src=x onerror="document.title=1"><!--\u2028&amp;'
 
 
@@ -75,7 +88,9 @@ def test_the_policy_allows_this_style_and_script_and_no_request(page):
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
-        assert not re.findall(r"url\(|@import|fetch|https?:", text.replace("http://www.w3.org", ""))
+        assert not re.findall(
+            r"url\((?!#)|@import|fetch|https?:", text.replace("http://www.w3.org", "")
+        )
     assert not {"src", "href"} & {name for name, _ in Tags(page).attributes}
 
 
@@ -127,6 +142,29 @@ def test_a_browser_draws_cards_and_prompt_without_an_error(chromium, report, pro
     assert "&lt;/script&gt;&lt;img src=x" in drawn
     rows = re.search(r'<table id="prompt">.*?</table>', drawn, re.DOTALL).group()
     assert rows.count("<tr>") == 1 + len(prompt.token_ids)
+
+
+def test_the_export_has_the_fields_of_saedashboard(report, tmp_path):
+    """Names as of `NeuronpediaDashboardBatch.to_dict` of sae-dashboard 0.8.0, whose classes take
+    the batch."""
+    paths = write_neuronpedia(tmp_path, report)
+    assert [path.parent.name for path in paths] == report.layers
+    batch = json.loads(paths[1].read_text())
+    assert batch.keys() == {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
+    assert batch["layer"] == int(report.layers[1].split(".")[1])
+    cards = [card for card in report.latents if card.layer == 1]
+    for feature, card in zip(batch["features"], cards, strict=True):
+        assert feature.keys() == FEATURE_FIELDS
+        assert feature["feature_index"] == card.latent
+        assert feature["pos_str"][0] == card.raised[0].token
+        values, heights = (feature[f"freq_hist_data_bar_{n}"] for n in ("values", "heights"))
+        assert len(values) == len(heights)
+        assert sum(heights) == card.firings
+        assert len(feature["activations"]) == len(card.passages) + len(card.samples)
+        top = feature["activations"][0]
+        assert top.keys() == ACTIVATION_FIELDS
+        assert (top["bin_min"], top["bin_contains"]) == (-1, -1)
+        assert top["values"][top["qualifying_token_index"]] == max(top["values"]) > 0
 
 
 def test_a_page_without_latents_or_prompt_says_so(report):

@@ -63,6 +63,9 @@ def test_methods_are_told_apart_without_colour():
     others = styles_of(["resae", "first", "second", "resae"])
     assert len({style.marker for style in others.values()}) == len(others) == 3
     assert others["resae"] == STYLES["resae"]
+    of_runs = styles_of(["raw (a)", "resae (a)", "raw (b)", "resae (b)"])
+    assert len({style.marker for style in of_runs.values()}) == 4
+    assert of_runs["resae (a)"].color == of_runs["resae (b)"].color == STYLES["resae"].color
 
 
 @pytest.mark.parametrize(
