@@ -25,7 +25,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from ops import commit
-from resae.reproduce.intervals import Bootstrap, Quantity, interval
 from torch import Tensor
 
 from resae import HookedLM, ReSAE, feature_graph, latent_gradients
@@ -33,6 +32,7 @@ from resae.data.rows import train_and_held_out
 from resae.environment import environment
 from resae.evaluation.attribution import left_alone
 from resae.evaluation.graphs import FeatureGraph, logit_metric
+from resae.evaluation.intervals import Bootstrap, Quantity, interval
 from resae.models.hooked import EMBEDDED
 from resae.models.norms import frozen_norms
 from resae.storage import write_atomically
@@ -183,36 +183,51 @@ def table(rows: list[dict[tuple[int, str], Row]], norms: str) -> list[str]:
     return lines
 
 
+def _section(
+    name: str, stack: ReSAE, tokens: int, rows: dict[str, list[dict[tuple[int, str], Row]]]
+) -> list[str]:
+    """Lines of one stack."""
+    k = [stack.sae(layer).config.k for layer in range(stack.n_layers)]
+    lines = ["", f"## {name}: D = {stack.d_in}, k = {k}", ""]
+    prompts = len(next(iter(rows.values())))
+    lines += [f"{', '.join(stack.hook_points)}; {prompts} prompts of {tokens} tokens", "", *HEADING]
+    for norms, of in rows.items():
+        lines += table(of, norms)
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a stack")
     parser.add_argument("--model", help="another path of the model")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each prompt")
+    parser.add_argument("--norms", default=",".join(NORMS), help="frozen, true, or both")
     parser.add_argument("--out", type=Path, required=True, help="directory of the result")
     options = parser.parse_args()
-    facts = environment() | {"commit": commit(), "prompts": options.prompts, "tokens": TOKENS}
+    asked = options.norms.split(",")
+    facts = environment() | {"commit": commit()}
     lines = ["# Faithfulness of feature graphs", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     for run in options.runs:
         record, stack = open_run(run, "cpu")
         lm = HookedLM.from_pretrained(model_of(record, stack, options.model)[0])
         _, held_out = train_and_held_out(
-            EMBEDDED, lm, context_tokens=TOKENS, held_out_rows=options.prompts, seed=0
+            EMBEDDED, lm, context_tokens=options.tokens, held_out_rows=options.prompts, seed=0
         )
-        began, rows = time.perf_counter(), {name: [] for name in NORMS}
-        for ids in held_out.batches(1):
+        began, rows = time.perf_counter(), {name: [] for name in asked}
+        section: list[str] = []
+        for done, ids in enumerate(held_out.batches(1), start=1):
             for name, of in rows.items():
                 of.append(measure(lm, stack, ids, freeze_norms=name == "frozen"))
-            print(
-                f"{len(of)} of {options.prompts}, {time.perf_counter() - began:.0f} s", flush=True
-            )
-        k = [stack.sae(layer).config.k for layer in range(stack.n_layers)]
-        lines += ["", f"## {run.name}: {stack.n_layers} layers, D = {stack.d_in}, k = {k}", ""]
-        lines += [", ".join(stack.hook_points), "", *HEADING]
-        for name, of in rows.items():
-            lines += table(of, name)
-        text = "\n".join(lines) + "\n"
-        write_atomically(options.out / "faithfulness.md", lambda to, text=text: to.write_text(text))
+            print(f"{done} of {options.prompts}, {time.perf_counter() - began:.0f} s", flush=True)
+            if done % 10 == 0 or done == options.prompts:
+                section = _section(run.name, stack, options.tokens, rows)
+                text = "\n".join([*lines, *section]) + "\n"
+                write_atomically(
+                    options.out / "faithfulness.md", lambda to, text=text: to.write_text(text)
+                )
+        lines += section
     print("\n".join(lines))
     return 0
 

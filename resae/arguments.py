@@ -58,6 +58,13 @@ def numbers(text: str) -> tuple[int, ...]:
     return parts
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers from 0 on, separated by commas, each once."""
+    if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", text):
+        raise ArgumentTypeError(f"{text[:80]!r}: expected whole numbers, for example 17,40")
+    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+
+
 def compared(text: str) -> tuple[int, ...]:
     """Numbers to compare: rising, each once."""
     parts = numbers(text)

@@ -8,7 +8,7 @@ for the gradient of W_dec, one for those of the encoder. Here the two are one op
 (`gradients.autoencoder_gradients`).
 
 It takes the code as an input without gradient, and hands it on with one: how it was found does not
-matter to the backward.
+matter to the backward. So x̂ does not depend on the acts that are returned, as autograd sees it.
 """
 
 from typing import Any
@@ -72,7 +72,8 @@ def autoencode(
 
     Note:
         Gradients reach every floating input, through x̂ and through the acts. Each is bit for bit
-        that of the two ops, but where an act has a gradient of exactly 0, or is NaN.
+        that of the two ops, but where an act has a gradient of exactly 0, or is NaN. For the
+        gradient of x̂ with respect to the acts themselves, use the two ops.
     """
     out, _, code = _autoencode(
         "autoencode",

@@ -90,41 +90,14 @@ def affine_chain(
     else:
         codes = _named(codes)
         _check(codes, W_dec, A, c, b_dec)
-    if algorithm not in (None, "sequential", "transported"):
-        raise ValueError(
-            f"affine_chain: algorithm={algorithm!r}, expected 'sequential', 'transported' or None "
-            f"(by the number of tokens)"
-        )
-    if algorithm == "transported" and transported is None:
-        raise ValueError(
-            "affine_chain: algorithm='transported' needs transported; build it with transport()"
-        )
     leading = codes[0][0].shape[:-1]
-    if transported is not None:
-        if len(transported.dictionaries) != len(codes):
-            raise ValueError(
-                f"affine_chain: transported covers {len(transported.dictionaries)} layers, codes "
-                f"{len(codes)}; build it with transport() from the same W_dec, A and c"
-            )
-        if algorithm is None and leading.numel() * (len(codes) - 1) <= TRANSPORTED_TOKENS:
-            algorithm = "transported"
-    if algorithm == "transported":
+    if _by_transport(algorithm, transported, len(codes), leading.numel()):
         assert transported is not None
         if signature and len(leading) == 1:
             x_hats = _transported_past_dispatcher(codes, transported, signature, implementation)
             if x_hats is not None:
                 return x_hats
-        codes = _named(codes)
-        return [
-            sparse_decode(
-                [code.acts for code in codes[: m + 1]],
-                [code.indices for code in codes[: m + 1]],
-                transported.dictionaries[m],
-                bias=transported.constants[m],
-                implementation=implementation,
-            )
-            for m in range(len(codes))
-        ]
+        return _transported_chain(_named(codes), transported, implementation)
     if signature and len(leading) == 1:  # eager calls skip the dispatcher
         acts, indices = zip(*codes, strict=True)
         return _chain(acts, indices, W_dec, A, c, b_dec, implementation="triton")
@@ -140,6 +113,48 @@ def affine_chain(
         implementation=implementation or "",
     )
     return [x_hat.reshape(*leading, x_hat.shape[-1]) for x_hat in x_hats]
+
+
+def _by_transport(
+    algorithm: str | None, transported: Transported | None, L: int, tokens: int
+) -> bool:
+    """Should `affine_chain` decode by transported dictionaries? Raises ValueError for arguments
+    that do not go together."""
+    if algorithm not in (None, "sequential", "transported"):
+        raise ValueError(
+            f"affine_chain: algorithm={algorithm!r}, expected 'sequential', 'transported' or None "
+            f"(by the number of tokens)"
+        )
+    if transported is None:
+        if algorithm == "transported":
+            raise ValueError(
+                "affine_chain: algorithm='transported' needs transported; build it with transport()"
+            )
+        return False
+    if len(transported.dictionaries) != L:
+        raise ValueError(
+            f"affine_chain: transported covers {len(transported.dictionaries)} layers, codes "
+            f"{L}; build it with transport() from the same W_dec, A and c"
+        )
+    if algorithm is None:
+        return tokens * (L - 1) <= TRANSPORTED_TOKENS
+    return algorithm == "transported"
+
+
+def _transported_chain(
+    codes: Sequence[SparseCode], transported: Transported, implementation: Implementation | None
+) -> list[Tensor]:
+    """Reconstructions by one sparse decode per layer, of its code and all before it."""
+    return [
+        sparse_decode(
+            [code.acts for code in codes[: m + 1]],
+            [code.indices for code in codes[: m + 1]],
+            transported.dictionaries[m],
+            bias=transported.constants[m],
+            implementation=implementation,
+        )
+        for m in range(len(codes))
+    ]
 
 
 _PASSED: set[Any] = set()

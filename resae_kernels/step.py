@@ -126,7 +126,7 @@ def online_step(
         implementation=implementation or "",
     )
     code_shape = (*x.shape[:-1], k)
-    code = SparseCode(out.acts.view(code_shape), out.indices.view(code_shape))
+    code = SparseCode(*(t.view(code_shape) for t in out.code))
     return OnlineStep(out.x_hat.view(x.shape), code)
 
 
@@ -185,8 +185,8 @@ def _step_past_dispatcher(
         rows, weight, bias, W_dec, b_dec, prediction, acts, indices, dictionaries, constant, out
     )
     if flat:
-        return OnlineStep(out.x_hat, SparseCode(out.acts, out.indices))
-    code = SparseCode(*(t.view(*shape[:-1], k) for t in (out.acts, out.indices)))
+        return OnlineStep(out.x_hat, SparseCode(*out.code))
+    code = SparseCode(*(t.view(*shape[:-1], k) for t in out.code))
     return OnlineStep(out.x_hat.view(shape), code)
 
 
@@ -295,7 +295,7 @@ def _step_by_encoder(
         step = x_hat, *code
     if out is not None:
         _check_workspace(out, x.shape[:-1].numel(), weight.shape[0], k, weight.shape[1], x)
-        written = (out.x_hat, out.acts, out.indices)
+        written = (out.x_hat, *out.code)
         step = tuple(to.view(t.shape).copy_(t) for to, t in zip(written, step, strict=True))
     return OnlineStep(step[0], SparseCode(*step[1:]))
 
@@ -336,37 +336,13 @@ def _check(
         ("b_dec", b_dec, (D,), "one entry per dimension"),
         ("prediction", prediction, tuple(x.shape), "the shape of x"),
     ]
-    if transported is None:
-        if codes:
-            raise ValueError(
-                f"{op}: {len(codes)} codes without transported; build it with transport(), or pass "
-                f"prediction instead of codes"
-            )
-    else:
-        m, L = len(codes), len(transported.dictionaries)
-        if m >= L:
-            raise ValueError(
-                f"{op}: {m} codes, but transported covers {L} layers; give the codes of the layers "
-                f"before this one"
-            )
-        if b_dec is not None or prediction is not None:
-            name = "prediction" if b_dec is None else "b_dec"
-            raise ValueError(
-                f"{op}: {name} together with transported, which holds prediction and b_dec; give "
-                f"one of the two"
-            )
-        inputs.append(("transported.constants", transported.constants[m], (D,), "width of x"))
-        for j, code in enumerate(codes):
-            checks.check_codes(op, code.acts, code.indices, f" of codes[{j}]")
-            inputs += [
-                (f"codes[{j}]", code.acts, (*tokens, code.acts.shape[-1]), "the tokens of x"),
-                (
-                    f"transported.dictionaries[{m}][{j}]",
-                    transported.dictionaries[m][j],
-                    (transported.dictionaries[m][j].shape[0], D),
-                    "width of x",
-                ),
-            ]
+    if transported is not None:
+        inputs += _transported_inputs(x, D, b_dec, prediction, codes, transported)
+    elif codes:
+        raise ValueError(
+            f"{op}: {len(codes)} codes without transported; build it with transport(), or pass "
+            f"prediction instead of codes"
+        )
     for name, tensor, shape, why in inputs:
         if tensor is not None:
             checks.check_shape(op, name, tensor, shape, why)
@@ -378,6 +354,41 @@ def _check(
                     f"{op}: {name} requires its gradient, and this op has none; call it under "
                     f"torch.no_grad(), or use topk_encode and sparse_decode"
                 )
+
+
+def _transported_inputs(
+    x: Tensor,
+    D: int,
+    b_dec: Tensor | None,
+    prediction: Tensor | None,
+    codes: Sequence[SparseCode],
+    transported: Transported,
+) -> list[tuple[str, Tensor, tuple[int, ...], str]]:
+    """Name, tensor, expected shape and its reason of each input from which x is predicted."""
+    op, m, L = "online_step", len(codes), len(transported.dictionaries)
+    if m >= L:
+        raise ValueError(
+            f"{op}: {m} codes, but transported covers {L} layers; give the codes of the layers "
+            f"before this one"
+        )
+    if b_dec is not None or prediction is not None:
+        name = "prediction" if b_dec is None else "b_dec"
+        raise ValueError(
+            f"{op}: {name} together with transported, which holds prediction and b_dec; give "
+            f"one of the two"
+        )
+    inputs: list[tuple[str, Tensor, tuple[int, ...], str]] = [
+        ("transported.constants", transported.constants[m], (D,), "width of x")
+    ]
+    for j, code in enumerate(codes):
+        checks.check_codes(op, code.acts, code.indices, f" of codes[{j}]")
+        shape = (*x.shape[:-1], code.acts.shape[-1])
+        name, dictionary = f"transported.dictionaries[{m}][{j}]", transported.dictionaries[m][j]
+        inputs += [
+            (f"codes[{j}]", code.acts, shape, "the tokens of x"),
+            (name, dictionary, (dictionary.shape[0], D), "width of x"),
+        ]
+    return inputs
 
 
 def _check_workspace(out: StepWorkspace, N: int, M: int, k: int, D: int, x: Tensor) -> None:
@@ -422,10 +433,10 @@ def _step(
         prediction = to.prediction.copy_(
             decode(acts, indices, dictionaries, constant, None, implementation="torch")
         )
-    k = to.acts.shape[1]
+    k = to.acts.shape[-1]
     code = encode(x, weight, bias, k, b_dec, prediction, False, memory.workspace_bytes(x), "torch")
     x_hat = decode([code[0]], [code[1]], [W_dec], b_dec, prediction, implementation="torch")
-    for result, value in zip((to.acts, to.indices, to.x_hat), (*code, x_hat), strict=True):
+    for result, value in zip((*to.code, to.x_hat), (*code, x_hat), strict=True):
         result.copy_(value)
 
 

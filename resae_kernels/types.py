@@ -20,6 +20,11 @@ class SparseCode(NamedTuple):
     indices: Tensor
     """`[..., k]` int64, the latent of each act. Padding slots hold act 0 and index 0."""
 
+    def _repr_html_(self) -> str:
+        from resae_kernels.notebook import code_html
+
+        return code_html(self.acts, self.indices)
+
 
 class ThresholdCode(NamedTuple):
     """The code of each token: its largest pre-activations above their latents' thresholds."""
@@ -31,6 +36,11 @@ class ThresholdCode(NamedTuple):
     n_active: Tensor
     """`[...]` int32: latents above their thresholds. More than max_active: the smallest are not in
     the code."""
+
+    def _repr_html_(self) -> str:
+        from resae_kernels.notebook import code_html
+
+        return code_html(self.acts, self.indices)
 
 
 class ReconstructionError(NamedTuple):

@@ -290,7 +290,9 @@ def gemm_cases() -> Iterator[AotCase]:
 
 
 def specialised_gemm_cases(tile: tiles.SpecialisedGemmTile) -> Iterator[AotCase]:
-    """The warp-specialised GEMM, which exists for one architecture."""
+    """The warp-specialised GEMM, which exists for two architectures. The registers are those that
+    its warps divide among them: 12 warps on sm_90, 8 on sm_100."""
+    registers = {"sm_90": 168, "sm_100": 255}[tile.device_class]
     for bias, M in ((True, 65536), (False, 65520)):  # of which the latter are no whole groups
         constants: dict[str, Any] = gemm_specialised.specialised_constants(
             tile, M, 32, torch.bfloat16
@@ -306,12 +308,12 @@ def specialised_gemm_cases(tile: tiles.SpecialisedGemmTile) -> Iterator[AotCase]
             kinds[name] = f"tensordesc<bf16[{rows}, {tile.dimensions}],{layout}>"
         yield AotCase(
             f"specialised gemm bf16 M={M} {tiles.sizes(tile)}",
-            gemm_specialised.specialised_gemm_kernel,
+            gemm_specialised.specialised_kernel(tile),
             kinds,
             constants,
             *(tile.num_warps, 3),
-            {"matrix": True, "tensor_loads": 2, "registers": 168, "instructions": 3000},
-            ("sm_90",),
+            {"matrix": True, "tensor_loads": 2, "registers": registers, "instructions": 3000},
+            (tile.device_class,),
         )
 
 
@@ -396,9 +398,9 @@ def step_cases() -> Iterator[AotCase]:
         yield AotCase(
             f"select_decode {name}, M={M} k={k} D={D}",
             step.select_decode_kernel,
-            each(floats, "x_hat acts program_acts W_dec b_dec prediction")
-            | each(integers, "program_keys scores best")
-            | each("*i64:16", "indices program_indices")
+            each(floats, "x_hat acts W_dec b_dec prediction")
+            | each(integers, "keys scores best")
+            | each("*i64:16", "indices")
             | each("i32:16", "M groups s_scores k"),
             step.select_decode_constants(layout, D, dtype),
             *(warps, 1),

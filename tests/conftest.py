@@ -9,7 +9,7 @@ from multiprocessing import forkserver
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from interpreter import patch_the_language_once_per_launch
+from interpreter import make_faster
 from kernel_device import KERNEL_DEVICE
 
 from resae.cli import GC_THRESHOLD
@@ -18,7 +18,7 @@ from resae.cli import GC_THRESHOLD
 # kernel is defined: set before any test imports one.
 if KERNEL_DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-    patch_the_language_once_per_launch()
+    make_faster()
 
 # As in the command line: `torch.compile` makes objects by the million.
 gc.set_threshold(GC_THRESHOLD)

@@ -1,7 +1,9 @@
-"""The warp-specialised GEMM without a device: its source runs as Python, the two kinds of warps as
-two threads, over a model of barriers, loads and products that are as late as they may be."""
+"""The warp-specialised GEMM without a device: its source runs as Python, each kind of warps as a
+thread, over a model of barriers, loads and products that are as late as they may be."""
 
+import queue
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +15,23 @@ from resae_kernels import topk_encode
 from resae_kernels.triton import gemm_specialised as module
 from resae_kernels.triton.gemm_specialised import launch_specialised_gemm, specialised_constants
 from resae_kernels.triton.keys import KEYS
-from resae_kernels.triton.tiles import SpecialisedGemmTile, device_class, override_tiles
+from resae_kernels.triton.tiles import (
+    TILES,
+    SpecialisedGemmTile,
+    device_class,
+    override_tiles,
+    sizes,
+)
 
 SECONDS = 20.0
-TILE = SpecialisedGemmTile(128, 256, 64, buffers=4, num_warps=8)
+LATE = {"load": 0.0, "product": 1e-4, "read": 1e-4}
+"""Seconds before a block is loaded, a product is computed, and tensor memory is read."""
+TILE = SpecialisedGemmTile(128, 256, 64, buffers=4, num_warps=8, device_class="sm_90")
+CLASSES = ("sm_90", "sm_100")
+
+
+def small_tile(buffers: int, its_class: str) -> SpecialisedGemmTile:
+    return SpecialisedGemmTile(16, 32, 16, buffers, num_warps=4, device_class=its_class)
 
 
 class Block(Tensor):
@@ -52,6 +67,13 @@ class Barrier:
             self.changed.notify_all()
 
 
+class OpenBarrier(Barrier):
+    """One that nobody waits for."""
+
+    def wait(self, parity: int) -> None:
+        del parity
+
+
 class Ring(list):
     def index(self, i):  # type: ignore[override]
         return self[i]
@@ -77,6 +99,46 @@ def multiply(a: Tensor, b: Tensor, total: Sum, *, is_async: bool) -> Sum:
     return Sum(total.value, (*total.pending, (a, b)))
 
 
+class Half:
+    """One of two halves of tensor memory, that is read late."""
+
+    def __init__(self, tokens: int, latents: int):
+        self.value, self.columns = torch.full((tokens, latents), torch.nan), slice(None)
+
+    def multiply(self, a: Tensor, b: Tensor, use_acc: bool) -> None:
+        self.value = a.float() @ b.float() + (self.value if use_acc else 0)
+
+    def slice(self, start: int, length: int) -> "Half":
+        self.columns = slice(start, start + length)
+        return self
+
+    def load(self, _layout) -> Tensor:
+        time.sleep(LATE["read"])
+        return self.value[:, self.columns].clone().as_subclass(Block)
+
+
+class TensorUnit:
+    """Products and commits, one after another on a thread of their own."""
+
+    def __init__(self):
+        self.todo: queue.SimpleQueue = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        while (task := self.todo.get()) is not None:
+            time.sleep(LATE["product"])
+            task()
+
+    def multiply(self, a: Tensor, b: Tensor, half: Half, *, use_acc: bool, mbarriers) -> None:
+        self.todo.put(lambda: half.multiply(a, b, use_acc))
+        for barrier in mbarriers:
+            self.commit(barrier)
+
+    def commit(self, barrier: Barrier) -> None:
+        self.todo.put(barrier.complete)
+
+
 def arrive(barrier: Barrier, *, count: int, pred: bool = True) -> None:
     assert count == 1
     if pred:
@@ -88,6 +150,7 @@ def expect(barrier: Barrier, count: int) -> None:
 
 
 def async_load(matrix: Tensor, at: list[int], barrier: Barrier, block: Tensor) -> None:
+    time.sleep(LATE["load"])
     rows, columns = block.shape
     part = matrix[at[0] : at[0] + rows, at[1] : at[1] + columns]
     block.zero_()
@@ -109,9 +172,11 @@ def store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
     pointer.tensor.view(-1)[where] = value[mask].as_subclass(Tensor).to(pointer.tensor.dtype)
 
 
-def model(program: int, programs: int) -> dict:
+def model(program: int, programs: int, unit: TensorUnit) -> dict:
     """Names of the kernel's module for one program."""
-    mbarrier = SimpleNamespace(wait=Barrier.wait, expect=expect, arrive=arrive)
+    mbarrier = SimpleNamespace(
+        wait=lambda barrier, parity: barrier.wait(parity), expect=expect, arrive=arrive
+    )
     hopper = SimpleNamespace(
         mbarrier=mbarrier,
         warpgroup_mma=multiply,
@@ -130,20 +195,44 @@ def model(program: int, programs: int) -> dict:
         convert_layout=lambda t, _layout: t,
         load=load,
         store=store,
+        static_range=range,
         NVMMADistributedLayout=layout,
         BlockedLayout=layout,
         SliceLayout=layout,
     )
-    return {"gl": gl, "hopper": hopper, "async_load": async_load}
+    blackwell = SimpleNamespace(tcgen05_mma=unit.multiply, tcgen05_commit=unit.commit)
+    names = {"gl": gl, "hopper": hopper, "async_load": async_load, "blackwell": blackwell}
+    return names | {"_write": source(module._write)}
 
 
 def source(kernel):
-    """A kernel as Python: before and after Triton has loaded it."""
-    return getattr(kernel, "function", None) or kernel.fn
+    """A kernel as Python: before and after Triton has loaded it, or this already."""
+    return getattr(kernel, "function", None) or getattr(kernel, "fn", kernel)
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, tile, group: int, programs: int, patch):
-    """Scores and keys of group maxima, as the programs write them one after another."""
+def until_stuck(kernel, arguments: tuple, stuck: list[str]) -> None:
+    try:
+        source(kernel)(*arguments)
+    except TimeoutError:
+        stuck.append(kernel.__name__)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: SpecialisedGemmTile,
+    group: int,
+    programs: int,
+    patch: pytest.MonkeyPatch,
+    without: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scores and keys of group maxima, as the programs write them one after another; nobody waits
+    for the barriers named `without`.
+
+    Raises:
+        TimeoutError: a barrier that is waited for is not completed.
+    """
     (n, D), M = x.shape, weight.shape[0]
     groups = -(-M // group)
     scores = torch.full((n, M), torch.nan, dtype=x.dtype)
@@ -155,30 +244,50 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, tile, group: int, progra
         for rows in (tile.tokens, tile.latents)
     ]
     for program in range(programs):
-        for name, value in model(program, programs).items():
+        unit = TensorUnit()
+        for name, value in model(program, programs, unit).items():
             patch.setattr(module, name, value)
-        rings = [*blocks, *(Ring(Barrier() for _ in range(tile.buffers)) for _ in range(2))]
-        loader = threading.Thread(
-            target=source(module._load_blocks), args=(x, weight, *rings, n, D, M, *sizes)
+        numbers = {"ready": tile.buffers, "free": tile.buffers, "whole": 2, "read": 2}
+        ready, free, whole, read = (
+            Ring((OpenBarrier if name == without else Barrier)() for _ in range(number))
+            for name, number in numbers.items()
         )
-        loader.start()
-        source(module._multiply)(
-            None if bias is None else Pointer(bias),
-            Pointer(scores),
-            Pointer(best),
-            *rings,
-            *(n, D, M, groups, M, group, *sizes),
-            *(c[name] for name in ("WARPS", "WHOLE_GROUPS", "INF", "TOP")),
-        )
-        loader.join(SECONDS)
-        assert not loader.is_alive()
+        handed = [*blocks, ready, free]
+        sums = Ring(Half(tile.tokens, tile.latents) for _ in range(2))
+        others = [(module._load_blocks, (x, weight, *handed, n, D, M, *sizes))]
+        to = None if bias is None else Pointer(bias), Pointer(scores), Pointer(best)
+        last = [c[name] for name in ("WARPS", "WHOLE_GROUPS", "INF", "TOP")]
+        if tile.device_class == "sm_90":
+            args = (*to, *handed, n, D, M, groups, M, group, *sizes, *last)
+            main = module._multiply, args
+        else:
+            given = sums, *handed, whole, read, n, D, M, *sizes
+            others.append((module._multiply_in_tensor_memory, given))
+            args = (*to, sums, whole, read, n, M, groups, M, group, *sizes[:2], c["STRIP"], *last)
+            main = module._write_tiles, args
+        stuck: list[str] = []
+        threads = [threading.Thread(target=until_stuck, args=(*o, stuck)) for o in others]
+        for thread in threads:
+            thread.start()
+        until_stuck(*main, stuck)
+        for thread in threads:
+            thread.join(2 * SECONDS)
+            assert not thread.is_alive()
+        unit.todo.put(None)
+        unit.thread.join(SECONDS)
+        if stuck:
+            raise TimeoutError(f"{stuck} wait for ever")
     return scores, best
 
 
+@pytest.mark.parametrize("its_class", CLASSES)
 @pytest.mark.parametrize("buffers", [2, 3])
 @pytest.mark.parametrize(("n", "D", "M", "programs"), [(40, 48, 96, 1), (17, 80, 100, 3)])
-def test_every_score_and_maximum_is_written_once_and_right(buffers, n, D, M, programs, monkeypatch):
-    group, tile = 8, SpecialisedGemmTile(16, 32, 16, buffers, num_warps=4)
+def test_every_score_and_maximum_is_written_once_and_right(
+    buffers, n, D, M, programs, its_class, monkeypatch
+):
+    monkeypatch.setattr(module, "STRIP", 16)
+    group, tile = 8, small_tile(buffers, its_class)
     x, weight, bias = (
         (torch.randint(-8, 9, shape) / 8).bfloat16() for shape in ((n, D), (M, D), (M,))
     )
@@ -197,7 +306,7 @@ def test_every_score_and_maximum_is_written_once_and_right(buffers, n, D, M, pro
 
 def test_a_buffer_that_is_freed_too_early_is_seen(monkeypatch):
     """The model is able to fail: a product that reads its blocks after they were overwritten."""
-    tile = SpecialisedGemmTile(16, 32, 16, 2, num_warps=4)
+    tile = small_tile(2, "sm_90")
     x, weight = torch.ones(16, 96).bfloat16(), torch.ones(32, 96).bfloat16()
     x *= torch.arange(96).bfloat16()
     late = Sum.completed
@@ -206,14 +315,38 @@ def test_a_buffer_that_is_freed_too_early_is_seen(monkeypatch):
     assert not torch.equal(scores, (x.float() @ weight.float().T).bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("barrier", "late"),
+    [("ready", "load"), ("free", "product"), ("whole", "product"), ("read", "read")],
+)
+def test_tensor_memory_needs_every_barrier(barrier, late, monkeypatch):
+    """The model is able to fail: without the wait, what is late comes too late."""
+    monkeypatch.setattr(module, "STRIP", 16)
+    monkeypatch.setitem(LATE, late, 4e-3)
+    x, weight = torch.rand(48, 64).bfloat16(), torch.rand(64, 64).bfloat16()
+    exact, tile = x.float() @ weight.float().T, small_tile(2, "sm_100")
+    given = x, weight, None, tile, 8, 1, monkeypatch
+    torch.testing.assert_close(run(*given)[0].float(), exact, rtol=1e-2, atol=0)
+    monkeypatch.setattr("test_gemm_specialised.SECONDS", 0.5)
+    try:
+        scores, _ = run(*given, without=barrier)
+    except TimeoutError:
+        return
+    assert not torch.allclose(scores.float(), exact, rtol=1e-2)
+
+
 def test_other_devices_refuse_it():
     x, weight = (torch.ones(n, 64, dtype=torch.bfloat16, device="cpu") for n in (20, 256))
-    with pytest.raises(ValueError, match="tile 128/256/64/4/8 is for GPUs of class sm_90"):
-        launch_specialised_gemm(x, weight, None, x, x, 8, TILE, 1)
+    for tile in (TILE, TILE._replace(num_warps=4, device_class="sm_100")):
+        wanted = f"tile {sizes(tile)} is for GPUs of class {tile.device_class}, got other"
+        with pytest.raises(ValueError, match=wanted):
+            launch_specialised_gemm(x, weight, None, x, x, 8, tile, 1)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(device_class(KERNEL_DEVICE) != "sm_90", reason="needs compute capability 9.0")
+@pytest.mark.skipif(
+    device_class(KERNEL_DEVICE) not in CLASSES, reason="needs compute capability 9.0 or 10.0"
+)
 @pytest.mark.parametrize("tokens", [129, 1000])
 @pytest.mark.parametrize("biased", [True, False])
 def test_codes_are_those_of_the_librarys_gemm(device, tokens, biased):
@@ -221,7 +354,9 @@ def test_codes_are_those_of_the_librarys_gemm(device, tokens, biased):
     x, weight = draw(tokens, 256).to(device), draw(5000, 256).to(device)
     bias = draw(5000).to(device) if biased else None
     expected = topk_encode(x, weight, bias, 16)
-    with override_tiles({"gemm_many_tokens_16bit": TILE}):
+    candidates = TILES["gemm_many_tokens_16bit"].candidates(device_class(device))
+    (tile,) = (t for t in candidates if isinstance(t, SpecialisedGemmTile))
+    with override_tiles({"gemm_many_tokens_16bit": tile}):
         code = topk_encode(x, weight, bias, 16)
     assert torch.equal(code.acts, expected.acts)
     assert torch.equal(code.indices, expected.indices)

@@ -20,6 +20,7 @@ FLOORS = [
     {"cli"},
     {"reproduce"},
     {"demo"},
+    {"latents"},
     {"report"},
     {"training"},
     {"evaluation"},
@@ -65,10 +66,15 @@ TESTED_BY = {
     "cli/test_cli.py": "__main__ cli.demo cli.eval cli.fit cli.generate cli.libraries cli.profile "
     "cli.report cli.train cli.tune training.baselines training.loggers training.runs",
     "cli/test_terminal.py": "console",
+    "latents/test_cards.py": "latents.ablation latents.directions latents.prompt "
+    "latents.records models.final_norm",
+    "latents/test_collect.py": "latents.firings latents.index latents.passages",
+    "latents/test_latents_page.py": "latents.neuronpedia latents.page",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
     "demo/test_demo.py": "demo.comparison",
+    "data/test_labelled.py": "data.public_labelled",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.passes evaluation.rows",
-    "evaluation/test_probing.py": "cli.probe data.labelled evaluation.linear_probes "
+    "evaluation/test_probing.py": "cli.probe evaluation.linear_probes "
     "evaluation.pooling evaluation.scores",
     "interop/test_formats.py": "cli.convert cli.inspect interop.dictionary_learning "
     "interop.gemma_scope interop.hub interop.inspection interop.mlsae interop.openai interop.own "
@@ -79,10 +85,10 @@ TESTED_BY = {
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_graph_page.py": "cli.graph report.graph_record",
     "report/test_page.py": "evaluation.labels report.content report.figures report.headline "
-    "report.rows report.sections report.styles report.tables",
+    "report.rows report.sections report.styles report.tables report.words",
     "reproduce/test_claims.py": "reproduce.losses",
     "reproduce/test_study.py": "cli.reproduce reproduce.expected reproduce.figure "
-    "reproduce.settings reproduce.summary",
+    "reproduce.results reproduce.settings reproduce.summary",
     "sae/test_topk.py": "sae.base sae.boosted sae.losses sae.prefix sae.record sae.registry",
     "stack/test_affine.py": "evaluation.predictors stack.fit",
     "stack/test_foreign.py": "interop.objects",
@@ -93,8 +99,9 @@ TESTED_BY = {
     "test_structure.py": "lazy",
     "training/test_loop.py": "training.calibration training.checkpoints training.loss "
     "training.start training.step",
-    "training/test_online.py": "cli.finetune training.finetuning",
+    "training/test_online.py": "cli.finetune training.finetuning training.low_rank",
     "training/test_pipeline.py": "training.maps",
+    "test_notebook.py": "stack.notebook",
     "test_settings.py": "training.config",
 }
 TESTED_IN = {module: file for file, modules in TESTED_BY.items() for module in modules.split()}
@@ -184,6 +191,7 @@ KERNEL_FLOORS = [
     {"screening_bounds"},
     {"checks", "memory", "precision", "reference"},
     {"types", "files"},
+    {"notebook"},
 ]
 KERNEL_FLOOR_OF = {name: number for number, names in enumerate(KERNEL_FLOORS) for name in names}
 

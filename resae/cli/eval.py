@@ -159,6 +159,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     texts = _continued(lm, methods, ids, reference, options, console)
     if texts:
         report["generation"] = [asdict(row) for row in texts]
+        report["samples"] = _samples(lm, methods, ids[: options.generation], options)
     scores = _scored(lm, methods, options, console)
     if scores:
         report["tasks"] = [asdict(row) for row in scores]
@@ -331,6 +332,37 @@ def _scored(
         documents=options.task_documents,
         on_run=lambda done: console.progress(f"tasks: {done} ways of running the model scored"),
     )
+
+
+SHOWN_TEXTS = 3
+"""Prompts whose continuations are in the report as text."""
+
+
+def _samples(
+    lm: HookedLM, methods: Sequence[Method], prompts: torch.Tensor, options: Options
+) -> list[dict[str, Any]]:
+    """The first of the prompts `[R, T]`, cut at their middle, continued as text: by the unchanged
+    model, and with the layers replaced by each stack."""
+    from resae.evaluation.labels import label
+    from resae.replacements.generation import generate
+    from resae.report.rows import Sample
+    from resae.stack.stack import ReSAE
+
+    assert lm.tokenizer is not None
+    writers: list[tuple[str, ReSAE | None]] = [("nothing replaced", None)]
+    for method in methods:
+        if isinstance(method.stack, ReSAE):
+            how = f"{label(method.name)}, k = {method.k}, all layers replaced online"
+            writers.append((how, method.stack))
+    new_tokens = min(options.generation_tokens, prompts.shape[1] - prompts.shape[1] // 2)
+    samples: list[dict[str, Any]] = []
+    for row in prompts[:SHOWN_TEXTS, : prompts.shape[1] // 2]:
+        prompt = lm.tokenizer.decode(row, skip_special_tokens=True)
+        for how, stack in writers:
+            written = generate(lm, prompt, stack, max_new_tokens=new_tokens, temperature=0)
+            replaced = sum(count.replaced for count in written.counts)
+            samples.append(asdict(Sample(how, prompt, written.text, replaced)))
+    return samples
 
 
 def _report(

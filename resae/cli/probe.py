@@ -15,7 +15,7 @@ from resae.environment import describe_device, environment, find_device
 from resae.settings import Shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from resae.cli.eval import OpenRun
     from resae.data.labelled import LabelledTexts
@@ -32,13 +32,21 @@ class Options(Machine):
     """Run directories of the same layers; differences are from the first."""
     data: Annotated[tuple[str, ...], names] = ("embedded",)
     """Labelled texts, separated by commas: embedded (its seven domains), local files or folders,
-    hub datasets; scores are averaged over them."""
+    hub datasets, saebench (its eight datasets); scores are averaged over them."""
     text_column: Annotated[str, filled] = "text"
     """Column that holds the texts."""
     label_column: Annotated[str | None, filled] = None
     """Column that holds the classes; None: label, of the embedded corpus domain."""
+    attribute_column: Annotated[str | None, filled] = None
+    """Column of a second label with two values, for scr; None: none, of the embedded corpus the
+    project, Python or SQLite, that code and prose are of."""
+    measures: Annotated[tuple[str, ...] | None, names] = None
+    """Scores to compute: probing (accuracy of probes on the k best latents), tpp (targeted probe
+    perturbation), scr (spurious correlation removal); None: all that the data allows."""
     k: Annotated[tuple[int, ...], compared] = (1, 2, 5)
     """Numbers of latents that a probe may use."""
+    ablated: Annotated[tuple[int, ...], compared] = (2, 5, 10, 20, 50, 100, 500)
+    """Numbers of latents that tpp and scr ablate."""
     train_documents: Annotated[int, whole(2)] = 2000
     """Documents of each class to fit probes on, at most."""
     test_documents: Annotated[int, whole(2)] = 500
@@ -62,12 +70,15 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli.eval import open_runs, require_comparable
     from resae.cli.libraries import quiet_libraries
     from resae.data.labelled import load_labelled
-    from resae.evaluation.scores import mean_scores, score_rows
+    from resae.data.public_labelled import PUBLIC
+    from resae.evaluation.scores import Measure, mean_scores, score_rows
     from resae.models.hooked import EMBEDDED, HookedLM
     from resae.storage import require_writable, save_json
     from resae.training.pipeline import load_model
     from resae.training.runs import model_of
 
+    for measure in options.measures or ():
+        Measure.check(measure, "--measures")
     if options.json:
         console.report_to_stderr()
     device = find_device(options.device)
@@ -84,11 +95,13 @@ def run(options: Options, console: TerminalConsole) -> int:
             data,
             text_column=options.text_column,
             label_column=options.label_column,
+            attribute_column=options.attribute_column,
             train_documents=options.train_documents,
             test_documents=options.test_documents,
             seed=options.seed,
         )
-        for data in options.data
+        for given in options.data
+        for data in (PUBLIC if given == "saebench" else [given])
     ]
     lm = load_model(name, options.dtype, device, revision)
     sources = _sources(runs)
@@ -139,18 +152,34 @@ def _scores(
 ) -> list[Score]:
     """Scores of every source and of the channels on one dataset."""
     from resae.data.labelled import document_ids
+    from resae.evaluation.perturbation import (
+        ablated_latents,
+        biased_tasks,
+        correlation_removal,
+        probe_perturbation,
+    )
     from resae.evaluation.pooling import most_bytes, pool_documents
     from resae.evaluation.probing import one_against_rest, sparse_probing
-    from resae.evaluation.scores import ScoredDocuments, units_of
+    from resae.evaluation.scores import Measure, ScoredDocuments, units_of
 
+    layers = sources[0].stack.hook_points
+    pairs = texts.train.pairs, texts.test.pairs
+    measures = options.measures or tuple(Measure)
+    biased = []
+    if Measure.SCR in measures and pairs[0] is not None and pairs[1] is not None:
+        biased = biased_tasks(pairs[0], pairs[1])
+    elif Measure.SCR in (options.measures or ()):
+        raise ValueError(
+            f"dataset {texts.name!r}: scr needs a second label; name its column with "
+            f"--attribute-column, or leave scr out of --measures"
+        )
     ids = document_ids(lm, [*texts.train.texts, *texts.test.texts], options.context_tokens)
     memory = most_bytes(sources, len(ids), options.context_tokens) / 1e9
     console.log(
         f"{texts.name}: {len(texts.classes)} classes, {len(texts.train.texts):,} documents to fit "
         f"probes on and {len(texts.test.texts):,} to score them on; "
         f"{sum(map(len, ids)):,} tokens through the model once and {len(sources)} times through "
-        f"the autoencoders of {len(sources[0].stack.hook_points)} layers; means take at most "
-        f"{memory:.2f} GB"
+        f"the autoencoders of {len(layers)} layers; means take at most {memory:.2f} GB"
     )
     began = time.perf_counter()
 
@@ -160,14 +189,35 @@ def _scores(
 
     pooled = pool_documents(lm, sources, ids, on_batch=read)
     tasks = one_against_rest(texts, options.seed)
-    units = list(units_of(sources, pooled, sources[0].stack.hook_points))
-    return sparse_probing(
-        units,
-        tasks,
-        ScoredDocuments(texts.test.labels, first=len(texts.train.labels), seed=seed),
-        ks=options.k,
-        on_units=lambda done: console.progress(f"probes of {done}/{len(units)} sets of latents"),
-    )
+    documents = ScoredDocuments(texts.test.labels, first=len(texts.train.labels), seed=seed)
+
+    def progress(measure: Measure) -> Callable[[int], None]:
+        return lambda done: console.progress(f"{measure}: {done} sets of latents scored")
+
+    scores: list[Score] = []
+    if Measure.PROBING in measures:
+        units = units_of(sources, pooled, layers)
+        on_units = progress(Measure.PROBING)
+        scores += sparse_probing(units, tasks, documents, ks=options.k, on_units=on_units)
+    if Measure.TPP in measures:
+        scores += probe_perturbation(
+            ablated_latents(sources, pooled, layers),
+            pooled.channels,
+            tasks,
+            documents,
+            sizes=options.ablated,
+            on_units=progress(Measure.TPP),
+        )
+    if biased:
+        scores += correlation_removal(
+            ablated_latents(sources, pooled, layers),
+            pooled.channels,
+            biased,
+            documents,
+            sizes=options.ablated,
+            on_units=progress(Measure.SCR),
+        )
+    return scores
 
 
 def _table(rows: Sequence[ScoreRow]) -> str:
@@ -181,7 +231,7 @@ def _table(rows: Sequence[ScoreRow]) -> str:
         lines = [title + ("units of a probe" if measure == "probing" else "latents ablated")]
         shown = ["all" if size is None else str(size) for size in sizes]
         head = f"{'layer':<28}{'method':<20}{'loop':<8}{'active':>7}"
-        lines.append(head + "".join(f"{size:>22}" for size in shown))
+        lines.append(head + "".join(f"{size:>25}" for size in shown))
         for layer, method, loop in sorted(
             dict.fromkeys((row.layer, row.method, row.loop) for row in these),
             key=lambda of: [row.layer for row in these].index(of[0]),
@@ -190,7 +240,7 @@ def _table(rows: Sequence[ScoreRow]) -> str:
             active = next(row.active for row in cells if row is not None)
             line = f"{layer:<28}{method:<20}{loop or '–':<8}"
             line += f"{'–' if active is None else f'{active:.1f}':>7}"
-            lines.append(line + "".join(f"{_cell(row):>22}" for row in cells))
+            lines.append(line + "".join(f"{_cell(row):>25}" for row in cells))
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 

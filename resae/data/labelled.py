@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from resae.data.public_labelled import STREAMS, TABLES, Stream
 from resae.data.texts import load_columns
 from resae.models.hooked import EMBEDDED, HookedLM
 
@@ -33,6 +34,17 @@ class Documents(NamedTuple):
     labels: list[str]
     attributes: list[str] | None = None
     """A second label of each text, which classes are balanced over; None: there is none."""
+
+    @property
+    def pairs(self) -> list[tuple[str, str] | None] | None:
+        """Label and attribute of each text, by which spurious correlations are made; None: there
+        are no attributes. Of the embedded corpus they are kind of text and project, and None of
+        domains that have none."""
+        if self.attributes is not None:
+            return list(zip(self.labels, self.attributes, strict=True))
+        if set(EMBEDDED_ATTRIBUTES) <= set(self.labels):
+            return [EMBEDDED_ATTRIBUTES.get(label) for label in self.labels]
+        return None
 
     def take(self, chosen: Sequence[int]) -> "Documents":
         """The documents of these numbers."""
@@ -68,7 +80,8 @@ def load_labelled(
     seed: int = 42,
 ) -> LabelledTexts:
     """Labelled documents of `embedded` (its seven domains), of a local .jsonl, .csv or .parquet
-    file, of a folder with splits, or of the hub.
+    file, of a folder with splits, or of the hub. The eight datasets of SAEBench, by its names for
+    them (`resae.data.public_labelled.PUBLIC`), have columns and classes of their own.
 
     Args:
         text_column, label_column: columns; label_column None: `label`, of the embedded corpus
@@ -83,9 +96,19 @@ def load_labelled(
         ValueError: no such column, texts that are none, fewer than two classes, or a class without
             test documents.
     """
+    if data in STREAMS:
+        return _streamed(data, STREAMS[data], train_documents, test_documents, seed)
+    hub, classes = data, None
+    if data in TABLES:
+        hub, text_column, label_column, classes, attribute_column = TABLES[data]
     label_column = label_column or ("domain" if data == EMBEDDED else "label")
     columns = [text_column, label_column, *([attribute_column] if attribute_column else [])]
-    train, test = _splits(data, columns, revision, seed)
+    train, test = _splits(hub, columns, revision, seed)
+    if classes is not None:
+        train, test = (
+            part.take([i for i, label in enumerate(part.labels) if label in classes])
+            for part in (train, test)
+        )
     sizes = (train_documents, test_documents)
     train, test = (
         documents.take(_sampled(documents, size, seed))
@@ -93,18 +116,6 @@ def load_labelled(
     )
     _require_classes(data, label_column, train, test)
     return LabelledTexts(data, train, test)
-
-
-def embedded_pairs(train_documents: int = 1000, test_documents: int = 250) -> LabelledTexts:
-    """Code and prose of two projects, from the embedded corpus: the label is the kind of text, the
-    attribute the project.
-
-    Args:
-        train_documents, test_documents: documents of each kind and project; fewer where there are
-            fewer.
-    """
-    whole = load_labelled(train_documents=train_documents, test_documents=test_documents)
-    return LabelledTexts(whole.name, _with_attributes(whole.train), _with_attributes(whole.test))
 
 
 def document_ids(lm: HookedLM, texts: Sequence[str], context_tokens: int) -> list[list[int]]:
@@ -125,10 +136,30 @@ def document_ids(lm: HookedLM, texts: Sequence[str], context_tokens: int) -> lis
     return [(heads + ids)[:context_tokens] for ids in found]
 
 
-def _with_attributes(documents: Documents) -> Documents:
-    chosen = [i for i, label in enumerate(documents.labels) if label in EMBEDDED_ATTRIBUTES]
-    kinds, projects = zip(*(EMBEDDED_ATTRIBUTES[documents.labels[i]] for i in chosen), strict=True)
-    return Documents([documents.texts[i] for i in chosen], list(kinds), list(projects))
+def _streamed(data: str, stream: Stream, train: int, test: int, seed: int) -> LabelledTexts:
+    """Documents of a stream, which is read until every class has enough."""
+    import datasets
+
+    found: dict[str, list[str]] = {name: [] for name in stream.classes}
+    try:
+        for label, text in stream.read(datasets.load_dataset):
+            found[label].append(text)
+            if all(len(texts) >= train + test for texts in found.values()):
+                break
+    except Exception as error:  # datasets raises whatever a connection or a file runs into
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise FileNotFoundError(
+            f"dataset {data!r} cannot be read ({reason}); it is on the Hugging Face hub, which "
+            f"must be reachable: give a local file, or embedded"
+        ) from None
+    whole = Documents(
+        [text for texts in found.values() for text in texts],
+        [label for label, texts in found.items() for _ in texts],
+    )
+    rest, tested = _set_aside(whole, seed, test / (train + test))
+    parts = rest.take(_sampled(rest, train, seed)), tested.take(_sampled(tested, test, seed))
+    _require_classes(data, "label", *parts)
+    return LabelledTexts(data, *parts)
 
 
 def _splits(
@@ -141,13 +172,18 @@ def _splits(
         except FileNotFoundError:
             continue
         return train, _documents(data, columns, found)
+    return _set_aside(train, seed, TEST_SHARE)
+
+
+def _set_aside(documents: Documents, seed: int, share: float) -> tuple[Documents, Documents]:
+    """The documents without a share of each class, and that share."""
     generator = np.random.default_rng(seed)
-    in_test: set[int] = set()
-    for members in _groups(train.labels).values():
-        size = max(1, round(len(members) * TEST_SHARE))
-        in_test.update(generator.permutation(members)[:size].tolist())
-    rest = [i for i in range(len(train.texts)) if i not in in_test]
-    return train.take(rest), train.take(sorted(in_test))
+    aside: set[int] = set()
+    for members in _groups(documents.labels).values():
+        size = max(1, round(len(members) * share))
+        aside.update(generator.permutation(members)[:size].tolist())
+    rest = [i for i in range(len(documents.texts)) if i not in aside]
+    return documents.take(rest), documents.take(sorted(aside))
 
 
 def _documents(data: str, columns: Sequence[str], found: list[list[Any]]) -> Documents:

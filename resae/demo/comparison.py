@@ -67,7 +67,7 @@ from resae.training.loop import Progress, train
 from resae.training.online import layer_scales, train_online
 
 HOP_HELD_OUT_ROWS = 64
-PROMPTS = ("And it came to pass", "def __init__(self,")
+PROMPTS = ("And it came to pass", "def __init__(self,", "The function returns")
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,9 @@ def feature_graph(
         left = left_alone(lm, stack, input_ids, streams)
         batch = batch if max_nodes is None else min(batch, max_nodes)
         copies = input_ids.expand(batch, -1)
-        whole = _run(lm, stack, copies, left, cut=False)
-        latents, others = _nodes_of(whole, left, gradient, max_nodes)
+        latents, others = _nodes_of(
+            _run(lm, stack, copies, left, cut=False), left, gradient, max_nodes
+        )
         direct = _run(lm, stack, copies, left, cut=True)
         effects = _Effects(direct, latents, batch)
         effects.add_metric(gradient)

@@ -53,13 +53,22 @@ MODES = {
 }
 
 
+def base_name(method: str) -> str:
+    """Name of a method without that of its run, `resae (first)` → `resae`."""
+    return method.partition(" (")[0]
+
+
 def label(method: str, loop: str | None = None) -> str:
-    """Label of a method, or its name where it has none; with the loop, if there is a choice."""
-    name = LABELS.get(method) or method
+    """Label of a method, or its name where it has none; with its run and loop, if there is a
+    choice."""
+    base = base_name(method)
+    name = f"{LABELS[base]}{method.removeprefix(base)}" if base in LABELS else method
     return f"{name}, {loop} loop" if loop else name
 
 
 def whole_selection(rows: Sequence[ReplacementRow]) -> list[ReplacementRow]:
-    """The rows in which every selected layer is replaced."""
-    most = max((len(row.layers) for row in rows), default=0)
-    return [row for row in rows if len(row.layers) == most]
+    """The rows in which every layer that the method has is replaced."""
+    most: dict[str, int] = {}
+    for row in rows:
+        most[row.method] = max(len(row.layers), most.get(row.method, 0))
+    return [row for row in rows if len(row.layers) == most[row.method]]

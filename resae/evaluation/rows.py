@@ -440,6 +440,18 @@ class Evaluation:
         del tables["row_sums"], tables["resampled"]
         return tables
 
+    def _repr_html_(self) -> str:
+        from resae_kernels.notebook import table_html
+
+        most = max((len(row.layers) for row in self.replacement), default=0)
+        columns = ("method", "loop", "mode", "k", "delta_ce", "ce_recovered_mean", "kl")
+        rows = [
+            [getattr(row, column) for column in columns]
+            for row in self.replacement
+            if len(row.layers) == most
+        ]
+        return table_html("all selected layers replaced; nats per token", columns, rows)
+
 
 @dataclass(frozen=True)
 class EffectRow:

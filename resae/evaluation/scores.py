@@ -5,7 +5,7 @@ drawn again with replacement, the same ones for every method; fitted probes stay
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +52,7 @@ class Score:
     size: int | None
     quantity: Quantity
     classes: dict[str, float]
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, int | None]:
@@ -90,7 +91,9 @@ class ScoreRow:
     difference_low: float | None
     difference_high: float | None
     classes: dict[str, float]
-    """Score of each class."""
+    """Score of each class; of `scr`, of each pair of attributes that go together."""
+    parts: dict[str, float]
+    """Parts of `tpp`: drop of the intended probe, mean drop of the others."""
 
 
 def score_rows(data: str, scores: Sequence[Score]) -> list[ScoreRow]:
@@ -114,6 +117,7 @@ def score_rows(data: str, scores: Sequence[Score]) -> list[ScoreRow]:
                 *value,
                 *(apart or (None, None, None)),
                 score.classes,
+                score.parts,
             )
         )
     return rows
@@ -129,7 +133,11 @@ def mean_scores(of_datasets: Sequence[Sequence[Score]]) -> list[Score]:
     return [
         Score(
             **vars(group[0])
-            | {"quantity": np.mean([score.quantity for score in group], axis=0), "classes": {}}
+            | {
+                "quantity": np.mean([score.quantity for score in group], axis=0),
+                "classes": {},
+                "parts": {},
+            }
         )
         for group in found.values()
         if len(group) == len(of_datasets)

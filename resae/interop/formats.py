@@ -77,7 +77,7 @@ class Converted(NamedTuple):
 
     source: Path
     format: str
-    """Of the source."""
+    """Format of the source."""
     folder: Path
     """Destination."""
     input_kind: str
@@ -339,7 +339,7 @@ def convert(
 
 
 def _finite(found: Found) -> Found:
-    """What was found; ValueError for weights that are NaN or infinite."""
+    """Return what was found; raise ValueError for weights that are NaN or infinite."""
     if bad := found.record.non_finite():
         raise ValueError(f"SAE {found.path}: NaN or infinite entries in {', '.join(bad)}")
     return found

@@ -24,7 +24,8 @@ def locate(
 
     Raises:
         FileNotFoundError: neither such a path nor such a repository, or nothing at that hook point.
-        ValueError: `hook_point` leads out of the folder, or a local path with a revision.
+        ValueError: `hook_point` leads out of the folder or is a pattern, or a local path with a
+            revision.
     """
     if hook_point is not None and (
         ".." in Path(hook_point).parts or Path(hook_point).is_absolute()
@@ -37,6 +38,8 @@ def locate(
             raise ValueError(f"revision={revision!r} for {source}, which is a local path")
         return Path(source) / (hook_point or "")
     name = str(source)
+    if hook_point is not None and set("*?[") & set(hook_point):
+        raise ValueError(f"hook_point={hook_point!r} is a pattern; name one folder of {name}")
     if not REPOSITORY.fullmatch(name):
         raise FileNotFoundError(
             f"SAE {name!r}: there is no such path; give a folder, a file or a repository owner/name"

@@ -8,8 +8,13 @@ from resae.interop.files import has, setting
 from resae.sae.base import Autoencoder
 from resae.sae.files import load_config
 from resae.sae.record import SAERecord
-from resae.sae.registry import load_sae, no_slots, sae_from_record, with_max_active
-from resae.sae.threshold import ThresholdSAE
+from resae.sae.registry import (
+    has_thresholds,
+    load_sae,
+    no_slots,
+    sae_from_record,
+    with_max_active,
+)
 from resae.storage import require_file
 
 FILES = ("cfg.json", "sae.safetensors", "boost/cfg.json", "boost/sae.safetensors")
@@ -49,7 +54,7 @@ def load(path: Path, *, max_active: int | None = None) -> Autoencoder:
     sae = load_sae(path)
     if max_active is None:
         return sae
-    if not isinstance(sae, ThresholdSAE):
+    if not has_thresholds(sae):
         raise no_slots(max_active, sae.config.k)
     return with_max_active(sae, max_active)
 

@@ -41,7 +41,6 @@ from resae.models.splice import (
     on_output,
     scaled,
 )
-from resae.strict_json import first_line
 
 EMBEDDED = "embedded"
 """The name of the model and of the corpus that come with the package."""
@@ -481,7 +480,7 @@ def _described(config: Any, tokenizer: Any, name: str) -> HookedLM:
 
 
 def _not_found(name: str, error: OSError) -> FileNotFoundError:
-    reason = first_line(error)
+    reason = str(error).strip().splitlines()[0]
     return FileNotFoundError(
         f"model {name!r} not found ({reason}); give a hub name, a local folder with config.json, "
         f"or {EMBEDDED!r} for the model that comes with resae"
@@ -514,7 +513,7 @@ def _tokenizer(path: str, name: str, options: dict[str, Any], *, needed: bool) -
         empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
         reason = "only special tokens"
     except ValueError as error:
-        tokenizer, empty, reason = None, True, first_line(error)
+        tokenizer, empty, reason = None, True, str(error).strip().splitlines()[0]
     except OSError:
         if needed:
             raise

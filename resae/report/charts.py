@@ -285,8 +285,9 @@ class Dots:
     def _row(self, dot: Dot, top: float) -> list[Element]:
         """Label and value in one line, and below it the dot; the value only where there is room."""
         x, y = self._at(dot.value), top + ROW - 11
-        stem = _line("stem", (self._at(max(self.x.low, 0.0)), y), (x, y), dot.style.color)
-        shapes = [_text(dot.label, 14, top + 14, "start"), stem]
+        shapes = [_text(dot.label, 14, top + 14, "start")]
+        if self.x.low <= 0:
+            shapes.append(_line("stem", (self._at(0.0), y), (x, y), dot.style.color))
         if dot.low is not None and dot.high is not None:
             ends = (self._at(dot.low), y), (self._at(dot.high), y)
             shapes.append(_line("whisker", *ends, dot.style.color))
@@ -300,11 +301,12 @@ class Dots:
 Panel = Curves | Dots
 
 
-def number(value: float) -> str:
-    """A number with at most three digits that count, and a real minus sign."""
+def number(value: float, *, padded: bool = False) -> str:
+    """A number with three digits that count, and a real minus sign; without zeros at its end unless
+    `padded`."""
     digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:.{min(digits, 4)}f}" if abs(value) < 1000 else f"{value:,.0f}"
-    if "." in text:
+    if "." in text and not padded:
         text = text.rstrip("0").rstrip(".")
     return text.replace("-", "−")
 
@@ -312,8 +314,16 @@ def number(value: float) -> str:
 def number_between(value: float, low: float | None, high: float | None) -> str:
     """A number with its interval, where it has one."""
     if low is None or high is None:
-        return number(value)
-    return f"{number(value)} [{number(low)}, {number(high)}]"
+        return number(value, padded=True)
+    digits = decimals(low, high)
+    texts = [f"{end:.{digits}f}".replace("-", "−") for end in (value, low, high)]
+    return "{} [{}, {}]".format(*texts)
+
+
+def decimals(low: float, high: float) -> int:
+    """Decimals that tell something of a number with this interval: at least two."""
+    half = abs(high - low) / 2
+    return min(4, max(2, -math.floor(math.log10(half)))) if half else 4
 
 
 def inline(panel: Panel, name: str) -> str:

@@ -29,6 +29,7 @@ from resae.report.rows import (
     FvuRow,
     NestedFvuRow,
     RoutingRow,
+    RunRow,
     Sample,
     TrainingRow,
 )
@@ -94,13 +95,16 @@ class Report:
     """Per method and loop: text that the model continues prompts with."""
     tasks: list[TaskRow] = field(default_factory=list[TaskRow])
     """Per task of lm-eval, metric and way of running the model."""
+    runs: list[RunRow] = field(default_factory=list[RunRow])
+    """The runs that are compared; empty in the report of one. `config` and `environment` are those
+    of the first."""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json; tables of further methods only where they have rows."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         content["affine"] = [row.to_dict() for row in self.affine]
         further = ("routing", "boost", "fair", "elsewhere", "mlsae", "hierarchical")
-        further += ("ablation", "density", "shared_latents", "generation", "tasks")
+        further += ("ablation", "density", "shared_latents", "generation", "tasks", "runs")
         return {name: value for name, value in content.items() if value or name not in further}
 
 

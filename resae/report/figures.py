@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from resae.evaluation.labels import MODES, label, whole_selection
-from resae.evaluation.rows import HistogramRow, ReplacementRow
+from resae.evaluation.labels import MODES, base_name, label, whole_selection
+from resae.evaluation.rows import GenerationRow, HistogramRow, ReplacementRow
 from resae.report.charts import (
     Axis,
     Curves,
@@ -24,9 +24,9 @@ from resae.report.charts import (
 from resae.report.content import Report
 from resae.report.rows import TrainingRow
 from resae.report.styles import styles_of
-from resae.report.tables import interval_of
+from resae.report.tables import interval_of, short_name
 
-AnyRow = TypeVar("AnyRow", ReplacementRow, HistogramRow, TrainingRow)
+AnyRow = TypeVar("AnyRow", ReplacementRow, HistogramRow, TrainingRow, GenerationRow)
 
 TABLES_ONLY = {
     *("raw_truncated", "boost_base", "boost"),
@@ -74,14 +74,9 @@ def drawn(rows: Sequence[AnyRow]) -> list[AnyRow]:
     return [
         row
         for row in rows
-        if row.method not in TABLES_ONLY and not FAIR_TABLE_ONLY.search(row.method)
+        if base_name(row.method) not in TABLES_ONLY
+        and not FAIR_TABLE_ONLY.search(base_name(row.method))
     ]
-
-
-def short_name(hook_point: str) -> str:
-    """Short form of a hook point name, or of a pair of them."""
-    short = hook_point.replace("blocks.", "block ").replace(".hook_resid_post", "")
-    return short.replace(".hook_", " ")
 
 
 def _style(styles: dict[str, Style], method: str, loop: str | None) -> Style:
@@ -230,6 +225,34 @@ def _r2(report: Report) -> Figure:
     )
 
 
+def _generation(report: Report) -> Figure:
+    rows = drawn(report.generation)
+    styles = styles_of(row.method for row in rows)
+    axis = linear_axis("KL, nats per token", [v for row in rows for v in row.kl_by_position])
+    longest = max((len(row.kl_by_position) for row in rows), default=1)
+    position = linear_axis("token after the prompt", [1, longest], tight=True)
+    panels: list[Panel] = []
+    for k in sorted({row.k for row in rows if row.k is not None}):
+        of_k = [row for row in rows if row.k in (k, None)]
+        series = [
+            Series(
+                label(row.method, row.loop),
+                _style(styles, row.method, row.loop),
+                [Point(i, kl) for i, kl in enumerate(row.kl_by_position, start=1)],
+                marked=_spread(len(row.kl_by_position), place / len(of_k)),
+            )
+            for place, row in enumerate(of_k)
+        ]
+        panels.append(Curves(f"k = {k}", position, axis, series))
+    return Figure(
+        "generation",
+        "How far the next-token predictions move from those of the unchanged model, by position in "
+        "its text. Lower is better; a line that rises shows errors that add up.",
+        panels,
+        legend_of(panels),
+    )
+
+
 def _training(report: Report) -> Figure:
     runs = [run for run in drawn(report.training) if run.log]
     styles = styles_of(run.method for run in runs)
@@ -284,5 +307,6 @@ FIGURES: list[tuple[str, Callable[[Report], Figure]]] = [
     ("replacement", _ce_recovered),
     ("redundancy_histogram", _redundancy),
     ("affine", _r2),
+    ("generation", _generation),
     ("training", _training),
 ]

@@ -49,7 +49,7 @@ def graph_page(graph: FeatureGraph, *, label: str = "metric", max_edges: int = 1
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{page_style()}
-figure svg {{ max-width: none }}
+figure svg {{ max-width: none; color: var(--ink) }}
 svg text {{ font-size: 11px; fill: var(--ink); paint-order: stroke; stroke: var(--ground);
   stroke-width: 3px }}
 </style></head><body>
@@ -59,9 +59,9 @@ svg text {{ font-size: 11px; fill: var(--ink); paint-order: stroke; stroke: var(
 constant.</p>
 <figure><div class="wide">{_picture(graph, edges, label)}</div>
 <figcaption>Direct effects: the {len(edges)} edges along which most effect on the metric passes.
-Wider: more of it; dashed: negative. Circles: latents by their number, darker for more effect on the
-metric over all paths. Squares: reconstruction errors. Triangles: streams of tokens that are left
-alone. Point at a node or an edge for its numbers.</figcaption></figure>
+Wider: more of it; dashed: negative. Circles: latents by their number, more filled for
+more effect on the metric over all paths. Squares: reconstruction errors. Triangles: streams of
+tokens that are left alone. Point at a node or an edge for its numbers.</figcaption></figure>
 <h2>Nodes</h2>
 <p class="note">Effect: first-order change of the metric if the node were removed, with the opposite
 sign, over all paths. Value = incoming + intercept: incoming is the sum of all direct effects on
@@ -99,10 +99,11 @@ def _picture(graph: FeatureGraph, edges: Sequence[GraphEdge], label: str) -> str
         y = _height(layer, L)
         place = name.removesuffix(".hook_resid_post").replace(".hook_", " ")
         parts.append(_text(4, y + 4, place.replace("blocks.", "block ")))
-        parts.append(_tag("path", d=f"M{MARGIN} {y}H{width}", stroke="#ddd"))
+        parts.append(_tag("path", d=f"M{MARGIN} {y}H{width}", stroke="var(--rule)"))
     most = max((abs(edge.through) for edge in edges), default=0.0)
     parts += [_line(graph, edge, places, label, most) for edge in reversed(edges)]
-    strongest = max(abs(node.effect) for node in graph.nodes if node.kind != "metric")
+    latents = (abs(node.effect) for node in graph.nodes if node.kind == "latent")
+    strongest = max(latents, default=0.0)
     parts += [_mark(graph, graph.nodes[i], places[i], label, strongest) for i in shown]
     return _tag(
         "svg",
@@ -140,6 +141,8 @@ def _places(graph: FeatureGraph, shown: Sequence[int]) -> tuple[dict[int, tuple[
                 column, above = divmod(place, STACKED)
                 in_column = min(STACKED, len(nodes) - column * STACKED)
                 x = left + wide / 2 + NODE * (column + 0.5 - columns / 2)
+                if graph.nodes[i].kind == "latent":
+                    x -= NODE / 4  # its number stands on its right
                 places[i] = (round(x), _height(row, L) + 26 * above - 13 * (in_column - 1))
         left += wide
     return places, left + 10
@@ -166,7 +169,7 @@ def _line(
         _tag("title", html.escape(tip)),
         d=f"M{x} {y}C{x} {middle} {x2} {middle} {x2} {y2}",
         fill="none",
-        stroke="#333",
+        stroke="currentColor",
         stroke_opacity=0.5,
         stroke_width=round(0.6 + 4.4 * abs(edge.through) / most, 2),
         stroke_dasharray="5 4" if edge.through < 0 else "none",
@@ -185,12 +188,12 @@ def _mark(
     x, y = place
     value = "" if node.value is None else f", value {node.value:.4g}"
     tip = f"{describe_node(graph, node, label)}: effect {node.effect:.4g}{value}"
-    outline = {"fill": "#fff", "stroke": "#111"}
+    outline = {"fill": "var(--ground)", "stroke": "currentColor"}
     text = ""
     if node.kind == "latent":
-        grey = round(250 - 200 * abs(node.effect) / (strongest or 1))
-        outline["fill"] = f"rgb({grey},{grey},{grey})"
+        shade = round(0.8 * abs(node.effect) / (strongest or 1), 3)
         shape = _tag("circle", cx=x, cy=y, r=8, **outline)
+        shape += _tag("circle", cx=x, cy=y, r=8, fill="currentColor", fill_opacity=shade)
         text = _text(x + 10, y + 4, str(node.latent))
     elif node.kind == "metric":
         shape = _tag("circle", cx=x, cy=y, r=9, stroke_width=3, **outline)
@@ -206,11 +209,17 @@ def _mark(
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [
-        _tag("tr", *(_tag(cell, html.escape(text)) for text in row))
-        for cell, row in [("th", headings), *(("td", row) for row in rows)]
+    head = _tag("tr", *(_tag("th", html.escape(text), scope="col") for text in headings))
+    body = [
+        _tag(
+            "tr",
+            _tag("th", html.escape(name), scope="row"),
+            *(_tag("td", html.escape(text)) for text in cells),
+        )
+        for name, *cells in rows
     ]
-    return _tag("div", _tag("table", *lines), **{"class": "wide"})
+    table = _tag("table", _tag("thead", head), _tag("tbody", *body))
+    return _tag("div", table, **{"class": "wide"})
 
 
 def _node_table(graph: FeatureGraph, label: str) -> str:

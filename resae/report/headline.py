@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resae.evaluation.labels import MODES, label, whole_selection
+from resae.evaluation.labels import MODES, base_name, label, whole_selection
 from resae.evaluation.rows import ReplacementRow
 from resae.report.content import Report
 from resae.report.figures import Figure, drawn, headline_figure
@@ -19,6 +19,10 @@ class Headline:
     """Top of the page."""
 
     sentence: str
+    methods: Sequence[str]
+    """Names of the methods in the sentence."""
+    mode: str
+    """Name of the mode in it."""
     figure: Figure
     table: Table
 
@@ -29,33 +33,41 @@ def headline(report: Report) -> Headline:
     rows = [row for row in whole_selection(report.replacement) if row.loop != "open"]
     mode = next(mode for mode in MODES if any(row.mode == mode for row in rows))
     if len({row.method for row in rows}) > MOST:
-        rows = [row for row in drawn(rows) if row.method in CORE] or rows
+        rows = [row for row in drawn(rows) if base_name(row.method) in CORE] or rows
     of_mode = [row for row in rows if row.mode == mode]
     ks = sorted({row.k for row in of_mode if row.k is not None})
-    table = _table_of_ks(of_mode, ks, mode) if len(ks) > 1 else _table_of_modes(rows)
-    return Headline(_sentence(report, of_mode, ks, mode), headline_figure(of_mode, mode), table)
+    ours, other = _compared(of_mode, ks)
+    return Headline(
+        _sentence(ours, other),
+        list(dict.fromkeys(base_name(row.method) for row in (ours, other))),
+        mode,
+        headline_figure(of_mode, mode),
+        _table_of_ks(of_mode, ks, mode) if len(ks) > 1 else _table_of_modes(rows),
+    )
 
 
-def _sentence(report: Report, rows: Sequence[ReplacementRow], ks: Sequence[int], mode: str) -> str:
+def _compared(
+    rows: Sequence[ReplacementRow], ks: Sequence[int]
+) -> tuple[ReplacementRow, ReplacementRow]:
+    """At the middle k: ReSAE and raw SAEs, or ReSAE in different runs; without these, the methods
+    that lose least and most."""
     coded = {row.method: row for row in rows if ks and row.k == ks[len(ks) // 2]}
     coded = coded or {row.method: row for row in rows}
-    first = next(iter(coded.values()))
-    layers = len(first.layers)
-    where = f"all {layers} selected layers" if layers > 1 else "the selected layer"
-    by = f"codes of {first.k} active latents per layer" if first.k else "predictions"
-    begin = f"With {where} of {report.config['model']} replaced at once by {by}"
-    ordered = sorted(coded.values(), key=lambda row: row.delta_ce)
+    ours = [row for name, row in coded.items() if base_name(name) == "resae"]
     if {"raw", "resae"} <= set(coded):
-        ordered = [coded["resae"], coded["raw"]]
-    ours, other = ordered[0], ordered[-1]
-    if ours is other:
-        return (
-            f"{begin}, the model loses {_nats(ours)} nats of next-token prediction per token with "
-            f"{label(ours.method)} ({MODES[mode]})."
-        )
+        return coded["resae"], coded["raw"]
+    ordered = sorted(ours if len(ours) > 1 else coded.values(), key=lambda row: row.delta_ce)
+    return ordered[0], ordered[-1]
+
+
+def _sentence(ours: ReplacementRow, other: ReplacementRow) -> str:
+    layers = len(ours.layers)
+    where = f"all {layers} selected layers" if layers > 1 else "the selected layer"
+    by = f"codes of {ours.k} active latents per layer" if ours.k else "predictions"
+    against = "" if ours is other else f", and by {_nats(other)} with {label(other.method)}"
     return (
-        f"{begin}, the model loses {_nats(ours)} nats of next-token prediction per token with "
-        f"{label(ours.method)} and {_nats(other)} with {label(other.method)} ({MODES[mode]})."
+        f"With {where} replaced at once ({MODES[ours.mode]}) by {by}, the model's next-token loss "
+        f"rises by {_nats(ours)} nats per token with {label(ours.method)}{against}."
     )
 
 
@@ -77,7 +89,7 @@ def _table_of_ks(rows: Sequence[ReplacementRow], ks: Sequence[int], mode: str) -
         for method in dict.fromkeys(row.method for row in rows)
     }
     return _small_table(
-        f"Δ CE {MODES[mode]}, nats per token, lower is better.", [f"k = {k}" for k in ks], cells
+        f"Δ CE {MODES[mode]}, nats per token; lower is better.", [f"k = {k}" for k in ks], cells
     )
 
 
@@ -92,7 +104,7 @@ def _table_of_modes(rows: Sequence[ReplacementRow]) -> Table:
         for method in dict.fromkeys(row.method for row in rows)
     }
     return _small_table(
-        "Δ CE, nats per token, lower is better.", [MODES[mode] for mode in modes], cells
+        "Δ CE, nats per token; lower is better.", [MODES[mode] for mode in modes], cells
     )
 
 
@@ -106,13 +118,17 @@ def _small_table(
         losses = [row.delta_ce for row in column if row is not None]
         best.append(shown_number(min(losses), 2) if len(losses) > 1 else None)
     if any(value is not None for value in best):
-        caption += " ★ least lost by autoencoders."
+        caption += " ★ the least with autoencoders."
+    if any(row and row.loop for row_cells in rows.values() for row in row_cells):
+        caption += " Methods with maps run in closed loop."
+    if any(row and interval_of(row, "delta_ce") for cells in rows.values() for row in cells):
+        caption += " Brackets: 95 % intervals."
     made: list[Row] = []
     for method, row_cells in rows.items():
         row_best = best if row_cells in coded else [None] * len(headings)
         cells = [_loss(row, least) for row, least in zip(row_cells, row_best, strict=True)]
         name = label(method)
-        made.append(Row([Cell(name, name), *cells], marked=method == "resae"))
+        made.append(Row([Cell(name, name), *cells], marked=base_name(method) == "resae"))
     columns = [Column("method", numeric=False), *map(Column, headings)]
     return Table("headline", caption, columns, made)
 

@@ -8,44 +8,24 @@ filtering.
 
 import base64
 import hashlib
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from resae.evaluation.labels import LABELS
+from resae.evaluation.labels import MODES, base_name, label
 from resae.report.charts import CHART_STYLE, Panel, Style, inline, palette_style, sample
 from resae.report.content import Report, load_report
-from resae.report.figures import Figure, draw, short_name
+from resae.report.figures import Figure, draw
 from resae.report.headline import headline
 from resae.report.sections import sections
+from resae.report.tables import short_name
+from resae.report.words import METHODS, MODES_IN_WORDS
 from resae.storage import require_writable, write_atomically
 
 _TEMPLATE = files("resae.report").joinpath("template")
-METHODS = {
-    "raw": "one ordinary sparse autoencoder per layer, which codes the stream itself",
-    "raw_equal_total": "raw SAEs with more active latents in later layers: as many in total as the "
-    "reconstruction of a ReSAE is made of",
-    "identity": "a control: the prediction is the layer before itself, without a learned map",
-    "resae": "autoencoders that code what an affine map from the layer before did not predict",
-    "resae_online": "a ReSAE trained further while all layers are replaced, on the KL divergence "
-    "to the unchanged model",
-    "resae_closed": "a ReSAE trained on residuals against its own reconstructions",
-    "all_previous": "a ReSAE whose maps predict from all selected layers before, not only the last",
-    "affine_only": "a control without codes: the first selected layer stays as it is, and the maps "
-    "predict all others from it",
-    "mlsae": "one dictionary that all layers share",
-    "hierarchical": "autoencoders trained to work at every smaller k, too",
-    "raw_matched": "raw SAEs with as many active latents and as large dictionaries as a ReSAE "
-    "reconstruction draws on",
-    "raw_wide": "raw SAEs with, in every layer, as many latents as all layers of the ReSAE have",
-    "raw_truncated": "raw SAEs of the largest k, cut down to a smaller one",
-    "boost": "raw SAEs that never saw one domain of the text, and second ones beside them that "
-    "were trained on it",
-    "boost_base": "the same without the second ones",
-}
-"""Name of a method → what it is; only those in the report are explained."""
 
 
 def write_report(folder: str | Path) -> Path:
@@ -80,23 +60,34 @@ def render(report: Report, figures: dict[str, Figure]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "inline": _inline,
-        "sample": _sample,
-        "code": _code,
-        "short": short_name,
-    }
+    environment.filters |= FILTERS
     style, script = page_style(), _TEMPLATE.joinpath("page.js").read_text()
-    methods = dict.fromkeys(row.method for row in report.replacement)
+    methods = dict.fromkeys(base_name(row.method) for row in report.replacement)
+    modes = {row.mode for row in report.replacement}
     return environment.get_template("page.html").render(
         report=report,
+        config=report.config,
         first=report.replacement[0],
         headline=headline(report),
+        warning=_warning(report),
         sections=sections(report, figures),
-        methods={LABELS.get(m, m): METHODS[m] for m in methods if m in METHODS},
+        methods={name: METHODS[name] for name in methods if name in METHODS},
+        modes={name: text for name, text in MODES_IN_WORDS.items() if name in modes},
         style=Markup(style),
         script=Markup(script),
         policy=_policy(style, script),
+    )
+
+
+def _warning(report: Report) -> str:
+    """A reason why rows of the report do not compare; empty without one."""
+    measured = {(row.tokens, round(row.ce_clean, 4)) for row in report.replacement}
+    if len(measured) < 2:
+        return ""
+    told = ", ".join(f"{ce:.4f} on {tokens:,} positions" for tokens, ce in sorted(measured))
+    return (
+        f"these rows are of different models or text. The unchanged models have a cross-entropy of "
+        f"{told}, so differences between their methods are not those of the methods alone."
     )
 
 
@@ -131,3 +122,25 @@ def _code(text: str) -> Markup:
         for i, part in enumerate(text.split("`"))
     )
     return Markup("").join(marked)
+
+
+def _count(value: int | list[int]) -> str:
+    """A number, or the different ones of a list, with commas between thousands."""
+    values = [value] if isinstance(value, int) else list(dict.fromkeys(value))
+    return ", ".join(f"{number:,}" for number in values)
+
+
+def _upper_first(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "code": _code,
+    "count": _count,
+    "inline": _inline,
+    "label": label,
+    "mode": MODES.__getitem__,
+    "sample": _sample,
+    "short": short_name,
+    "upper_first": _upper_first,
+}

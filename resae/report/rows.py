@@ -2,6 +2,7 @@
 of report.json."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,17 @@ class Sample:
     """The continuation."""
     replaced: int
     """Activations that were replaced."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One of several runs that a report compares."""
+
+    name: str
+    """Name of the run; its methods are called `resae (NAME)`."""
+    title: str
+    """Heading of its own report."""
+    config: dict[str, Any]
+    """Settings of its own report."""
+    environment: dict[str, Any]
+    """Versions and machine of its own report."""

@@ -2,17 +2,25 @@
 are left out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from resae.evaluation.labels import MODES, label, whole_selection
-from resae.evaluation.rows import ReconstructionRow, RedundancyRow, ReplacementRow
+from resae.evaluation.rows import (
+    DensityRow,
+    GenerationRow,
+    ReconstructionRow,
+    RedundancyRow,
+    ReplacementRow,
+)
 from resae.report.content import Report
 from resae.report.figures import Figure
 from resae.report.rows import Sample
-from resae.report.tables import Table, table_of
+from resae.report.tables import Cell, Column, Row, Table, table_of
 
-RowOfK = TypeVar("RowOfK", ReplacementRow, ReconstructionRow, RedundancyRow)
+RowOfK = TypeVar(
+    "RowOfK", ReplacementRow, ReconstructionRow, RedundancyRow, DensityRow, GenerationRow
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +38,6 @@ class Section:
     tables: Sequence[Table] = ()
     samples: dict[str, list[Sample]] = field(default_factory=dict[str, list[Sample]])
     """Prompt → its continuations."""
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Names and values."""
     opened: bool = False
     """Shown without being asked for."""
 
@@ -42,13 +48,16 @@ def sections(report: Report, figures: dict[str, Figure]) -> list[Section]:
         *_findings(report),
         *_replacement(report, figures),
         *_subsets(report),
+        *_ablation(report),
         *_redundancy(report, figures),
         *_maps(report, figures),
         *_reconstruction(report),
+        *_density(report),
+        *_generation(report, figures),
         *_further(report),
         *_training(figures),
         *_samples(report),
-        Section(name="configuration", title="Configuration", facts=_facts(report)),
+        *_configuration(report),
     ]
 
 
@@ -65,6 +74,8 @@ REPLACEMENT = {
     "ce_recovered_mean": "recovered (mean)",
     "ce_recovered_zero": "recovered (zero)",
     "kl": "KL",
+    "difference": "Δ CE less reference",
+    "sum_of_single": "Δ CE one by one",
 }
 ALIKE = ("ce_clean", "ce", "tokens", "sinks")
 """Columns of replacement rows that follow from others, or are the same in all rows."""
@@ -86,9 +97,27 @@ def _replacement(report: Report, figures: dict[str, Figure]) -> Iterator[Section
         notes=[
             "Special tokens are neither replaced nor counted. Teacher-forced, replacing all layers "
             "is the same as replacing the last one: the stream put in last overwrites what came "
-            "before. Online and error-added see every layer."
+            "before. Online and error-added see every layer.",
+            *_on_intervals(report),
         ],
     )
+
+
+def _on_intervals(report: Report) -> Iterator[str]:
+    """Sentences on brackets and differences, where there are any."""
+    if any(row.delta_ce_low is not None for row in report.replacement):
+        drawn = report.config.get("resampled", "rows")
+        yield (
+            f"Brackets are 95 % intervals of the bootstrap over {drawn} of the text. They hold for "
+            f"this one training of each method."
+        )
+    references = dict.fromkeys(row.reference for row in report.replacement if row.reference)
+    if references:
+        names = ", ".join(label(name) for name in references)
+        yield (
+            f"The reference of differences is {names}. Their intervals are paired: where one does "
+            f"not hold 0, the difference is not chance of the text."
+        )
 
 
 def _subsets(report: Report) -> Iterator[Section]:
@@ -104,6 +133,29 @@ def _subsets(report: Report) -> Iterator[Section]:
         )
 
 
+def _ablation(report: Report) -> Iterator[Section]:
+    if report.ablation:
+        columns = {"ablation": "in place of the layers", "layers": "layers", "delta_ce": "Δ CE"}
+        caption = "Layers ablated, nats per token"
+        yield Section(
+            name="ablation",
+            title="Zero and mean ablation",
+            tables=[
+                table_of(
+                    "ablation-table",
+                    caption,
+                    report.ablation,
+                    columns | {"kl": "KL"},
+                    left_out=("ce", "tokens"),
+                )
+            ],
+            notes=[
+                "Cost of putting zero, or the mean activation, in the place of the same layers: "
+                "what the shares recovered are measured by."
+            ],
+        )
+
+
 def _redundancy(report: Report, figures: dict[str, Figure]) -> Iterator[Section]:
     columns = {
         "name": "method",
@@ -113,6 +165,13 @@ def _redundancy(report: Report, figures: dict[str, Figure]) -> Iterator[Section]
         "share_over_0_5": "> 0.5",
         "share_over_0_7": "> 0.7",
         "share_over_0_9": "> 0.9",
+        "layers_per_latent": "layers per latent",
+        "mean_max_cos_within": "mean within the layer",
+        "mean_max_cos_transported": "transported: mean",
+        "share_over_0_5_transported": "transported > 0.5",
+        "share_over_0_7_transported": "transported > 0.7",
+        "share_over_0_9_transported": "transported > 0.9",
+        "layers_per_latent_transported": "transported: layers per latent",
     }
     if report.redundancy or "redundancy" in figures:
         caption = "Largest cosine of a latent with one of another layer"
@@ -159,6 +218,12 @@ def _reconstruction(report: Report) -> Iterator[Section]:
         "fvu_target": "FVU, target",
         "l0": "L0",
         "dead_fraction": "never fired",
+        "explained_variance": "explained variance",
+        "explained_variance_legacy": "the same, mean over tokens",
+        "cosine": "cosine",
+        "norm_ratio": "‖x̂‖ / ‖x‖",
+        "reconstruction_bias": "bias",
+        "difference": "explained variance less reference",
     }
     notes = [
         "FVU is the fraction of variance unexplained, 0 at a perfect reconstruction. Stream: the "
@@ -178,6 +243,59 @@ def _reconstruction(report: Report) -> Iterator[Section]:
             title="Reconstruction from clean activations",
             tables=[table_of("reconstruction-table", caption, rows, columns, left_out=left_out)],
             notes=notes,
+        )
+
+
+def _density(report: Report) -> Iterator[Section]:
+    if report.density:
+        columns = {
+            "name": "method",
+            "k": "k",
+            "layer": "layer",
+            "alive_fraction": "alive",
+            "over_1_percent": "fire on > 1 %",
+            "over_10_percent": "fire on > 10 %",
+            "activity_over_1_percent": "firings of those > 1 %",
+            "activity_over_10_percent": "firings of those > 10 %",
+        }
+        caption = "Share of latents, and of all firings"
+        rows = _by_k(report.density)
+        yield Section(
+            name="density",
+            title="How often latents fire",
+            tables=[table_of("density-table", caption, rows, columns, left_out=("tokens",))],
+        )
+
+
+def _generation(report: Report, figures: dict[str, Figure]) -> Iterator[Section]:
+    rows = _by_k(report.generation)
+    if rows:
+        columns = {
+            "name": "method",
+            "k": "k",
+            "agreement_tokens": "agreement, tokens",
+            "perplexity": "perplexity",
+            "kl": "KL",
+            "difference": "KL less reference",
+            "repetition": "repeated",
+        }
+        first = rows[0]
+        shape = ("prompts", "prompt_tokens", "new_tokens")
+        left_out = (*shape, "perplexity_plain", "repetition_plain")
+        caption = f"{first.prompts} prompts of {first.prompt_tokens} tokens, each continued by "
+        caption += f"{first.new_tokens}"
+        yield Section(
+            name="generation",
+            title="Text written with the layers replaced: measures",
+            figures=_of(figures, "generation"),
+            tables=[table_of("generation-table", caption, rows, columns, left_out=left_out)],
+            notes=[
+                f"The model continues prompts greedily, all selected layers replaced online. "
+                f"Agreement: tokens before the first that the unchanged model does not write. "
+                f"Perplexity: of the text under the unchanged model; its own text has "
+                f"{first.perplexity_plain:.4g}. Repeated: share of 4-grams that occurred before, "
+                f"{first.repetition_plain:.4f} in its own text."
+            ],
         )
 
 
@@ -211,11 +329,38 @@ def _samples(report: Report) -> Iterator[Section]:
         )
 
 
-def _facts(report: Report) -> dict[str, Any]:
+def _configuration(report: Report) -> Iterator[Section]:
     facts = {**report.config, **report.environment}
     if report.teacher_forced_collapse is not None:
         facts["teacher_forced_collapse"] = report.teacher_forced_collapse
-    return facts
+    runs = [(run.name, {**run.config, **run.environment}) for run in report.runs]
+    if not runs:
+        runs = [("value", facts)]
+    names = dict.fromkeys(name for _, values in runs for name in values)
+    rows = [
+        Row([Cell(name, name), *(_setting(values.get(name)) for _, values in runs)])
+        for name in names
+    ]
+    columns = [Column("setting", numeric=False), *(Column(name, numeric=False) for name, _ in runs)]
+    caption = "Settings, versions and machine"
+    yield Section(
+        name="configuration",
+        title="Configuration",
+        tables=[Table("settings", caption, columns, _differing(rows) if report.runs else rows)],
+    )
+
+
+def _differing(rows: Sequence[Row]) -> list[Row]:
+    """Settings in which runs differ first, and marked."""
+    marked = [replace(row, marked=len({cell.text for cell in row.cells[1:]}) > 1) for row in rows]
+    return sorted(marked, key=lambda row: not row.marked)
+
+
+def _setting(value: Any) -> Cell:
+    if value is None:
+        return Cell("–")
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return Cell(text, text)
 
 
 def _of(figures: dict[str, Figure], *names: str) -> list[Figure]:
@@ -293,6 +438,20 @@ FURTHER: dict[str, tuple[str, str, dict[str, str]]] = {
             "k": "k",
             "delta_ce": "Δ CE",
             "of_raw": "raw SAEs = 1",
+        },
+    ),
+    "shared_latents": (
+        "One dictionary for all layers: at which layers a latent fires",
+        "Variances are of the position of the layer, 0, 1, …, at which a latent is active; each "
+        "activation counts by its act.",
+        {
+            "name": "method",
+            "k": "k",
+            "layers_per_latent": "layers per latent",
+            "effective_layers": "effective layers",
+            "variance": "variance, all",
+            "variance_of_latent": "of one latent",
+            "variance_of_token": "of one latent at one token",
         },
     ),
     "routing": (

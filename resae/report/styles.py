@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from resae.evaluation.labels import base_name
 from resae.report.charts import Style
 
 STYLES = {
@@ -21,9 +22,17 @@ STYLES = {
 
 
 def styles_of(methods: Iterable[str]) -> dict[str, Style]:
-    """One style per method: its own, or the next one that none of the others has."""
+    """One style per method: its own, or the marker and dashes that none of the others has, in the
+    colour of its method where it is of another run."""
     methods = list(dict.fromkeys(methods))
-    free = [style for name, style in STYLES.items() if name not in methods] or [*STYLES.values()]
-    others = [name for name in methods if name not in STYLES]
-    given = {name: free[i % len(free)] for i, name in enumerate(others)}
-    return {name: STYLES.get(name) or given[name] for name in methods}
+    own: dict[str, str] = {}
+    for name in methods:
+        if base_name(name) in STYLES:
+            own.setdefault(base_name(name), name)
+    given = {name: STYLES[base] for base, name in own.items()}
+    free = [style for base, style in STYLES.items() if base not in own] or [*STYLES.values()]
+    for i, name in enumerate(name for name in methods if name not in given):
+        style = free[i % len(free)]
+        of_base = STYLES.get(base_name(name))
+        given[name] = style if of_base is None else style._replace(color=of_base.color)
+    return given

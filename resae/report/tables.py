@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from resae.evaluation.labels import label
+from resae.evaluation.labels import base_name, label
+from resae.report.charts import decimals
 from resae.settings import field_docstrings
 
 SHORT_TABLE = 8
@@ -85,7 +86,8 @@ def table_of(
         titled: row → its label, in place of method and loop.
     """
     titled = titled or (lambda row: label(row.method, getattr(row, "loop", None)))
-    headings = headings | _further(rows, headings, left_out)
+    known = {key: text for key, text in headings.items() if key == "name" or _has(rows, key)}
+    headings = known | _further(rows, headings, left_out)
     meanings = field_docstrings(type(rows[0])) if rows else {}
     columns = [
         Column(heading, meanings.get(key, ""), numeric=_is_numeric(rows, key))
@@ -99,7 +101,7 @@ def table_of(
             for key, heading in headings.items()
         ]
         k = getattr(row, "k", None)
-        marked = getattr(row, "method", "") == "resae"
+        marked = base_name(getattr(row, "method", "")) == "resae"
         made.append(Row(cells, begins=bool(made) and k != previous, marked=marked))
         previous = k
     return Table(name, caption, columns, made)
@@ -110,10 +112,16 @@ def shown_number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
+def short_name(hook_point: str) -> str:
+    """Short form of the names of hook points in a text."""
+    short = hook_point.replace("blocks.", "block ").replace(".hook_resid_post", "")
+    return short.replace(".hook_", " ")
+
+
 def interval_of(row: Any, key: str) -> tuple[float, float] | None:
-    """The interval of a column, where the row has one."""
+    """The interval of a column, where the row has one that is more than a point."""
     low, high = (getattr(row, key + end, None) for end in ENDS)
-    return None if low is None or high is None else (low, high)
+    return None if low is None or high is None or low == high else (low, high)
 
 
 def _cell(row: Any, key: str, heading: str) -> Cell:
@@ -121,9 +129,9 @@ def _cell(row: Any, key: str, heading: str) -> Cell:
     if value is None:
         return Cell("–")
     if isinstance(value, list):
-        return Cell(", ".join(map(_plain, value)), ", ".join(map(str, value)))
+        return Cell(short_name(", ".join(map(_plain, value))), ", ".join(map(str, value)))
     if isinstance(value, bool | str):
-        return Cell(str(value), str(value))
+        return Cell(short_name(str(value)), str(value))
     if isinstance(value, int):
         return Cell(f"{value:,}".replace("-", "−"), value)
     if heading.endswith("%"):
@@ -131,8 +139,9 @@ def _cell(row: Any, key: str, heading: str) -> Cell:
     interval = interval_of(row, key)
     if interval is None:
         return Cell(shown_number(value), value)
-    low, high = (shown_number(end, 3) for end in interval)
-    return Cell(shown_number(value, 3), value, f"[{low}, {high}]")
+    digits = decimals(*interval)
+    low, high = (shown_number(end, digits) for end in interval)
+    return Cell(shown_number(value, digits), value, f"[{low}, {high}]")
 
 
 def _plain(value: Any) -> str:
@@ -158,3 +167,8 @@ def _further(
         if not key.endswith(ENDS)
         and any(isinstance(getattr(row, key), int | float) for row in rows)
     }
+
+
+def _has(rows: Sequence[Any], key: str) -> bool:
+    """True where any row has a value in this column."""
+    return any(getattr(row, key) is not None for row in rows)

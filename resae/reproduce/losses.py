@@ -86,10 +86,10 @@ def _add(
         delta = bootstrap.per_token(
             [a - b for a, b in zip(sums["ce"], clean["ce"], strict=True)], sums["tokens"]
         )
-        for loop in ("open", "closed") if sums["loop"] is None else (sums["loop"],):
+        for loop in ("open", "closed") if sums.get("loop") is None else (sums["loop"],):
             measured.delta_ce.setdefault((sums["mode"], loop), {})[seed] = delta
     rows = found["reconstruction"]
-    measured.fvu.append([r["fvu_stream"] for r in rows if r["loop"] != "open"])
+    measured.fvu.append([r["fvu_stream"] for r in rows if r.get("loop") != "open"])
     measured.largest_cosine += [r["mean_max_cos"] for r in found["redundancy"]]
     measured.active_total = max(r["active_total"] for r in found["replacement"])
     if training:

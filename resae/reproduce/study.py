@@ -45,9 +45,11 @@ from resae.models.identity import ModelIdentity
 from resae.models.points import HookPoint
 from resae.models.sinks import SinkRule
 from resae.reproduce.jobs import MAPS_ALONE, METHODS, Job, Kind, sweeps_of
+from resae.reproduce.results import PREDICTORS, Result, require_result
 from resae.reproduce.settings import StudyConfig
 from resae.stack.stack import AffineOnly, ReSAE, new_stack
 from resae.storage import is_unused, load_json, save_json
+from resae.strict_json import brief, require_fields
 from resae.training.calibration import Calibration, calibrate, sum_moments
 from resae.training.config import TrainConfig
 from resae.training.loop import Progress, train
@@ -56,8 +58,6 @@ CACHE_DTYPE = "bfloat16"
 CHECKPOINT_STEPS = 200
 CURVE_POINTS = 20
 """Entries of the training curve that a result keeps."""
-PREDICTORS = ("none", "identity", "previous", "all_previous")
-Result = dict[str, Any]
 
 
 class Study:
@@ -136,9 +136,19 @@ class Study:
         return True
 
     def result(self, job: Job) -> Result | None:
-        """Result that a job wrote; None: it is not done."""
+        """Result that a job wrote; None: it is not done.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         file = self._file(job)
-        return load_json(file, "result of a study") if file.exists() else None
+        if not file.exists():
+            return None
+        found, where = load_json(file, "result of a study"), f"result of a study: {file}"
+        try:
+            return require_result(found, job.kind, self.config.documents, where)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove the file, and the job is done again") from None
 
     def points(self, spacing: str) -> list[HookPoint]:
         """The hook points that are replaced together."""
@@ -410,10 +420,10 @@ def _require_same_study(out: Path, config: StudyConfig) -> None:
         if not is_unused(out):
             raise ValueError(f"{out} exists and holds no study; choose another --out")
         return
-    found, asked = load_json(file, "study"), config.to_json()
+    found, asked = require_fields(load_json(file, "study"), {}, f"study: {file}"), config.to_json()
     differing = [name for name, value in asked.items() if found.get(name) != value]
     if differing:
-        has = ", ".join(f"{name}={found.get(name)}" for name in differing)
+        has = ", ".join(f"{name}={brief(found.get(name))}" for name in differing)
         here = ", ".join(f"{name}={asked[name]}" for name in differing)
         raise ValueError(
             f"{out} holds a study with {has}, asked for {here}; use the same settings, or choose "

@@ -70,8 +70,9 @@ def _environments(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _measured_in(environments: Sequence[Mapping[str, Any]]) -> str:
     """Commits, versions and machines of the jobs, as the end of a sentence."""
     parts = [
-        f"{e['jobs']} at commit {str(e['commit'])[:7]} (torch {e['torch']}, transformers "
-        f"{e['transformers']}, {e['gpu'] or e['processor']}, threads: {e['threads']})"
+        f"{e['jobs']} at commit {str(e.get('commit'))[:7]} (torch {e['torch']}, "
+        f"transformers {e.get('transformers')}, {e.get('gpu') or e.get('processor')}, "
+        f"threads: {e['threads']})"
         for e in environments
     ]
     return f": {'; '.join(parts)}" if parts else ""

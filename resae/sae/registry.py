@@ -48,6 +48,11 @@ def load_sae(folder: str | Path, kind: str | None = None) -> Autoencoder:
     return KINDS[name].load(folder)
 
 
+def has_thresholds(sae: Autoencoder) -> bool:
+    """True for a kind whose latents are active above a threshold, in place of TopK."""
+    return isinstance(sae, ThresholdSAE)
+
+
 def with_max_active(sae: Autoencoder, max_active: int) -> Autoencoder:
     """A threshold autoencoder with codes of `max_active` slots, all else as it was; another kind
     as it is."""

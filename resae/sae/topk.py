@@ -19,7 +19,6 @@ from resae.choices import Screening
 from resae.sae.base import (
     Autoencoder,
     SAEConfig,
-    SAEOutput,
     StepWeights,
     describe_sizes,
     require_prediction,
@@ -117,8 +116,10 @@ class TopKSAE(Autoencoder):
         (`resae_kernels.sparse_decode`)."""
         return sparse_decode(acts, indices, self.W_dec, bias=self.b_dec, prediction=prediction)
 
-    def forward(self, x: Tensor, *, prediction: Tensor | None = None) -> SAEOutput:
-        """`encode` and `decode`, with one backward (`resae_kernels.autoencode`)."""
+    def reconstructions(
+        self, x: Tensor, *, prediction: Tensor | None = None
+    ) -> tuple[list[Tensor], SparseCode]:
+        """x̂ and the code, with one backward (`resae_kernels.autoencode`)."""
         require_prediction(self, prediction)
         x_hat, code = autoencode(
             x,
@@ -130,7 +131,7 @@ class TopKSAE(Autoencoder):
             prediction=prediction,
             encoder=self.screened if self.screens(x) else None,
         )
-        return SAEOutput(x_hat, code)
+        return [x_hat], code
 
     def extra_repr(self) -> str:
         return f"{describe_sizes(self.config)}, screening={self.screening!r}"

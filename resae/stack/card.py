@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from resae.models.identity import ModelIdentity
 from resae.models.sinks import SinkRule
 from resae.sae.base import Autoencoder
-from resae.sae.threshold import ThresholdSAE
+from resae.sae.registry import has_thresholds
 from resae.stack.affine import AffinePredictor
 from resae.strict_json import brief, require_fields
 
@@ -110,14 +110,10 @@ def _description(stack: Described, model: str) -> str:
 
 
 def _kinds(stack: Described) -> str:
-    with_thresholds = {_has_thresholds(stack, layer) for layer in range(stack.n_layers)}
+    with_thresholds = {has_thresholds(stack.sae(layer)) for layer in range(stack.n_layers)}
     if with_thresholds == {False}:
         return "TopK autoencoders"
     return "Autoencoders with thresholds" + (" and TopK ones" if False in with_thresholds else "")
-
-
-def _has_thresholds(stack: Described, layer: int) -> bool:
-    return isinstance(stack.sae(layer), ThresholdSAE)
 
 
 def _layers(stack: Described) -> str:
@@ -126,7 +122,7 @@ def _layers(stack: Described) -> str:
     for layer, name in enumerate(stack.hook_points):
         config = stack.sae(layer).config
         norm = "–" if sinks is None else f"{sinks.median_norms[layer]:.4g}"
-        k = f"at most {config.k}" if _has_thresholds(stack, layer) else config.k
+        k = f"at most {config.k}" if has_thresholds(stack.sae(layer)) else config.k
         rows.append(f"| {name} | {config.d_in} | {config.d_sae} | {k} | {norm} |")
     table = "\n".join(rows)
     if sinks is None:

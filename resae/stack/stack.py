@@ -169,6 +169,13 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
             f"d_in={self.d_in}, k={k}, shared={self.shared}, boosted={self.boosted}"
         )
 
+    def _repr_html_(self) -> str:
+        from resae.stack.notebook import stack_html
+
+        model = "" if self.model_identity is None else f" of {self.model_identity.name}"
+        saes = [self.sae(layer) for layer in range(self.n_layers)]
+        return stack_html(f"ReSAE{model}", self.hook_points, self.predictor, saes)
+
     def _hold(self, saes: Sequence[Autoencoder]) -> None:
         distinct = list(dict.fromkeys(saes))
         self.saes = nn.ModuleList(distinct)
@@ -334,10 +341,9 @@ class ReSAE(nn.Module, ModelHubMixin, library_name="resae", tags=["sparse-autoen
                     x, *weights, b_dec=sae.b_dec, prediction=prediction, encoder=encoder
                 )
         prediction = self.predictor(layer, predictor_inputs)
-        if predictor_inputs is reconstructions:
-            return sae(x, prediction=prediction)
         code = sae.encode(x, prediction=prediction)
-        prediction = self.predictor(layer, reconstructions)
+        if predictor_inputs is not reconstructions:
+            prediction = self.predictor(layer, reconstructions)
         return sae.decode(*code, prediction=prediction), code
 
     def _step_at_once(

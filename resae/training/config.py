@@ -493,6 +493,11 @@ class OnlineSettings:
     student forcing."""
     train_maps: bool = False
     """Train the affine maps too."""
+    in_turn: bool = False
+    """Change one layer in each step, the layers taking turns, instead of all jointly."""
+    update_rank: Annotated[int | None, whole(1)] = None
+    """Change matrices (encoders, dictionaries, maps) by a product of this rank: Adam then keeps
+    factors in place of two numbers per weight; gradients stay whole. None: change them freely."""
     gradient_checkpointing: bool = False
     """Recompute the model's blocks in the backward instead of keeping their activations: less
     memory, more time. For hook points resid_pre and resid_post."""
@@ -513,6 +518,8 @@ class OnlineConfig(OnlineSettings, TrainConfig):
             raise ValueError(f"OnlineConfig: mse_weight={self.mse_weight}, expected from 0 on")
         if self.objective == "mse" and not self.mse_weight:
             raise ValueError("OnlineConfig: objective='mse' with mse_weight=0; give it a weight")
+        if self.update_rank is not None and self.update_rank < 1:
+            raise ValueError(f"OnlineConfig: update_rank={self.update_rank}, expected at least 1")
         inside = [n for n in self.layers if not n.endswith(("resid_post", "resid_pre"))]
         if self.gradient_checkpointing and inside:
             raise ValueError(

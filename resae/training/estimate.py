@@ -281,6 +281,12 @@ class _Work(NamedTuple):
         return sum(_parameters(M, self.model.d_model) for M in d_saes)
 
     @property
+    def optimizer_numbers(self) -> int:
+        """Numbers that Adam keeps for the autoencoders of the rank."""
+        d_saes = self.own_d_saes[:1] if self.config.shared else self.own_d_saes
+        return sum(_optimizer_numbers(self.config, M, self.model.d_model) for M in d_saes)
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of a step that an autoencoder sees on one rank."""
         N = self.config.batch_tokens
@@ -375,7 +381,7 @@ def _device_memory(work: _Work) -> dict[str, int]:
         "language model": work.model.parameters * work.model_dtype.itemsize,
         "autoencoders": own,
         "gradients": own,
-        "Adam": 2 * own,
+        "Adam": 4 * work.optimizer_numbers,
         "maps": 4 * sum(_map_sizes(config, D)),
         "buffer": len(config.layers) * D * buffer_dtype.itemsize * rows,
         "step": held * tokens_here // config.accumulation_steps * D * 4 * STREAMS + code,
@@ -426,12 +432,23 @@ def checkpoint_bytes(config: TrainConfig, d_in: int) -> int:
     """Tensors of one checkpoint: weights, two moments and a step count for each of four parameters,
     and a counter per latent."""
     Ms = config.d_saes[:1] if config.shared else config.d_saes
-    return sum(3 * 4 * _parameters(M, d_in) + 4 * 4 + 8 * M for M in Ms)
+    return sum(
+        4 * (_parameters(M, d_in) + _optimizer_numbers(config, M, d_in)) + 4 * 4 + 8 * M for M in Ms
+    )
 
 
 def _parameters(M: int, d_in: int) -> int:
     """Numbers in one autoencoder."""
     return 2 * M * d_in + M + d_in
+
+
+def _optimizer_numbers(config: TrainConfig, M: int, d_in: int) -> int:
+    """Numbers that Adam keeps for one autoencoder: two moments, or, of low rank, of two matrices
+    the factors and their moments."""
+    rank = config.update_rank if isinstance(config, OnlineConfig) else None
+    if rank is None or rank >= min(M, d_in):
+        return 2 * _parameters(M, d_in)
+    return 2 * 3 * rank * (M + d_in) + 2 * (M + d_in)
 
 
 def _map_sizes(config: TrainConfig, d_in: int) -> list[int]:

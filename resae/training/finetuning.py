@@ -22,10 +22,10 @@ from resae.data.text_record import TrainedText, save_held_out
 from resae.data.texts import fingerprint
 from resae.environment import describe_device, environment, find_device
 from resae.evaluation.comparison import delta_ce
-from resae.evaluation.metrics import kept_directions
+from resae.evaluation.kept import kept_latents
 from resae.models.hooked import HookedLM
 from resae.stack.stack import ReSAE
-from resae.storage import locked, save_json
+from resae.storage import load_json, locked, save_json
 from resae.training.calibration import Calibration
 from resae.training.checkpoints import resumed_config
 from resae.training.config import FinetuneConfig, OnlineConfig
@@ -134,19 +134,16 @@ class _Finetuning:
             lm, stack, batches, held_out, calibration, train_config, text, stopping
         )
         if trained is not None:
-            self._say_kept(stack, trained)
+            self._report_kept(lm, stack, trained, held_out)
         return Run(self.out, train_config, trained)
 
-    def _say_kept(self, before: ReSAE, after: ReSAE) -> None:
-        """Report how many latents still have the direction that they began with."""
-        shares = [
-            kept_directions(old.W_dec.detach().cpu(), new.W_dec.detach().cpu())
-            for old, new in zip(before.unique_saes(), after.unique_saes(), strict=True)
-        ]
-        self.console.log(
-            f"latents whose direction has a cosine above 0.9 with before: "
-            f"{', '.join(f'{share:.1%}' for share in shares)}"
-        )
+    def _report_kept(self, lm: HookedLM, before: ReSAE, after: ReSAE, held_out: TokenRows) -> None:
+        """Print how far latents stayed what they were, and add it to the record."""
+        kept = kept_latents(lm, before, after, held_out.batches(MODEL_ROWS), self.config.loop)
+        for line in kept.lines():
+            self.console.log(line)
+        record = load_json(self.out / "run.json", "run")
+        save_json(self.out / "run.json", record | {"latents": asdict(kept)})
 
     def _resumed(self, config: OnlineConfig) -> OnlineConfig:
         """The settings that the training in `out` goes on with."""

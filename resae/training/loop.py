@@ -184,18 +184,7 @@ def run_loop(
         config = resumed_config(config, out)
     task = make_task(config)
     state, own = task.state, ranks.local_layers(len(config.layers))
-    checkpoints, logged = out / "checkpoints", out / "log.jsonl"
-    if ranks.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if resume:
-            remove_partial(out)
-        else:
-            logged.unlink(missing_ok=True)
-    ranks.barrier()  # nobody reads before
-    if resume:
-        left_behind = load_newest(checkpoints, state, config, ranks)
-        if ranks.rank == 0:
-            _drop_later(out, state.step, config.steps, left_behind)
+    _open_folder(out, state, config, ranks, resume=resume)
     batches = source.batches(state.position)
     pace, check = _Pace(config, state.step), _LossCheck()
     while state.step < config.steps:
@@ -210,9 +199,7 @@ def run_loop(
         bad = check.add(batch, now=due or report)
         stop, diverged = ranks.any_rank(not last and should_stop(), bad is not None)
         if (stop or due) and not diverged:
-            trained = trained_tensors(state.stack).values()
-            finite = all(bool(t.isfinite().all()) for t in trained if t.requires_grad)
-            bad = None if finite and bool(loss.isfinite()) else batch
+            bad = None if _is_finite(state.stack, loss) else batch
             (diverged,) = ranks.any_rank(bad is not None)
         if diverged:
             raise ValueError(_diverged(check.recent, bad, out, config, ranks))
@@ -223,12 +210,12 @@ def run_loop(
                 progress = progress._replace(delta_ce=delta_ce(whole.to(device).eval()))
                 del whole
             if ranks.rank == 0:
-                _append(logged, progress)
+                _append(out / "log.jsonl", progress)
                 if on_progress is not None:
                     on_progress(progress)
         if stop or due:
             on_checkpoint()
-            save_checkpoint(checkpoints, state, config, keep_checkpoints, ranks)
+            save_checkpoint(out / "checkpoints", state, config, keep_checkpoints, ranks)
         if stop:
             return None
     stack = task.whole()
@@ -286,6 +273,23 @@ def _require_intervals(**intervals: int | None) -> None:
     for name, value in intervals.items():
         if value is not None and value < 1:
             raise ValueError(f"train: {name}={value}, expected at least 1")
+
+
+def _open_folder(
+    out: Path, state: TrainState, config: TrainConfig, ranks: Ranks, *, resume: bool
+) -> None:
+    """Make the run directory; with `resume` set `state` to that of its newest checkpoint."""
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            remove_partial(out)
+        else:
+            (out / "log.jsonl").unlink(missing_ok=True)
+    ranks.barrier()  # nobody reads before
+    if resume:
+        left_behind = load_newest(out / "checkpoints", state, config, ranks)
+        if ranks.rank == 0:
+            _drop_later(out, state.step, config.steps, left_behind)
 
 
 def _drop_later(out: Path, step: int, steps: int, left_behind: Sequence[Path]) -> None:
@@ -372,6 +376,13 @@ class _LossCheck:
         self.recent = [*self.recent[-1:], batch]
         checked = self.recent if now else self.recent[:-1]
         return next((b for b in checked if not bool(b.loss.isfinite())), None)
+
+
+def _is_finite(stack: ReSAE, loss: Tensor) -> bool:
+    """Are the loss and all weights that are trained finite?"""
+    trained = trained_tensors(stack).values()
+    finite = all(bool(t.isfinite().all()) for t in trained if t.requires_grad)
+    return finite and bool(loss.isfinite())
 
 
 def _diverged(

@@ -31,6 +31,7 @@ from resae.stack.stack import ReSAE
 from resae.training.config import OnlineConfig
 from resae.training.loop import Batches, LoopOptions, run_loop
 from resae.training.loss import LayerMetrics
+from resae.training.low_rank import LowRankAdam
 from resae.training.start import idle_tokens
 from resae.training.step import TrainState, update
 
@@ -129,7 +130,7 @@ class _Online:
         tuned = copy.deepcopy(stack)
         for buffer in tuned.predictor.buffers():
             buffer.requires_grad_(config.train_maps)
-        self.state = TrainState(tuned, _optimizer(tuned, scale), idle_tokens(tuned))
+        self.state = TrainState(tuned, _optimizer(tuned, scale, config), idle_tokens(tuned))
 
     def step(self, batch: list[Tensor]) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
         ids = batch[0].to(self.lm.device)
@@ -154,6 +155,7 @@ class _Online:
                 xs,
                 weight=self.config.mse_weight,
                 added=added if through_model else None,
+                only=self.state.step % len(self.points) if self.config.in_turn else None,
             )
 
     @torch.no_grad()
@@ -215,7 +217,7 @@ class _Online:
         return nats[self._counted(ids)].sum()
 
 
-def _optimizer(stack: ReSAE, scale: Sequence[float]) -> torch.optim.Optimizer:
+def _optimizer(stack: ReSAE, scale: Sequence[float], config: OnlineConfig) -> torch.optim.Optimizer:
     """Adam, its groups with their share of the layer's learning rate: what is added to activations
     learns in proportion to their RMS, a map in proportion to the RMS of its target over that of its
     source, as if every layer were divided by its RMS."""
@@ -230,7 +232,10 @@ def _optimizer(stack: ReSAE, scale: Sequence[float]) -> torch.optim.Optimizer:
         ratio = scale[layer] / scale[layer - 1]
         factor = {"c": scale[layer], "U": ratio**0.5, "V": ratio**0.5}.get(part, ratio)
         groups.append(_group([tensor], layer, factor))
-    return torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+    groups = [group for group in groups if group["params"]]
+    if config.update_rank is not None:
+        return LowRankAdam(groups, rank=config.update_rank, seed=config.seed)
+    return torch.optim.Adam(groups, fused=True)
 
 
 def _trained_maps(predictor: AffinePredictor) -> Mapping[str, Tensor]:

@@ -62,12 +62,14 @@ def update(
     *,
     weight: float = 1.0,
     added: Callable[[int], Tensor] | None = None,
+    only: int | None = None,
 ) -> tuple[Tensor, list[LayerMetrics[Tensor]]]:
     """`train_step` on a batch that is cut into pieces of L activations `[n, D]`.
 
     Args:
         weight: factor of the stack's own loss.
         added: further loss of a piece, given its number; over the pieces it adds up.
+        only: the layer that the step changes; None: all.
     """
     stack, tokens = state.stack, sum(len(piece[0]) for piece in pieces)
     dead = [idle_tokens >= config.dead_tokens for idle_tokens in state.tokens_since_fired]
@@ -100,6 +102,9 @@ def update(
         clip_gradients(trained_tensors(stack).values(), config.clip_norm, ranks.reduce_over_layers)
     for group in state.optimizer.param_groups:
         group["lr"] = group["lr_factor"] * config.lr_at(state.step, group["layer"])
+        if only not in (None, group["layer"]):
+            for parameter in group["params"]:
+                parameter.grad = None
     state.optimizer.step()
     for sae in stack.unique_saes():
         sae.normalize_decoder()

@@ -8,6 +8,7 @@ bounds are widened by that rounding.
 import math
 from collections.abc import Sequence
 from ctypes import c_float, c_uint8
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,37 @@ OUTLIER = 8.0
 row's step: its dimension becomes a column of the copy, which is multiplied in float32."""
 
 
+class _Quantised(NamedTuple):
+    """A weight `[M, D]` as 8-bit levels, with padded latents and dimensions, and what its bounds
+    are made of: one entry per latent, dithers one per dimension."""
+
+    packed: Tensor
+    start: Tensor
+    steps: Tensor
+    shift: Tensor
+    size: Tensor
+    error: Tensor
+    """Zero unless the bounds are certain, as `norm`."""
+    norm: Tensor
+    dither: Tensor
+    weight_dither: Tensor
+
+
+def _quantised(weight: Tensor, seed: int, certain: bool) -> _Quantised:
+    (M, D), multiple = weight.shape, native.LATENTS
+    latents, depth = -(-M // multiple) * multiple, -(-D // native.DEPTH) * native.DEPTH
+    dither, weight_dither = torch.zeros(2, depth, dtype=torch.float32)
+    dither[:D], weight_dither[:D] = draw_dither(seed, D)
+    packed = torch.empty(latents, depth, dtype=torch.int8)
+    start = torch.zeros(latents, dtype=torch.int32)
+    steps, shift, size, error, norm = torch.zeros(5, latents, dtype=torch.float32)
+    native.quantise(
+        weight, STEPS, dither, weight_dither, packed, start, steps, shift, size,
+        *((error, norm) if certain else (None, None)),
+    )  # fmt: skip
+    return _Quantised(packed, start, steps, shift, size, error, norm, dither, weight_dither)
+
+
 class NativeCopy:
     """The 8-bit copy of a weight `[M, D]` as the library reads it, M·D bytes.
 
@@ -47,26 +79,19 @@ class NativeCopy:
     ):
         given, weight = weight, native.rows(weight)
         live_bias = None if bias is None else native.packed(bias)
-        (M, D), multiple = weight.shape, native.LATENTS
-        latents, depth = -(-M // multiple) * multiple, -(-D // native.DEPTH) * native.DEPTH
-        dither, weight_dither = torch.zeros(2, depth, dtype=torch.float32)
-        dither[:D], weight_dither[:D] = draw_dither(seed, D)
-        certain = margin == "certain"
-        self._packed = torch.empty(latents, depth, dtype=torch.int8)
-        start = torch.zeros(latents, dtype=torch.int32)
-        steps, shift, size, error, norm = torch.zeros(5, latents, dtype=torch.float32)
-        native.quantise(
-            weight, STEPS, dither, weight_dither, self._packed, start, steps, shift, size,
-            *((error, norm) if certain else (None, None)),
-        )  # fmt: skip
+        (M, D), certain = weight.shape, margin == "certain"
+        levels = _quantised(weight, seed, certain)
+        self._packed, latents = levels.packed, len(levels.packed)
         all_bias = torch.full((latents,), -math.inf, dtype=torch.float32)
         all_bias[:M] = 0.0 if live_bias is None else live_bias
         largest_bias = 0.0 if bias is None else float(all_bias[:M].abs().max())
-        self.finite = math.isfinite(largest_bias) and bool(size.isfinite().all())
+        self.finite = math.isfinite(largest_bias) and bool(levels.size.isfinite().all())
         if not self.finite:
             return
         bounds = (
-            certain_bounds(error, norm, D) if certain else statistical_bounds(steps, size, M, D)
+            certain_bounds(levels.error, levels.norm, D)
+            if certain
+            else statistical_bounds(levels.steps, levels.size, M, D)
         )
         terms = bounds.terms.contiguous()
         self._weight = weight
@@ -74,17 +99,7 @@ class NativeCopy:
         samples = weight[::every, D // 2].clone()
         self.is_live = weight is given and live_bias is bias
         """True if the library reads the weight and bias themselves, not contiguous copies."""
-        self._tensors = (
-            samples,
-            live_bias,
-            start,
-            steps,
-            shift,
-            all_bias,
-            terms,
-            dither,
-            weight_dither,
-        )
+        self._tensors = samples, live_bias, levels, all_bias, terms
         self._struct = native.Copy(
             M=M,
             D=D,
@@ -92,15 +107,15 @@ class NativeCopy:
             weight_stride=weight.stride(0),
             weight_dtype=native.DTYPES[weight.dtype],
             live_bias=None if live_bias is None else live_bias.data_ptr(),
-            packed=self._packed.data_ptr(),
-            start=start.data_ptr(),
-            steps=steps.data_ptr(),
-            shift=shift.data_ptr(),
+            packed=levels.packed.data_ptr(),
+            start=levels.start.data_ptr(),
+            steps=levels.steps.data_ptr(),
+            shift=levels.shift.data_ptr(),
             bias=all_bias.data_ptr(),
             bounds=terms[0].data_ptr(),
             norm_bounds=terms[1].data_ptr() if certain else None,
-            dither=dither.data_ptr(),
-            weight_dither=weight_dither.data_ptr(),
+            dither=levels.dither.data_ptr(),
+            weight_dither=levels.weight_dither.data_ptr(),
             samples=samples.data_ptr(),
             sample_step=every,
             ratio=bounds.ratio,

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from resae_kernels.profiling.clock import Clock, Roofs
+from resae_kernels.profiling.clock import Clock, Roofs, Timer
 from resae_kernels.profiling.specs import (
     GEMM,
     Case,
@@ -36,6 +36,9 @@ from resae_kernels.profiling.specs import (
 
 CASE_SECONDS, LEAST_ROUNDS = 30.0, 5
 """A case that has taken this long gets no more than this number of rounds."""
+
+Times = Mapping[tuple[str, bool], Sequence[float]]
+"""Seconds by provider and whether the cache is cold."""
 
 
 def profile(
@@ -74,16 +77,7 @@ def profile(
     timers = {
         (n, cold): clock.timer(call, cold=cold) for n, call in calls.items() for cold in states
     }
-    eager = {key: [] for key in timers}
-    graph = {key: [] for key, timer in timers.items() if timer.graph}
-    began = time.perf_counter()
-    for done in range(rounds):
-        if done >= LEAST_ROUNDS and time.perf_counter() - began > CASE_SECONDS:
-            break
-        for key, timer in timers.items():
-            eager[key].append(timer.eager())
-            if timer.graph:
-                graph[key].append(timer.graph())
+    eager, graph = _seconds(timers, rounds)
     rows = []
     ours = next(iter(calls))
     for (name, cold), timer in timers.items():
@@ -113,8 +107,20 @@ def profile(
     return rows
 
 
-Times = Mapping[tuple[str, bool], Sequence[float]]
-"""Seconds by provider and whether the cache is cold."""
+def _seconds(timers: Mapping[tuple[str, bool], Timer], rounds: int) -> tuple[Times, Times]:
+    """Seconds of every call, eager and in a CUDA graph: one call of each in every round, so that a
+    slow phase of the machine affects all of them."""
+    eager = {key: [] for key in timers}
+    graph = {key: [] for key, timer in timers.items() if timer.graph}
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.perf_counter() - began > CASE_SECONDS:
+            break
+        for key, timer in timers.items():
+            eager[key].append(timer.eager())
+            if timer.graph:
+                graph[key].append(timer.graph())
+    return eager, graph
 
 
 def ratio(

@@ -61,6 +61,7 @@ class GluonKernel(Kernel):
             "gl": import_module(f"{gluon}.language"),
             "tl": import_module("triton.language"),
             "hopper": hopper,
+            "blackwell": import_module(f"{gluon}.language.nvidia.blackwell"),
             "async_load": getattr(hopper.tma, name),
         }
 
@@ -81,6 +82,7 @@ triton: Any = _Lazy("triton", jit=Kernel)
 gluon: Any = _Lazy("triton.experimental.gluon", jit=GluonKernel)
 gl: Any = _Lazy("triton.experimental.gluon.language")
 hopper: Any = _Lazy("triton.experimental.gluon.language.nvidia.hopper")
+blackwell: Any = _Lazy("triton.experimental.gluon.language.nvidia.blackwell")
 async_load: Any = None
 """A load by the tensor memory accelerator, put into the modules of Gluon kernels."""
 if TYPE_CHECKING:

@@ -187,10 +187,10 @@ def launch_screened(
     """Acts and indices `[N, k]`; the number of candidates of each row, `[N]` int32, negative where
     the row took the exact path; with `threshold [M]` the number of latents above it, `[N]` int32.
     N ≤ 16."""
-    (N, D), M, weight = x.shape, copy.weight.shape[0], copy.weight
+    N, M, weight = len(x), copy.weight.shape[0], copy.weight
     layout, keys = selection_layout(M, k), KEYS[x.dtype]
     assert layout is not None
-    bias, room = copy.bias, most_candidates(copy, k)
+    room = most_candidates(copy, k)
     acts, indices = x.new_empty(N, k), _empty(x, N, k, dtype=torch.int64)
     picked, found = _empty(x, N, 2, room), _empty(x, N, room, dtype=keys.dtype)
     n_active = level = None
@@ -198,44 +198,16 @@ def launch_screened(
         threshold, n_active = threshold.contiguous(), _empty(x, N)
         level = threshold.view(keys.dtype)
     with torch.cuda.device_of(x):
-        rest, facts, upper, best, n_candidates = launch_bounds(
-            copy, x, pre_bias, prediction, layout, threshold
-        )
-        pick_kernel[(N,)](
-            upper,
-            best,
-            picked,
-            n_candidates,
-            N,
-            M,
-            layout.groups,
-            upper.stride(0),
-            k,
-            **pick_settings(layout, room, x.dtype, threshold is None),
-        )
-        rescore_kernel[(N, room // RESCORED_ROWS)](
-            rest,
-            weight,
-            bias,
-            copy.terms,
-            facts,
-            upper,
-            picked,
-            n_candidates,
-            found.view(x.dtype),
-            M,
-            upper.stride(0),
-            *weight.stride(),
-            **rescore_settings(room, D, x.dtype),
-        )
+        bounds = launch_bounds(copy, x, pre_bias, prediction, layout, threshold)
+        launch_candidates(copy, bounds, layout, k, threshold, picked, found)
         # The bounds have been read: their memory holds all scores, where these are wanted.
-        scores = upper.view(keys.dtype)
-        best = best.view(-1).view(keys.dtype)[: N * layout.groups].view(N, layout.groups)
+        n_candidates, scores = bounds.n_candidates, bounds.upper.view(keys.dtype)
+        best = bounds.best.view(-1).view(keys.dtype)[: N * layout.groups].view(N, layout.groups)
         exact = encode_few.small_gemm_tile(N, weight)
         encode_few.small_gemm(
-            rest,
+            bounds.rest,
             encode_few.readable(weight),
-            bias,
+            copy.bias,
             None,
             None,
             scores,
@@ -332,6 +304,48 @@ def launch_bounds(
         **screen_settings(tile, layout.group),
     )
     return ScoreBounds(rest, facts, upper, best, n_candidates)
+
+
+def launch_candidates(
+    copy: TritonCopy,
+    bounds: ScoreBounds,
+    layout: SelectionLayout,
+    k: int,
+    threshold: Tensor | None,
+    picked: Tensor,
+    found: Tensor,
+) -> None:
+    """The next two: write the candidates to `picked [N, 2, room]` int32 and their exact scores to
+    `found [N, room]`, integers of the width of x's dtype; `room` of `most_candidates`."""
+    rest, facts, upper, best, n_candidates = bounds
+    (N, D), (M, _), room = rest.shape, copy.weight.shape, found.shape[1]
+    pick_kernel[(N,)](
+        upper,
+        best,
+        picked,
+        n_candidates,
+        N,
+        M,
+        layout.groups,
+        upper.stride(0),
+        k,
+        **pick_settings(layout, room, rest.dtype, threshold is None),
+    )
+    rescore_kernel[(N, room // RESCORED_ROWS)](
+        rest,
+        copy.weight,
+        copy.bias,
+        copy.terms,
+        facts,
+        upper,
+        picked,
+        n_candidates,
+        found.view(rest.dtype),
+        M,
+        upper.stride(0),
+        *copy.weight.stride(),
+        **rescore_settings(room, D, rest.dtype),
+    )
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -5,12 +5,13 @@ A gather over the earlier codes (where there are any); scores and group maxima; 
 slice of D, select and decode at once. There every program makes the whole selection for itself: it
 costs less than a launch between the two.
 
-A program reads its own copy of the code, just written, once more: 10·k bytes from its cache, for
-k = 64 an eighth of what its selection reads (group maxima and members, 8 KB in 16 bit) and a tenth
-of the rows that it gathers. To keep them in registers would save a barrier, and Triton has no
-access to registers by index. One program per token would select once, but gather alone what D/64
-programs share: 256 KB at D = 2048, some 2.4 µs at 64 bytes a cycle, where 32 programs take 8 KB
-each. (Counted, not measured.)
+That of the first slice is the result. A program reads its code, just written, once more: 10·k bytes
+from its cache, for k = 64 an eighth of what its selection reads (group maxima and members, 8 KB in
+16 bit) and a tenth of the rows that it gathers. To keep them in registers would save a barrier, but
+the selection scatters them to their places, which Triton does through global memory alone (Gluon
+has a scatter to shared memory in version 3.9, but not in 3.6). One program per token would select
+once, but gather alone what D/64 programs share: 256 KB at D = 2048, some 2.4 µs at 64 bytes
+a cycle, where 32 programs take 8 KB each. (Counted, not measured.)
 """
 
 from functools import cache
@@ -45,20 +46,22 @@ class StepWorkspace(NamedTuple):
     x_hat: Tensor
     """`[N, D]`, a result."""
     acts: Tensor
-    """`[N, k]`, a result."""
+    """`[slices of D, N, k]`: the code as the programs of each slice select it; the first is the
+    result."""
     indices: Tensor
-    """`[N, k]` int64, a result."""
+    """`[slices of D, N, k]` int64, so too."""
     prediction: Tensor
     """`[N, D]`: what the earlier codes predict. Written where they are given with `transported`."""
     scores: Tensor
-    """`[N, M]`, each row padded, the bits of scores as integers; in use by "triton" alone, as all
-    that follow."""
+    """`[N, M]`, each row padded, the bits of scores as integers; in use by "triton" alone, as what
+    follows."""
     best: Tensor
     """`[N, groups at most]`: the largest score of each group of latents, so too."""
-    program_acts: Tensor
-    """`[N, slices of D, k]`: the code as each program selects it."""
-    program_indices: Tensor
-    """`[N, slices of D, k]` int64."""
+
+    @property
+    def code(self) -> tuple[Tensor, Tensor]:
+        """Acts and indices `[N, k]` of the result."""
+        return self.acts[0], self.indices[0]
 
     @classmethod
     def allocate(
@@ -96,13 +99,11 @@ def workspace_layout(
     bits = KEYS[dtype].dtype if dtype in KEYS else dtype  # fp64 is for "torch" alone
     return (
         ((N, D), dtype),
-        ((N, k), dtype),
-        ((N, k), torch.int64),
+        ((slices, N, k), dtype),
+        ((slices, N, k), torch.int64),
         ((N, D), dtype),
         ((N, cdiv(M, 64) * 64), bits),  # every row starts at a multiple of 16 bytes
         ((N, cdiv(M, min(GROUP_SIZES))), bits),
-        ((N, slices, k), dtype),
-        ((N, slices, k), torch.int64),
     )
 
 
@@ -121,7 +122,7 @@ def launch_step(
 ) -> None:
     """Write code and x̂ of N rows into `to`. With dictionaries prediction is what the codes `acts`,
     `indices` and `constant` predict."""
-    N, (M, D), k = x.shape[0], weight.shape, to.acts.shape[1]
+    N, (M, D), (slices, _, k) = x.shape[0], weight.shape, to.acts.shape
     layout = selection_layout(M, k) if x.dtype in KEYS else None
     if layout is None:
         raise ValueError(
@@ -145,14 +146,11 @@ def launch_step(
         encode_few.small_gemm(
             x, weight, bias, b_dec, prediction, scores, best, layout.group, tile, rest=to.x_hat
         )
-        program_acts = to.program_acts
-        select_decode_kernel[(N, program_acts.shape[1])](
+        select_decode_kernel[(N, slices)](
             to.x_hat,
             to.acts,
+            to.acts.view(KEYS[x.dtype].dtype),
             to.indices,
-            program_acts,
-            program_acts.view(KEYS[x.dtype].dtype),
-            to.program_indices,
             scores,
             best,
             W_dec,
@@ -192,11 +190,9 @@ def select_decode_constants(layout: SelectionLayout, D: int, dtype: torch.dtype)
 @triton.jit
 def select_decode_kernel(
     x_hat,  # [N, D]
-    acts,  # [N, k]
-    indices,  # [N, k]
-    program_acts,  # [N, slices, k]
-    program_keys,  # the same memory, as integers
-    program_indices,  # [N, slices, k]
+    acts,  # [slices, N, k]
+    keys,  # the same memory, as integers
+    indices,  # [slices, N, k]
     scores,  # [N, M], rows s_scores apart, as integers
     best,  # [N, groups]
     W_dec,  # [M, D]
@@ -217,23 +213,17 @@ def select_decode_kernel(
 ):
     i_n, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     # A row of its own: the programs of a token pass through the selection at different times.
-    o_row = (i_n * tl.num_programs(1) + i_s) * k
-    p_keys, p_indices = program_keys + o_row, program_indices + o_row
+    o_row = (i_s * tl.num_programs(0) + i_n) * k
+    p_keys, p_indices = keys + o_row, indices + o_row
     p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
     select_row(
         p_scores, None, p_best, p_keys, p_indices, M, groups, k, GROUP, GROUPS, SLOTS, INF, TOP
     )
     tl.debug_barrier()  # the row is read by other threads than those that wrote it
-    if i_s == 0:
-        o_s = tl.arange(0, SLOTS)
-        m_s = o_s < k
-        b_act = tl.load(program_acts + o_row + o_s, mask=m_s, other=0.0)
-        tl.store(acts + i_n * k + o_s, b_act, mask=m_s)
-        tl.store(indices + i_n * k + o_s, tl.load(p_indices + o_s, mask=m_s, other=0), mask=m_s)
     o_d = i_s * BD + tl.arange(0, BD)
     m_d = o_d < D
     # [BD]
-    b_sum = sum_entries(program_acts + o_row, p_indices, W_dec, 0, k, o_d, D, tl.float32, BE, BD)
+    b_sum = sum_entries(acts + o_row, p_indices, W_dec, 0, k, o_d, D, tl.float32, BE, BD)
     if b_dec is not None:
         b_sum += tl.load(b_dec + o_d, mask=m_d, other=0.0).to(tl.float32)
     if prediction is not None:

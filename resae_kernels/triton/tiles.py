@@ -100,13 +100,15 @@ class GemmTile(NamedTuple):
 
 class SpecialisedGemmTile(NamedTuple):
     """Tokens, latents and dimensions that a program of the warp-specialised GEMM multiplies at a
-    time, and the number of such blocks in shared memory. One warp more than `num_warps` loads."""
+    time, and the number of such blocks in shared memory. One warp more than `num_warps` loads, and
+    with tensor memory (`sm_100`) one more multiplies."""
 
     tokens: int
     latents: int
     dimensions: int
     buffers: int
     num_warps: int
+    device_class: str
 
 
 LIBRARY_GEMM = GemmTile(0, 0, 0, 0, 0, 0, 0)
@@ -246,7 +248,7 @@ TILES: dict[str, TileTable] = {
     ),
     # Static reason for the library (not measured): its GEMM overlaps loads, products and stores by
     # warp specialisation, which Triton's compiler does not do for this epilogue. In Gluon it is
-    # written out, for sm_90; no device has run that.
+    # written out; no device has run that.
     "gemm_many_tokens_16bit": TileTable(
         default=TileChoice(LIBRARY_GEMM, measured=None),
         alternatives=(GemmTile(128, 128, 32, 4, 4, descriptors=0, persistent=0),),
@@ -256,12 +258,14 @@ TILES: dict[str, TileTable] = {
                 GemmTile(128, 256, 64, 3, 8, descriptors=0, persistent=0),
                 GemmTile(128, 256, 64, 3, 8, descriptors=1, persistent=0),
                 GemmTile(128, 256, 64, 3, 8, descriptors=1, persistent=1),
-                SpecialisedGemmTile(128, 256, 64, buffers=4, num_warps=8),
+                SpecialisedGemmTile(128, 256, 64, 4, num_warps=8, device_class="sm_90"),
             ),
-            # Accumulators of 256 latents pass through registers at the end, and would spill.
+            # Accumulators of 256 latents pass through registers at the end, and would spill, but
+            # for the specialised GEMM, which takes them from tensor memory strip by strip.
             "sm_100": (
                 GemmTile(128, 128, 64, 4, 8, descriptors=1, persistent=0),
                 GemmTile(128, 128, 64, 4, 8, descriptors=1, persistent=1),
+                SpecialisedGemmTile(128, 256, 64, 4, num_warps=4, device_class="sm_100"),
             ),
         },
     ),

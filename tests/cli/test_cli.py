@@ -79,6 +79,10 @@ def test_eval_then_report(run, capsys):
     for row in report["generation"]:
         assert (row["prompts"], row["prompt_tokens"], row["new_tokens"]) == (3, 12, 12)
         assert f"{row['agreement_tokens']:.4f} [" in printed
+    hows = [sample["how"] for sample in report["samples"]]
+    assert hows == ["nothing replaced", "ReSAE, k = 4, all layers replaced online"] * 3
+    assert len({sample["prompt"] for sample in report["samples"]}) == 3
+    assert [sample["replaced"] > 0 for sample in report["samples"]] == [False, True] * 3
     assert not (run / "evaluation.partial.safetensors").exists()
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
@@ -827,7 +831,7 @@ def bad(material, tmp_path):
             "1 of 2 entries of column 'text' are null",
         ),
         "unknown-option": ([*train, "--layer-count", "3", *out], "^resae train: .*--layer-count 3"),
-        "unknown-argument": (["report", str(material), "more", "x"], "^resae report: .*: more x"),
+        "unknown-argument": (["push", "a", "b/c", "more", "x"], "^resae push: .*: more x"),
         "no-data": (["train", model, "", *TRAIN, *out], "argument DATA: is empty"),
         "no-model": (["train", "", text, *TRAIN, *out], "argument MODEL: is empty"),
         "no-out": ([*train, "--out", ""], "argument --out: is empty"),

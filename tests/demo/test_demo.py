@@ -114,7 +114,7 @@ def test_the_first_layer_of_resae_is_the_raw_one(demo):
 def test_everything_is_written(demo, report):
     assert report["schema_version"] == 1
     assert report["config"]["model"] == "embedded"
-    assert len(report["samples"]) == 6
+    assert len(report["samples"]) == 9
     assert all(s["replaced"] > 0 for s in report["samples"] if "replaced online" in s["how"])
     assert (demo / "report.html").stat().st_size > 50_000
     assert len(list((demo / "figures").iterdir())) == 5

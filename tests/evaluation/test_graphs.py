@@ -116,6 +116,25 @@ def test_effects_over_all_paths_are_the_gradients_of_the_replaced_model(whole):
     torch.testing.assert_close(graph.gradients(), paths, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"), [("gemma3", "previous"), ("gpt2", "all_previous"), ("llama", "identity")]
+)
+def test_with_norms_frozen_too_paths_lead_to_the_same_effects(family, kind):
+    lm = HookedLM(tiny.FAMILIES[family]().model.double())
+    graph = feature_graph(
+        lm, tiny.stack(lm, kind).double(), tiny.ids(1, 3), metric, max_nodes=None, batch=12
+    )
+    n = graph.n_targets
+    values = torch.tensor([node.value for node in graph.nodes[:n]], dtype=torch.float64)
+    paths = torch.linalg.inv(torch.eye(n) - graph.effects[:, :n] / values)[-1]
+    effects = torch.tensor([node.effect for node in graph.nodes[:n]], dtype=torch.float64)
+    assert (effects.abs() > 1e-6).sum() > 10
+    torch.testing.assert_close(paths * values, effects, rtol=1e-6, atol=1e-9)
+    embeddings = graph.effects[:, -3:].T @ (effects / values)
+    expected = [node.effect for node in graph.nodes if node.kind == "embedding"]
+    torch.testing.assert_close(embeddings, torch.tensor(expected).double(), rtol=1e-5, atol=1e-7)
+
+
 def test_direct_effects_are_derivatives_with_all_other_latents_and_errors_fixed(whole):
     lm, stack, ids, graph = whole
     frozen = Frozen(lm, stack, ids)

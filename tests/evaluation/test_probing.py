@@ -9,7 +9,7 @@ import torch
 
 from resae import Method
 from resae.cli import main
-from resae.data.labelled import Documents, LabelledTexts, load_labelled
+from resae.data.labelled import Documents, LabelledTexts
 from resae.evaluation.linear_probes import fit_probe
 from resae.evaluation.pooling import CodeSource, Pooled, most_bytes, pool_documents
 from resae.evaluation.probing import one_against_rest, probed, sparse_probing
@@ -241,6 +241,7 @@ def probe(folder, *arguments):
 def test_the_command_prints_a_table_and_writes_it(folder, tmp_path, capsys):
     data = str(folder / "texts.jsonl")
     given = ["--data", f"{data},embedded", "--k", "1,2", "--out", str(tmp_path)]
+    given += ["--ablated", "3"]
     # Column label of the file, domain of the embedded corpus.
     assert probe(folder, *given, "--train-documents", "6", "--test-documents", "3") == 0
     out = capsys.readouterr().out
@@ -250,19 +251,25 @@ def test_the_command_prints_a_table_and_writes_it(folder, tmp_path, capsys):
     report = json.loads((tmp_path / "probe.json").read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["probe.json"]
     rows = report["scores"]
-    # raw, ReSAE open and closed: 2 sizes; channels: all of them too; 4 sets of layers each.
-    assert len(rows) == 3 * (3 * 4 * 2 + 4 * 3)
-    assert {row["data"] for row in rows} == {data, "embedded", "mean"}
+    # raw, ReSAE open and closed: 2 sizes; channels: all of them too; 4 sets of layers each. Only
+    # the embedded corpus has a second attribute.
+    probed = [row for row in rows if row["measure"] == "probing"]
+    assert len(probed) == 3 * (3 * 4 * 2 + 4 * 3)
+    assert [sum(row["measure"] == m for row in rows) for m in ("tpp", "scr")] == [3 * 12, 12]
+    assert {row["data"] for row in probed} == {data, "embedded", "mean"}
     assert {row["layer"] for row in rows} == {*tiny.NAMES, ALL_LAYERS}
     assert {(row["method"], row["loop"]) for row in rows} == {
         ("raw", None), ("resae", "open"), ("resae", "closed"), ("channels", None)
     }  # fmt: skip
     for row in rows:
+        assert row["low"] <= row["value"] <= row["high"]
+    for row in probed:
         assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1
         assert (row["difference"] is None) == (
             row["method"] == "raw" or (row["method"] == "channels" and row["size"] is None)
         )
     shown = rows[0]
+    assert "spurious correlation removal, embedded, 95 % intervals; columns: latents ablated" in out
     assert f"{shown['value']:.3f} [{shown['low']:.3f}, {shown['high']:.3f}]" in out
 
 
@@ -274,6 +281,8 @@ def test_the_command_prints_a_table_and_writes_it(folder, tmp_path, capsys):
         ("gap.jsonl", [], "column 'label' holds NoneType in row 1 (from 0), expected texts or"),
         ("plain.txt", [], "holds plain text without columns; expected .jsonl"),
         ("absent.jsonl", [], "no such file"),
+        ("texts.jsonl", ["--measures", "scr"], "scr needs a second label; name its column with"),
+        ("texts.jsonl", ["--measures", "tcav"], "--measures='tcav', expected 'probing', 'tpp' or"),
     ],
 )
 def test_bad_texts_are_refused_in_one_line_before_the_model_runs(
@@ -285,19 +294,3 @@ def test_bad_texts_are_refused_in_one_line_before_the_model_runs(
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_classes_are_balanced_over_an_attribute(folder):
-    found = load_labelled(
-        str(folder / "texts.jsonl"), attribute_column="half", train_documents=5, test_documents=9
-    )
-    assert found.classes == ["1", "cat", "code"]
-    for label in found.classes:
-        own = [a for a, other in zip(found.train.attributes, found.train.labels, strict=True)
-               if other == label]  # fmt: skip
-        assert sorted(own) == ["0", "0", "1", "1"]
-    assert not set(found.train.texts) & set(found.test.texts)
-    again = load_labelled(
-        str(folder / "texts.jsonl"), attribute_column="half", train_documents=5, test_documents=9
-    )
-    assert found == again

@@ -566,6 +566,10 @@ def test_a_repository_of_the_hub(hub_folder):
         import_sae("owner/name", format=None)
     with pytest.raises(FileNotFoundError, match="404"):
         import_sae("owner/other")
+    with pytest.raises(ValueError, match=r"hook_point='\*' is a pattern; name one folder"):
+        import_sae("owner/name", hook_point="*")
+    with pytest.raises(FileNotFoundError, match="layers.99: there is no such file or folder"):
+        import_sae("owner/name", hook_point="layers.99")
     with pytest.raises(FileNotFoundError, match="no such path"):
         import_sae("nowhere")
     with pytest.raises(ValueError, match="local path"):

@@ -63,6 +63,9 @@ def test_methods_are_told_apart_without_colour():
     others = styles_of(["resae", "first", "second", "resae"])
     assert len({style.marker for style in others.values()}) == len(others) == 3
     assert others["resae"] == STYLES["resae"]
+    of_runs = styles_of(["raw (a)", "resae (a)", "raw (b)", "resae (b)"])
+    assert len({style.marker for style in of_runs.values()}) == 4
+    assert of_runs["resae (a)"].color == of_runs["resae (b)"].color == STYLES["resae"].color
 
 
 @pytest.mark.parametrize(
@@ -105,8 +108,8 @@ def test_a_panel_says_in_words_what_it_shows():
     assert svg.get("aria-labelledby") == f"{title.get('id')} {description.get('id')}"
     assert title.text == "Losses"
     assert description.text == (
-        "nats against k, active. a <b>: 1 [0.8, 1.3] at 4, 0.5 [0.4, 0.6] at 8. "
-        "c: 2 at 4, 1 at 8. level: 1.5 at every k."
+        "nats against k, active. a <b>: 1.00 [0.80, 1.30] at 4, 0.50 [0.40, 0.60] at 8. "
+        "c: 2.00 at 4, 1.00 at 8. level: 1.5 at every k."
     )
     texts = {text.text for text in svg.iter("text")}
     assert {"Losses", "nats", "k, active", "4", "8"} <= texts
@@ -123,8 +126,8 @@ def test_lines_with_intervals_are_moved_aside_of_each_other():
 def test_rows_of_dots_name_and_number_each_row():
     panel = Dots("Now", linear_axis("nats", [0.75]), [Dot("ReSAE", BLUE, 0.75, 0.7, 0.81)])
     svg = ElementTree.fromstring(inline(panel, "p"))
-    assert svg[1].text == "nats. ReSAE: 0.75 [0.7, 0.81]."
-    assert {"ReSAE", "0.75 [0.7, 0.81]"} <= {text.text for text in svg.iter("text")}
+    assert svg[1].text == "nats. ReSAE: 0.75 [0.70, 0.81]."
+    assert {"ReSAE", "0.75 [0.70, 0.81]"} <= {text.text for text in svg.iter("text")}
 
 
 def test_a_file_of_its_own_has_its_colours_and_its_legend():

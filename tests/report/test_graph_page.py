@@ -4,6 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 import tiny
+import torch
 
 from resae import feature_graph
 from resae.cli import main
@@ -85,6 +86,14 @@ def test_the_page_shows_every_node_and_edge_with_text_escaped(graph, tmp_path):
     for circle in picture.iter(f"{svg}circle"):
         assert 0 < float(circle.get("cx")) < width
         assert 0 < float(circle.get("cy")) < height
+
+
+def test_a_prompt_of_special_tokens_alone_has_no_latents(tmp_path):
+    lm = tiny.pythia()
+    ids = torch.full((1, 2), lm.special_ids[0])
+    graph = feature_graph(lm, tiny.stack(lm), ids, logit_metric(5))
+    assert {graph.nodes[edge.source].kind for edge in graph.edges()} == {"stream"}
+    write_graph(graph, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from mutations import try_mutations
 
 import resae.reproduce.study as study_module
 from resae import HookedLM
@@ -127,7 +128,8 @@ def test_the_learning_rate_is_the_best_of_the_sweep(study, lm, tmp_path):
     for losses, best in (((2.0, 1.0), 1.0), ((1.0, 2.0), 0.5), ((1.0, None), 0.5)):
         for job, loss in zip((one, other), losses, strict=True):
             found = None if loss is None else {"online": loss, "teacher_forced": 0.0}
-            save_json(tmp_path / "jobs" / f"{job.name}.json", {"delta_ce": found})
+            result = study.result(job) | {"delta_ce": found}
+            save_json(tmp_path / "jobs" / f"{job.name}.json", result)
         config = copy.train_config(train)
         assert config.lr == pytest.approx(best * replace(config, lr=None).peak_lr)
         assert config.train_tokens == 4 * copy.train_config(one).train_tokens
@@ -185,6 +187,34 @@ def test_another_study_or_something_else_in_the_folder_is_refused(study, lm, tmp
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="holds no study"):
         Study(tmp_path, SMALL, lm)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numbers near the largest
+def test_a_damaged_result_or_study_is_named_in_one_line(study, lm, tmp_path):
+    shutil.copytree(study.out, tmp_path / "out")
+    damaged = Study(tmp_path / "out", SMALL, lm)
+
+    def read():
+        write_results(tmp_path, SMALL, damaged.result)
+        for job in JOBS:
+            if job.kind is Kind.TRAIN:
+                damaged.train_config(job)
+
+    refused, _ = try_mutations(tmp_path / "out" / "jobs", read, count=24, seed=1)
+    assert refused >= 8
+    file = tmp_path / "out" / "jobs" / "evaluate-far-raw-k4-seed0.json"
+    found = json.loads(file.read_text())
+    for entry in ("row_sums", "reconstruction", "redundancy", "replacement", "environment"):
+        file.write_text(json.dumps(found | {entry: [1]}))
+        with pytest.raises(ValueError, match=rf"{file.name}.* remove the file, and the job is d"):
+            read()
+    found["row_sums"][1]["ce"].pop()
+    file.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="row_sums are not of 4 documents; remove"):
+        read()
+    (tmp_path / "out" / "study.json").write_text("[]")
+    with pytest.raises(ValueError, match="study.json: got"):
+        Study(tmp_path / "out", SMALL, lm)
 
 
 def test_too_few_documents_are_an_error(lm, tmp_path):

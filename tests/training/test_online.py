@@ -18,6 +18,7 @@ from resae.evaluation.metrics import cross_entropy, kl_divergence
 from resae.storage import load_json
 from resae.training import FinetuneConfig, OnlineConfig, finetune, train_online
 from resae.training.loss import stack_loss
+from resae.training.low_rank import LowRankAdam
 from resae.training.online import layer_scales
 
 TEXT = ["The cat sat on the mat, and the dog sat by the door. " * 40]
@@ -165,6 +166,61 @@ def test_where_the_plain_stream_always_goes_on_nothing_is_lost(lm, stack, tmp_pa
     assert seen[0].loss == pytest.approx(0, abs=1e-6)
 
 
+def test_in_turn_each_step_changes_one_layer(lm, stack, tmp_path):
+    began = stack
+    for steps in (1, 2):
+        tuned = tune(lm, stack, tmp_path / str(steps), config_of(stack, steps, in_turn=True))
+        changed = [
+            not torch.equal(tuned.sae(i).encoder.weight, began.sae(i).encoder.weight)
+            for i in range(3)
+        ]
+        assert changed == [True, steps == 2, False]
+    config = config_of(stack, 25, lr=3e-3, in_turn=True)
+    tuned = tune(lm, stack, tmp_path / "more", config)
+    assert replaced_nats(lm, tuned, config) < 0.9 * replaced_nats(lm, stack, config)
+
+
+def test_of_low_rank_matrices_change_by_a_product_and_train(lm, stack, tmp_path):
+    config = config_of(stack, 25, lr=3e-3, update_rank=3, train_maps=True)
+    tuned = tune(lm, stack, tmp_path, config)
+    assert replaced_nats(lm, tuned, config) < 0.9 * replaced_nats(lm, stack, config)
+    for layer in range(3):
+        one, other = (s.sae(layer).encoder.weight.detach().double() for s in (tuned, stack))
+        values = torch.linalg.svdvals(one - other)
+        assert values[2] > 1e-3
+        assert values[3] < 1e-4 * values[0]
+        torch.testing.assert_close(tuned.sae(layer).W_dec.norm(dim=1), torch.ones(64))
+    values = torch.linalg.svdvals((tuned.predictor.A[0] - stack.predictor.A[0]).double())
+    assert values[3] < 1e-4 * values[0]
+    assert same(ReSAE.load(tmp_path), tuned)
+
+
+@pytest.mark.parametrize("changes", [{"update_rank": 3}, {"in_turn": True}], ids=str)
+def test_resumed_in_turn_and_of_low_rank_it_ends_in_the_same_bits(lm, stack, tmp_path, changes):
+    config = config_of(stack, 5, **changes)
+    whole = tune(lm, stack, tmp_path / "whole", config)
+    asked = iter([False] * 2 + [True])
+    tune(lm, stack, tmp_path / "part", config, should_stop=lambda: next(asked))
+    assert same(tune(lm, stack, tmp_path / "part", config, resume=True), whole)
+
+
+def test_low_rank_is_adam_on_the_factors():
+    torch.manual_seed(3)
+    W = torch.nn.Parameter(torch.randn(6, 5, dtype=torch.float64))
+    began, target = W.detach().clone(), torch.randn(6, 5, dtype=torch.float64)
+    ours = LowRankAdam([{"params": [W], "lr": 0.1}], rank=2, seed=1)
+    U, V = (torch.nn.Parameter(ours.state[W][name].clone()) for name in "UV")
+    adam = torch.optim.Adam([U, V], lr=0.1)
+    for _ in range(4):
+        ours.zero_grad()
+        ((W - target) ** 2).sum().backward()
+        ours.step()
+        adam.zero_grad()
+        ((began + U @ V - target) ** 2).sum().backward()
+        adam.step()
+        torch.testing.assert_close(W.detach(), (began + U @ V).detach())
+
+
 def test_a_resumed_training_ends_in_the_bits_of_an_uninterrupted_one(lm, stack, tmp_path):
     config = config_of(stack, 9, train_maps=True, plain_probability=0.3)
     whole = tune(lm, stack, tmp_path / "whole", config, checkpoint_steps=100)
@@ -208,6 +264,7 @@ def test_rows_start_over_and_go_on_from_any_position(lm):
         ({"objective": "l2"}, "objective='l2', expected 'kl', 'ce' or 'mse'"),
         ({"objective": "mse", "mse_weight": 0.0}, "objective='mse' with mse_weight=0"),
         ({"plain_probability": 1.5}, "plain_probability=1.5, expected 0 to 1"),
+        ({"update_rank": 0}, "update_rank=0, expected at least 1"),
         ({"mse_weight": -1.0}, "mse_weight=-1.0, expected from 0 on"),
     ],
 )
@@ -257,6 +314,12 @@ def test_the_command_trains_what_python_does_and_eval_reads_it(run, material, ca
     record = load_json(out / "run.json", "run")
     assert record["finetuned"] == str(run)
     assert record["train"]["mse_weight"] == config.mse_weight
+    latents = record["latents"]
+    assert (
+        f"silent on {latents['tokens']:,} held-out tokens: {latents['silent'][0][0]:.1%} → "
+        in printed
+    )
+    assert "redundancy (mean largest cosine with a latent of another layer): " in printed
     assert main(["eval", str(run), str(out), "--out", str(material / "both")]) == 0
     online = {
         row["method"]: row["delta_ce"]
@@ -301,6 +364,8 @@ def test_the_plan_counts_memory_and_starts_nothing(run, material, capsys):
     assert whole["autoencoders"] == whole["gradients"] == 4 * numbers
     assert whole["Adam"] == 8 * numbers
     assert whole["logits"] == 6 * 4 * 96 * 2048
+    M, D = 64, 32
+    assert memory("--update-rank", "2")["Adam"] == 4 * 3 * (2 * 3 * 2 + 2) * (M + D)
     assert memory("--accumulation-steps", "4")["logits"] == whole["logits"] / 4
     less = memory("--gradient-checkpointing")["activations of the model"]
     assert less < whole["activations of the model"] / 2
