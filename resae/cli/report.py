@@ -22,13 +22,14 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.report.page import write_report
     from resae.report.runs import write_comparison
 
-    folders = options.run_directories
-    if len(folders) > 1 and options.out is None:
-        raise ValueError(f"{len(folders)} runs to compare; name a folder for the page with --out")
-    if len(folders) == 1 and options.out is not None:
+    first, *others = options.run_directories
+    if others and options.out is None:
+        raise ValueError(f"{len(others) + 1} runs to compare; name a folder with --out")
+    if options.out is None:
+        page = write_report(first)
+    elif others:
+        page = write_comparison([first, *others], options.out)
+    else:
         raise ValueError("--out is for the comparison of several runs; one is drawn where it is")
-    page = (
-        write_report(folders[0]) if options.out is None else write_comparison(folders, options.out)
-    )
     console.result(str(page))
     return 0

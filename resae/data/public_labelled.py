@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 SKIPPED_CHARACTERS = 150
 LEAST_CHARACTERS = 3 * 128 + SKIPPED_CHARACTERS
-"""Of a file of code: shorter ones are left out."""
+"""Length of a file of code below which it is left out."""
 
 
 class Table(NamedTuple):

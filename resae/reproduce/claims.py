@@ -1,4 +1,4 @@
-"""The claim table: each claim in each setting holds, does not, or cannot be told at this scale.
+"""The claim table: each claim in each setting holds, does not, or cannot be told.
 
 A claim about cross-entropy is judged by the paired 95 % interval over documents: of the difference
 from a baseline, or of the ratio to it. Claims without such an interval are judged by their values.
@@ -20,7 +20,8 @@ class Verdict(Choice):
 
     HOLDS = "holds"
     FAILS = "does not hold"
-    OPEN = "not testable at this scale"
+    OPEN = "cannot be told from these documents"
+    UNTESTED = "not testable at this scale"
 
 
 class Origin(Choice):
@@ -136,7 +137,7 @@ def findings_of(table: Table, r2: Mapping[str, Sequence[float]]) -> list[Finding
         numbers = f"{far:.3f} far, {near:.3f} near"
         found.append(Finding(GAP_CLAIM, Origin.PAPER, "all", verdict, numbers))
     untested = "not measured: the study has no labelled tasks"
-    found.append(Finding(PROBING_CLAIM, Origin.PAPER, "all", Verdict.OPEN, untested))
+    found.append(Finding(PROBING_CLAIM, Origin.PAPER, "all", Verdict.UNTESTED, untested))
     return found
 
 

@@ -89,6 +89,12 @@ def test_eval_then_report(run, capsys):
     assert (run / "report.html").stat().st_size > 10_000
 
 
+def test_tasks_need_the_harness_before_anything_is_measured(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", str(run), "--tasks", "arc_easy"]) == 2
+    assert "lm_eval is not installed; pip install 'lm-eval[hf]'" in capsys.readouterr().err
+
+
 def test_runs_are_compared_in_one_table(run, material, tmp_path):
     raw = tmp_path / "raw"
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]

@@ -95,7 +95,7 @@ def test_claims_without_their_measurements_are_absent():
     table = table_of({"raw": evaluation(HARD)})
     assert {f.claim for f in findings_of(table, {})} == {PROBING_CLAIM}
     (probing,) = judged(table, PROBING_CLAIM)
-    assert probing.verdict is Verdict.OPEN
+    assert probing.verdict is Verdict.UNTESTED
     assert "not measured" in probing.numbers
 
 

@@ -128,7 +128,8 @@ def test_the_learning_rate_is_the_best_of_the_sweep(study, lm, tmp_path):
     for losses, best in (((2.0, 1.0), 1.0), ((1.0, 2.0), 0.5), ((1.0, None), 0.5)):
         for job, loss in zip((one, other), losses, strict=True):
             found = None if loss is None else {"online": loss, "teacher_forced": 0.0}
-            save_json(tmp_path / "jobs" / f"{job.name}.json", {"delta_ce": found})
+            result = study.result(job) | {"delta_ce": found}
+            save_json(tmp_path / "jobs" / f"{job.name}.json", result)
         config = copy.train_config(train)
         assert config.lr == pytest.approx(best * replace(config, lr=None).peak_lr)
         assert config.train_tokens == 4 * copy.train_config(one).train_tokens
@@ -211,6 +212,12 @@ def test_a_damaged_result_or_study_is_named_in_one_line(study, lm, tmp_path):
     file.write_text(json.dumps(found))
     with pytest.raises(ValueError, match="row_sums are not of 4 documents; remove"):
         read()
+    sweep = next(job for job in JOBS if job.kind is Kind.SWEEP)
+    whole = study.result(sweep)
+    for loss, message in (({}, "delta_ce has no online"), ("x", "delta_ce = 'x', expected names")):
+        save_json(tmp_path / "out" / "jobs" / f"{sweep.name}.json", whole | {"delta_ce": loss})
+        with pytest.raises(ValueError, match=f"{sweep.name}.*{message}"):
+            damaged.result(sweep)
     (tmp_path / "out" / "study.json").write_text("[]")
     with pytest.raises(ValueError, match="study.json: got"):
         Study(tmp_path / "out", SMALL, lm)
