@@ -68,6 +68,7 @@ def task_rows(
             if method is not None:
                 change = value - bootstrap.per_token(plain[task, metric], ones)
             columns: dict[str, Any] = bootstrap.columns("value", value)
+            columns |= bootstrap.columns("difference", change)
             rows.append(
                 TaskRow(
                     method=None if method is None else method.name,
@@ -77,7 +78,6 @@ def task_rows(
                     metric=metric,
                     documents=len(values),
                     **columns,
-                    **bootstrap.columns("difference", change),
                 )
             )
         if on_run is not None:
