@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -37,6 +38,8 @@ TEXT: dict[str, Any] = {
 TOKENS = 1_000_000
 SAVE_SECONDS = 60.0
 """Seconds of work that a kill can lose."""
+BATCH_SECONDS = 2.0
+"""Batches grow while they take less: after each progress is reported, and a Ctrl-C heard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,7 @@ class Options(Machine):
     """Latents."""
 
     run_directory: Annotated[str, filled, Shown("RUN", positional=True)]
-    """A run directory."""
+    """A run directory, or a stack on the hub, owner/name or owner/name@revision."""
     layer: Annotated[str | None, filled] = None
     """Block number or hook point of the latents to show; needs --latent."""
     latent: Annotated[tuple[int, ...] | None, whole_numbers, Shown("J,…")] = None
@@ -105,7 +108,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.models.hooked import HookedLM
     from resae.storage import locked
     from resae.training.pipeline import load_model
-    from resae.training.runs import model_of, open_run
+    from resae.training.runs import folder_beside, model_of, open_run
 
     if options.json:
         console.report_to_stderr()
@@ -117,15 +120,14 @@ def run(options: Options, console: TerminalConsole) -> int:
         raise ValueError("--prompt is empty; give some text")
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
-    folder = Path(options.run_directory)
-    record, stack = open_run(folder, device)
+    out = folder_beside(options.run_directory, options.out, "latents")
+    record, stack = open_run(options.run_directory, device)
     quiet_libraries()
     name, revision = model_of(record, stack, options.model, options.revision)
     shapes = HookedLM.described(name, tokenizer=None, revision=revision)
     stack.require_model(shapes)
     named = _named(options, stack, shapes)
     ids = _prompt_ids(options, shapes)
-    out = Path(options.out or folder / "latents")
     with locked(out):
         index = _index_so_far(options, record, stack, out / "index.safetensors")
         lm = load_model(name, options.dtype, device, revision)
@@ -211,8 +213,6 @@ def _read_text(
     console: TerminalConsole,
 ) -> bool:
     """Read text until the index has as many tokens as are asked for; False: interrupted."""
-    import time
-
     from resae.cli.train import Interruptible
     from resae.latents.collect import collect_latents
     from resae.latents.index import index_bytes
@@ -260,6 +260,7 @@ def _batches(lm: HookedLM, index: LatentIndex, rows: int) -> Iterator[torch.Tens
     import torch
 
     from resae.cli.libraries import quiet_libraries
+    from resae.data.activations import MODEL_ROWS
     from resae.data.rows import read_rows
     from resae.latents.collect import BATCH_ROWS
 
@@ -267,8 +268,12 @@ def _batches(lm: HookedLM, index: LatentIndex, rows: int) -> Iterator[torch.Tens
     names = (*TEXT, "seed", "held_out_rows")
     source = Source(model=lm.name, **{name: index.settings[name] for name in names})
     text = islice(read_rows(source, lm)[0].from_row(index.rows_done), rows - index.rows_done)
-    while batch := list(islice(text, BATCH_ROWS)):
+    size, began = MODEL_ROWS, time.perf_counter()
+    while batch := list(islice(text, size)):
         yield torch.stack(batch)
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+        if seconds < BATCH_SECONDS:
+            size = min(2 * size, BATCH_ROWS)
 
 
 def _described(

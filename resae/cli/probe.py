@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from resae.arguments import compared, filled, names, whole, writable
 from resae.arguments import seed as seed_number
+from resae.choices import Loop
 from resae.cli.terminal import TerminalConsole
 from resae.data.config import Machine
 from resae.environment import describe_device, environment, find_device
@@ -29,7 +30,8 @@ class Options(Machine):
     """Probing."""
 
     run_directories: Annotated[tuple[str, ...], filled, Shown("RUN", True, several=True)]
-    """Run directories of the same layers; differences are from the first."""
+    """Run directories, or stacks on the hub (owner/name, owner/name@revision), of the same layers;
+    differences are from the first."""
     data: Annotated[tuple[str, ...], names] = ("embedded",)
     """Labelled texts, separated by commas: embedded (its seven domains), local files or folders,
     hub datasets, saebench (its eight datasets); scores are averaged over them."""
@@ -43,6 +45,9 @@ class Options(Machine):
     measures: Annotated[tuple[str, ...] | None, names] = None
     """Scores to compute: probing (accuracy of probes on the k best latents), tpp (targeted probe
     perturbation), scr (spurious correlation removal); None: all that the data allows."""
+    loop: Annotated[str | None, Loop] = None
+    """Predictions of stacks with maps: from activations (open) or reconstructions (closed); None:
+    both."""
     k: Annotated[tuple[int, ...], compared] = (1, 2, 5)
     """Numbers of latents that a probe may use."""
     ablated: Annotated[tuple[int, ...], compared] = (2, 5, 10, 20, 50, 100, 500)
@@ -75,7 +80,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.models.hooked import EMBEDDED, HookedLM
     from resae.storage import require_writable, save_json
     from resae.training.pipeline import load_model
-    from resae.training.runs import model_of
+    from resae.training.runs import folder_beside, model_of
 
     for measure in options.measures or ():
         Measure.check(measure, "--measures")
@@ -83,8 +88,8 @@ def run(options: Options, console: TerminalConsole) -> int:
         console.report_to_stderr()
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
+    out = folder_beside(options.run_directories[0], options.out)
     runs = open_runs([Path(folder) for folder in options.run_directories], device)
-    out = Path(options.out or runs[0].folder)
     require_writable(out)
     quiet_libraries(next((data for data in options.data if data != EMBEDDED), None))
     stack = runs[0].stack
@@ -104,7 +109,7 @@ def run(options: Options, console: TerminalConsole) -> int:
         for data in (PUBLIC if given == "saebench" else [given])
     ]
     lm = load_model(name, options.dtype, device, revision)
-    sources = _sources(runs)
+    sources = _sources(runs, options.loop)
     scores = [_scores(lm, sources, data, i, options, console) for i, data in enumerate(texts)]
     rows = [
         row
@@ -128,8 +133,8 @@ def run(options: Options, console: TerminalConsole) -> int:
     return 0
 
 
-def _sources(runs: Sequence[OpenRun]) -> list[CodeSource]:
-    """Every run in each of its loops."""
+def _sources(runs: Sequence[OpenRun], wanted: str | None) -> list[CodeSource]:
+    """Every run in each of its loops, or in the wanted one."""
     from resae.cli.eval import methods_of
     from resae.evaluation.pooling import CodeSource
     from resae.stack.stack import ReSAE
@@ -139,6 +144,7 @@ def _sources(runs: Sequence[OpenRun]) -> list[CodeSource]:
         for method in methods_of(runs, None)
         if isinstance(method.stack, ReSAE)
         for loop in method.loops
+        if loop is None or wanted in (None, loop)
     ]
 
 

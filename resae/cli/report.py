@@ -22,15 +22,14 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.report.page import write_report
     from resae.report.runs import write_comparison
 
-    folders = list(options.run_directories)
-    if len(folders) > 1 and options.out is None:
-        raise ValueError(f"{len(folders)} runs to compare; name a folder for the page with --out")
-    if len(folders) == 1 and options.out is not None:
-        raise ValueError("--out is for the comparison of several runs; one is drawn where it is")
+    first, *others = options.run_directories
+    if others and options.out is None:
+        raise ValueError(f"{len(others) + 1} runs to compare; name a folder with --out")
     if options.out is None:
-        (folder,) = folders
-        page = write_report(folder)
+        page = write_report(first)
+    elif others:
+        page = write_comparison([first, *others], options.out)
     else:
-        page = write_comparison(folders, options.out)
+        raise ValueError("--out is for the comparison of several runs; one is drawn where it is")
     console.result(str(page))
     return 0

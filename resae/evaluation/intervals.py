@@ -60,7 +60,8 @@ class Bootstrap:
             self._times[1:, members] = generator.multinomial(len(members), even, size=resamples)
 
     def total(self, sums: ArrayLike) -> Quantity:
-        """Sum over documents of `sums [documents]`."""
+        """Sum over documents of `sums [documents]`; of S columns `[documents, S]`, which are read
+        once for all, `[1 + R, S]`."""
         return self._times @ np.asarray(sums, np.float64)
 
     def per_token(self, sums: ArrayLike, tokens: Sequence[int] | ArrayLike) -> Quantity:

@@ -1,6 +1,6 @@
 """Result rows: the labels of methods, and selections of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from resae.evaluation.rows import ReplacementRow
 
@@ -64,6 +64,17 @@ def label(method: str, loop: str | None = None) -> str:
     base = base_name(method)
     name = f"{LABELS[base]}{method.removeprefix(base)}" if base in LABELS else method
     return f"{name}, {loop} loop" if loop else name
+
+
+def mode_label(mode: str) -> str:
+    """Label of a mode, or its name where it has none."""
+    return MODES.get(mode, mode)
+
+
+def modes_of(rows: Iterable[ReplacementRow]) -> list[str]:
+    """The modes of some rows, in the order of `MODES`, unknown ones last."""
+    found = {row.mode for row in rows}
+    return [mode for mode in MODES if mode in found] + sorted(found - set(MODES))
 
 
 def whole_selection(rows: Sequence[ReplacementRow]) -> list[ReplacementRow]:

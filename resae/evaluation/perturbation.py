@@ -119,14 +119,13 @@ class _Ablations:
 
     def logits(
         self, latents: Tensor, probe: int, documents: Tensor, sizes: Sequence[int]
-    ) -> Iterator[Tensor]:
-        """For each size `[m]`: the logits of a probe on documents `[m]` without the first `size`
-        latents."""
+    ) -> Tensor:
+        """`[S, m]`: the logits of a probe on documents `[m]` without the first `size` latents, for
+        each of S sizes."""
         clean = self.probes.logits[documents, probe]
         shares = self.pooled.columns(latents)[documents] * self.on_logits[latents, probe]
         lost = torch.cat([torch.zeros(len(documents), 1).double(), shares.cumsum(1)], 1)
-        for size in sizes:
-            yield clean - lost[:, min(size, len(latents))]
+        return clean - lost[:, [min(size, len(latents)) for size in sizes]].T
 
 
 def probe_perturbation(
@@ -150,37 +149,35 @@ def probe_perturbation(
     probes = _probes_of(channels, tasks)
     clean = [
         [
-            documents.accuracy(t.test, _right(of_layer.logits[t.test, j], t))
-            for j, t in enumerate(tasks)
+            documents.accuracy(task.test, _right(of_layer.logits[task.test, j], task))
+            for j, task in enumerate(tasks)
         ]
         for of_layer in probes
     ]
+    names = [task.name for task in tasks]
     scores: list[Score] = []
     for done, found in enumerate(ablated, start=1):
         ablations = _Ablations(found, probes[found.stream])
         before = clean[found.stream]
-        per_class: list[list[tuple[Quantity, Quantity]]] = []
+        intended: list[Quantity] = []
+        unintended: list[Quantity] = []
         for i, task in enumerate(tasks):
             latents = ablations.strongest(task, i, max(sizes), signed=True)
-            drops: list[list[Quantity]] = []
-            for j, other in enumerate(tasks):
-                after = ablations.logits(latents, j, other.test, sizes)
-                right = (_right(logits, other) for logits in after)
-                drops.append([before[j] - documents.accuracy(other.test, r) for r in right])
-            others = [drop for j, drop in enumerate(drops) if j != i]
-            per_class.append(
-                [
-                    (drops[i][s], np.mean([drop[s] for drop in others], axis=0))
-                    for s in range(len(sizes))
-                ]
-            )
+            drops = [
+                before[j]
+                - documents.accuracy(
+                    other.test, _right(ablations.logits(latents, j, other.test, sizes), other)
+                )
+                for j, other in enumerate(tasks)
+            ]
+            intended.append(drops[i])
+            unintended.append(np.mean(drops[:i] + drops[i + 1 :], axis=0))
         for s, size in enumerate(sizes):
-            intended, unintended = (
-                [of_class[s][part] for of_class in per_class] for part in (0, 1)
-            )
-            values = [a - b for a, b in zip(intended, unintended, strict=True)]
-            parts = {"intended": _value(intended), "unintended": _value(unintended)}
-            names = [task.name for task in tasks]
+            values = [a[s] - b[s] for a, b in zip(intended, unintended, strict=True)]
+            parts = {
+                name: float(np.mean([part[s][0] for part in drops]))
+                for name, drops in (("intended", intended), ("unintended", unintended))
+            }
             scores.append(_score(Measure.TPP, found, size, names, values, parts))
         if on_units is not None:
             on_units(done)
@@ -309,24 +306,22 @@ def _removal(
     first_probe: int,
     documents: ScoredDocuments,
     sizes: Sequence[int],
-) -> list[Quantity]:
-    """SCR for each size, in the direction in which the biased probe is worse."""
+) -> Quantity:
+    """SCR for each of S sizes `[S, 1 + R]`, in the direction in which the biased probe is worse."""
     unbiased, biased = (three.first, three.second), first_probe + 2
     logits = ablations.probes.logits
 
     def accuracy(probe: int, task: Task) -> Quantity:
         return documents.accuracy(task.test, _right(logits[task.test, probe], task))
 
-    kept, removed = sorted((0, 1), key=lambda i: float(accuracy(biased, unbiased[i])[0]))
+    kept, removed = sorted((0, 1), key=lambda i: float(accuracy(biased, unbiased[i])[0, 0]))
     task, spurious = unbiased[kept], unbiased[removed]
     before, clean = accuracy(biased, task), accuracy(first_probe + kept, task)
     gap = clean - before
     latents = ablations.strongest(spurious, first_probe + removed, max(sizes), signed=False)
-    found: list[Quantity] = []
-    for after in ablations.logits(latents, biased, task.test, sizes):
-        gained = documents.accuracy(task.test, _right(after, task)) - before
-        found.append(np.where(gap < LEAST_GAP, 0.0, gained / np.maximum(gap, LEAST_GAP)))
-    return found
+    after = ablations.logits(latents, biased, task.test, sizes)
+    gained = documents.accuracy(task.test, _right(after, task)) - before
+    return np.where(gap < LEAST_GAP, 0.0, gained / np.maximum(gap, LEAST_GAP))
 
 
 def _probes_of(channels: Sequence[Pooled], tasks: Sequence[Task]) -> list[LayerProbes]:
@@ -334,11 +329,8 @@ def _probes_of(channels: Sequence[Pooled], tasks: Sequence[Task]) -> list[LayerP
 
 
 def _right(logits: Tensor, task: Task) -> Tensor:
-    return (logits > 0) == task.test_positive
-
-
-def _value(quantities: Sequence[Quantity]) -> float:
-    return float(np.mean([quantity[0] for quantity in quantities]))
+    """`[S, m]` bool: test documents of a task on the right side, by logits `[S, m]` or `[m]`."""
+    return (logits.reshape(-1, len(task.test)) > 0) == task.test_positive
 
 
 def _score(

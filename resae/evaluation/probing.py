@@ -7,7 +7,7 @@ the latents of one layer, those of all layers of a stack together, or the channe
 stream.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,14 +70,16 @@ def sparse_probing(
         ks: numbers of units of a probe.
         on_units: called with the number of `units` done.
     """
+    names = [task.name for task in tasks]
     scores: list[Score] = []
     for done, found in enumerate(units, start=1):
-        for size, right in probed(found, tasks, ks):
-            accuracies = [
-                documents.accuracy(task.test, of_task)
-                for task, of_task in zip(tasks, right, strict=True)
-            ]
-            names = [task.name for task in tasks]
+        sizes, right = probed(found, tasks, ks)
+        accuracies = [
+            documents.accuracy(task.test, of_task)
+            for task, of_task in zip(tasks, right, strict=True)
+        ]
+        for i, size in enumerate(sizes):
+            of_size = [accuracy[i] for accuracy in accuracies]
             scores.append(
                 Score(
                     Measure.PROBING,
@@ -87,8 +89,8 @@ def sparse_probing(
                     found.pooled.shape[1],
                     found.active,
                     size,
-                    np.mean(accuracies, axis=0),
-                    {n: float(a[0]) for n, a in zip(names, accuracies, strict=True)},
+                    np.mean(of_size, axis=0),
+                    {name: float(a[0]) for name, a in zip(names, of_size, strict=True)},
                 )
             )
         if on_units is not None:
@@ -98,18 +100,18 @@ def sparse_probing(
 
 def probed(
     units: Units, tasks: Sequence[Task], ks: Sequence[int]
-) -> Iterator[tuple[int | None, list[Tensor]]]:
-    """For each k, then for all channels: the test documents of each task `[m]` bool that a probe
-    puts on the right side."""
+) -> tuple[list[int | None], list[Tensor]]:
+    """Sizes of S probes, and per task `[S, m]` bool: the test documents that each puts on the right
+    side. The last probe of channels has all of them, size None."""
     pooled = units.pooled
     ks = [k for k in ks if k <= pooled.shape[1]]
-    best = [best_units(task, pooled, max(ks, default=0)) for task in tasks]
-    chosen = [pooled.columns(b) for b in best]
-    for k in ks:
-        yield k, [_right(task, x[:, :k]) for task, x in zip(tasks, chosen, strict=True)]
-    if units.active is None:
-        dense = pooled.dense()
-        yield None, [_right(task, dense) for task in tasks]
+    dense = [pooled.dense()] if units.active is None else []
+    right: list[Tensor] = []
+    for task in tasks:
+        x = pooled.columns(best_units(task, pooled, max(ks, default=0)))
+        inputs = [*(x[:, :k] for k in ks), *dense]
+        right.append(torch.stack([_right(task, part) for part in inputs]))
+    return [*ks, *(None for _ in dense)], right
 
 
 def best_units(task: Task, pooled: Pooled, k: int) -> Tensor:

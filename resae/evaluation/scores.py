@@ -186,9 +186,11 @@ class ScoredDocuments:
         self._bootstrap = Bootstrap(len(labels), resamples=resamples, seed=seed, strata=labels)
 
     def accuracy(self, documents: Tensor, right: Tensor) -> Quantity:
-        """Accuracy on the documents of these numbers `[m]`, `right [m]` bool."""
-        correct, tested = np.zeros(self._size), np.zeros(self._size, np.int64)
+        """Accuracy of S probes on the documents of these numbers `[m]`, as S quantities
+        `[S, 1 + R]`; `right [S, m]` bool."""
+        columns = np.zeros((self._size, len(right) + 1))
         place = (documents - self._first).numpy()
-        tested[place] = 1
-        correct[place] = right.double().numpy()
-        return self._bootstrap.per_token(correct.tolist(), tested.tolist())
+        columns[place, :-1] = right.double().T.numpy()
+        columns[place, -1] = 1
+        totals = self._bootstrap.total(columns).T
+        return totals[:-1] / totals[-1]

@@ -108,11 +108,9 @@ def collect_latents(
 def _add(lm: HookedLM, stack: ReSAE, batch: Tensor, loop: str, index: LatentIndex) -> None:
     tokens, codes = clean_codes(lm, stack, batch, loop)
     first = index.rows_done * index.row_tokens
-    for number, (layer, code) in enumerate(zip(index.layers, codes, strict=True)):
+    for layer, code in zip(index.layers, codes, strict=True):
         firings = Firings.of(code, tokens, block_tokens=batch.numel(), row_tokens=index.row_tokens)
-        # Seeded by place, so that a pass that is continued samples what a whole one does.
-        generator = torch.Generator().manual_seed(first * len(codes) + number)
-        layer.add(firings, first, generator)
+        layer.add(firings, first)
     index.rows.append(batch.int().cpu())
     index.rows_done += len(batch)
     index.tokens += len(tokens)

@@ -125,7 +125,7 @@ class LayerIndex:
         self.strongest = Passages(M, sizes.passages, sizes.window)
         self.sampled = Passages(M, sizes.samples, sizes.window)
 
-    def add(self, firings: Firings, first_token: int, generator: torch.Generator) -> None:
+    def add(self, firings: Firings, first_token: int) -> None:
         """Add the firings of a block that begins at token `first_token` of the text."""
         if not len(firings.keys):
             return
@@ -134,8 +134,8 @@ class LayerIndex:
         self.sums.scatter_add_(0, latents, firings.values.double())
         peaks = firings.peaks()
         self.strongest.offer(peaks, peaks.values, firings, first_token)
-        chance = torch.rand(len(peaks.values), generator=generator)
-        self.sampled.offer(peaks, chance, firings, first_token)
+        rows = (peaks.tokens + first_token) // firings.row_tokens
+        self.sampled.offer(peaks, _chances(peaks.latents, rows), firings, first_token)
 
     @property
     def firings(self) -> Tensor:
@@ -239,6 +239,15 @@ class LatentIndex:
             for name, tensor in layer.tensors().items():
                 tensor.copy_(_taken(tensors, f"{number}.{name}", tensor.shape, path))
         return index
+
+
+def _chances(latents: Tensor, rows: Tensor) -> Tensor:
+    """`[P]` float32 from 0 to 1, as good as random, that follow from latent and row alone: the
+    samples do not depend on the batches that text comes in (the finaliser of SplitMix64)."""
+    x = latents * 0x5851F42D4C957F2D + rows * 0x14057B7EF767814F
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((x >> 39) & 0xFFFFFF).float() / (1 << 24)
 
 
 def _record(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:

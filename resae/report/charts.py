@@ -126,7 +126,7 @@ class Axis:
         low, high = self.low, self.high
         if self.log:
             value, low, high = (math.log(max(v, 1e-12)) for v in (value, low, high))
-        return min(1.0, max(0.0, (value - low) / (high - low)))
+        return min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.5
 
 
 def linear_axis(

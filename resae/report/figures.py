@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from resae.evaluation.labels import MODES, base_name, label, whole_selection
+from resae.evaluation.labels import base_name, label, mode_label, modes_of, whole_selection
 from resae.evaluation.rows import GenerationRow, HistogramRow, ReplacementRow
 from resae.report.charts import (
     Axis,
@@ -103,7 +103,7 @@ def _against_k(rows: Sequence[ReplacementRow], column: str, mode: str) -> list[P
             )
             for row in rows
         ]
-        title = MODES[mode] + (f", k = {ks[0]}" if ks else "")
+        title = mode_label(mode) + (f", k = {ks[0]}" if ks else "")
         return [Dots(title, axis, dots)]
     groups: dict[tuple[str, str | None], list[ReplacementRow]] = {}
     for row in rows:
@@ -120,7 +120,7 @@ def _against_k(rows: Sequence[ReplacementRow], column: str, mode: str) -> list[P
         )
         for (method, loop), points in groups.items()
     ]
-    return [Curves(MODES[mode], steps_axis(K_LABEL, ks), axis, series)]
+    return [Curves(mode_label(mode), steps_axis(K_LABEL, ks), axis, series)]
 
 
 def _interval(row: ReplacementRow, column: str) -> tuple[float, float | None, float | None]:
@@ -140,7 +140,7 @@ def legend_of(panels: Sequence[Panel]) -> list[Series]:
 
 def _per_mode(report: Report, column: str, caption: str, name: str) -> Figure:
     rows = drawn(whole_selection(report.replacement))
-    panels = [panel for mode in MODES for panel in _against_k(rows, column, mode)]
+    panels = [panel for mode in modes_of(rows) for panel in _against_k(rows, column, mode)]
     return Figure(name, caption, panels, legend_of(panels))
 
 
@@ -169,7 +169,7 @@ def _redundancy(report: Report) -> Figure:
     styles = styles_of(row.method for row in rows)
     floor = report.redundancy[0].random_floor if report.redundancy else None
     ks = sorted({row.k for row in rows}, key=lambda k: (k is None, k or 0))
-    share = linear_axis("share of latents", [c / sum(r.counts) for r in rows for c in r.counts])
+    share = linear_axis("share of latents", [p.y for row in rows for p in _bins(row)])
     x = Axis("largest cosine with another layer's latent", 0, 1, [i / 5 for i in range(6)])
     panels: list[Panel] = []
     for k in ks:
@@ -193,7 +193,7 @@ def _redundancy(report: Report) -> Figure:
 
 def _bins(row: HistogramRow) -> list[Point]:
     """Share of latents in the middle of each bin from zero on."""
-    total = sum(row.counts)
+    total = sum(row.counts) or 1
     bins = zip(row.edges, row.edges[1:], row.counts, strict=False)
     return [Point((a + b) / 2, count / total) for a, b, count in bins if a + b >= 0]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resae.evaluation.labels import MODES, base_name, label, whole_selection
+from resae.evaluation.labels import base_name, label, mode_label, modes_of, whole_selection
 from resae.evaluation.rows import ReplacementRow
 from resae.report.content import Report
 from resae.report.figures import Figure, drawn, headline_figure
@@ -30,8 +30,9 @@ class Headline:
 def headline(report: Report) -> Headline:
     """The top of the page, from rows in which all selected layers are replaced: online where that
     was measured, methods with two loops in closed loop."""
-    rows = [row for row in whole_selection(report.replacement) if row.loop != "open"]
-    mode = next(mode for mode in MODES if any(row.mode == mode for row in rows))
+    whole = whole_selection(report.replacement)
+    rows = [row for row in whole if row.loop != "open"] or whole
+    mode = modes_of(rows)[0]
     if len({row.method for row in rows}) > MOST:
         rows = [row for row in drawn(rows) if base_name(row.method) in CORE] or rows
     of_mode = [row for row in rows if row.mode == mode]
@@ -66,8 +67,8 @@ def _sentence(ours: ReplacementRow, other: ReplacementRow) -> str:
     by = f"codes of {ours.k} active latents per layer" if ours.k else "predictions"
     against = "" if ours is other else f", and by {_nats(other)} with {label(other.method)}"
     return (
-        f"With {where} replaced at once ({MODES[ours.mode]}) by {by}, the model's next-token loss "
-        f"rises by {_nats(ours)} nats per token with {label(ours.method)}{against}."
+        f"With {where} replaced at once ({mode_label(ours.mode)}) by {by}, the model's next-token "
+        f"loss rises by {_nats(ours)} nats per token with {label(ours.method)}{against}."
     )
 
 
@@ -89,13 +90,15 @@ def _table_of_ks(rows: Sequence[ReplacementRow], ks: Sequence[int], mode: str) -
         for method in dict.fromkeys(row.method for row in rows)
     }
     return _small_table(
-        f"Δ CE {MODES[mode]}, nats per token; lower is better.", [f"k = {k}" for k in ks], cells
+        f"Δ CE {mode_label(mode)}, nats per token; lower is better.",
+        [f"k = {k}" for k in ks],
+        cells,
     )
 
 
 def _table_of_modes(rows: Sequence[ReplacementRow]) -> Table:
     """A row per method, a column per mode."""
-    modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
+    modes = modes_of(rows)
     cells = {
         method: [
             next((row for row in rows if (row.method, row.mode) == (method, mode)), None)
@@ -104,7 +107,7 @@ def _table_of_modes(rows: Sequence[ReplacementRow]) -> Table:
         for method in dict.fromkeys(row.method for row in rows)
     }
     return _small_table(
-        "Δ CE, nats per token; lower is better.", [MODES[mode] for mode in modes], cells
+        "Δ CE, nats per token; lower is better.", [mode_label(mode) for mode in modes], cells
     )
 
 

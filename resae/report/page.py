@@ -15,7 +15,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from resae.evaluation.labels import MODES, base_name, label
+from resae.evaluation.labels import base_name, label, mode_label
 from resae.report.charts import CHART_STYLE, Panel, Style, inline, palette_style, sample
 from resae.report.content import Report, load_report
 from resae.report.figures import Figure, draw
@@ -139,7 +139,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "count": _count,
     "inline": _inline,
     "label": label,
-    "mode": MODES.__getitem__,
+    "mode": mode_label,
     "sample": _sample,
     "short": short_name,
     "upper_first": _upper_first,

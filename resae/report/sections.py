@@ -1,11 +1,12 @@
 """Sections of the page below its top, each with its text, figures and tables; those without rows
 are left out."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from resae.evaluation.labels import MODES, label, whole_selection
+from resae.evaluation.labels import label, mode_label, modes_of, whole_selection
 from resae.evaluation.rows import (
     DensityRow,
     GenerationRow,
@@ -71,12 +72,13 @@ REPLACEMENT = {
     "k": "k",
     "active_total": "latents in the last x̂",
     "delta_ce": "Δ CE",
-    "ce_recovered_mean": "recovered (mean)",
-    "ce_recovered_zero": "recovered (zero)",
+    "ce_recovered_mean": "loss recovered (mean)",
+    "ce_recovered_zero": "loss recovered (zero)",
     "kl": "KL",
     "difference": "Δ CE less reference",
     "sum_of_single": "Δ CE one by one",
 }
+NO_WORD = re.compile(r"\W+")
 ALIKE = ("ce_clean", "ce", "tokens", "sinks")
 """Columns of replacement rows that follow from others, or are the same in all rows."""
 
@@ -89,10 +91,13 @@ def _replacement(report: Report, figures: dict[str, Figure]) -> Iterator[Section
         figures=_of(figures, "delta_ce", "ce_recovered"),
         tables=[
             table_of(
-                f"replaced-{mode}", f"{name}: nats per token", chosen, REPLACEMENT, left_out=ALIKE
+                f"replaced-{NO_WORD.sub('-', mode)}",
+                f"{mode_label(mode)}: nats per token",
+                [row for row in rows if row.mode == mode],
+                REPLACEMENT,
+                left_out=ALIKE,
             )
-            for mode, name in MODES.items()
-            if (chosen := [row for row in rows if row.mode == mode])
+            for mode in modes_of(rows)
         ],
         notes=[
             "Special tokens are neither replaced nor counted. Teacher-forced, replacing all layers "

@@ -18,7 +18,7 @@ ENVIRONMENT = dict.fromkeys(("commit", "transformers", "gpu", "processor"), (str
 FIELDS: dict[Kind, dict[str, Any]] = {
     Kind.CAPTURE: {},
     Kind.MAPS: {"layers": [str], "r2": dict},
-    Kind.SWEEP: {"delta_ce": (dict, None)},
+    Kind.SWEEP: {},
     Kind.TRAIN: {"settings": dict, "curve": [dict]},
     Kind.EVALUATE: dict.fromkeys(
         ("row_sums", "reconstruction", "redundancy", "replacement"), [dict]
@@ -41,13 +41,15 @@ def require_result(found: Any, kind: Kind, documents: int, where: str) -> Result
     match kind:
         case Kind.MAPS:
             require_fields(found["r2"], dict.fromkeys(PREDICTORS[1:], [float]), f"{where}: r2")
-        case Kind.SWEEP if found["delta_ce"] is not None:
-            require_fields(found["delta_ce"], {"online": float}, f"{where}: delta_ce")
+        case Kind.SWEEP:
+            if found.get("delta_ce", {}) is not None:  # null: the training diverged
+                require_fields(found, {"delta_ce": dict}, where)
+                require_fields(found["delta_ce"], {"online": float}, f"{where}: delta_ce")
         case Kind.TRAIN:
             _require_training(found, where)
         case Kind.EVALUATE:
             _require_evaluation(found, documents, where)
-        case Kind.CAPTURE | Kind.SWEEP:
+        case Kind.CAPTURE:
             pass
     return found
 

@@ -77,23 +77,33 @@ def test_an_interrupted_pass_is_continued_by_the_same_command(run, text, tmp_pat
     import resae.latents.collect as collect
 
     out = ["--out", str(tmp_path / "out"), "--page-latents", "3"]
-    add, calls = collect._add, []
+    add, read = collect._add, []
 
     def interrupted(*arguments):
         add(*arguments)
-        calls.append(1)
-        if len(calls) == 1:
+        read.append(len(arguments[2]))
+        if len(read) == 1:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(collect, "_add", interrupted)
-    monkeypatch.setattr(collect, "BATCH_ROWS", 16)
     command = ["latents", str(run), *text, "--tokens", "1000", *out]
     assert main(command) == 130
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["index.safetensors"]
     assert main(command) == 0
-    assert len(calls) == 3  # 42 rows in batches of 16, none twice
+    assert sum(read) == 42  # rows, none twice
+    assert len(read) > 2
     content = json.loads((tmp_path / "out" / "latents.json").read_text())
     assert content["tokens"] == 42 * 23
+
+
+def test_a_text_that_ends_early_is_read_once(run, text, tmp_path, monkeypatch, capsys):
+    import resae.latents.collect as collect
+
+    command = ["latents", str(run), *text, "--out", str(tmp_path / "out"), "--page-latents", "3"]
+    assert main([*command, "--tokens", "50000000"]) == 0
+    monkeypatch.setattr(collect, "_add", None)
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("to read for") == 1
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,8 @@ def test_a_probe_of_all_units_is_of_channels_alone(labelled):
     texts, x = labelled
     tasks = one_against_rest(texts)
     channels = Units("channels", None, "layer", sparse(x), None)
-    assert [size for size, _ in probed(channels, tasks, (2,))] == [2, None]
-    assert [size for size, _ in probed(channels._replace(active=1.0), tasks, (2,))] == [2]
+    assert probed(channels, tasks, (2,))[0] == [2, None]
+    assert probed(channels._replace(active=1.0), tasks, (2,))[0] == [2]
 
 
 def test_differences_are_paired_with_the_first_method_and_means_are_over_datasets(labelled):

@@ -85,6 +85,12 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    def press(self, key, text):
+        code = {"Tab": 9, "Enter": 13}[key]
+        event = {"key": key, "windowsVirtualKeyCode": code, "text": text}
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, **event)
+
     def complaints(self):
         """Errors and warnings of the console, those of the content-security policy among them."""
         kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
@@ -184,3 +190,33 @@ def test_everything_is_printed(browser):
     widths = "[...document.querySelectorAll('table')].map(table => table.scrollWidth)"
     assert max(browser.run(widths)) <= 700
     browser.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_the_keyboard_alone_sorts_and_shows_where_it_is(browser):
+    browser.run("document.querySelectorAll('details').forEach(part => { part.open = true })")
+    browser.run(f"{TABLE}.tHead.rows[0].cells[1].firstChild.focus()")
+    browser.press("Tab", "\t")
+    assert browser.run("document.activeElement.closest('th').cellIndex") == 2
+    assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press("Enter", "\r")
+    assert browser.run(f"{TABLE}.tHead.rows[0].cells[2].getAttribute('aria-sort')") == "ascending"
+    for _ in range(2):
+        browser.press("Enter", "\r")
+    assert browser.run(f"{TABLE}.tHead.rows[0].cells[2].getAttribute('aria-sort')") is None
+
+
+def test_everything_has_a_name_for_a_screen_reader(browser):
+    browser.run("document.querySelectorAll('details').forEach(part => { part.open = true })")
+    browser.call("Accessibility.enable")
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    named = {"image", "button", "table", "searchbox", "region", "navigation", "link"}
+    found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes
+             if not node["ignored"] and node["role"]["value"] in named]  # fmt: skip
+    assert all(name for _, name in found), [role for role, name in found if not name]
+    roles = [role for role, _ in found]
+    assert roles.count("table") == browser.run("document.querySelectorAll('table').length")
+    assert roles.count("image") == browser.run("document.querySelectorAll('svg[role=img]').length")
+    assert ("searchbox", "Filter rows: online: nats per token") in found
+    described = [node.get("description", {}).get("value", "") for node in nodes]
+    told = [name for role, name in found if role == "image"] + described
+    assert any("ReSAE, closed loop: 0.250 at 4, 0.125 at 8" in text for text in told)

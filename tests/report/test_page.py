@@ -2,19 +2,23 @@ import base64
 import hashlib
 import html
 import json
+import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from report_material import replacement_row, report_of
 
 from resae.evaluation.labels import label, whole_selection
 from resae.evaluation.rows import ReconstructionRow, ReplacementRow
-from resae.report.content import load_report
+from resae.report.content import Report, load_report
 from resae.report.figures import draw
 from resae.report.page import render, write_report
+from resae.report.rows import RunRow
+from resae.settings import field_docstrings
 from resae.storage import save_json
 
 
@@ -253,6 +257,8 @@ def test_labels_and_selection(tmp_path):
     assert label("resae", "closed") == "ReSAE, closed loop"
     assert label("raw", None) == "raw SAEs"
     assert label("a new one") == "a new one"
+    assert label("resae (first)", "closed") == "ReSAE (first), closed loop"
+    assert label("a new one (first)") == "a new one (first)"
     save_json(tmp_path / "report.json", report_of())
     rows = load_report(tmp_path / "report.json").replacement
     assert len(whole_selection(rows)) == len(rows) - 1
@@ -325,3 +331,41 @@ def test_a_missing_or_broken_report_is_named(tmp_path):
     with pytest.raises(ValueError, match="not valid JSON"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reports_of_unusual_numbers_are_drawn(tmp_path, seed):
+    """Negative, vast and equal numbers, k of 0, unknown names, empty logs and histograms."""
+    chosen = random.Random(seed).choice
+    values = (0.0, -0.5, 1e-9, 7e5, 0.25)
+    rows = [
+        replacement_row(chosen(("raw", "resae", "a (b)", "")), chosen((None, "open", "closed")),
+                        chosen(("online", "a mode", "error_added")), chosen((None, 0, 1, 10**6)),
+                        chosen(values), layers=chosen(([], ["blocks.1.x"], ["x", "y"])))
+        for _ in range(12)
+    ]  # fmt: skip
+    log = [{"step": 1, "tokens": 1, "layers": [{"fvu": chosen(values)}]}]
+    report = report_of(
+        replacement=rows,
+        affine=[{"method": "resae", "hop": "x", "r2": chosen(values)}],
+        redundancy_histogram=[
+            {"method": "m", "k": chosen((None, 4)), "edges": [0.0, 1.0], "counts": [chosen((0, 3))]}
+        ],
+        training=[{"method": "raw", "k": 4, "log": chosen(([], log))}],
+    )
+    save_json(tmp_path / "report.json", report)
+    checker = _Balance()
+    checker.feed(write_report(tmp_path).read_text())
+    assert checker.open == []
+    for figure in (tmp_path / "figures").iterdir():
+        assert "nan" not in figure.read_text()
+
+
+def test_every_column_and_table_of_a_report_is_documented():
+    seen = [Report, RunRow]
+    for hint in get_type_hints(Report).values():
+        seen += [cls for cls in get_args(hint) if is_dataclass(cls)]
+    for cls in seen:
+        documented = field_docstrings(cls)
+        for column in fields(cls):
+            assert len(documented.get(column.name, "")) > 5, f"{cls.__name__}.{column.name}"

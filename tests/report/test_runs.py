@@ -64,7 +64,7 @@ def test_the_command_compares_runs_into_a_folder_of_its_own(runs, tmp_path, caps
     assert main(["report", *names, "--out", str(tmp_path / "both")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "both" / "report.html")
     for arguments, problem in (
-        (names, "2 runs to compare; name a folder for the page with --out"),
+        (names, "2 runs to compare; name a folder with --out"),
         ([*names, "--out", names[0]], "holds one of the reports to compare"),
         ([names[0], names[0], "--out", str(tmp_path / "c")], "two or more different runs"),
         ([names[0], "--out", str(tmp_path / "c")], "--out is for the comparison of several runs"),

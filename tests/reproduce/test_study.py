@@ -212,6 +212,12 @@ def test_a_damaged_result_or_study_is_named_in_one_line(study, lm, tmp_path):
     file.write_text(json.dumps(found))
     with pytest.raises(ValueError, match="row_sums are not of 4 documents; remove"):
         read()
+    sweep = next(job for job in JOBS if job.kind is Kind.SWEEP)
+    whole = study.result(sweep)
+    for loss, message in (({}, "delta_ce has no online"), ("x", "delta_ce = 'x', expected names")):
+        save_json(tmp_path / "out" / "jobs" / f"{sweep.name}.json", whole | {"delta_ce": loss})
+        with pytest.raises(ValueError, match=f"{sweep.name}.*{message}"):
+            damaged.result(sweep)
     (tmp_path / "out" / "study.json").write_text("[]")
     with pytest.raises(ValueError, match="study.json: got"):
         Study(tmp_path / "out", SMALL, lm)

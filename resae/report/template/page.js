@@ -36,6 +36,7 @@
     const bar = make("div", "", { className: "filter" });
     const label = make("label", "Filter rows: ");
     const input = make("input", "", { type: "search" });
+    input.setAttribute("aria-label", `Filter rows: ${table.caption.textContent}`);
     const status = make("span", "", { className: "quiet" });
     status.setAttribute("role", "status");
     label.append(input);
