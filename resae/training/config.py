@@ -494,7 +494,8 @@ class OnlineSettings:
     train_maps: bool = False
     """Train the affine maps too."""
     in_turn: bool = False
-    """Change one layer in each step, the layers taking turns, instead of all jointly."""
+    """Change one layer in each step, the layers taking turns, instead of all jointly, which lowered
+    Δ CE further in as many steps on the embedded model."""
     update_rank: Annotated[int | None, whole(1)] = None
     """Change matrices (encoders, dictionaries, maps) by a product of this rank: Adam then keeps
     factors in place of two numbers per weight; gradients stay whole. None: change them freely,
