@@ -46,7 +46,8 @@ class Options(Machine):
     """Evaluation."""
 
     run_directories: Annotated[tuple[str, ...], filled, Shown("RUN", True, several=True)]
-    """Run directories of the same layers."""
+    """Run directories, or stacks on the hub (owner/name, owner/name@revision), of the same
+    layers."""
     k: Annotated[tuple[int, ...] | None, compared] = None
     """Compare the runs with these numbers of active latents; None: all that they were trained
     with."""
@@ -119,14 +120,14 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.models.hooked import HookedLM
     from resae.storage import require_writable, save_json
     from resae.training.pipeline import load_model
-    from resae.training.runs import model_of
+    from resae.training.runs import folder_beside, model_of
 
     if options.json:
         console.report_to_stderr()
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
+    out = folder_beside(options.run_directories[0], options.out)
     runs = open_runs([Path(folder) for folder in options.run_directories], device)
-    out = Path(options.out or runs[0].folder)
     require_writable(out)
     quiet_libraries()
     first = runs[0]

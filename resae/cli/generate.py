@@ -1,7 +1,6 @@
 """Continue a prompt with and without the layers replaced."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from resae.arguments import filled, real, whole
@@ -23,7 +22,7 @@ class Options(Machine):
     """Text."""
 
     run_directory: Annotated[str, filled, Shown("RUN", positional=True)]
-    """A run directory."""
+    """A run directory, or a stack on the hub, owner/name or owner/name@revision."""
     prompt: str
     """Text to continue."""
     max_new_tokens: Annotated[int, whole(1)] = 64
@@ -60,7 +59,7 @@ def run(options: Options, console: TerminalConsole) -> int:
 
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
-    record, stack = open_run(Path(options.run_directory), device)
+    record, stack = open_run(options.run_directory, device)
     asked = None if options.intervene is None else Interventions.parse(options.intervene)
     if asked is not None:
         ActiveEdits(asked, stack, stack.hook_points)  # raises for latents that there are not

@@ -1,7 +1,6 @@
 """Draw the direct effects between latents that lead to a prediction."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from resae.arguments import filled, whole
@@ -20,7 +19,7 @@ class Options(Machine):
     """Graph."""
 
     run_directory: Annotated[str, filled, Shown("RUN", positional=True)]
-    """A run directory."""
+    """A run directory, or a stack on the hub, owner/name or owner/name@revision."""
     prompt: Annotated[str, filled]
     """Text whose next token is explained."""
     target: Annotated[str | None, filled, Shown("TOKEN")] = None
@@ -53,12 +52,12 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.report.graph_page import write_graph
     from resae.storage import require_writable
     from resae.training.pipeline import load_model
-    from resae.training.runs import model_of, open_run
+    from resae.training.runs import folder_beside, model_of, open_run
 
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
-    record, stack = open_run(Path(options.run_directory), device)
-    folder = Path(options.run_directory, "graph") if options.out is None else Path(options.out)
+    folder = folder_beside(options.run_directory, options.out, "graph")
+    record, stack = open_run(options.run_directory, device)
     require_writable(folder)
     quiet_libraries()
     name, revision = model_of(record, stack, options.model, options.revision)

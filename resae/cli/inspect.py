@@ -30,11 +30,9 @@ class Options:
 
 
 def run(options: Options, console: TerminalConsole) -> int:
-    from resae.interop.formats import read_sae
-    from resae.interop.inspection import describe_sae
+    from resae.interop.inspection import describe_file
 
-    found = read_sae(options.source, options.format, options.hook_point, options.revision)
-    facts = describe_sae(found)
+    facts = describe_file(options.source, options.format, options.hook_point, options.revision)
     if options.json:
         console.json(facts)
     else:
@@ -43,7 +41,10 @@ def run(options: Options, console: TerminalConsole) -> int:
 
 
 def _text(facts: dict[str, Any]) -> str:
-    return "\n".join(f"{name:<21}{_shown(value)}" for name, value in facts.items())
+    lines = [f"{name:<21}{_shown(value)}" for name, value in facts.items() if name != "parts"]
+    for name, part in facts.get("parts", {}).items():
+        lines += [f"{name}:", *(f"  {line}" for line in _text(part).splitlines())]
+    return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:

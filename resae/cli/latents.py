@@ -47,7 +47,7 @@ class Options(Machine):
     """Latents."""
 
     run_directory: Annotated[str, filled, Shown("RUN", positional=True)]
-    """A run directory."""
+    """A run directory, or a stack on the hub, owner/name or owner/name@revision."""
     layer: Annotated[str | None, filled] = None
     """Block number or hook point of the latents to show; needs --latent."""
     latent: Annotated[tuple[int, ...] | None, whole_numbers, Shown("J,…")] = None
@@ -108,7 +108,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.models.hooked import HookedLM
     from resae.storage import locked
     from resae.training.pipeline import load_model
-    from resae.training.runs import model_of, open_run
+    from resae.training.runs import folder_beside, model_of, open_run
 
     if options.json:
         console.report_to_stderr()
@@ -120,15 +120,14 @@ def run(options: Options, console: TerminalConsole) -> int:
         raise ValueError("--prompt is empty; give some text")
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
-    folder = Path(options.run_directory)
-    record, stack = open_run(folder, device)
+    out = folder_beside(options.run_directory, options.out, "latents")
+    record, stack = open_run(options.run_directory, device)
     quiet_libraries()
     name, revision = model_of(record, stack, options.model, options.revision)
     shapes = HookedLM.described(name, tokenizer=None, revision=revision)
     stack.require_model(shapes)
     named = _named(options, stack, shapes)
     ids = _prompt_ids(options, shapes)
-    out = Path(options.out or folder / "latents")
     with locked(out):
         index = _index_so_far(options, record, stack, out / "index.safetensors")
         lm = load_model(name, options.dtype, device, revision)

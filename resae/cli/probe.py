@@ -30,7 +30,8 @@ class Options(Machine):
     """Probing."""
 
     run_directories: Annotated[tuple[str, ...], filled, Shown("RUN", True, several=True)]
-    """Run directories of the same layers; differences are from the first."""
+    """Run directories, or stacks on the hub (owner/name, owner/name@revision), of the same layers;
+    differences are from the first."""
     data: Annotated[tuple[str, ...], names] = ("embedded",)
     """Labelled texts, separated by commas: embedded (its seven domains), local files or folders,
     hub datasets, saebench (its eight datasets); scores are averaged over them."""
@@ -79,7 +80,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.models.hooked import EMBEDDED, HookedLM
     from resae.storage import require_writable, save_json
     from resae.training.pipeline import load_model
-    from resae.training.runs import model_of
+    from resae.training.runs import folder_beside, model_of
 
     for measure in options.measures or ():
         Measure.check(measure, "--measures")
@@ -87,8 +88,8 @@ def run(options: Options, console: TerminalConsole) -> int:
         console.report_to_stderr()
     device = find_device(options.device)
     console.log(f"device: {describe_device(device)}")
+    out = folder_beside(options.run_directories[0], options.out)
     runs = open_runs([Path(folder) for folder in options.run_directories], device)
-    out = Path(options.out or runs[0].folder)
     require_writable(out)
     quiet_libraries(next((data for data in options.data if data != EMBEDDED), None))
     stack = runs[0].stack

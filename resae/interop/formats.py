@@ -17,11 +17,13 @@ from resae.interop import (
     saelens,
     sparsify,
 )
+from resae.interop.files import has
 from resae.interop.hub import locate
 from resae.sae.base import Autoencoder
 from resae.sae.record import SAERecord
 from resae.sae.registry import sae_from_record
-from resae.storage import is_unused, require_writable
+from resae.storage import is_unused, load_json, require_writable
+from resae.strict_json import brief
 from resae_kernels.files import PARTIAL
 
 MOST_FOLDERS = 100_000
@@ -194,7 +196,7 @@ def find_format(
             )
     tried = [format] if format else [n for n, known in FORMATS.items() if not known.pickled]
     files = tuple(dict.fromkeys(file for name in tried for file in FORMATS[name].files))
-    path = locate(source, hook_point, revision, files)
+    path = locate(source, hook_point, revision, files, _refuse_language_model)
     if format is not None:
         return format, path
     for name, known in FORMATS.items():
@@ -203,6 +205,19 @@ def find_format(
                 break
             return name, path if known.detect(path) else path.parent
     raise _refusal(path)
+
+
+def _refuse_language_model(folder: Path) -> None:
+    """Raise ValueError for the folder of a language model, whose weights have a name that those of
+    mlsae have too."""
+    if has(folder, "config.json") and not has(folder, "cfg.json"):
+        cfg = load_json(folder / "config.json", "SAE")
+        if isinstance(cfg, dict) and {"model_type", "architectures"} & cfg.keys():
+            raise ValueError(
+                f"SAE {folder}: config.json is that of a language model "
+                f"({brief(cfg.get('model_type') or cfg['architectures'])}), and no autoencoder is "
+                f"beside it; name a repository or folder of autoencoders"
+            )
 
 
 def _refusal(path: Path) -> Exception:

@@ -2,7 +2,7 @@
 files of one folder are downloaded."""
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -15,17 +15,23 @@ REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def locate(
-    source: str | Path, hook_point: str | None, revision: str | None, files: Sequence[str]
+    source: str | Path,
+    hook_point: str | None,
+    revision: str | None,
+    files: Sequence[str],
+    check: Callable[[Path], None],
 ) -> Path:
     """A local path to the autoencoder at `hook_point` of `source`.
 
     Args:
         source: a path, or a repository owner/name, of which files with these names are downloaded.
+        check: called with the folder of a repository while it has its JSON files only; raises
+            ValueError where the weights, which may be large, are not wanted.
 
     Raises:
         FileNotFoundError: neither such a path nor such a repository, or nothing at that hook point.
         ValueError: `hook_point` leads out of the folder or is a pattern, or a local path with a
-            revision.
+            revision; or as of `check`.
     """
     if hook_point is not None and (
         ".." in Path(hook_point).parts or Path(hook_point).is_absolute()
@@ -51,8 +57,12 @@ def locate(
     outermost = {str(f) for f in parents if f.parent not in parents or f == f.parent}
     folder = hook_point or _only_folder(name, outermost)
     prefix = "" if folder == "." else f"{folder}/"
-    with _named_errors(name):  # patterns without wildcards: no other file can come
-        patterns = [prefix + file for file in files]
+    patterns = [prefix + file for file in files]  # without wildcards: no other file can come
+    settings = [pattern for pattern in patterns if pattern.endswith(".json")]
+    with _named_errors(name):
+        root = snapshot_download(name, revision=revision, allow_patterns=settings)
+    check(Path(root) / folder)
+    with _named_errors(name):
         root = snapshot_download(name, revision=revision, allow_patterns=patterns)
     return Path(root) / folder
 

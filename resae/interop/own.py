@@ -33,7 +33,7 @@ def hook_point_in(path: Path) -> str | None:
 def read(path: Path) -> SAERecord:
     for name in FILES[:2]:
         require_file(path / name, "SAE")
-    hook_point, model, imported = _facts(path)
+    hook_point, model, imported = facts(path)
     record = load_sae(path).record()
     return replace(record, hook_point=hook_point, model=model, metadata=imported).check(path)
 
@@ -62,7 +62,7 @@ def load(path: Path, *, max_active: int | None = None) -> Autoencoder:
 def rewrite(path: Path, folder: Path, *, max_active: int | None = None) -> Autoencoder:
     """Write what `load` reads into another folder; returns it."""
     sae = load(path, max_active=max_active)
-    _save(sae, folder, *_facts(path))
+    _save(sae, folder, *facts(path))
     return sae
 
 
@@ -77,7 +77,7 @@ def _save(
     sae.save(folder, hook_point=hook_point, model=model, **further)
 
 
-def _facts(path: Path) -> tuple[str | None, str | None, dict[str, Any]]:
+def facts(path: Path) -> tuple[str | None, str | None, dict[str, Any]]:
     """Hook point, model, and the metadata of the library that it came from."""
     metadata = load_config(path)["metadata"]
     return (

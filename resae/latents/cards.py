@@ -90,6 +90,7 @@ def describe_latents(
         ValueError: a layer or latent that there is not, or an index of another stack.
     """
     require_index_of(stack, index)
+    lm.require_vocabulary(index.token_ids(), "latents: the index")
     for layer, latent in latents:
         require_latent(stack, layer, latent)
     readout = Readout.of(lm, index.token_ids())

@@ -180,6 +180,10 @@ class Autoencoder(nn.Module, ABC):
     def load(cls, folder: str | Path) -> "Autoencoder":
         """Read a folder that `save` wrote, for use: in eval mode."""
 
+    def parts(self) -> "dict[str, Autoencoder]":
+        """The autoencoders that it is made of, by name; none for one that is not composed."""
+        return {}
+
     def record(self) -> SAERecord:
         """The autoencoder in the form that other libraries' formats have in common.
 

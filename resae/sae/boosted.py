@@ -60,6 +60,9 @@ class BoostedSAE(Autoencoder):
     def trainable(self) -> TopKSAE:
         return self.boost
 
+    def parts(self) -> dict[str, Autoencoder]:
+        return {"frozen": self.frozen, "boost": self.boost}
+
     @property  # of two dictionaries, which are no one parameter
     def W_dec(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """`[M_frozen + M_boost, D]`, a copy."""

@@ -9,6 +9,7 @@ from resae.data.config import Source
 from resae.data.rows import TokenRows
 from resae.data.texts import fingerprint
 from resae.environment import environment
+from resae.interop.hub import REPOSITORY
 from resae.settings import current_names
 from resae.stack.stack import ReSAE
 from resae.storage import is_unused, load_json
@@ -117,13 +118,21 @@ def _require_choices(record: dict[str, Any], where: str) -> None:
             )
 
 
-def open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
+def open_run(run: str | Path, device: str) -> tuple[dict[str, Any], ReSAE]:
     """The record and the stack of a finished run.
 
+    Args:
+        run: its directory; or, where there is no such folder, a stack on the hub, `owner/name` or
+            `owner/name@revision`, which has no record.
+
     Raises:
-        FileNotFoundError: no run directory.
+        FileNotFoundError: no run directory, and no stack on the hub.
         ValueError: the run is not finished.
     """
+    folder = Path(run)
+    if is_on_hub(run):
+        name, _, revision = str(run).partition("@")
+        return {}, ReSAE.from_pretrained(name, revision=revision or None).to(device)
     if not (folder / "run.json").exists() and not (folder / "resae.json").exists():
         raise FileNotFoundError(f"{folder} is not a run directory; make one with `resae train`")
     if not (folder / "resae.json").exists():
@@ -132,6 +141,27 @@ def open_run(folder: Path, device: str) -> tuple[dict[str, Any], ReSAE]:
         )
     record = load_record(folder / "run.json", "run") if (folder / "run.json").exists() else {}
     return record, ReSAE.load(folder).to(device)
+
+
+def is_on_hub(run: str | Path) -> bool:
+    """True for a name `owner/name` or `owner/name@revision` that is no local path."""
+    name, at, revision = str(run).partition("@")
+    named = REPOSITORY.fullmatch(name) is not None and bool(revision) == bool(at)
+    return named and not Path(run).exists()
+
+
+def folder_beside(run: str | Path, out: str | None, name: str = "") -> Path:
+    """The folder that results about a run go into: `out`, or else the run, or `name` in it.
+
+    Raises:
+        ValueError: a stack on the hub and no `out`.
+    """
+    if out is None and is_on_hub(run):
+        raise ValueError(
+            f"{run}: there is no such folder, and results about a stack on the hub need one; name "
+            f"it with --out"
+        )
+    return Path(run, name) if out is None else Path(out)
 
 
 def require_startable(out: Path, resume: bool) -> None:

@@ -621,6 +621,33 @@ def test_inspect_counts_dead_rows_and_names_what_is_not_finite(tmp_path, capsys)
     assert facts["norms"]["encoder"]["least"] == 0
 
 
+def test_inspect_describes_both_parts_of_a_boosted_autoencoder(tmp_path, capsys):
+    sae = boosted_sae()
+    sae.save(tmp_path, hook_point="blocks.1.hook_resid_post", model="m")
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["activation"], facts["d_sae"], facts["k"]) == ("boosted", 2 * M, 2 * K)
+    assert (facts["hook_point"], facts["model"]) == ("blocks.1.hook_resid_post", "m")
+    for name in ("frozen", "boost"):
+        part = facts["parts"][name]
+        assert (part["d_sae"], part["k"]) == (M, K)
+        decoder = getattr(sae, name).W_dec.detach().norm(dim=1)
+        assert part["norms"]["decoder"]["most"] == pytest.approx(float(decoder.max()))
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "\nboost:\n  activation" in capsys.readouterr().out
+
+
+def test_a_language_model_on_the_hub_is_refused_before_its_weights_come(hub_folder, capsys):
+    hub_folder.path.mkdir()
+    (hub_folder.path / "model.safetensors").write_bytes(b"")
+    (hub_folder.path / "config.json").write_text('{"model_type": "llama"}')
+    assert main(["inspect", "owner/name"]) == 2
+    assert "config.json is that of a language model" in capsys.readouterr().err
+    patterns = [file for asked in hub_folder.asked if asked for file in asked[2]]
+    assert "config.json" in patterns
+    assert not [file for file in patterns if not file.endswith(".json")]
+
+
 def test_inspect_says_which_path_codes_take(tmp_path, screened_at_any_size):
     from resae.interop.inspection import describe_sae
 

@@ -19,7 +19,7 @@ from resae.cli import main
 from resae.models.identity import ModelIdentity
 from resae.sae.base import SAEConfig
 from resae.stack.card import model_card
-from resae.training.runs import model_of
+from resae.training.runs import model_of, open_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -208,6 +208,43 @@ def test_a_run_is_pushed_by_the_command(lm, hub, tmp_path, capsys):
     assert "0.7123" in text
     assert main(["push", str(tmp_path), "someone/run"]) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_commands_open_a_stack_on_the_hub_at_a_revision(lm, hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # names of the hub are names of folders too
+    wanted, other = tiny.stack(lm), tiny.stack(lm, "none")
+    wanted.push_to_hub("someone/stack", branch="v1")
+    other.push_to_hub("someone/stack")
+    assert open_run("someone/stack", "cpu")[1].predictor.kind == "none"
+    record, stack = open_run("someone/stack@v1", "cpu")
+    assert record == {}
+    assert stack.predictor.kind == "previous"
+    for command in (["graph", "--prompt", "a"], ["latents"], ["probe"], ["eval"]):
+        hub.downloaded = []
+        assert main([command[0], "someone/stack@v1", *command[1:]]) == 2
+        assert "name it with --out" in capsys.readouterr().err
+        assert hub.downloaded == []
+    monkeypatch.setattr("resae.models.hooked.HookedLM.described", lambda *_, **__: lm)
+    monkeypatch.setattr(ReSAE, "require_model", _opened)
+    for command in (
+        ["generate", "--prompt", "a"],
+        ["graph", "--prompt", "a", "--out", "o"],
+        ["latents", "--out", "o"],
+        ["probe", "--out", "o"],
+        ["eval", "--out", "o"],
+    ):
+        assert main([command[0], "someone/stack@v1", *command[1:]]) == 2
+        assert "opened previous" in capsys.readouterr().err
+    (tmp_path / "someone" / "stack").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="someone/stack is not a run directory"):
+        open_run("someone/stack", "cpu")
+    with pytest.raises(FileNotFoundError, match=r"someone/stock.*no such folder, and no reposi"):
+        open_run("someone/stock", "cpu")
+
+
+def _opened(stack, lm):  # noqa: ARG001
+    """In place of `require_model`: commands call it as soon as they have opened the stack."""
+    raise ValueError(f"opened {stack.predictor.kind}")
 
 
 def test_a_model_of_the_hub_is_asked_for_and_remembered_by_its_revision(lm, tmp_path, monkeypatch):
