@@ -109,7 +109,8 @@ def test_selection_of_no_rows_and_by_several_threads():
 
 def rebuilt_weight(copied: NativeCopy, M: int, D: int, seed: int) -> Tensor:
     """ŵ = s (q − v + ½) in float64, from the copy's own memory."""
-    _, _, start, steps, *_ = copied._tensors
+    _, _, levels, *_ = copied._tensors
+    start, steps = levels.start, levels.steps
     panels = copied._packed.view(len(copied._packed) // 16, -1, 16, 4)
     q = panels.permute(0, 2, 1, 3).reshape(copied._packed.shape)
     assert torch.equal(start[:M].long(), -128 * q[:M].long().sum(1))
@@ -129,7 +130,7 @@ def test_the_copy_is_within_half_a_step_of_the_weight(dtype, M, D):
     off = (rebuilt_weight(copied, M, D, 5) - weight.double()).abs() / steps
     assert off.max() <= 0.5 * (1 + 1e-4)
     assert off.max() > 0.45, "rounded without its dither"
-    *_, terms, _, _ = copied._tensors
+    *_, terms = copied._tensors
     error = (rebuilt_weight(copied, M, D, 5) - weight.double()).norm(dim=1)
     assert bool((terms[0, :M] >= error).all())
     torch.testing.assert_close(terms[0, :M].double(), error, rtol=1e-3, atol=0)
@@ -151,7 +152,8 @@ def test_every_score_is_within_its_bounds(margin, outliers):
     copied = NativeCopy(weight, None, margin, seed=3)
     copied.encode(x, 8, None, None, True)
     assert set(copied.dimensions) == ({3, 250} if outliers else set())
-    *_, terms, dither, _ = copied._tensors
+    _, _, levels, _, terms = copied._tensors
+    dither = levels.dither
     inner = x.double()
     inner[:, list(copied.dimensions)] = 0.0
     step = inner.abs().amax(1, keepdim=True) / STEPS
