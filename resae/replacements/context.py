@@ -564,6 +564,15 @@ class Replacement:
                 f"replacement: on_codes returned acts {list(shapes[0])} and indices "
                 f"{list(shapes[1])} at {name}, expected both {[*code.acts.shape[:-1], 'k']}"
             )
+        assert isinstance(self._stack, ReSAE)
+        latents = self._stack.sae(layer).config.d_sae
+        if _on_host(returned.indices) and returned.indices.numel():
+            low, high = (int(bound) for bound in returned.indices.aminmax())
+            if low < 0 or high >= latents:
+                raise ValueError(
+                    f"replacement: on_codes returned the latent {low if low < 0 else high} at "
+                    f"{name}, expected 0 to {latents - 1}"
+                )
         return returned
 
     def _count(self, layer: int, stream: Tensor, thread: _ThreadState, state: _Pass) -> None:
