@@ -62,19 +62,20 @@ class Material(NamedTuple):
 
 
 def ours(material: Material) -> dict[str, dict[str, float]]:
-    """Accuracy per metric, by SAEBench's names, and class."""
+    """Accuracy per metric and class, by SAEBench's names where it has the same metric."""
     source, pooled = material.pooled()
     units = units_of([source], pooled, material.stack.hook_points)
     found = {}
     for score in sparse_probing(units, material.tasks, material.scored, ks=KS):
         name = "llm" if score.method == "channels" else "sae"
-        size = "" if score.size is None else f"top_{score.size}_"
-        found[f"{name}_{size}test_accuracy"] = score.classes
+        size = f"top_{score.size}_test_accuracy" if score.size else "all_held_out_accuracy"
+        found[f"{name}_{size}"] = score.classes
     return found
 
 
 def sae_bench(material: Material) -> dict[str, dict[str, float]]:
-    """The same by SAEBench, in whose names `sae_test_accuracy` too."""
+    """The same by SAEBench, which has no `llm_all_held_out_accuracy` but `llm_test_accuracy` and
+    `sae_test_accuracy`, of the epoch with the best accuracy on the test documents."""
     from sae_bench.evals.sparse_probing import main
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
@@ -271,16 +272,13 @@ def main() -> None:
     material = Material.of(lm, stack, texts, arguments.context_tokens)
     theirs, own = sae_bench(material), ours(material)
     lines = ["| metric | SAEBench | ours | largest difference of a class |", "|---|---|---|---|"]
-    for metric, classes in sorted(theirs.items()):
-        mean = sum(classes.values()) / len(classes)
-        line = f"| {metric} | {mean:.4f} "
-        if metric in own:
-            here = own[metric]
-            largest = max(abs(here[c] - classes[c]) for c in classes)
-            line += f"| {sum(here.values()) / len(here):.4f} | {largest:.4f} |"
-        else:
-            line += "| – | – |"
-        lines.append(line)
+    for metric in sorted({*theirs, *own}):
+        cells = [_mean(found.get(metric)) for found in (theirs, own)]
+        apart = "–"
+        if metric in theirs and metric in own:
+            largest = max(abs(own[metric][c] - value) for c, value in theirs[metric].items())
+            apart = f"{largest:.4f}"
+        lines.append(f"| {metric} | {cells[0]} | {cells[1]} | {apart} |")
     full = filling(lm, texts, arguments.context_tokens)
     values = tpp(Material.of(lm, stack, full, arguments.context_tokens), (2, 5, 10, 20, 50))
     lines += [
@@ -296,6 +294,10 @@ def main() -> None:
     print("\n".join(lines))
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n")
+
+
+def _mean(classes: dict[str, float] | None) -> str:
+    return f"{sum(classes.values()) / len(classes):.4f}" if classes else "–"
 
 
 if __name__ == "__main__":

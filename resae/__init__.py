@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from resae.evaluation.graphs import FeatureGraph, feature_graph
     from resae.evaluation.methods import Method
     from resae.interop.formats import export_sae, import_sae
+    from resae.latents.cards import describe_latents
+    from resae.latents.collect import collect_latents
+    from resae.latents.index import LatentIndex
     from resae.models.families import FAMILIES, Family
     from resae.models.hooked import HookedLM
     from resae.models.points import HookPoint
@@ -67,6 +70,7 @@ __all__ = [
     "HookedLM",
     "Interventions",
     "LatentGradients",
+    "LatentIndex",
     "Method",
     "ModelActivations",
     "Moments",
@@ -78,6 +82,8 @@ __all__ = [
     "TokenRows",
     "TopKSAE",
     "TrainConfig",
+    "collect_latents",
+    "describe_latents",
     "evaluate",
     "export_sae",
     "feature_graph",
@@ -118,6 +124,9 @@ _MODULES = {
         "export_sae",
         "import_sae",
     ),
+    "latents.cards": ("describe_latents",),
+    "latents.collect": ("collect_latents",),
+    "latents.index": ("LatentIndex",),
     "models.families": (
         "FAMILIES",
         "Family",

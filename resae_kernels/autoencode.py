@@ -165,7 +165,7 @@ def _autoencode(
             out = sparse_decode(*code, W_dec, **offsets, implementation=implementation)  # type: ignore[arg-type]
             return out, None, code
         error = reconstruction_error(*code, W_dec, **offsets, implementation=implementation)  # type: ignore[arg-type]
-        return *error, code
+        return error.error, error.squared, code
     _, (indices,), _, leading = check_decode(op, *code, W_dec, offsets)
     acts, rows = code.acts.detach().reshape(indices.shape), (leading.numel(), W_dec.shape[1])
     acts, out, squared = torch.ops.resae.autoencoder(

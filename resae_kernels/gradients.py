@@ -137,8 +137,9 @@ def _scatter_outer_setup(
 
 def _scatter_outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_acts, _, need_rows, _ = ctx.needs_input_grad
+    acts, indices, rows = ctx.saved_tensors
     needed = need_acts, need_rows
-    grad_acts, grad_rows = _outer_backward(*ctx.saved_tensors, grad, needed, ctx.options)
+    grad_acts, grad_rows = _outer_backward(acts, indices, rows, grad, needed, ctx.options)
     return grad_acts, None, grad_rows, None
 
 
@@ -258,7 +259,8 @@ def _autoencoder_gradients(
         return dictionary, encoder, total
     total = scatter_sum(gate.to(acc_dtype), indices, M, chosen)
     if native.takes(acts, grad, gate, rows):
-        return *native.scatter_outer([acts, gate], indices, [grad, rows], M), total
+        dictionary, encoder = native.scatter_outer([acts, gate], indices, [grad, rows], M)
+        return dictionary, encoder, total
     order = _order_by_latent(acts, indices, M)
     of_sum = order.tokens, order.bounds
     dictionary, encoder = (

@@ -409,6 +409,7 @@ def step_cases() -> Iterator[AotCase]:
                 "loads_128": step.ROWS * step.SLICE_BYTES // (warps * 512),
                 "instructions": 4000,
             },
+            register_budget=step.REGISTERS,
         )
 
 

@@ -4,7 +4,7 @@ import socket
 from contextlib import ExitStack
 
 TRAIN = ["--layers", "0,1,3", "--k", "4", "--context-tokens", "24", "--held-out-rows", "8"]
-SMALL = ["--train-tokens", "4096", "--batch-tokens", "128", "--buffer-tokens", "1024"]
+SMALL = ["--train-tokens", "2048", "--batch-tokens", "64", "--buffer-tokens", "512"]
 SMALL += ["--calibration-tokens", "2048", "--d-sae", "64"]
 
 

@@ -38,7 +38,7 @@ settings.load_profile("resae")
 
 LONGEST = ("static_gate", "demo", "cli", "decode_loop", "context", "sparse_decode", "topk_encode")
 LONGEST += ("watch", "distributed", "loop", "kernel_device", "readme", "hooked", "tuning")
-LONGEST += ("triton_encode", "kernels_public")
+LONGEST += ("triton_encode", "kernels_public", "triton_screening", "affine_chain", "online_step")
 """Files that take more than ten seconds, the longest first. With `--dist loadfile` they are given
 out in this order, so that at the end no worker waits for a long one."""
 

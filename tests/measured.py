@@ -2,10 +2,17 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 Result = dict[str, Tensor]
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.bfloat16, id="bf16"),
+    pytest.param(torch.float16, id="fp16"),
+]
+"""Dtypes of every kernel, as parameters of a test."""
 
 
 def assert_close_as_torch(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measured import (
+    DTYPES,
     assert_close_as_torch,
     assert_error_as_torch,
     assert_same,
@@ -29,11 +30,6 @@ from resae_kernels import (
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, id="bf16"),
-    pytest.param(torch.float16, id="fp16"),
-]
 either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
 # How many of the layers before it each layer but the first is predicted from.
 SOURCES = [

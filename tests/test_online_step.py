@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from measured import assert_error_as_torch, largest_allocation, scatter
+from measured import DTYPES, assert_error_as_torch, largest_allocation, scatter
 from torch import Tensor
 
 from resae_kernels import (
@@ -27,11 +27,6 @@ online_step_module = import_module("resae_kernels.step")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, id="bf16"),
-    pytest.param(torch.float16, id="fp16"),
-]
 # (leading shape of x, D, M, k)
 SHAPES = [
     pytest.param((1,), 8, 32, 4, id="one-token"),

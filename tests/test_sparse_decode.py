@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measured import (
+    DTYPES,
     assert_close_as_torch,
     assert_same,
     largest_allocation,
@@ -36,11 +37,6 @@ from resae_kernels.triton import runtime
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, id="bf16"),
-    pytest.param(torch.float16, id="fp16"),
-]
 either = pytest.mark.parametrize("implementation", ["torch", "triton"], indirect=True)
 by_both_algorithms = pytest.mark.parametrize("algorithm", ["gather", "dense"])
 # (N, D, M, k)

@@ -71,7 +71,7 @@ TESTED_BY = {
     "latents/test_collect.py": "latents.firings latents.index latents.passages",
     "latents/test_latents_page.py": "latents.neuronpedia latents.page",
     "data/test_batches.py": "data.activations data.config data.rows data.texts",
-    "demo/test_demo.py": "demo.comparison",
+    "demo/test_demo.py": "demo.comparison demo.stages",
     "data/test_labelled.py": "data.public_labelled",
     "evaluation/test_comparison.py": "evaluation.methods evaluation.passes evaluation.rows",
     "evaluation/test_probing.py": "cli.probe evaluation.linear_probes "
@@ -81,7 +81,8 @@ TESTED_BY = {
     "interop.saelens interop.sparsify",
     "interop/test_hostile_formats.py": "interop.files sae.files",
     "models/test_hooked.py": "models.points models.splice",
-    "replacements/test_context.py": "replacements.counts replacements.generation",
+    "replacements/test_context.py": "replacements.active replacements.counts "
+    "replacements.generation replacements.settings",
     "replacements/test_edits.py": "evaluation.effects",
     "report/test_graph_page.py": "cli.graph report.graph_record",
     "report/test_page.py": "evaluation.labels report.content report.figures report.headline "

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from measured import assert_error_as_torch, largest_allocation
+from measured import DTYPES, assert_error_as_torch, largest_allocation
 from torch import Tensor
 
 from resae_kernels import ScreenedEncoder, ThresholdCode, reference, threshold_encode, topk_encode
@@ -19,11 +19,6 @@ from resae_kernels.triton import tiles
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 inf, nan = math.inf, math.nan
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, id="bf16"),
-    pytest.param(torch.float16, id="fp16"),
-]
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES |= {"fp64": torch.float64}
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measured import (
+    DTYPES,
     assert_close_as_torch,
     assert_error_as_torch,
     assert_same,
@@ -22,11 +23,6 @@ from resae_kernels.triton import runtime
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 inf, nan = math.inf, math.nan
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, id="bf16"),
-    pytest.param(torch.float16, id="fp16"),
-]
 # (leading shape of x, D, M, k)
 SHAPES = [
     pytest.param((5,), 4, 8, 3, id="small"),

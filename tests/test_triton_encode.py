@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from measured import DTYPES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,11 +17,6 @@ from resae_kernels.triton.keys import KEYS
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 inf, nan = math.inf, math.nan
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, id="bf16"),
-    pytest.param(torch.float16, id="fp16"),
-]
 
 
 def assert_same_code(ours: SparseCode, theirs: SparseCode) -> None:

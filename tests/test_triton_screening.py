@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from measured import DTYPES
 from torch import Tensor
 
 from resae_kernels import (
@@ -23,14 +24,6 @@ from resae_kernels.triton import screening
 from resae_kernels.triton.selection import selection_layout
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-DTYPES = [
-    pytest.param(dtype, id=name)
-    for name, dtype in (
-        ("fp32", torch.float32),
-        ("bf16", torch.bfloat16),
-        ("fp16", torch.float16),
-    )
-]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 small = pytest.mark.usefixtures("screened_by_triton_at_any_size")
 every_margin = pytest.mark.parametrize("margin", MARGINS)

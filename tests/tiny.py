@@ -37,12 +37,12 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(TINY_PYTHIA)
 
 
-def pythia(parallel: bool = True) -> HookedLM:
+def pythia(parallel: bool = True, blocks: int = 4) -> HookedLM:
     torch.manual_seed(1)
     config = GPTNeoXConfig(
         vocab_size=2048,
         hidden_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=64,
@@ -53,12 +53,12 @@ def pythia(parallel: bool = True) -> HookedLM:
     return _loud(HookedLM(GPTNeoXForCausalLM(config).eval(), tokenizer(), "tiny-neox"))
 
 
-def gemma2() -> HookedLM:
+def gemma2(blocks: int = 4) -> HookedLM:
     torch.manual_seed(2)
     config = Gemma2Config(
         vocab_size=2048,
         hidden_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

@@ -54,7 +54,8 @@ def _run_into(out: Path, options: Options, console: TerminalConsole) -> int:
     import torch
 
     from resae.cli.libraries import quiet_libraries
-    from resae.demo.comparison import DemoConfig, run_demo
+    from resae.demo.comparison import run_demo
+    from resae.demo.stages import DemoConfig
     from resae.environment import describe_device
     from resae.report.page import write_report
 

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from resae.arguments import compared, filled, layer_sets, whole, writable
+from resae.arguments import compared, filled, layer_sets, names, whole, writable
 from resae.cli.terminal import TerminalConsole
 from resae.data.config import Machine, Source
 from resae.environment import describe_device, environment, find_device
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from resae.data.text_record import Overlap, RunText
     from resae.evaluation.methods import Method
-    from resae.evaluation.rows import AblationRow, Evaluation, GenerationRow
+    from resae.evaluation.rows import AblationRow, Evaluation, GenerationRow, TaskRow
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
@@ -62,6 +62,12 @@ class Options(Machine):
     """Continue N of the rows from their middle, greedily, and measure the text."""
     generation_tokens: Annotated[int, whole(1)] = 64
     """Most tokens to write for each, at most half a row."""
+    tasks: Annotated[tuple[str, ...] | None, names, Shown("TASK,…")] = None
+    """Score tasks of lm-eval, from the package lm-eval[hf], with all layers replaced online."""
+    task_folder: Annotated[str | None, filled, Shown("FOLDER")] = None
+    """Folder with YAML files of further tasks, such as ones on local data."""
+    task_documents: Annotated[int | None, whole(1), Shown("N")] = None
+    """The first documents of each task; None: all."""
     out: Annotated[str | None, writable] = None
     """Folder that report.json goes into; None: the first run."""
     model: Annotated[str | None, filled] = None
@@ -110,6 +116,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli.libraries import quiet_libraries
     from resae.evaluation.labels import whole_selection
     from resae.evaluation.methods import known_reference
+    from resae.evaluation.tasks import find_tasks
     from resae.models.hooked import HookedLM
     from resae.storage import require_writable, save_json
     from resae.training.pipeline import load_model
@@ -137,6 +144,8 @@ def run(options: Options, console: TerminalConsole) -> int:
     )
     methods = methods_of(runs, options.k, _subsets(options.subsets, shapes, first.stack))
     reference = known_reference(methods, options.reference)
+    if options.tasks is not None:
+        find_tasks(options.tasks, _task_folder(options))  # raises before anything is measured
     lm = load_model(name, options.dtype, device, revision)
     evaluation = _evaluated(lm, methods, ids, data, reference, out / PARTIAL_SUMS, console)
     config = {
@@ -152,6 +161,9 @@ def run(options: Options, console: TerminalConsole) -> int:
     if texts:
         report["generation"] = [asdict(row) for row in texts]
         report["samples"] = _samples(lm, methods, ids[: options.generation], options)
+    scores = _scored(lm, methods, options, console)
+    if scores:
+        report["tasks"] = [asdict(row) for row in scores]
     save_json(out / "report.json", report)
     rows = [asdict(row) for row in whole_selection(evaluation.replacement)]
     if options.json:
@@ -160,6 +172,8 @@ def run(options: Options, console: TerminalConsole) -> int:
         console.result(_table(rows, evaluation.ablation, reference))
         if texts:
             console.result(_table_of_texts(texts))
+        if scores:
+            console.result(_table_of_tasks(scores))
     console.log(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
 
@@ -328,6 +342,28 @@ def _samples(
             replaced = sum(count.replaced for count in written.counts)
             samples.append(asdict(Sample(how, prompt, written.text, replaced)))
     return samples
+
+
+def _task_folder(options: Options) -> Path | None:
+    return None if options.task_folder is None else Path(options.task_folder)
+
+
+def _scored(
+    lm: HookedLM, methods: Sequence[Method], options: Options, console: TerminalConsole
+) -> list[TaskRow]:
+    """Rows of the tasks that are asked for."""
+    from resae.evaluation.tasks import task_rows
+
+    if options.tasks is None:
+        return []
+    return task_rows(
+        lm,
+        methods,
+        options.tasks,
+        folder=_task_folder(options),
+        documents=options.task_documents,
+        on_run=lambda done: console.progress(f"tasks: {done} ways of running the model scored"),
+    )
 
 
 def _report(
@@ -568,4 +604,19 @@ def _table_of_texts(rows: Sequence[GenerationRow]) -> str:
         f"the unchanged model's own text: {plain}, repeated {first.repetition_plain:.1%}; "
         f"{first.prompts} prompts of {first.prompt_tokens} tokens, {first.new_tokens} written"
     )
+    return "\n".join(lines)
+
+
+def _table_of_tasks(rows: Sequence[TaskRow]) -> str:
+    """Scores on tasks, for a terminal."""
+    width = max(16, *(len(row.method or "") + 2 for row in rows))
+    head = f"{'tasks':<{width}}{'loop':<8}{'k':>5}  {'task':<24}{'metric':<16}"
+    lines = [f"{head}{'score':<26}from the unchanged model"]
+    for row in rows:
+        cells = asdict(row)
+        lines.append(
+            f"{row.method or 'unchanged':<{width}}{row.loop or '–':<8}{row.k or '–':>5}  "
+            f"{row.task:<24}{row.metric:<16}{_with_interval(cells, 'value'):<26}"
+            f"{_with_interval(cells, 'difference', '+')}"
+        )
     return "\n".join(lines)

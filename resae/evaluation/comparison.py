@@ -11,6 +11,7 @@ Everything is summed per document while the text streams by: what is held does n
 for the token ids. Intervals are made of these sums at the end.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, chain
@@ -43,6 +44,8 @@ from resae.models.restart import SharedPasses
 from resae.models.unembedding import unembedding_of
 from resae.replacements.context import replacement
 from resae.stack.stack import ReSAE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ def evaluate(
         lambda: _identity(shared, methods, numbers, batches),
         checkpoint_seconds,
     )
+    if saved.is_of_another:
+        log.warning(
+            "%s holds the sums of another model, other stacks or other tokens; they are not used",
+            checkpoint,
+        )
     measured.run(batches, saved, on_batch)
     evaluation = measured.evaluation(reference, "documents" if told else "rows")
     saved.remove()

@@ -12,6 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 10_000
+MOST_DRAWN = 10_000_000
+"""Documents drawn in all resamples together, 80 MB: of more than 1,000 documents fewer resamples
+are made, down to `FEWEST_RESAMPLES`."""
+FEWEST_RESAMPLES = 1_000
 LEVEL = 0.95
 Quantity = NDArray[np.float64]
 
@@ -31,6 +35,7 @@ class Bootstrap:
     """Resamples of `documents` documents.
 
     Args:
+        resamples: None: as many as `MOST_DRAWN` allows.
         strata: stratum of each document; of every stratum as many are drawn as there are. None: all
             documents are one.
     """
@@ -39,10 +44,12 @@ class Bootstrap:
         self,
         documents: int,
         *,
-        resamples: int = RESAMPLES,
+        resamples: int | None = None,
         seed: int = 0,
         strata: Sequence[str] | None = None,
     ):
+        if resamples is None:
+            resamples = min(RESAMPLES, max(FEWEST_RESAMPLES, MOST_DRAWN // documents))
         self.documents = documents
         generator = np.random.default_rng(seed)
         self._times = np.ones((1 + resamples, documents))

@@ -4,7 +4,7 @@ One task per class, this class against the others in equal numbers. On the train
 units with the largest |mean of the class − mean of the others| are chosen, and a logistic
 regression is fitted on these k; its accuracy on test documents is averaged over classes. Units are
 the latents of one layer, those of all layers of a stack together, or the channels of the residual
-stream.
+stream. Among all layers this choice prefers those whose stream is longer: means are not scaled.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -362,6 +362,36 @@ class GenerationRow:
     """Upper ends of them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """Score on a task of lm-eval, mean over its documents."""
+
+    method: str | None
+    """Name of the method, all layers replaced online; None: the unchanged model."""
+    loop: str | None
+    """`open` or `closed`; None where both agree."""
+    k: int | None
+    """Nominal active latents per layer; None without autoencoders."""
+    task: str
+    """Name of the task."""
+    metric: str
+    """Name of the metric, as lm-eval calls it."""
+    documents: int
+    """Documents that were scored."""
+    value: float
+    """Mean of the metric over documents."""
+    difference: float | None = None
+    """`value` less that of the unchanged model; None for that itself."""
+    value_low: float | None = None
+    """Lower end of the interval of `value`."""
+    value_high: float | None = None
+    """Upper end of it."""
+    difference_low: float | None = None
+    """Lower end of the paired interval of `difference`."""
+    difference_high: float | None = None
+    """Upper end of it."""
+
+
 @dataclass(frozen=True)
 class RowSums:
     """Cross-entropy of every document in one way of running the model: what intervals are computed

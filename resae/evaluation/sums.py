@@ -124,7 +124,10 @@ class Checkpoint:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        found = load_tensors(path, "interrupted evaluation", finite=False)
+        try:
+            found = load_tensors(path, "interrupted evaluation", finite=False)
+        except ValueError as error:
+            raise ValueError(f"{error}; or remove it, to begin anew") from None
         identity = found.pop("identity", torch.zeros(0, dtype=torch.uint8))
         self.is_of_another = bytes(identity.tolist()) != self._identity
         if self.is_of_another:

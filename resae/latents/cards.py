@@ -24,8 +24,12 @@ DESCRIBED = 512
 """Latents whose directions are worked on at once."""
 
 
+INCOMPLETE = "\ufffd"
+"""Decoded in place of bytes that are no whole character."""
+
+
 class TokenTexts:
-    """Token ids as text, each decoded once."""
+    """Token ids as text, each decoded once; part of a character as its name in ⟨⟩."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -40,9 +44,23 @@ class TokenTexts:
         if self._tokenizer is None:
             return f"⟨{token_id}⟩"
         text = self._tokenizer.decode([token_id])
-        if "\ufffd" in text or not text:  # part of a character, or nothing visible
-            return str(self._tokenizer.convert_ids_to_tokens(token_id))
+        if INCOMPLETE in text or not text:
+            return f"⟨{self._tokenizer.convert_ids_to_tokens(token_id)}⟩"
         return text
+
+    def row(self, token_ids: Sequence[int]) -> list[str]:
+        """Texts of tokens that follow each other: one that completes a character is that
+        character."""
+        texts = [self(token_id) for token_id in token_ids]
+        begin = 0  # of a run of parts of characters
+        for i, token_id in enumerate(token_ids):
+            if self._tokenizer is None or INCOMPLETE not in self._tokenizer.decode([token_id]):
+                begin = i + 1
+            elif i > begin:
+                run = self._tokenizer.decode(token_ids[begin : i + 1])
+                if INCOMPLETE not in run:
+                    texts[i], begin = run, i + 1
+        return texts
 
 
 @torch.no_grad()
@@ -72,6 +90,7 @@ def describe_latents(
         ValueError: a layer or latent that there is not, or an index of another stack.
     """
     require_index_of(stack, index)
+    lm.require_vocabulary(index.token_ids(), "latents: the index")
     for layer, latent in latents:
         require_latent(stack, layer, latent)
     readout = Readout.of(lm, index.token_ids())
@@ -213,7 +232,7 @@ def _passages(kept: Passages, latent: int, ids: Tensor, texts: TokenTexts) -> li
             row=row,
             start=start,
             token_ids=token_ids,
-            tokens=[texts(token) for token in token_ids],
+            tokens=texts.row(token_ids),
             acts=[_digits(act) for act in acts],
             peak=position - start,
         )

@@ -230,6 +230,9 @@ class LatentIndex:
         tensors = load_tensors(path, "latents")
         record = _record(tensors, path)
         sizes = IndexSizes(record["passages"], record["samples"], record["window"])
+        for number, M in enumerate(record["d_sae"]):  # held against the file before memory is taken
+            for name, n in (("strongest", sizes.passages), ("sampled", sizes.samples)):
+                _taken(tensors, f"{number}.{name}.shares", (M, n, sizes.window), path)
         layers = [LayerIndex(M, sizes) for M in record["d_sae"]]
         index = cls(record["layers"], layers, sizes, record["row_tokens"])
         index.rows = [_taken(tensors, "rows", (record["rows_done"], index.row_tokens), path)]
@@ -238,6 +241,8 @@ class LatentIndex:
         for number, layer in enumerate(layers):
             for name, tensor in layer.tensors().items():
                 tensor.copy_(_taken(tensors, f"{number}.{name}", tensor.shape, path))
+            for passages in (layer.strongest, layer.sampled):
+                _require_places(passages.places, index.rows[0].numel(), path)
         return index
 
 
@@ -261,7 +266,18 @@ def _record(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             f"{where} has format version {record['format_version']}, expected {FORMAT_VERSION}; "
             f"remove it, and it is made anew"
         )
+    counts = ("passages", "window", "row_tokens", "rows_done", "tokens")
+    if min(record[name] for name in counts) < 1 or record["samples"] < 0:
+        raise ValueError(f"{where} holds no passages; remove it, and it is made anew")
     return record
+
+
+def _require_places(places: Tensor, tokens: int, path: Path) -> None:
+    if places.numel() and not -1 <= int(places.min()) <= int(places.max()) < tokens:
+        raise ValueError(
+            f"latents: {path}: passages beyond the {tokens:,} tokens that it holds; remove the "
+            f"file, and it is made anew"
+        )
 
 
 def _taken(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int], path: Path) -> Tensor:

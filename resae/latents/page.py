@@ -105,7 +105,7 @@ def _content(report: LatentReport, prompt: PromptLatents | None, texts: TokenTex
     }
     if prompt is not None and texts is not None:
         content["prompt"] = {
-            "tokens": [table(texts(token)) for token in prompt.token_ids],
+            "tokens": [table(text) for text in texts.row(prompt.token_ids)],
             "strongest": prompt.strongest,
         }
     content["texts"] = table.texts

@@ -20,6 +20,7 @@ from resae.evaluation.rows import (
     RedundancyRow,
     ReplacementRow,
     SharedLatentsRow,
+    TaskRow,
 )
 from resae.report.rows import (
     BoostRow,
@@ -95,13 +96,15 @@ class Report:
     runs: list[RunRow] = field(default_factory=list[RunRow])
     """The runs that are compared; empty in the report of one. `config` and `environment` are those
     of the first."""
+    tasks: list[TaskRow] = field(default_factory=list[TaskRow])
+    """Per task of lm-eval, metric and way of running the model."""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json; tables of further methods only where they have rows."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         content["affine"] = [row.to_dict() for row in self.affine]
         further = ("routing", "boost", "fair", "elsewhere", "mlsae", "hierarchical")
-        further += ("ablation", "density", "shared_latents", "generation", "runs")
+        further += ("ablation", "density", "shared_latents", "generation", "runs", "tasks")
         return {name: value for name, value in content.items() if value or name not in further}
 
 

@@ -36,6 +36,10 @@ from resae_kernels.triton.selection import (
 SLICE_BYTES = 128
 """Part of a row of `W_dec` that one program decodes."""
 
+REGISTERS = 168
+"""Registers of a thread: without a bound the assembler takes fewer of itself, and may spill. Few
+programs run at a time, so that registers limit nothing."""
+
 ROWS = 64
 """Rows of `W_dec` that a program loads at a time, up to k."""
 
@@ -168,7 +172,7 @@ def launch_step(
 def select_decode_settings(layout: SelectionLayout, D: int, dtype: torch.dtype) -> dict[str, Any]:
     """Constants and options of the selection and decode in one launch."""
     constants = select_decode_constants(layout, D, dtype)
-    return constants | runtime.launch_options(select_warps(layout), num_stages=1)
+    return constants | runtime.launch_options(select_warps(layout), 1, REGISTERS)
 
 
 def select_decode_constants(layout: SelectionLayout, D: int, dtype: torch.dtype) -> dict[str, int]:
@@ -213,7 +217,7 @@ def select_decode_kernel(
 ):
     i_n, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
     # A row of its own: the programs of a token pass through the selection at different times.
-    o_row = (i_s * tl.num_programs(0) + i_n) * k
+    o_row = (i_s * tl.num_programs(0) + tl.program_id(0)) * k
     p_keys, p_indices = keys + o_row, indices + o_row
     p_scores, p_best = scores + i_n * s_scores, best + i_n * groups
     select_row(

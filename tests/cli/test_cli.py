@@ -48,7 +48,7 @@ def test_a_run_directory_holds_the_stack_the_log_and_what_was_asked(run, materia
     record = json.loads((run / "run.json").read_text())
     assert record["train"]["k"] == [4, 4, 4]
     assert record["train"]["lr"] == pytest.approx(8e-3 * (512 / 64) ** 0.5)
-    assert record["train"]["dead_after_tokens"] == 4096 // 8
+    assert record["train"]["dead_after_tokens"] == 2048 // 8
     assert record["command"].startswith(f"resae train {material / 'model'} ")
     assert "--log-steps 8" in record["command"]
     assert record["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,6 +89,12 @@ def test_eval_then_report(run, capsys):
     assert (run / "report.html").stat().st_size > 10_000
 
 
+def test_tasks_need_the_harness_before_anything_is_measured(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", str(run), "--tasks", "arc_easy"]) == 2
+    assert "lm_eval is not installed; pip install 'lm-eval[hf]'" in capsys.readouterr().err
+
+
 def test_runs_are_compared_in_one_table(run, material, tmp_path):
     raw = tmp_path / "raw"
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
@@ -121,7 +127,7 @@ def test_eval_trains_the_baselines_that_are_missing_once(run, tmp_path, monkeypa
         assert main(["eval", str(ours), "--baselines", *out]) == 130
         assert not (tmp_path / "both" / "report.json").exists()
         assert main(["eval", str(ours), "--baselines", *out]) == 0
-    assert "baseline raw: 4,096 training tokens" in capsys.readouterr().out
+    assert "baseline raw: 2,048 training tokens" in capsys.readouterr().out
     folders = [tmp_path / "ours-baselines" / name for name in ("raw", "identity")]
     report = json.loads((tmp_path / "both" / "report.json").read_text())
     methods = {r["method"] for r in report["replacement"]}
@@ -228,7 +234,8 @@ def test_runs_of_other_seeds_are_not_scored_on_their_training_text(
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
             (folder / f"{name}.jsonl").write_text(lines)
         train = ["train", str(material / "model"), str(folder), *TRAIN[:4], *SMALL]
-        train += ["--context-tokens", "48", "--held-out-rows", "8"]
+        train += ["--context-tokens", "48", "--held-out-rows", "8", "--train-tokens", "4096"]
+        train += ["--batch-tokens", "128"]
         runs = [str(tmp_path / f"{folder.name}{seed}") for seed in (0, 1)]
         for seed, out in enumerate(runs):
             assert main([*train, "--seed", str(seed), "--out", out]) == 0
@@ -457,21 +464,35 @@ def test_fit_says_where_the_prediction_comes_from(material, tmp_path, capsys):
     assert "rank=3" in capsys.readouterr().err
 
 
-def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material):
+def train_saying(arguments, said):
+    """`resae train` in this process, which prints into the file `said`."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(said, os.O_WRONLY), 1)
+    log = TerminalConsole.log
+
+    def log_slowly(console, line=""):
+        log(console, line)
+        time.sleep(0.02)  # time for a signal between two steps
+
+    TerminalConsole.log = log_slowly
+    sys.exit(main(arguments))
+
+
+def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material, processes):
     """The whole way: another process, SIGTERM in the middle, --resume."""
-    out = material / "cut"
+    out, said = material / "cut", material / "said"
+    said.touch()
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
     arguments += ["--out", str(out), "--log-steps", "1"]
-    command = [sys.executable, "-c", "import torch, sys; torch.set_num_threads(1); "
-               "from resae.cli import main; sys.exit(main(sys.argv[1:]))", *arguments]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 130
-    assert "continue with --resume" in rest
+    process = processes.Process(target=train_saying, args=(arguments, said))
+    process.start()
+    while "step 5/" not in said.read_text():
+        assert process.is_alive()
+        time.sleep(0.003)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 130
+    assert "continue with --resume" in said.read_text()
     assert not (out / "resae.json").exists()
     assert main([*arguments, "--resume"]) == 0
     whole, resumed = (ReSAE.load(folder).state_dict() for folder in (run, out))
@@ -480,8 +501,8 @@ def test_interrupted_by_a_signal_and_resumed_ends_in_the_same_bits(run, material
 
 def test_a_finished_run_goes_on_to_more_tokens(run, material, tmp_path, capsys):
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
-    more = [*arguments, "--train-tokens", "8192"]
-    begun = ["--warmup-steps", str(0.05 * 32), "--dead-after-tokens", str(4096 // 8)]
+    more = [*arguments, "--train-tokens", "4096"]
+    begun = ["--warmup-steps", str(0.05 * 32), "--dead-after-tokens", str(2048 // 8)]
     assert main([*more, *begun, "--out", str(tmp_path / "whole")]) == 0
     shutil.copytree(run, tmp_path / "run")
     assert main([*more, "--resume", "--out", str(tmp_path / "run")]) == 0
@@ -492,7 +513,7 @@ def test_a_finished_run_goes_on_to_more_tokens(run, material, tmp_path, capsys):
     assert same_text(tmp_path / "whole", tmp_path / "run")
     capsys.readouterr()
     assert main([*arguments, "--resume", "--out", str(tmp_path / "run")]) == 2
-    assert "train_tokens=8192" in capsys.readouterr().err
+    assert "train_tokens=4096" in capsys.readouterr().err
 
 
 class Stand:
@@ -536,7 +557,8 @@ def test_progress_goes_to_tensorboard_and_wandb_with_delta_ce(run, material, mon
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert main(["eval", str(out), "--out", str(out)]) == 0
     for row in json.loads((out / "report.json").read_text())["replacement"]:
-        if row["method"] == "resae" and row["loop"] == "closed" and row["mode"] != "error_added":
+        of_all = (row["method"], row["loop"], len(row["layers"])) == ("resae", "closed", 3)
+        if of_all and row["mode"] != "error_added":
             assert lines[-1]["delta_ce"][row["mode"]] == pytest.approx(row["delta_ce"], abs=1e-5)
     logged = {args[0] for call, args, _ in boards if call == "add_scalar"}
     assert {"delta_ce/online", f"{tiny.NAMES[2]}/dead_fraction", "loss"} <= logged

@@ -96,6 +96,16 @@ def test_an_interrupted_pass_is_continued_by_the_same_command(run, text, tmp_pat
     assert content["tokens"] == 42 * 23
 
 
+def test_a_text_that_ends_early_is_read_once(run, text, tmp_path, monkeypatch, capsys):
+    import resae.latents.collect as collect
+
+    command = ["latents", str(run), *text, "--out", str(tmp_path / "out"), "--page-latents", "3"]
+    assert main([*command, "--tokens", "50000000"]) == 0
+    monkeypatch.setattr(collect, "_add", None)
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("to read for") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -18,7 +18,7 @@ def test_a_run_from_maps_to_generated_text(kind, material, tmp_path, capsys):
     fitted, run = tmp_path / "fit", tmp_path / "run"
     fit = ["fit", *source, "--context-tokens", "24", "--held-out-rows", "8"]
     assert main([*fit, "--calibration-tokens", "2048", "--out", str(fitted)]) == 0
-    train = ["train", *source, *TRAIN[2:], *SMALL, "--train-tokens", "1024"]
+    train = ["train", *source, *TRAIN[2:], *SMALL, "--train-tokens", "512"]
     assert main([*train, "--out", str(run)]) == 0
     assert main(["eval", str(run)]) == 0
     report = json.loads((run / "report.json").read_text())

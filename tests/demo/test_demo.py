@@ -8,8 +8,9 @@ import torch
 from resae import ReSAE
 from resae.cli import main
 from resae.console import ProgressEstimate
-from resae.demo.comparison import BOOST_DOMAIN, DemoConfig, run_demo
+from resae.demo.comparison import BOOST_DOMAIN, run_demo
 from resae.demo.recipes import ELSEWHERE, EXTRA_METHODS, FAIR_METHODS, RECIPES
+from resae.demo.stages import DemoConfig
 from resae.report.page import write_report
 
 

@@ -242,7 +242,7 @@ class Stopped(Exception):
     pass
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_bits(lm, batches, tmp_path):
+def test_an_interrupted_evaluation_goes_on_to_the_same_bits(lm, batches, tmp_path, caplog):
     methods = [Method("resae", tiny.stack(lm), 4, subsets=subsets_of(tiny.NAMES, "each"))]
     file = tmp_path / "sums.safetensors"
     seen = []
@@ -268,6 +268,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(lm, batches, tmp_pat
     seen.clear()
     assert evaluate(lm, other, batches, on_batch=seen.append, **options) != whole
     assert seen == [1, 2, 3]
+    assert "sums.safetensors holds the sums of another model, other stacks or" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from resae.evaluation.intervals import Bootstrap, interval
+from resae.evaluation.intervals import Bootstrap, divided, interval
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
@@ -48,3 +48,19 @@ def test_of_every_stratum_as_many_are_drawn_as_there_are():
     of_a = bootstrap.per_token([1.0, 1.0, 1.0, 0.0, 0.0], ones)
     assert set(of_a) == {0.6}
     assert len(set(bootstrap.per_token([1.0, 0.0, 0.0, 1.0, 0.0], ones))) > 4
+
+
+def test_of_many_documents_fewer_resamples_are_drawn():
+    """The matrix of resamples stays within 80 MB."""
+    sizes = {n: len(Bootstrap(n).total([1.0] * n)) - 1 for n in (2, 1_000, 5_000)}
+    assert sizes == {2: 10_000, 1_000: 10_000, 5_000: 2_000}
+
+
+def test_there_is_no_interval_of_one_document_or_of_an_undefined_ratio():
+    one, three = Bootstrap(1), Bootstrap(3)
+    assert one.columns("x", one.total([2.0])) == {"x": 2.0, "x_low": None, "x_high": None}
+    ratio = divided(three.total([1.0, 2.0, 3.0]), three.total([0.0, 0.0, 1.0]))
+    assert three.columns("x", ratio) == {"x": 6.0, "x_low": None, "x_high": None}
+    constant = three.total([1.0, 1.0, 1.0])
+    assert three.columns("x", constant) == {"x": 3.0, "x_low": 3.0, "x_high": 3.0}
+    assert three.columns("x", None) == {"x": None, "x_low": None, "x_high": None}

@@ -5,7 +5,7 @@ import torch
 from resae import replacement
 from resae.evaluation.metrics import cross_entropy, kl_divergence
 from resae.latents.ablation import ablate
-from resae.latents.cards import describe_latents, spread_latents
+from resae.latents.cards import TokenTexts, describe_latents, spread_latents
 from resae.latents.collect import clean_codes, collect_latents
 from resae.latents.directions import Readout, nearest, transported
 from resae.latents.index import IndexSizes
@@ -168,6 +168,16 @@ def test_cards_hold_what_the_index_holds(lm, kind, rows):
     content = report.to_dict()
     assert content["schema_version"] == 1
     assert content["latents"][0]["passages"][0]["peak"] == card.passages[0].peak
+
+
+def test_a_token_that_completes_a_character_is_shown_as_it(lm):
+    texts = TokenTexts(lm.tokenizer)
+    ids = lm.tokenizer("a 中é b", add_special_tokens=False)["input_ids"]
+    shown = texts.row(ids)
+    assert len(shown) == len(ids) > 6  # characters in parts
+    whole = [text for text in shown if not text.startswith("⟨")]
+    assert "".join(whole).replace(" ", "") == "a中éb"
+    assert TokenTexts(None).row([5, 6]) == ["⟨5⟩", "⟨6⟩"]
 
 
 def test_latents_and_layers_that_there_are_not_are_refused(lm, stack, index):

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from resae.latents.collect import clean_codes, collect_latents
 from resae.latents.index import BINS, IndexSizes, LatentIndex, index_bytes
@@ -151,3 +154,34 @@ def test_what_cannot_be_indexed_is_refused(lm, stack, rows, tmp_path):
     (tmp_path / "cut").write_bytes(b"abc")
     with pytest.raises(ValueError, match="truncated"):
         LatentIndex.load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_sae": [10**15, 64, 64]}, r"0.strongest.shares: shape \[64, 3, 6\], expected"),
+        ({"window": 10**9}, "0.strongest.shares: shape"),
+        ({"rows_done": 5}, r"rows: shape \[20, 12\], expected \[5, 12\]"),
+        ({"tokens": "many"}, "tokens = 'many', expected a whole number"),
+        ({"tokens": 0}, "holds no passages"),
+        ({"format_version": 7}, "format version 7, expected 1"),
+        ({"place": 10**6}, "passages beyond the 240 tokens"),
+        ({"record": None}, "is no index of latents"),
+    ],
+)
+def test_a_damaged_index_is_refused_in_one_line(index, tmp_path, change, message):
+    path = tmp_path / "index.safetensors"
+    index.save(path)
+    tensors = load_file(path)
+    record = json.loads(bytes(tensors["record"].tolist()))
+    if "place" in change:
+        tensors["1.sampled.places"][0, 0] = change["place"]
+    elif "record" in change:
+        del tensors["record"]
+    else:
+        text = json.dumps(record | change).encode()
+        tensors["record"] = torch.tensor(list(text), dtype=torch.uint8)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        LatentIndex.load(path)
+    assert "\n" not in str(caught.value)

@@ -24,9 +24,9 @@ SETTINGS = {
     "k": 4,
     "context_tokens": 24,
     "held_out_rows": 8,
-    "train_tokens": 4096,
-    "batch_tokens": 128,
-    "buffer_tokens": 1024,
+    "train_tokens": 2048,
+    "batch_tokens": 64,
+    "buffer_tokens": 512,
     "calibration_tokens": 2048,
     "d_sae": 64,
 }
@@ -70,7 +70,7 @@ def test_the_record_of_a_run_repeats_it(done, tmp_path, capsys):
     assert same(ReSAE.load(tmp_path / "run"), done.stack)
     config = load_json(tmp_path / "run" / "run.json", "run")["config"]
     assert config.keys() == {f.name for f in fields(RunConfig)} - {"resume"}
-    loaded = RunConfig.load(file, out=str(tmp_path / "other"), train_tokens=256)
+    loaded = RunConfig.load(file, out=str(tmp_path / "other"), train_tokens=128)
     assert run(loaded).config.steps == 2
 
 
@@ -160,7 +160,7 @@ def test_a_chain_starts_from_a_raw_autoencoder_and_keeps_its_bits(
         "k": None,
         "k_per_layer": (first.config.k, 4),
         "d_sae": (first.config.d_sae, 64),
-        "train_tokens": 1024,
+        "train_tokens": 512,
         "loop": "closed",
         "first_sae": str(raw / stack.hook_points[layer]),
         "out": str(tmp_path / "run"),

@@ -72,7 +72,8 @@ def whole(material, processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]
     arguments += ["--checkpoint-steps", "5", "--keep-checkpoints", "9", "--log-steps", "1000"]
-    arguments += ["--train-tokens", "2560"]  # 20 steps
+    # 20 steps
+    arguments += ["--train-tokens", "2560", "--batch-tokens", "128", "--buffer-tokens", "1024"]
     for way in WAYS:
         out = ["--parallel", way, "--out", str(folder / way)]
         codes, said, _ = run_ranks(processes, [*arguments, *out], folder / f"{way}-said")

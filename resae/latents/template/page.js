@@ -171,7 +171,8 @@ function drawPrompt() {
   const largest = data.layers.map((_, i) => Math.max(1e-9, ...data.prompt.strongest.flatMap((t) => t[i].map((p) => p[1]))));
   const rows = data.prompt.tokens.map((token, t) => make("tr", {}, make("th", { scope: "row" }, visible(token)),
     ...data.layers.map((_, l) => make("td", {}, ...data.prompt.strongest[t][l].map(([latent, act]) => {
-      const made = link(l, latent, `${latent} ${number(act, 2)}`);
+      const made = link(l, latent, String(latent));
+      made.append(make("small", {}, " " + number(act, 2)));
       made.style.setProperty("--share", act / largest[l]);
       return made;
     })))));
