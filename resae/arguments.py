@@ -16,7 +16,7 @@ LARGEST_SEED = 2**32 - 1
 def filled(text: str) -> str:
     """Text that is not empty."""
     if not text.strip():
-        raise ArgumentTypeError("is empty; give a name, or leave the option out")
+        raise ArgumentTypeError("is empty; expected a name or a text")
     return text
 
 

@@ -169,7 +169,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     if options.json:
         console.json(rows)
     else:
-        console.result(_table(rows, evaluation.ablation))
+        console.result(_table(rows, evaluation.ablation, reference))
         if texts:
             console.result(_table_of_texts(texts))
         if scores:
@@ -543,7 +543,7 @@ def _log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def _table(rows: Sequence[dict[str, Any]], ablations: Sequence[AblationRow]) -> str:
+def _table(rows: Sequence[dict[str, Any]], ablations: Sequence[AblationRow], reference: str) -> str:
     """Cost of replacing all layers, with 95 % intervals, for a terminal."""
     width = max(16, *(len(row["method"]) + 2 for row in rows))
     head = f"{'method':<{width}}{'loop':<8}{'mode':<16}{'k':>5}  {'Δ CE':<25}"
@@ -569,7 +569,10 @@ def _table(rows: Sequence[dict[str, Any]], ablations: Sequence[AblationRow]) -> 
                 f"{_with_interval(row, 'delta_ce')}"
             )
     clean = _with_interval(rows[0], "ce_clean")
-    lines.append(f"CE of the unchanged model: {clean} nats per token; brackets: 95 % intervals")
+    lines.append(
+        f"CE of the unchanged model: {clean} nats per token; reference: {reference}; "
+        f"brackets: 95 % intervals"
+    )
     return "\n".join(lines)
 
 

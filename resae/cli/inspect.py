@@ -49,12 +49,16 @@ def _text(facts: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {_shown_part(part)}" for name, part in value.items())
     if isinstance(value, list):
         return ", ".join(map(_shown, value)) or "none"
     if isinstance(value, str):  # of a stranger's file: one line of bounded length
         return _cut(value if value.isprintable() else ascii(value)[1:-1])
     return f"{value:.4g}" if isinstance(value, float) else str("–" if value is None else value)
+
+
+def _shown_part(value: Any) -> str:
+    return f"({_shown(value)})" if isinstance(value, dict) else _shown(value)
 
 
 def _cut(text: str) -> str:

@@ -180,12 +180,12 @@ def _scores(
             f"--attribute-column, or leave scr out of --measures"
         )
     ids = document_ids(lm, [*texts.train.texts, *texts.test.texts], options.context_tokens)
-    memory = most_bytes(sources, len(ids), options.context_tokens) / 1e9
+    memory = most_bytes(sources, len(ids), options.context_tokens) / 1e6
     console.log(
         f"{texts.name}: {len(texts.classes)} classes, {len(texts.train.texts):,} documents to fit "
         f"probes on and {len(texts.test.texts):,} to score them on; "
         f"{sum(map(len, ids)):,} tokens through the model once and {len(sources)} times through "
-        f"the autoencoders of {len(layers)} layers; means take at most {memory:.2f} GB"
+        f"the autoencoders of {len(layers)} layers; means take at most {memory:,.2f} MB"
     )
     began = time.perf_counter()
 

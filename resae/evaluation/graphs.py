@@ -149,10 +149,17 @@ def logit_metric(token: int, against: int | None = None) -> Callable[[Tensor], T
 
     Args:
         token, against: token ids.
+
+    Raises:
+        ValueError: by the metric, for a token that the vocabulary does not have.
     """
 
     def metric(logits: Tensor) -> Tensor:
         last = logits[0, -1]
+        if unknown := [t for t in (token, against) if t is not None and not 0 <= t < len(last)]:
+            raise ValueError(
+                f"logit_metric: no token {unknown[0]} in a vocabulary of {len(last):,}"
+            )
         return last[token] - (last.mean() if against is None else last[against])
 
     return metric

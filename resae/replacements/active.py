@@ -479,6 +479,8 @@ class Replacement:
                 f"replacement: on_codes returned acts {list(shapes[0])} and indices "
                 f"{list(shapes[1])} at {name}, expected both {[*code.acts.shape[:-1], 'k']}"
             )
+        assert isinstance(self._stack, ReSAE)
+        _require_latents(returned.indices, self._stack.sae(layer).config.d_sae, name)
         return returned
 
     def _count(self, layer: int, stream: Tensor, thread: _ThreadState, state: _Pass) -> None:
@@ -510,6 +512,17 @@ def _unless_none(found: Tensor, skip: Tensor | None) -> Tensor | None:
     if _on_host(found) and not found.any():
         return None
     return found if skip is None else found & ~skip.to(found.device)
+
+
+def _require_latents(indices: Tensor, latents: int, name: str) -> None:
+    """Raise ValueError for latents that the layer does not have, where they can be looked at."""
+    if _on_host(indices) and indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= latents:
+            raise ValueError(
+                f"replacement: on_codes returned the latent {low if low < 0 else high} at {name}, "
+                f"expected 0 to {latents - 1}"
+            )
 
 
 def _on_host(tensor: Tensor) -> bool:

@@ -283,7 +283,8 @@ class Dots:
         return 14 + (WIDTH - 2 * 14) * self.x.share(value)
 
     def _row(self, dot: Dot, top: float) -> list[Element]:
-        """Label and value in one line, and below it the dot; the value only where there is room."""
+        """Label and value in one line, and below it the dot; the value's interval only where there
+        is room."""
         x, y = self._at(dot.value), top + ROW - 11
         shapes = [_text(dot.label, 14, top + 14, "start")]
         if self.x.low <= 0:
@@ -293,9 +294,17 @@ class Dots:
             shapes.append(_line("whisker", *ends, dot.style.color))
         value = number_between(dot.value, dot.low, dot.high)
         shapes.append(_marker(dot.style, x, y, f"{dot.label}: {value}"))
-        if LETTER * (len(dot.label) + len(value) + 2) < WIDTH - 28:
-            shapes.append(_text(value, WIDTH - 14, top + 14, "end", kind="value"))
+        shown = next(
+            (text for text in (value, number(dot.value, padded=True)) if _fits(dot, text)), ""
+        )
+        if shown:
+            shapes.append(_text(shown, WIDTH - 14, top + 14, "end", kind="value"))
         return shapes
+
+
+def _fits(dot: Dot, value: str) -> bool:
+    """True if a value has room in one line with the label of its dot."""
+    return LETTER * (len(dot.label) + len(value) + 2) < WIDTH - 28
 
 
 Panel = Curves | Dots

@@ -52,6 +52,7 @@ def graph_page(graph: FeatureGraph, *, label: str = "metric", max_edges: int = 1
 figure svg {{ max-width: none; color: var(--ink) }}
 svg text {{ font-size: 11px; fill: var(--ink); paint-order: stroke; stroke: var(--ground);
   stroke-width: 3px }}
+tbody th:first-child {{ white-space: nowrap; max-width: none }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>Prompt: <q>{html.escape("".join(graph.token_texts))}</q></p>

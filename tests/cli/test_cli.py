@@ -64,7 +64,7 @@ def test_eval_then_report(run, capsys):
     assert main(["eval", str(run), "--reference", "affine_only", "--generation", "3"]) == 0
     printed = capsys.readouterr().out
     assert "affine_only" in printed
-    assert "nats per token; brackets: 95 % intervals" in printed
+    assert "nats per token; reference: affine_only; brackets: 95 % intervals" in printed
     assert "resae, closed loop, k = 4: the layers one by one lose" in printed
     report = json.loads((run / "report.json").read_text())
     assert {r["method"] for r in report["replacement"]} == {"resae", "affine_only"}

@@ -247,7 +247,7 @@ def test_the_command_prints_a_table_and_writes_it(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 classes, 18 documents to fit probes on and 6 to score them on; " in out
     assert "7 classes, 42 documents to fit probes on and 21 to score them on; " in out
-    assert "3 times through the autoencoders of 3 layers; means take at most 0.0" in out
+    assert "3 times through the autoencoders of 3 layers; means take at most 0." in out
     report = json.loads((tmp_path / "probe.json").read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["probe.json"]
     rows = report["scores"]

@@ -634,7 +634,9 @@ def test_inspect_describes_both_parts_of_a_boosted_autoencoder(tmp_path, capsys)
         decoder = getattr(sae, name).W_dec.detach().norm(dim=1)
         assert part["norms"]["decoder"]["most"] == pytest.approx(float(decoder.max()))
     assert main(["inspect", str(tmp_path)]) == 0
-    assert "\nboost:\n  activation" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "\nboost:\n  activation" in text
+    assert re.search(r"norms +encoder \(least .*\), decoder \(least .*\), b_dec 0\n", text)
 
 
 def test_a_language_model_on_the_hub_is_refused_before_its_weights_come(hub_folder, capsys):

@@ -110,6 +110,11 @@ def test_generation_writes_with_the_returned_codes(lm):
             r"acts \[3, 12, 2\] and indices \[3, 12, 4\] .* expected both \[3, 12, 'k'\]",
         ),
         (lambda _, code: SparseCode(code.acts[:1], code.indices[:1]), ValueError, "on_codes"),
+        (
+            lambda _, code: SparseCode(code.acts, code.indices + 64),
+            ValueError,
+            r"on_codes returned the latent \d+ at blocks\..*expected 0 to 63",
+        ),
     ],
 )
 def test_what_is_no_code_of_these_tokens_is_refused(lm, function, error, message):

@@ -142,3 +142,19 @@ def test_a_file_of_its_own_has_its_colours_and_its_legend():
     used = {name for e in svg.iter() for name in re.findall(r"c-(\w+)", e.get("class") or "")}
     assert used == {"blue", "orange"}
     assert used <= set(re.findall(r"\.c-(\w+) \{ color: #", text))
+
+
+@pytest.mark.parametrize(
+    ("label", "value"),
+    [
+        ("ReSAE, closed loop", "2.16 [1.85, 2.49]"),
+        ("identity residual, closed loop", "2.16"),
+        ("a label of more characters than have room in one row", None),
+    ],
+)
+def test_a_value_beside_a_long_label_is_shown_without_its_interval(label, value):
+    dot = Dot(label, BLUE, 2.16, 1.85, 2.49)
+    svg = ElementTree.fromstring(inline(Dots("", linear_axis("nats", [2.5]), [dot]), "p"))
+    texts = [element.text or "" for element in svg.iter("text")]
+    shown = [text for text in texts if text.startswith("2.16")]
+    assert shown == ([] if value is None else [value])

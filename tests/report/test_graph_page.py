@@ -136,3 +136,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, capsys, options, m
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert (code, message in error) == (2, True), error
     assert not (run / "graph").exists()
+
+
+def test_a_metric_of_a_token_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="no token 9 in a vocabulary of 7"):
+        logit_metric(2, against=9)(torch.zeros(1, 3, 7))
