@@ -11,6 +11,7 @@ import torch
 from resae.evaluation.rows import Evaluation, ReplacementRow
 from resae.latents.records import LatentCard, LatentReport, Passage, TokenEffect
 from resae.models.identity import ModelIdentity
+from resae.report.content import Report
 from resae_kernels import SparseCode, ThresholdCode
 
 HOSTILE = "<img src=x onerror=alert(1)>&'\""
@@ -55,6 +56,11 @@ def test_an_evaluation_shows_the_rows_with_all_layers_replaced():
     assert "<img" not in page
     assert page.count("<tr>") == 2
     assert "<td>–</td><td>online</td><td>4</td><td>0.5123</td>" in page
+    rows = [row, replace(row, layers=["a"])]
+    page = Report(title=HOSTILE, config={}, environment={}, replacement=rows)._repr_html_()
+    assert "<img" not in page
+    assert page.count("<tr>") == 2
+    assert "&#x27;&quot;: all selected layers replaced; nats per token" in page
 
 
 def test_cards_of_latents_mark_the_tokens_that_fire():

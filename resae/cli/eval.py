@@ -134,6 +134,7 @@ def run(options: Options, console: TerminalConsole) -> int:
     name, revision = model_of(first.record, first.stack, options.model, options.revision)
     shapes = HookedLM.described(name, tokenizer=None, revision=revision)
     require_comparable(runs, shapes)
+    _require_tokenizer(options, shapes)
     if options.baselines:
         baselines = _baselines(runs, device, console)
         if baselines is None:
@@ -195,6 +196,17 @@ def require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
             raise ValueError(
                 f"{run.folder} has layers {', '.join(run.stack.hook_points)}, {runs[0].folder} has "
                 f"{', '.join(layers)}; evaluate them apart"
+            )
+
+
+def _require_tokenizer(options: Options, shapes: HookedLM) -> None:
+    """Raise ValueError where text is to be written or scored by a model without tokenizer."""
+    asked = {"--generation": options.generation, "--tasks": options.tasks}
+    for option, value in asked.items():
+        if value is not None and shapes.tokenizer is None:
+            raise ValueError(
+                f"{option} needs a tokenizer, which model {shapes.name} does not have; save its "
+                f"tokenizer into its folder, or leave the option out"
             )
 
 
@@ -281,7 +293,13 @@ def _evaluated(
 
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     return evaluate(
-        lm, methods, batches, reference=reference, on_batch=progress, checkpoint=checkpoint
+        lm,
+        methods,
+        batches,
+        reference=reference,
+        on_means=lambda done: console.progress(f"mean activations: {done}/{len(batches)} batches"),
+        on_batch=progress,
+        checkpoint=checkpoint,
     )
 
 

@@ -63,6 +63,7 @@ def evaluate(
     *,
     documents: Sequence[int] | None = None,
     reference: str | None = None,
+    on_means: Callable[[int], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
@@ -76,7 +77,9 @@ def evaluate(
             the separators tell; every row, where that gives fewer than 16. Of more than 512,
             neighbouring ones are drawn as one.
         reference: name of the method that differences are taken from; None: the first.
-        on_batch: called with the number of batches done.
+        on_means: called with the number of batches whose mean activations are summed, the first
+            of two times through the batches.
+        on_batch: called with the number of batches done, in the second.
         checkpoint: file that the sums so far are written to, and that an evaluation of the same
             model, stacks and tokens goes on from, to the same bits; removed at the end. The file of
             another evaluation is replaced.
@@ -105,7 +108,7 @@ def evaluate(
             "%s holds the sums of another model, other stacks or other tokens; they are not used",
             checkpoint,
         )
-    measured.run(batches, saved, on_batch)
+    measured.run(batches, saved, on_means, on_batch)
     evaluation = measured.evaluation(reference, "documents" if told else "rows")
     saved.remove()
     return evaluation
@@ -146,6 +149,7 @@ class _Comparison:
         self,
         batches: Sequence[Tensor],
         saved: Checkpoint,
+        on_means: Callable[[int], None] | None,
         on_batch: Callable[[int], None] | None,
     ) -> None:
         """Go through the batches twice: for mean activations, and with everything replaced. Those
@@ -154,6 +158,8 @@ class _Comparison:
         for done in range(saved.done.get("means", 0) + 1, last + 1):
             self._add_means(batches[done - 1])
             saved.after_batch("means", done, last=done == last)
+            if on_means is not None:
+                on_means(done)
         passes = Passes(self._shared, self._rules, self._documents, self._clean)
         ablations = [
             _ablation(self._shared.points, kind, layers, self._means, sums)

@@ -6,6 +6,7 @@ measured on text has its 95 % interval in `x_low` and `x_high`: by the bootstrap
 None where there is no interval: a single document, or a report of an earlier version.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -441,16 +442,21 @@ class Evaluation:
         return tables
 
     def _repr_html_(self) -> str:
-        from resae_kernels.notebook import table_html
+        return replacement_html("all selected layers replaced; nats per token", self.replacement)
 
-        most = max((len(row.layers) for row in self.replacement), default=0)
-        columns = ("method", "loop", "mode", "k", "delta_ce", "ce_recovered_mean", "kl")
-        rows = [
-            [getattr(row, column) for column in columns]
-            for row in self.replacement
-            if len(row.layers) == most
-        ]
-        return table_html("all selected layers replaced; nats per token", columns, rows)
+
+def replacement_html(title: str, replacement: Sequence[ReplacementRow]) -> str:
+    """Small table, for a notebook, of the rows with all selected layers replaced."""
+    from resae_kernels.notebook import table_html
+
+    most = max((len(row.layers) for row in replacement), default=0)
+    columns = ("method", "loop", "mode", "k", "delta_ce", "ce_recovered_mean", "kl")
+    rows = [
+        [getattr(row, column) for column in columns]
+        for row in replacement
+        if len(row.layers) == most
+    ]
+    return table_html(title, columns, rows)
 
 
 @dataclass(frozen=True)

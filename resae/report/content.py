@@ -21,6 +21,7 @@ from resae.evaluation.rows import (
     ReplacementRow,
     SharedLatentsRow,
     TaskRow,
+    replacement_html,
 )
 from resae.report.rows import (
     BoostRow,
@@ -106,6 +107,10 @@ class Report:
         further = ("routing", "boost", "fair", "elsewhere", "mlsae", "hierarchical")
         further += ("ablation", "density", "shared_latents", "generation", "runs", "tasks")
         return {name: value for name, value in content.items() if value or name not in further}
+
+    def _repr_html_(self) -> str:
+        title = f"{self.title}: all selected layers replaced; nats per token"
+        return replacement_html(title, self.replacement)
 
 
 def load_report(path: Path) -> Report:

@@ -55,6 +55,7 @@ def sections(report: Report, figures: dict[str, Figure]) -> list[Section]:
         *_reconstruction(report),
         *_density(report),
         *_generation(report, figures),
+        *_tasks(report),
         *_further(report),
         *_training(figures),
         *_samples(report),
@@ -300,6 +301,38 @@ def _generation(report: Report, figures: dict[str, Figure]) -> Iterator[Section]
                 f"Perplexity: of the text under the unchanged model; its own text has "
                 f"{first.perplexity_plain:.4g}. Repeated: share of 4-grams that occurred before, "
                 f"{first.repetition_plain:.4f} in its own text."
+            ],
+        )
+
+
+def _tasks(report: Report) -> Iterator[Section]:
+    if report.tasks:
+        columns = {
+            "name": "method",
+            "k": "k",
+            "task": "task",
+            "metric": "metric",
+            "value": "score",
+            "difference": "score less unchanged model",
+            "documents": "documents",
+        }
+        yield Section(
+            name="tasks",
+            title="Tasks of lm-eval",
+            tables=[
+                table_of(
+                    "tasks-table",
+                    "Mean score over the documents of a task",
+                    report.tasks,
+                    columns,
+                    titled=lambda row: (
+                        "unchanged model" if row.method is None else label(row.method, row.loop)
+                    ),
+                )
+            ],
+            notes=[
+                "The model answers with all selected layers replaced online. Differences from the "
+                "unchanged model are paired by document."
             ],
         )
 

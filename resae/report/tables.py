@@ -101,7 +101,7 @@ def table_of(
             for key, heading in headings.items()
         ]
         k = getattr(row, "k", None)
-        marked = base_name(getattr(row, "method", "")) == "resae"
+        marked = base_name(getattr(row, "method", None) or "") == "resae"
         made.append(Row(cells, begins=bool(made) and k != previous, marked=marked))
         previous = k
     return Table(name, caption, columns, made)

@@ -95,6 +95,14 @@ def test_tasks_need_the_harness_before_anything_is_measured(run, monkeypatch, ca
     assert "lm_eval is not installed; pip install 'lm-eval[hf]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [("--generation", "3"), ("--tasks", "arc_easy")])
+def test_text_needs_a_tokenizer_before_anything_is_measured(run, material, capsys, option):
+    model = material / "no-tokenizer"
+    assert main(["eval", str(run), "--model", str(model), *option]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "tokenizer" in line]
+    assert f"{option[0]} needs a tokenizer, which model {model} does not have" in line
+
+
 def test_runs_are_compared_in_one_table(run, material, tmp_path):
     raw = tmp_path / "raw"
     arguments = ["train", str(material / "model"), str(material / "text.txt"), *TRAIN, *SMALL]

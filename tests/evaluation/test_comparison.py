@@ -253,12 +253,16 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(lm, batches, tmp_pat
             raise Stopped
 
     options = {"checkpoint": file, "checkpoint_seconds": 0}
-    whole = evaluate(lm, methods, batches)
+    means = []
+    whole = evaluate(lm, methods, batches, on_means=means.append)
+    assert means == [1, 2, 3]
     with pytest.raises(Stopped):
         evaluate(lm, methods, batches, on_batch=stop_after_two, **options)
     assert file.exists()
     kept = file.read_bytes()
-    assert evaluate(lm, methods, batches, on_batch=seen.append, **options) == whole
+    progress = {"on_means": means.append, "on_batch": seen.append}
+    assert evaluate(lm, methods, batches, **progress, **options) == whole
+    assert means == [1, 2, 3]  # not again
     assert seen == [1, 2, 3]
     assert not file.exists()
     # Of other weights, or other tokens, it is not continued.

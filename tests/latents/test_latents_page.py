@@ -137,7 +137,7 @@ def test_a_browser_draws_cards_and_prompt_without_an_error(chromium, report, pro
     tags = Tags(drawn).tags
     assert "img" not in tags
     assert drawn.count('<details class="latent">') == len(report.latents)
-    assert f"Layer {block}, latent {latent}</h2>" in drawn  # the chosen card
+    assert f"Block {block}, latent {latent}</h2>" in drawn  # the chosen card
     assert "Strongest passages" in drawn
     assert "&lt;/script&gt;&lt;img src=x" in drawn
     rows = re.search(r'<table id="prompt">.*?</table>', drawn, re.DOTALL).group()

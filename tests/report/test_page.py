@@ -194,6 +194,19 @@ def test_a_measure_that_the_page_does_not_know_has_a_column(tmp_path):
     assert dict(zip(head, first, strict=True))["cosine mean"] == "0.5000"
 
 
+def test_scores_of_tasks_are_in_a_table(tmp_path):
+    plain = {"method": None, "loop": None, "k": None, "task": "t <b>", "metric": "acc"}
+    plain |= {"documents": 50, "value": 0.75}
+    ours = plain | {"method": "resae", "loop": "closed", "k": 4, "value": 0.5}
+    ours |= {"value_low": 0.4, "value_high": 0.6, "difference": -0.25}
+    save_json(tmp_path / "report.json", report_of(tasks=[plain, ours]))
+    head, first, second = table(write_report(tmp_path).read_text(), "tasks-table")
+    assert head[2:] == ["task", "metric", "score", "score less unchanged model", "documents"]
+    assert first == ["unchanged model", "–", "t <b>", "acc", "0.7500", "–", "50"]
+    assert second[:2] == [label("resae", "closed"), "4"]
+    assert second[5] == "−0.2500"
+
+
 def test_parts_without_data_are_left_out(tmp_path):
     report = report_of(affine=[], training=[], redundancy=[], redundancy_histogram=[])
     del report["samples"], report["findings"]

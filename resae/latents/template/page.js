@@ -20,7 +20,7 @@ const number = (value, digits = 3) => value === null ? "–" : Number(value.toPr
 const signed = (value, digits = 3) => (value > 0 ? "+" : "") + number(value, digits);
 const short = (layer) => data.layers[layer].replace("blocks.", "").replace(".hook_resid_post", "").replace(".hook_", " ");
 const nameOf = (layer, latent) => `${short(layer)}/${latent}`;
-const title = (latent) => `Layer ${short(latent.layer)}, latent ${latent.latent}`;
+const title = (latent) => `Block ${short(latent.layer)}, latent ${latent.latent}`;
 
 for (const latent of data.latents) {
   byName.set(nameOf(latent.layer, latent.latent), latent);
@@ -107,7 +107,7 @@ function cardOf(latent) {
     const rows = latent.nearest.map(([layer, j, raw, moved]) =>
       [link(layer, j, nameOf(layer, j)), number(raw)].concat(maps ? [number(moved)] : []));
     columns.append(make("div", {}, make("h3", {}, "Nearest in other layers"),
-      tableOf(["layer/latent", "cosine"].concat(maps ? ["transported"] : []), rows)));
+      tableOf(["block/latent", "cosine"].concat(maps ? ["transported"] : []), rows)));
   }
   if (latent.histogram.length) columns.append(make("div", {}, make("h3", {}, "Firings by act"), histogramOf(latent)));
   card.append(columns);
@@ -166,7 +166,7 @@ function choose() {
 function drawPrompt() {
   const table = document.getElementById("prompt");
   if (!table) return;
-  const heads = ["token", ...data.layers.map((_, i) => "layer " + short(i))];
+  const heads = ["token", ...data.layers.map((_, i) => "block " + short(i))];
   table.append(make("thead", {}, make("tr", {}, ...heads.map((h) => make("th", { scope: "col" }, h)))));
   const largest = data.layers.map((_, i) => Math.max(1e-9, ...data.prompt.strongest.flatMap((t) => t[i].map((p) => p[1]))));
   const rows = data.prompt.tokens.map((token, t) => make("tr", {}, make("th", { scope: "row" }, visible(token)),
@@ -179,7 +179,7 @@ function drawPrompt() {
   table.append(make("tbody", {}, ...rows));
 }
 
-data.layers.forEach((_, i) => layer.append(make("option", { value: i }, short(i))));
+data.layers.forEach((_, i) => layer.append(make("option", { value: i }, "block " + short(i))));
 document.getElementById("filters").addEventListener("submit", (event) => event.preventDefault());
 query.addEventListener("input", search);
 for (const choice of [layer, order]) choice.addEventListener("change", search);
