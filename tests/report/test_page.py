@@ -13,7 +13,14 @@ import pytest
 from report_material import replacement_row, report_of
 
 from resae.evaluation.labels import label, whole_selection
-from resae.evaluation.rows import ReconstructionRow, ReplacementRow
+from resae.evaluation.rows import (
+    AblationRow,
+    DensityRow,
+    GenerationRow,
+    ReconstructionRow,
+    ReplacementRow,
+    SharedLatentsRow,
+)
 from resae.report.content import Report, load_report
 from resae.report.figures import draw
 from resae.report.page import render, write_report
@@ -205,6 +212,26 @@ def test_scores_of_tasks_are_in_a_table(tmp_path):
     assert first == ["unchanged model", "–", "t <b>", "acc", "0.7500", "–", "50"]
     assert second[:2] == [label("resae", "closed"), "4"]
     assert second[5] == "−0.2500"
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "heading"),
+    [
+        ("ablation", AblationRow, "in place of the layers"),
+        ("density", DensityRow, "fire on > 1 %"),
+        ("shared_latents", SharedLatentsRow, "layers per latent"),
+        ("generation", GenerationRow, "agreement, tokens"),
+    ],
+)
+def test_every_table_of_an_evaluation_has_a_section(tmp_path, name, cls, heading):
+    of_type = {str: "raw", int: 4, float: 0.25, list[str]: ["a"], list[float]: [0.25, 0.5]}
+    values = {column: of_type.get(hint) for column, hint in get_type_hints(cls).items()}
+    save_json(tmp_path / "report.json", report_of())
+    report = replace(load_report(tmp_path / "report.json"), **{name: [cls(**values)]})
+    text = render(report, draw(report))
+    head, first = table(text, f"{name}-table")
+    assert heading in head
+    assert len(head) == len(first)
 
 
 def test_parts_without_data_are_left_out(tmp_path):
