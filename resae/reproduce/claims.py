@@ -136,7 +136,7 @@ def findings_of(table: Table, r2: Mapping[str, Sequence[float]]) -> list[Finding
         verdict = Verdict.HOLDS if far < near else Verdict.FAILS
         numbers = f"{far:.3f} far, {near:.3f} near"
         found.append(Finding(GAP_CLAIM, Origin.PAPER, "all", verdict, numbers))
-    untested = "not part of the study; `resae probe` measures it"
+    untested = "not measured in the study; `resae probe` measures it"
     found.append(Finding(PROBING_CLAIM, Origin.PAPER, "all", Verdict.UNTESTED, untested))
     return found
 
