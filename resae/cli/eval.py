@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from resae.arguments import compared, filled, layer_sets, names, whole, writable
+from resae.cli.opened_runs import OpenRun, methods_of, open_runs, require_comparable
 from resae.cli.terminal import TerminalConsole
-from resae.data.config import Machine, Source
+from resae.data.config import TEXT_SETTINGS, Machine, Source, source_defaults
 from resae.environment import describe_device, environment, find_device
 from resae.settings import Shown
 
@@ -25,16 +26,7 @@ if TYPE_CHECKING:
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
-HELD_OUT_DEFAULTS: dict[str, Any] = {
-    "data": None,
-    "data_revision": None,
-    "split": "train",
-    "encoding": "utf-8",
-    "text_column": "text",
-    "streaming": False,
-    "context_tokens": 128,
-    "held_out_rows": 64,
-}
+HELD_OUT_DEFAULTS = source_defaults(*TEXT_SETTINGS, "held_out_rows")
 """Defaults for settings that neither the command nor the run gives."""
 PARTIAL_SUMS = "evaluation.partial.safetensors"
 """Sums of an evaluation that has not ended, in the folder of its report."""
@@ -103,15 +95,6 @@ class Options(Machine):
     """Print the rows of the table as JSON; progress goes to standard error."""
 
 
-@dataclass(frozen=True)
-class OpenRun:
-    """A run to evaluate."""
-
-    folder: Path
-    record: dict[str, Any]
-    stack: ReSAE
-
-
 def run(options: Options, console: TerminalConsole) -> int:
     from resae.cli.libraries import quiet_libraries
     from resae.evaluation.labels import whole_selection
@@ -177,26 +160,6 @@ def run(options: Options, console: TerminalConsole) -> int:
             console.result(_table_of_tasks(scores))
     console.log(f"written to {out / 'report.json'}; next: resae report {out}")
     return 0
-
-
-def open_runs(folders: Sequence[Path], device: str) -> list[OpenRun]:
-    from resae.training.runs import open_run
-
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError("a run is named twice; name each once")
-    return [OpenRun(folder, *open_run(folder, device)) for folder in folders]
-
-
-def require_comparable(runs: Sequence[OpenRun], shapes: HookedLM) -> None:
-    """Raise ValueError for runs of another model, or of different layers."""
-    layers = runs[0].stack.hook_points
-    for run in runs:
-        run.stack.require_model(shapes)
-        if run.stack.hook_points != layers:
-            raise ValueError(
-                f"{run.folder} has layers {', '.join(run.stack.hook_points)}, {runs[0].folder} has "
-                f"{', '.join(layers)}; evaluate them apart"
-            )
 
 
 def _require_tokenizer(options: Options, shapes: HookedLM) -> None:
@@ -534,27 +497,6 @@ def _affine(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in chain.from_iterable(record.get("affine", []) for record in records):
         rows.setdefault((row["method"], row["hop"]), row)
     return list(rows.values())
-
-
-def methods_of(
-    runs: Sequence[OpenRun], ks: Sequence[int] | None, subsets: tuple[tuple[str, ...], ...] = ()
-) -> list[Method]:
-    """Every run, at every k asked for; and the maps alone."""
-    from resae.evaluation.methods import Method, method_name
-    from resae.stack.stack import AffineOnly
-
-    methods: list[Method] = []
-    for run in runs:
-        stack = run.stack
-        for k in ks or (stack.sae(0).config.k,):
-            name = method_name(stack)
-            if any((m.name, m.k) == (name, k) for m in methods):
-                name = f"{name} ({run.folder.name})"
-            methods.append(Method(name, stack.at_k(k) if ks else stack, k, subsets))
-    chained = next((run.stack for run in runs if run.stack.chained), None)
-    if chained is not None:
-        methods.append(Method("affine_only", AffineOnly(chained), None, subsets))
-    return methods
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:

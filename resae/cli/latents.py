@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from resae.arguments import filled, whole, whole_numbers, writable
 from resae.choices import Loop
 from resae.cli.terminal import TerminalConsole
-from resae.data.config import Machine, Source
+from resae.data.config import TEXT_SETTINGS, Machine, Source, source_defaults
 from resae.environment import describe_device, find_device
 from resae.settings import Shown
 
@@ -25,15 +25,7 @@ if TYPE_CHECKING:
     from resae.models.hooked import HookedLM
     from resae.stack.stack import ReSAE
 
-TEXT: dict[str, Any] = {
-    "data": None,
-    "data_revision": None,
-    "split": "train",
-    "encoding": "utf-8",
-    "text_column": "text",
-    "streaming": False,
-    "context_tokens": 128,
-}
+TEXT = source_defaults(*TEXT_SETTINGS)
 """Defaults of the settings of the text that neither the command nor the run gives."""
 TOKENS = 1_000_000
 SAVE_SECONDS = 60.0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from resae.arguments import compared, filled, names, whole, writable
 from resae.arguments import seed as seed_number
 from resae.choices import Loop
+from resae.cli.opened_runs import OpenRun, methods_of, open_runs, require_comparable
 from resae.cli.terminal import TerminalConsole
 from resae.data.config import Machine
 from resae.environment import describe_device, environment, find_device
@@ -18,7 +19,6 @@ from resae.settings import Shown
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from resae.cli.eval import OpenRun
     from resae.data.labelled import LabelledTexts
     from resae.evaluation.pooling import CodeSource
     from resae.evaluation.scores import Score, ScoreRow
@@ -72,7 +72,6 @@ class Options(Machine):
 
 
 def run(options: Options, console: TerminalConsole) -> int:
-    from resae.cli.eval import open_runs, require_comparable
     from resae.cli.libraries import quiet_libraries
     from resae.data.labelled import load_labelled
     from resae.data.public_labelled import PUBLIC
@@ -135,7 +134,6 @@ def run(options: Options, console: TerminalConsole) -> int:
 
 def _sources(runs: Sequence[OpenRun], wanted: str | None) -> list[CodeSource]:
     """Every run in each of its loops, or in the wanted one."""
-    from resae.cli.eval import methods_of
     from resae.evaluation.pooling import CodeSource
     from resae.stack.stack import ReSAE
 

@@ -1,7 +1,7 @@
 """Settings of what is read and where it runs."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any
 
 from resae.arguments import device as device_name
 from resae.arguments import filled, names, whole
@@ -42,6 +42,25 @@ class Source:
     """Rows that are kept for evaluation and never trained on."""
     seed: Annotated[int, seed_number] = 0
     """Fixes initial directions and the order of the data."""
+
+
+TEXT_SETTINGS = (
+    "data",
+    "data_revision",
+    "split",
+    "encoding",
+    "text_column",
+    "streaming",
+    "context_tokens",
+)
+"""Settings of `Source` that say which text is read, and in rows of which length."""
+
+
+def source_defaults(*names: str) -> dict[str, Any]:
+    """Defaults of these settings of `Source`, for commands that read the rest from a run; None for
+    one that every run gives."""
+    found = {f.name: None if f.default is MISSING else f.default for f in fields(Source)}
+    return {name: found[name] for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

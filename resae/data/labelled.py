@@ -13,6 +13,7 @@ import numpy as np
 from resae.data.public_labelled import STREAMS, TABLES, Stream
 from resae.data.texts import load_columns
 from resae.models.hooked import EMBEDDED, HookedLM
+from resae.strict_json import first_line
 
 TEST_SPLITS = ("test", "validation")
 TEST_SHARE = 0.2
@@ -147,10 +148,9 @@ def _streamed(data: str, stream: Stream, train: int, test: int, seed: int) -> La
             if all(len(texts) >= train + test for texts in found.values()):
                 break
     except Exception as error:  # datasets raises whatever a connection or a file runs into
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise FileNotFoundError(
-            f"dataset {data!r} cannot be read ({reason}); it is on the Hugging Face hub, which "
-            f"must be reachable: give a local file, or embedded"
+            f"dataset {data!r} cannot be read ({first_line(error)}); it is on the Hugging Face "
+            f"hub, which must be reachable: give a local file, or embedded"
         ) from None
     whole = Documents(
         [text for texts in found.values() for text in texts],

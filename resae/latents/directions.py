@@ -17,7 +17,7 @@ from torch import Tensor
 from resae.models.final_norm import final_norm, mean_jacobian
 from resae.models.hooked import HookedLM
 from resae.models.unembedding import Unembedding, unembedding_of
-from resae.stack.affine import sources_of
+from resae.stack.affine import transport_rows
 from resae.stack.stack import ReSAE
 
 BLOCK = 4096
@@ -32,17 +32,11 @@ CHECKED_ROWS = 8
 def transported(stack: ReSAE, layer: int, directions: Tensor) -> list[Tensor | None]:
     """`directions [S, D]` of one layer at every selected layer: themselves there, transported
     through the maps at later ones, None at earlier ones and where no map leads."""
-    found: list[Tensor | None] = [None] * stack.n_layers
-    found[layer] = directions
     if not stack.chained:
-        return found
-    maps = stack.predictor.A
-    for m in range(layer + 1, stack.n_layers):
-        sources = sources_of(stack.predictor.kind, m)
-        parts = zip(sources, maps[m - 1].float().split(stack.d_in), strict=True)
-        terms = [here @ A for j, A in parts if (here := found[j]) is not None]
-        found[m] = torch.stack(terms).sum(0) if terms else None
-    return found
+        alone: list[Tensor | None] = [None] * stack.n_layers
+        alone[layer] = directions
+        return alone
+    return transport_rows(stack.predictor.A, layer, directions)
 
 
 class Neighbours(NamedTuple):

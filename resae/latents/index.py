@@ -9,7 +9,6 @@ hardly changes.
 `resae.latents.collect` fills it; `save` and `load` keep it in one file, whole or absent.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resae.evaluation.sums import digest
 from resae.latents.firings import Firings
 from resae.latents.passages import PARTS, Passages
 from resae.stack.stack import ReSAE
@@ -65,12 +65,8 @@ def index_bytes(stack: ReSAE, sizes: IndexSizes, tokens: int) -> int:
 
 def fingerprint(stack: ReSAE) -> str:
     """Hash of all numbers of a stack: an index of other weights under the same name is noticed."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(stack.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(name.encode())
-        digest.update(raw.numpy())  # pyright: ignore[reportArgumentType]
-    return digest.hexdigest()[:16]
+    names, tensors = zip(*sorted(stack.state_dict().items()), strict=True)
+    return digest(names, tensors).hex()[:16]
 
 
 class Histograms:

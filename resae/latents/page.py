@@ -4,8 +4,6 @@ The cards are JSON in the page; its script draws those that are looked at, with 
 node. A content-security policy allows that one script and style, by their hashes, and no request.
 """
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +13,7 @@ from typing import Any
 from resae.latents.cards import TokenTexts
 from resae.latents.prompt import PromptLatents
 from resae.latents.records import LatentCard, LatentReport, Passage, TokenEffect
-from resae.report.page import page_style
+from resae.report.page import content_policy, page_style
 from resae.storage import write_atomically
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -48,10 +46,6 @@ def latents_page(
 
     style = page_style() + (TEMPLATE / "page.css").read_text()
     script = (TEMPLATE / "page.js").read_text()
-    policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
-        f"base-uri 'none'; form-action 'none'"
-    )
     layers = [
         {"name": name, "d_sae": d_sae, "never_fired": never}
         for name, d_sae, never in zip(report.layers, report.d_sae, report.never_fired, strict=True)
@@ -61,7 +55,7 @@ def latents_page(
     )
     return template.render(
         title=f"Latents of {report.stack or report.model}",
-        policy=policy,
+        policy=content_policy(style, script),
         style=Markup(style),
         script=Markup(script),
         content=Markup(_content(report, prompt, texts)),
@@ -89,11 +83,6 @@ def write_page(
     """Write `latents_page`, whole or not at all."""
     page = latents_page(report, prompt, texts)
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
-
-
-def _hash(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
 
 
 def _content(report: LatentReport, prompt: PromptLatents | None, texts: TokenTexts | None) -> str:

@@ -75,7 +75,7 @@ def render(report: Report, figures: dict[str, Figure]) -> str:
         modes={name: text for name, text in MODES_IN_WORDS.items() if name in modes},
         style=Markup(style),
         script=Markup(script),
-        policy=_policy(style, script),
+        policy=content_policy(style, script),
     )
 
 
@@ -96,7 +96,7 @@ def page_style() -> str:
     return CHART_STYLE + palette_style() + _TEMPLATE.joinpath("page.css").read_text()
 
 
-def _policy(style: str, script: str) -> str:
+def content_policy(style: str, script: str) -> str:
     """Content-security policy that allows this style and this script and nothing else."""
     allowed = {"script-src": script, "style-src": style}
     parts = [f"{what} '{_digest(text)}'" for what, text in allowed.items()]

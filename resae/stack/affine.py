@@ -35,6 +35,23 @@ def sources_of(kind: str, layer: int) -> range:
     return range(0 if kind == "all_previous" else layer - 1, layer)
 
 
+def transport_rows(A: Sequence[Tensor], layer: int, rows: Tensor) -> list[Tensor | None]:
+    """Directions `[b, D]` of one layer at every selected layer: themselves there, transported
+    through the maps at later ones (`resae_kernels.transport`), None where no map leads.
+
+    Args:
+        A: per layer 1 … L−1 the maps `[s·D, D]` from the s layers before it; used in `rows`' dtype.
+    """
+    found: list[Tensor | None] = [None] * (len(A) + 1)
+    found[layer] = rows
+    for m in range(layer + 1, len(found)):
+        sources = A[m - 1].to(rows).split(rows.shape[1])
+        parts = zip(found[m - len(sources) : m], sources, strict=True)
+        terms = [here @ source for here, source in parts if here is not None]
+        found[m] = torch.stack(terms).sum(0) if terms else None
+    return found
+
+
 class AffinePredictor(nn.Module):
     """The affine maps of a stack. `A[l-1] [s·D, D]`, `c[l-1] [D]` predict layer l.
 
