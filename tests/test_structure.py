@@ -63,8 +63,9 @@ def imported(path: Path) -> set[str]:
 
 
 TESTED_BY = {
-    "cli/test_cli.py": "__main__ cli.opened_runs cli.demo cli.eval cli.fit cli.generate cli.libraries cli.profile "
-    "cli.report cli.train cli.tune training.baselines training.loggers training.runs",
+    "cli/test_cli.py": "__main__ cli.demo cli.eval cli.fit cli.generate cli.libraries "
+    "cli.opened_runs cli.profile cli.report cli.train cli.tune training.baselines "
+    "training.loggers training.runs",
     "cli/test_terminal.py": "console",
     "latents/test_cards.py": "latents.ablation latents.directions latents.prompt "
     "latents.records models.final_norm",
